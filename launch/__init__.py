@@ -1,0 +1,1 @@
+"""From a cluster to processes: Slurm scripts, and one task of a job."""
