@@ -1,0 +1,96 @@
+"""Starts a job's processes here, or becomes one of them.
+
+    python -m launch configs/van_b3_in22k.yaml key=value …
+
+As a task of a Slurm step (srun, one task a GPU) it becomes the rank that SLURM_PROCID says. Elsewhere it starts one process for each
+GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all when one fails.
+Either way the exit code is the training's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again.
+
+torchrun works too: torchrun --nproc-per-node=8 -m pretrain train CONFIG key=value …
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+
+# A rank that was told to stop saves first; one that hangs instead is killed after this many seconds.
+GRACE = 120
+
+
+def main() -> int:
+    command = [sys.executable, "-m", "pretrain", "train", *sys.argv[1:]]
+    if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
+        os.environ |= slurm_rank(dict(os.environ))
+        os.execv(sys.executable, command)
+    return run_here(command, ranks_here())
+
+
+def slurm_rank(environment: dict[str, str]) -> dict[str, str]:
+    """What torch.distributed wants to know, from what srun tells a task; MASTER_ADDR and MASTER_PORT come from launch/job.sh."""
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": environment["SLURM_NTASKS"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+    }
+
+
+def ranks_here() -> int:
+    if "RANKS" in os.environ:
+        return int(os.environ["RANKS"])
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def run_here(command: list[str], ranks: int) -> int:
+    """Runs `command` as every rank of a job on this machine; returns 0, or the exit code of the first rank that failed."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    processes = [
+        subprocess.Popen(command, env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
+    ]
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the ranks itself
+    failed = wait(processes)
+    if failed is None:
+        return 0
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+        process.wait()
+    code = failed.returncode
+    return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
+
+
+def wait(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
+    """Waits until all have ended with 0 (returns None), or one has failed (returns it)."""
+    while any(process.poll() is None for process in processes):
+        time.sleep(0.1)
+        failed = next((process for process in processes if process.returncode), None)
+        if failed is not None:
+            return failed
+    return next((process for process in processes if process.returncode), None)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Pretrains VAN-B3 on ImageNet-22K:  sbatch launch/van_b3_in22k.sh [key=value …]   (from the repository's root)
+# On the machine at hand, without Slurm:  bash launch/van_b3_in22k.sh [key=value …]
+#SBATCH --job-name=van_b3_in22k
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=2-00:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+exec bash "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch/job.sh" configs/van_b3_in22k.yaml "$@"

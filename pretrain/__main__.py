@@ -1,0 +1,91 @@
+"""One process of a job, or what a run made: train, evaluate, export.
+
+python -m pretrain train CONFIG key=value …
+    one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
+python -m pretrain evaluate RUN_OR_CHECKPOINT [--weights raw|ema] [key=value …]
+python -m pretrain export RUN_OR_CHECKPOINT --format official|mmseg|mmpretrain|timm --out PATH [--weights raw|ema] [--force]
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import data
+import pretrain
+from pretrain import config as settings
+from pretrain.faults import EXIT_CONFIG
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train_parser = commands.add_parser("train", help="one rank of a training job")
+    train_parser.add_argument("config", type=Path)
+    train_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run's newest checkpoint on its data.val")
+    evaluate_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    evaluate_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    export_parser = commands.add_parser("export", help="weights for other projects")
+    export_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    export_parser.add_argument("--format", required=True, choices=("official", "mmseg", "mmpretrain", "timm"))
+    export_parser.add_argument("--out", type=Path, required=True)
+    export_parser.add_argument("--force", action="store_true", help="replace what is there")
+    for sub in (evaluate_parser, export_parser):
+        sub.add_argument("--weights", choices=("raw", "ema"), default="raw", help="the weights, or their moving average")
+    args = parser.parse_args()
+    try:
+        return {"train": _train, "evaluate": _evaluate, "export": _export}[args.command](args)
+    except ValueError as error:
+        if not raised_here(error):
+            raise
+        # What a user can mend: one message, from one rank, no traceback.
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+
+
+def raised_here(error: ValueError) -> bool:
+    """Whether this project's own code raised it: there a ValueError tells a user what to mend, from a library it is a bug."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return any(raised_in.is_relative_to(Path(package.__file__).parent) for package in (data, pretrain))  # type: ignore[arg-type]
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = settings.load(args.config, args.overrides)
+    from pretrain import engine
+    from pretrain.train import train
+
+    code = train(config)
+    engine.stop()
+    return code
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import torch
+
+    from pretrain.evaluate import evaluate
+    from pretrain.export import build_trained
+
+    model, config, trainer = build_trained(args.source, average=args.weights == "ema")
+    config = settings.override(config, args.overrides)
+    on_gpu = torch.cuda.is_available() if config.engine.device == "auto" else config.engine.device == "cuda"
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    result = evaluate(model.to(device), config, device)
+    print(
+        f"{args.source} at step {trainer['step']}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
+        f"loss {result['loss']:.4f} on {result['images']} images of {config.data.val}"
+    )
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from pretrain.export import export
+
+    print(export(args.source, args.format, args.out, average=args.weights == "ema", force=args.force))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""The DeepSpeed engine of a job, and the process groups it runs in.
+
+ZeRO stage, precision and accumulation come from the settings. Weights are fp32 and arithmetic runs under torch's autocast:
+DeepSpeed's own bf16 mode would hold BatchNorm's statistics in bf16. Gradients are summed over the ranks in fp32 as well
+(`lower_precision_safe_modules` empty; DeepSpeed would reduce those of convolutions and linear layers in bf16).
+"""
+
+import logging
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain import zero_state
+from pretrain.config import Config, EngineConfig
+from pretrain.optim import AdamW, parameter_groups
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# A rank that died is noticed by its launcher; this only bounds how long the others may wait for one that hangs.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+def start(engine: EngineConfig) -> torch.device:
+    """Joins the job's processes, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say; returns this rank's device.
+
+    Raises:
+        ValueError: engine.device=cuda and this rank has no GPU.
+    """
+    on_gpu = torch.cuda.is_available() if engine.device == "auto" else engine.device == "cuda"
+    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    # On a CPU DeepSpeed would compile a collective of its own, which needs a C++ compiler; gloo's serve.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            "ask Slurm for one GPU a task (--gpus-per-node and --ntasks-per-node alike), or set engine.device=cpu"
+        )
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    deepspeed.init_distributed(
+        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
+    )
+    return device
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+
+
+def build(config: Config, model: nn.Module, accumulation: int) -> Any:
+    """Wraps the model in DeepSpeed's engine, with its optimizer's states created."""
+    import deepspeed
+
+    optimizer = AdamW(
+        parameter_groups(model, config.optim.weight_decay),
+        lr=config.optim.lr,
+        betas=config.optim.betas,
+        eps=config.optim.eps,
+        ema_decay=config.engine.ema_decay,
+    )
+    settings = {
+        "train_micro_batch_size_per_gpu": config.engine.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optim.clip_grad,
+        "zero_optimization": {"stage": config.engine.zero_stage},
+        "zero_allow_untested_optimizer": True,  # pretrain.optim.AdamW, a torch.optim.AdamW
+        "torch_autocast": {
+            "enabled": config.engine.precision != "fp32",
+            "dtype": str(PRECISIONS[config.engine.precision]).removeprefix("torch."),
+            "lower_precision_safe_modules": [],
+        },
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    zero_state.start_optimizer(engine)
+    return engine

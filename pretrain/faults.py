@@ -1,0 +1,53 @@
+"""How a job ends before its time: stop signals, agreed on by all ranks, and exit codes that say what to do next."""
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+EXIT_ERROR = 1
+EXIT_CONFIG = 2  # the settings can't work: starting again will not help
+EXIT_AGAIN = 85  # stopped on request and saved: start me again
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """Turns USR1 (Slurm, ahead of the time limit), TERM (preemption) and INT (Ctrl-C) into a stop that all ranks agree on.
+
+    with StopSignals() as stop:
+        for each step: …; if stop.agreed(): break
+    """
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo")
+        self.received = torch.zeros(1, dtype=torch.int32)
+        self._asking: tuple[torch.Tensor, dist.Work] | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received.fill_(1)
+
+    def agreed(self) -> bool:
+        """Whether any rank had a signal when it asked at the step before; the same answer on every rank. Call once a step.
+
+        Each call asks and takes the answer to the last call's question, which travelled during the step, on the host: nobody
+        waits for the device.
+        """
+        answer = False
+        if self._asking is not None:
+            told, work = self._asking
+            work.wait()
+            answer = bool(told.item())
+        told = self.received.clone()
+        self._asking = (told, dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
+        return answer

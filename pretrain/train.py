@@ -1,0 +1,236 @@
+"""The main job: one process of it, from settings to trained weights.
+
+    python -m pretrain train configs/van_b3_in22k.yaml key=value …
+
+Every rank runs this file from top to bottom: data, model, engine, the newest checkpoint if there is one, the loop. It ends with 0
+when training is complete, and with 85 when it was told to stop, has saved, and wants to be started again.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.draws import hash64
+from data.index import open_index
+from data.loader import TrainLoader
+from data.mixing import mix_pairs
+from data.order import SampleOrder
+from pretrain import config as settings
+from pretrain import engine as engines
+from pretrain import zero_state
+from pretrain.batch_stats import BatchStats
+from pretrain.checkpoint import Checkpoints
+from pretrain.config import Config
+from pretrain.evaluate import build_model, evaluate, fill
+from pretrain.faults import EXIT_AGAIN, StopSignals
+from pretrain.metrics import RunLog, duration
+from pretrain.optim import learning_rate
+from pretrain.export import start_from
+
+
+def train(config: Config) -> int:
+    """Runs the job; returns the process's exit code.
+
+    Raises:
+        ValueError: what can't work, before the first step: batch sizes, data, weights or a checkpoint that do not fit.
+    """
+    # ---------------------------------------------------------------- processes
+    device = engines.start(config.engine)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    accumulation = settings.accumulation(config, ranks)
+    folder = Path(config.run.dir)
+    log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
+
+    # ---------------------------------------------------------------- data
+    index = open_index(config.data.train)
+    if len(index.classes) != config.model.classes:
+        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
+    order = SampleOrder(index.shard_start, config.seed, config.global_batch, config.data.lanes, config.data.window)
+    total = config.steps or round(config.epochs * order.steps_per_epoch)
+    evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
+
+    # ---------------------------------------------------------------- model and engine
+    torch.manual_seed(config.seed)
+    model = build_model(config)
+    if config.model.init_from:
+        log.line(start_from(model, Path(config.model.init_from)))
+    parameters = sum(p.numel() for p in model.parameters())
+    engine = engines.build(config, model, accumulation)
+    stats = BatchStats(model, config.engine.ema_decay)
+    log.line(
+        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
+        f"{config.engine.precision}, {ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
+        f"{config.engine.micro_batch} x {accumulation}; {len(index)} images, {order.steps_per_epoch} steps an epoch, {total} in all"
+    )
+
+    # ---------------------------------------------------------------- where an earlier start of this run got to
+    # What, together with the step, decides all that follows: a run can't change it half-way.
+    identity = {
+        "model": config.model.name, "classes": config.model.classes, "seed": config.seed,
+        "global_batch": config.global_batch, "data": index.fingerprint, "steps": total,
+    }  # fmt: skip
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.run.keep, log=log.line)
+    resumed = checkpoints.load(engine, stats)
+    step = 0
+    if resumed is not None:
+        changed = [
+            f"{key} was {resumed['identity'].get(key)}, is {value}"
+            for key, value in identity.items()
+            if resumed["identity"].get(key) != value
+        ]
+        if changed:
+            raise ValueError(f"{folder} belongs to another job: {'; '.join(changed)}; give this one its own run.dir or name")
+        step = resumed["step"]
+        log.line(f"resumed at step {step} of {total} from a checkpoint of {resumed['ranks']} ranks, ZeRO-{resumed['zero_stage']}")
+    if rank == 0:
+        settings.save(config, folder / "config.yaml")
+    if step == total:
+        log.line(f"{folder} is complete: step {step} of {total}")
+        return 0
+
+    def save(evaluation: dict[str, Any] | None) -> None:
+        began = time.monotonic()
+        checkpoints.save(
+            engine,
+            stats,
+            {
+                "step": step, "epoch": step / order.steps_per_epoch, "optimizer_steps": zero_state.optimizer_steps(engine),
+                "identity": identity, "ranks": ranks, "zero_stage": config.engine.zero_stage, "classes": list(index.classes),
+                "evaluation": evaluation, "config": settings.as_dict(config),
+            },
+        )  # fmt: skip
+        log.line(f"saving step {step} in the background; training waited {time.monotonic() - began:.2f} s")
+
+    def evaluate_all() -> dict[str, Any]:
+        """Of the weights and, where one is kept, of their moving average."""
+        judge = build_model(config).to(device)
+        results: dict[str, Any] = {}
+        for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):
+            buffers = dict(model.named_buffers())
+            fill(judge, zero_state.whole_tensors(engine, kind), buffers | stats.averages if kind == "ema" else buffers)
+            results[kind] = evaluate(judge, config, device)
+            log.line(
+                f"evaluation at step {step} ({'moving average' if kind == 'ema' else 'weights'}): top-1 {results[kind]['top1']:.2%}, "
+                f"top-5 {results[kind]['top5']:.2%}, loss {results[kind]['loss']:.4f} on {results[kind]['images']} images"
+            )
+        log.record("evaluation", step=step, **results)
+        return results
+
+    # ---------------------------------------------------------------- the loop
+    loader = TrainLoader(
+        index, order, image_size=config.data.image_size, micro_batch=config.engine.micro_batch, rank=rank, ranks=ranks,
+        device=device, start_step=step, end_step=total, crop_area=config.data.crop_area, crop_ratio=config.data.crop_ratio,
+        flip=config.data.flip, mixup=config.data.mixup, cutmix=config.data.cutmix, mix_switch=config.data.mix_switch,
+        mean=config.data.mean, std=config.data.std, decode_threads=config.data.decode_threads,
+        read_threads=config.data.read_threads, read_ahead=config.data.read_ahead,
+    )  # fmt: skip
+    interval = Interval(device)
+    evaluation = None
+    stopping = False
+    log.start_progress(step, total)
+    with loader, StopSignals() as stop:
+        batches = iter(loader)
+        engine.train()
+        while step < total and not stopping:
+            lr = learning_rate(step, total, order.steps_per_epoch, config.optim)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
+            torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
+            for micro_step in range(accumulation):
+                with interval.waiting():
+                    batch = next(batches)
+                images, targets, share = batch.images, batch.labels[:, None], None
+                if batch.mix is not None:
+                    images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
+                loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
+                engine.backward(loss)
+                if micro_step + 1 == accumulation:
+                    stats.start_averaging()  # beside the optimizer's step
+                engine.step()
+                interval.add(loss)
+            stats.finish()
+            step += 1
+            log.advance()
+
+            if step % config.run.log_every == 0 or step == total:
+                values = interval.close(step, total, config.global_batch, accumulation)
+                log.line(
+                    f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
+                    f"{values['images_per_s']:.0f} images/s  waiting for data {values['data_wait']:.0%}  {duration(values['left_s'])} left"
+                )
+                log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values)
+            stopping = stop.agreed()
+            if config.data.val is not None and (step % evaluate_every == 0 or step == total):
+                evaluation = evaluate_all()
+            if stopping or step % config.run.save_every == 0 or step == total:
+                save(evaluation)
+        checkpoints.wait()
+    log.close()
+    if step == total:
+        log.line(f"complete after {total} steps; weights: python -m pretrain export {folder} --format official --out {config.name}.pth")
+        return 0
+    log.line(f"stopped at step {step} of {total} and saved; start the same command again to go on")
+    return EXIT_AGAIN
+
+
+def mixed_cross_entropy(logits: Tensor, targets: Tensor, share: Tensor | None, smoothing: float) -> Tensor:
+    """Mean cross-entropy with label smoothing against one label a sample, or a mix of two.
+
+    The cross-entropy is linear in the target, so that of a mixed target is the mix of two: no dense target of (batch, classes).
+
+    Args:
+        logits: (batch, classes).
+        targets: (batch, 1), or (batch, 2): a sample's own label and its partner's.
+        share: (batch,) of a sample's own label in its target, where there are two.
+    """
+    logits = logits.float()
+    if share is None:
+        return F.cross_entropy(logits, targets[:, 0], label_smoothing=smoothing)
+    own, partner = (F.cross_entropy(logits, targets[:, i], label_smoothing=smoothing, reduction="none") for i in (0, 1))
+    return (share * own + (1 - share) * partner).mean()
+
+
+class Interval:
+    """Loss, speed and waiting of the steps since the last log line; reads the device only when it is closed."""
+
+    def __init__(self, device: torch.device):
+        self.loss_sum = torch.zeros((), device=device)
+        self._start()
+
+    def _start(self) -> None:
+        self.loss_sum.zero_()
+        self.micro_steps, self.waited, self.began = 0, 0.0, time.monotonic()
+
+    def waiting(self) -> "Interval":
+        return self
+
+    def __enter__(self) -> None:
+        self._waiting_since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.waited += time.monotonic() - self._waiting_since
+
+    def add(self, loss: Tensor) -> None:
+        self.loss_sum += loss.detach()
+        self.micro_steps += 1
+
+    def close(self, step: int, total: int, global_batch: int, accumulation: int) -> dict[str, float]:
+        """The interval's means over all ranks; begins the next. Collective, and waits for the device."""
+        dist.all_reduce(self.loss_sum)
+        loss = self.loss_sum.item() / (self.micro_steps * dist.get_world_size())
+        seconds = time.monotonic() - self.began
+        steps = self.micro_steps // accumulation
+        values = {
+            "loss": loss,
+            "images_per_s": steps * global_batch / seconds,
+            "data_wait": self.waited / seconds,
+            "left_s": (total - step) * seconds / steps,
+        }
+        self._start()
+        return values

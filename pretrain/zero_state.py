@@ -1,0 +1,135 @@
+"""The parts of the training state that this rank holds, by parameter name, in any ZeRO stage.
+
+ZeRO lays parameters end to end in flat buffers and gives each rank a stretch of them, differently in every stage. Here that becomes
+a list of pieces: parameter, position in the flattened parameter, and live views of the fp32 weight and its optimizer states.
+Checkpoints save and load these views, and evaluation puts whole tensors together from them; nothing else knows ZeRO's insides.
+
+    pieces = local_pieces(engine)           a rank's share
+    publish(engine)                         after writing into the pieces: makes the model compute with them
+    whole_tensors(engine, "ema")            collective: the whole tensors, on every rank
+
+How each stage addresses its pieces was read in DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py (_link_all_hp_params),
+stage3.py (_get_fp32_opt_state_partition). Check again when its version moves.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A contiguous stretch of one flattened parameter and of its optimizer states.
+
+    `tensors` maps "weight" and each state's name to a 1-D fp32 view, all of one length, which starts at `start` of `numel` elements.
+    """
+
+    name: str
+    start: int
+    numel: int
+    tensors: dict[str, Tensor]
+
+
+def start_optimizer(engine: Any) -> None:
+    """Creates the optimizer's states, so that pieces can be saved and loaded before the first update."""
+    engine.basic_optimizer.start_states(_flat_weights(engine))
+
+
+def optimizer_steps(engine: Any) -> int:
+    """Updates made so far; fewer than the steps taken where some were skipped. Synchronises with the device."""
+    return int(engine.basic_optimizer.state[_flat_weights(engine)[0]]["step"].item())
+
+
+def set_optimizer_steps(engine: Any, steps: int) -> None:
+    for weight in _flat_weights(engine):
+        engine.basic_optimizer.state[weight]["step"].fill_(steps)
+
+
+def local_pieces(engine: Any) -> list[Piece]:
+    """This rank's pieces, in the order of the model's parameters. In stage 0 every rank holds everything."""
+    stage = engine.zero_optimization_stage()
+    pieces = []
+    for name, parameter in engine.module.named_parameters():
+        located = _locate[stage](engine, parameter)
+        if located is None:
+            continue
+        flat, offset, start, length, numel = located
+        state = engine.basic_optimizer.state[flat]
+        views = {WEIGHT: flat} | {key: state[key] for key in engine.basic_optimizer.state_keys}
+        pieces.append(Piece(name, start, numel, {key: t.detach().view(-1).narrow(0, offset, length) for key, t in views.items()}))
+    return pieces
+
+
+def publish(engine: Any) -> None:
+    """Takes the weights written into the pieces over into the tensors that the model computes with. Collective."""
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+    elif stage == 3:
+        # The flat fp32 buffers are the partitioned weights themselves; only the small parameters that ZeRO-3 keeps whole on
+        # every rank have copies.
+        persistent = engine.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+
+def whole_tensors(engine: Any, key: str) -> dict[str, Tensor]:
+    """The whole tensors of one key ("weight", "ema", …) by parameter name, put together from all ranks' pieces. Collective."""
+    stage = engine.zero_optimization_stage()
+    shapes = {name: p.ds_shape if stage == 3 else p.shape for name, p in engine.module.named_parameters()}
+    pieces = {piece.name: piece for piece in local_pieces(engine)}
+    if stage == 0:
+        return {name: pieces[name].tensors[key].view(shape) for name, shape in shapes.items()}
+    whole = {}
+    for name, shape in shapes.items():
+        flat = torch.zeros(shape.numel(), device=engine.device)
+        if name in pieces:
+            part = pieces[name].tensors[key]
+            flat.narrow(0, pieces[name].start, part.numel()).copy_(part)
+        dist.all_reduce(flat)  # every element comes from one rank, so the sum is exact
+        whole[name] = flat.view(shape)
+    return whole
+
+
+def _flat_weights(engine: Any) -> list[Tensor]:
+    """The tensors that the optimizer updates on this rank."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [p for p in engine.module.parameters() if p.requires_grad]
+    return engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else engine.optimizer.single_partition_of_fp32_groups
+
+
+def _locate_0(engine: Any, p: Any) -> tuple[Tensor, int, int, int, int]:
+    return p, 0, 0, p.numel(), p.numel()
+
+
+def _locate_1_2(engine: Any, p: Any) -> tuple[Tensor, int, int, int, int] | None:
+    mapping = p._hp_mapping
+    if mapping is None:
+        return None
+    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    return (
+        flat,
+        mapping.hp_fragment_address.start,
+        mapping.lp_fragment_address.start,
+        mapping.lp_fragment_address.numel,
+        p.numel(),
+    )
+
+
+def _locate_3(engine: Any, p: Any) -> tuple[Tensor, int, int, int, int] | None:
+    optimizer = engine.optimizer
+    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+    size = p.partition_numel()
+    start = dist.get_rank() * size
+    length = min(size, p.ds_numel - start)  # the last pieces are padded, or all padding
+    return (optimizer.fp32_partitioned_groups_flat[group], offset, start, length, p.ds_numel) if length > 0 else None
+
+
+_locate = {0: _locate_0, 1: _locate_1_2, 2: _locate_1_2, 3: _locate_3}

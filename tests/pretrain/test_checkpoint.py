@@ -1,0 +1,95 @@
+"""Checkpoints: saved by any number of ranks in any ZeRO stage, loaded by any other; whole or passed over."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain import checkpoint
+from tests.ranks import run_on_ranks
+
+CONFIG = {"name": "tiny", "seed": 1, "global_batch": 12, "epochs": 1.0, "model": {"name": "van_b0", "classes": 7, "drop_path": 0.1}}
+
+
+def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: str | None) -> dict[str, Any]:
+    """One rank: builds an engine, loads or not, takes some steps on made-up data, saves or not; returns a digest of its state."""
+    import torch.distributed as dist
+
+    from data.draws import hash64
+    from pretrain import config as settings
+    from pretrain import engine as engines
+    from pretrain import zero_state
+    from pretrain.batch_stats import BatchStats
+    from pretrain.evaluate import build_model
+
+    config = settings.from_dict(CONFIG)
+    config.optim.lr, config.engine.ema_decay, config.engine.zero_stage, config.engine.micro_batch = 1e-3, 0.9, stage, micro_batch
+    config.engine.device = "cpu"
+    engines.start(config.engine)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(config.seed if not load else 999)  # what is loaded must not depend on what was there
+    model = build_model(config)
+    engine = engines.build(config, model, settings.accumulation(config, ranks))
+    stats = BatchStats(model, config.engine.ema_decay)
+    lines: list[str] = []
+    checkpoints = checkpoint.Checkpoints(Path(folder), keep=3, log=lines.append)
+    trainer = checkpoints.load(engine, stats) if load else None
+    step = trainer["step"] if trainer else 0
+    for _ in range(steps):
+        images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(step)).to(memory_format=torch.channels_last)
+        labels = torch.arange(12) % 7
+        own = slice(rank * 12 // ranks, (rank + 1) * 12 // ranks)
+        torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
+        for part, target in zip(images[own].split(micro_batch), labels[own].split(micro_batch), strict=True):
+            loss = torch.nn.functional.cross_entropy(engine(part).float(), target)
+            engine.backward(loss)
+            engine.step()
+        stats.start_averaging()
+        stats.finish()
+        step += 1
+    if save:
+        checkpoints.save(engine, stats, {"step": step, "optimizer_steps": zero_state.optimizer_steps(engine), "config": settings.as_dict(config)})
+        checkpoints.wait()
+    # Computing with the weights shows that what was loaded reached the tensors that the model computes with.
+    model.eval()
+    with torch.no_grad():
+        output = engine(torch.ones(2, 3, 32, 32).to(memory_format=torch.channels_last)).float()
+    whole = {key: zero_state.whole_tensors(engine, key) for key in ("weight", "exp_avg", "exp_avg_sq", "ema")}
+    if rank == 0:
+        state = {f"{key}/{name}": tensor.flatten().clone() for key, tensors in whole.items() for name, tensor in tensors.items()}
+        state |= {f"buffer/{name}": buffer.clone() for name, buffer in model.named_buffers()}
+        state |= {f"buffer_ema/{name}": average.clone() for name, average in stats.averages.items()}
+        torch.save({"state": state, "output": output, "steps": zero_state.optimizer_steps(engine)}, Path(folder, "state.pt"))
+    engines.stop()
+    return {"step": step, "lines": lines}
+
+
+def run(folder: Path, ranks: int, **kwargs: Any) -> dict[str, Any]:
+    folder.mkdir(exist_ok=True)
+    arguments = {"micro_batch": 12 // ranks, "steps": 0, "load": False, "save": None} | kwargs
+    results = run_on_ranks(ranks, "tests.pretrain.test_checkpoint:session", folder=str(folder), **arguments)
+    return torch.load(folder / "state.pt") | {"lines": results[0]["lines"], "step": results[0]["step"]}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name].flatten(), other[name].flatten())]
+    assert not different, different[:10]
+
+
+@pytest.mark.parametrize("saved", [(1, 2), (3, 2), (0, 1)])
+def test_state_is_the_same_on_any_ranks_in_any_stage(tmp_path: Path, saved: tuple[int, int]) -> None:
+    stage, ranks = saved
+    before = run(tmp_path, ranks, stage=stage, steps=2, save="yes")
+    # Another process, no ranks, no DeepSpeed.
+    (path,) = checkpoint.steps(tmp_path)
+    assert checkpoint.verify(path) == []
+    kinds = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
+    assert_same(checkpoint.read(path, kinds), before["state"])
+    for other_stage, other_ranks in [(3, 1), (1, 3), (2, 2), (0, 2)]:
+        after = run(tmp_path, other_ranks, stage=other_stage, load=True)
+        assert_same(after["state"], before["state"])
+        assert after["steps"] == before["steps"] == 2
+        torch.testing.assert_close(after["output"], before["output"], rtol=0, atol=0)
