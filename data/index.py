@@ -1,12 +1,12 @@
 """A whole dataset as NumPy arrays on disk: where each sample lies, its label and its size. Mapped, never loaded.
 
-    FOLDER/NAME-00000.tar …   the shards, each with a .idx beside it for DALI's own reader (shards.py)
-    FOLDER/index.npy          one row of 20 bytes a sample (DTYPE), in shard order; a sample's id is its row
-    FOLDER/classes.json       class names; a label is a position in this list
-    FOLDER/dataset.json       names, samples and bytes of the shards, and the fingerprint; written last: without it there is no dataset
+FOLDER/NAME-00000.tar …   the shards, each with a .idx beside it for DALI's own reader (shards.py)
+FOLDER/index.npy          one row of 20 bytes a sample (DTYPE), in shard order; a sample's id is its row
+FOLDER/classes.json       class names; a label is a position in this list
+FOLDER/dataset.json       names, samples and bytes of the shards, and the fingerprint; written last: without it there is no dataset
 
-    index = open_index("datasets/in22k/train")
-    index.samples["label"][ids]
+index = open_index("datasets/in22k/train")
+index.samples["label"][ids]
 """
 
 import json
@@ -105,7 +105,9 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
         description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{folder}: dataset.json or classes.json is damaged ({error}); pack or copy the dataset again") from error
+        raise ValueError(
+            f"{folder}: dataset.json or classes.json is damaged ({error}); pack or copy the dataset again"
+        ) from error
 
     faults = []
     for shard in description["shards"]:

@@ -1,7 +1,7 @@
 """Reads encoded images from a dataset's shards, from as many threads as one likes.
 
-    with ShardStore(index) as store:
-        encoded = store.read(sample_id)
+with ShardStore(index) as store:
+    encoded = store.read(sample_id)
 """
 
 import os
