@@ -30,9 +30,9 @@ def random_resized_crop(
 ) -> np.ndarray:
     """Crop windows in pixels, int32 (n, 4): y, x, height, width.
 
-    The algorithm is that of torchvision's RandomResizedCrop.get_params (timm's is the same): up to ten tries of an area, uniform
-    in `scale` times the image's, and an aspect ratio (width / height), log-uniform in `ratio`; the first window that fits is put
-    at a uniform place. Where none fits, the central window of the nearest ratio that is allowed.
+    The algorithm is that of torchvision's RandomResizedCrop.get_params (timm's is the same): up to ten tries of an area,
+    uniform in `scale` times the image's, and an aspect ratio (width / height), log-uniform in `ratio`; the first window that
+    fits is put at a uniform place. Where none fits, the central window of the nearest ratio that is allowed.
     """
     ids, widths, heights = ids[:, None], widths[:, None].astype(np.int64), heights[:, None].astype(np.int64)
     tries = np.arange(_TRIES)
@@ -63,8 +63,9 @@ def flip(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5) -> np
 class Mix:
     """How the two samples of each pair are mixed with each other.
 
-    `box` is int32 (pairs, 4): y0, y1, x0, x1 in pixels, the part that is swapped (cutmix); an empty box means a weighted mean of
-    the whole images (mixup). `lam` is float32 (pairs,): the weight of a sample's own label, and in mixup of its own pixels.
+    `box` is int32 (pairs, 4): y0, y1, x0, x1 in pixels, the part that is swapped (cutmix); an empty box means a weighted mean
+    of the whole images (mixup). `lam` is float32 (pairs,): the weight of a sample's own label, and in mixup of its own
+    pixels.
     """
 
     box: np.ndarray
@@ -76,16 +77,13 @@ def mix_parameters(
 ) -> Mix:
     """The mix of each pair, from the ids of the pairs' even slots. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha).
 
-    With both above 0 a pair is cut with probability `switch`, else blended; with one of them, always that one. The box is that of
-    timm's rand_bbox: sides sqrt(1 - lam) of the image's, a uniform centre, clipped at the borders, after which lam is corrected
-    to the area that is left of a sample's own pixels.
+    With both above 0 a pair is cut with probability `switch`, else blended; with one of them, always that one. The box is
+    that of timm's rand_bbox: sides sqrt(1 - lam) of the image's, a uniform centre, clipped at the borders, after which lam is
+    corrected to the area that is left of a sample's own pixels.
     """
-    pairs = len(even_ids)
-    if mixup > 0 and cutmix > 0:
-        cut = uniform(seed, Draw.MIX_KIND, epoch, even_ids) < switch
-    else:
-        cut = np.full(pairs, cutmix > 0)
-    lam = np.ones(pairs)
+    share_cut = switch if mixup > 0 and cutmix > 0 else float(cutmix > 0)
+    cut = uniform(seed, Draw.MIX_KIND, epoch, even_ids) < share_cut
+    lam = np.ones(len(even_ids))
     if mixup > 0:
         lam[~cut] = symmetric_beta(mixup, seed, Draw.MIXUP_LAM, epoch, even_ids[~cut])
     if cutmix > 0:

@@ -1,9 +1,9 @@
 """Random numbers that are a function of their keys: no state to carry, save or restore.
 
-    uniform(seed, Draw.FLIP, epoch, sample_ids)  ->  one number in [0, 1) a sample, the same on every rank and after every restart
+    uniform(seed, Draw.FLIP, epoch, sample_ids)  ->  one number in [0, 1) a sample, the same on every rank
 
-The generator is this file's own, not NumPy's: the streams of `numpy.random.Generator` may change between NumPy versions, and the
-order and the augmentation of a run must not.
+The generator is this file's own, not NumPy's: the streams of `numpy.random.Generator` may change between NumPy versions, and
+the order and the augmentation of a run must not.
 """
 
 from enum import IntEnum
@@ -11,8 +11,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Constants of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), whose finaliser is
-# a bijection of 64 bits in which every input bit flips every output bit with a probability near 1/2.
+# Constants of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), whose finaliser
+# is a bijection of 64 bits in which every input bit flips every output bit with a probability near 1/2.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
@@ -43,8 +43,8 @@ class Draw(IntEnum):
 def hash64(*keys: ArrayLike) -> np.ndarray:
     """64 well mixed bits for each combination of keys, uint64, of the shape the keys broadcast to.
 
-    Keys are integers or integer arrays (negative ones count modulo 2^64). They are folded in one after another, so the same keys
-    in another order give other bits.
+    Keys are integers or integer arrays (negative ones count modulo 2^64). They are folded in one after another, so the same
+    keys in another order give other bits.
     """
     state: np.ndarray | np.uint64 = np.uint64(0)
     with np.errstate(over="ignore"):  # arithmetic is modulo 2^64 on purpose; NumPy warns about it for scalars only

@@ -1,12 +1,14 @@
 """A whole dataset as NumPy arrays on disk: where each sample lies, its label and its size. Mapped, never loaded.
 
-FOLDER/NAME-00000.tar …   the shards, each with a .idx beside it for DALI's own reader (shards.py)
-FOLDER/index.npy          one row of 20 bytes a sample (DTYPE), in shard order; a sample's id is its row
-FOLDER/classes.json       class names; a label is a position in this list
-FOLDER/dataset.json       names, samples and bytes of the shards, and the fingerprint; written last: without it there is no dataset
+    FOLDER/NAME-00000.tar …   the shards, each with a .idx beside it for DALI's own reader (shards.py)
+    FOLDER/index.npy          one row of 20 bytes a sample (DTYPE), in shard order; a sample's id is its row
+    FOLDER/classes.json       class names; a label is a position in this list
+    FOLDER/dataset.json       names, samples and bytes of the shards, and the fingerprint
 
-index = open_index("datasets/in22k/train")
-index.samples["label"][ids]
+dataset.json is written last: without it there is no dataset.
+
+    index = open_index("datasets/in22k/train")
+    index.samples["label"][ids]
 """
 
 import json
@@ -48,7 +50,7 @@ def fingerprint(samples: np.ndarray, shards: Iterable[str]) -> str:
     """The dataset's identity: a 128-bit xxhash of the index rows and the shards' names, in hex."""
     digest = xxhash.xxh3_128()
     for start in range(0, len(samples), _HASH_ROWS):
-        digest.update(np.ascontiguousarray(samples[start : start + _HASH_ROWS]).view(np.uint8))
+        digest.update(samples[start : start + _HASH_ROWS].tobytes())
     for name in shards:
         digest.update(name.encode() + b"\0")
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""From an index and an order to batches on the device: DALI's graph, what feeds it, and the loops that training and evaluation use.
+"""From an index and an order to batches on the device: DALI's graph, what feeds it, and the two iterators over it.
 
     with TrainLoader(index, order, image_size=224, micro_batch=64, rank=rank, ranks=ranks, seed=0, device="cuda:0", threads=8,
                      mean=IMAGENET_MEAN, std=IMAGENET_STD, start_step=step, steps=total_steps) as loader:
@@ -8,9 +8,9 @@
     with EvalLoader(index, image_size=224, resize=256, …) as loader:
         for batch in loader: …                     # every sample once over all ranks; the last batch may be smaller
 
-One pipeline serves a whole training; epochs end without a rebuild. Threads read encoded images ahead and compute what is done to
-them (reader.py); DALI decodes, crops and resizes; labels and ids travel beside DALI, never through it. The graph is the same on a
-CPU and on a GPU, where JPEG bytes cross to the device and pixels never cross back.
+One pipeline serves a whole training; epochs end without a rebuild. Threads read encoded images ahead and compute what is done
+to them (reader.py); DALI decodes, crops and resizes; labels and ids travel beside DALI, never through it. The graph is the
+same on a CPU and on a GPU, where JPEG bytes cross to the device and pixels never cross back.
 """
 
 import io
@@ -23,8 +23,9 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from nvidia.dali import fn, types
+from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from PIL import Image
 
 from data.augment import Mix, flip, mix_parameters, random_resized_crop
@@ -43,8 +44,8 @@ READ_THREADS = 4
 class Batch:
     """A micro-batch of B samples on the device.
 
-    images (B, 3, H, W) float32, normalised, channels-last in memory; labels (B,) int64; ids int64 (B,), on the host; mix: how to
-    mix neighbouring samples, None where nothing is mixed; epoch, and step counted from 0 at the start of training.
+    images (B, 3, H, W) float32, normalised, channels-last in memory; labels (B,) int64; ids int64 (B,), on the host; mix: how
+    to mix neighbouring samples, None where nothing is mixed; epoch, and step counted from 0 at the start of training.
     """
 
     images: torch.Tensor
@@ -66,7 +67,8 @@ class MicroBatch:
     step: int = 0
 
 
-# A graph takes the node of encoded images and one for each of MicroBatch.parameters, and gives uint8 images and the mirror flags.
+# A graph takes the node of encoded images and one for each of MicroBatch.parameters, and gives uint8 images and the mirror
+# flags.
 Graph = Callable[..., tuple[Any, Any]]
 
 
@@ -89,7 +91,6 @@ class _Loader:
         self.index = index
         self.device = torch.device(device)
         self._store = ShardStore(index)
-        self._reader = ReadAhead(self._store, work, threads=READ_THREADS, depth=READ_THREADS + 2)
         self._inside: deque[MicroBatch] = deque()  # given to DALI, not yet come out
         # With the dynamic executor every output owns its memory (the others reuse theirs), so batches need no copy.
         self._pipeline: Pipeline | None = Pipeline(
@@ -101,7 +102,7 @@ class _Loader:
         )
         with self._pipeline:
             inputs = fn.external_source(
-                self._feed, num_outputs=1 + len(dtypes), batch=True, dtype=[types.UINT8, *dtypes], cycle="no"
+                self._feed, num_outputs=1 + len(dtypes), batch=True, dtype=[DALIDataType.UINT8, *dtypes]
             )
             images, mirror = graph(*inputs)
             normalised = fn.crop_mirror_normalize(
@@ -109,11 +110,12 @@ class _Loader:
                 mirror=mirror,
                 mean=[255 * value for value in mean],
                 std=[255 * value for value in std],
-                dtype=types.FLOAT,
+                dtype=DALIDataType.FLOAT,
                 output_layout="HWC",
             )
             self._pipeline.set_outputs(normalised.gpu() if self.device.type == "cuda" else normalised)
         self._pipeline.build()
+        self._reader = ReadAhead(self._store, work, threads=READ_THREADS, depth=READ_THREADS + 2)
 
     def _feed(self) -> list[Any]:
         item, images = next(self._reader)
@@ -174,8 +176,8 @@ class _Loader:
 class TrainLoader(_Loader):
     """One rank's micro-batches of the steps start_step to steps - 1, in slot order.
 
-    `mixup` and `cutmix` are the alphas of their Beta distributions; with both 0, batches come with mix None. `mean` and `std` are
-    in units of full intensity, as timm's. `threads` is the number of DALI's CPU threads.
+    `mixup` and `cutmix` are the alphas of their Beta distributions; with both 0, batches come with mix None. `mean` and `std`
+    are in units of full intensity, as timm's. `threads` is the number of DALI's CPU threads.
 
     Raises ValueError when ranks and micro_batch do not divide the global batch, or when pairs would be torn apart.
     """
@@ -216,7 +218,7 @@ class TrainLoader(_Loader):
             index,
             self._work(start_step, steps),
             self._graph,
-            (types.INT32, types.INT32, types.INT32),
+            (DALIDataType.INT32, DALIDataType.INT32, DALIDataType.INT32),
             max_batch=micro_batch,
             device=device,
             threads=threads,
@@ -255,18 +257,19 @@ class TrainLoader(_Loader):
             shape=shape,
             axis_names="HW",
             device="mixed" if self.device.type == "cuda" else "cpu",
-            output_type=types.RGB,
+            output_type=DALIImageType.RGB,
             adjust_orientation=False,  # the index, and so the crop, speaks of the image as it is stored
         )
         size = [self.image_size, self.image_size]
-        return fn.resize(crops, size=size, interp_type=types.INTERP_CUBIC, antialias=True), mirror
+        return fn.resize(crops, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True), mirror
 
 
 class EvalLoader(_Loader):
     """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0.
 
-    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to `resize` pixels, then the
-    central square of `image_size`; with resize="squash" straight to image_size x image_size. A rank without samples yields nothing.
+    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to `resize` pixels, then
+    the central square of `image_size`; with resize="squash" straight to image_size x image_size. A rank without samples
+    yields nothing.
 
     Raises ValueError when the square does not fit into the resized image.
     """
@@ -294,7 +297,7 @@ class EvalLoader(_Loader):
             index,
             self._work(evaluation_ids(len(index), rank, ranks)),
             self._graph,
-            (types.FLOAT, types.INT32),
+            (DALIDataType.FLOAT, DALIDataType.INT32),
             max_batch=micro_batch,
             device=device,
             threads=threads,
@@ -314,11 +317,11 @@ class EvalLoader(_Loader):
         images = fn.decoders.image(
             encoded,
             device="mixed" if self.device.type == "cuda" else "cpu",
-            output_type=types.RGB,
+            output_type=DALIImageType.RGB,
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,  # on a GPU: upsample chroma as libjpeg does, which Pillow and the CPU graph use
         )
-        resized = fn.resize(images, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+        resized: Any = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
         return fn.slice(resized, start=corner, shape=[self.image_size, self.image_size], axis_names="HW"), 0
 
 
@@ -334,8 +337,8 @@ def accumulation(global_batch: int, ranks: int, micro_batch: int, *, pairs: bool
         fit = [size for size in range(unit, share + 1, unit) if share % size == 0]
         near = sorted(sorted(fit, key=lambda size: abs(math.log(size / micro_batch)))[:6])
         raise ValueError(
-            f"a micro-batch of {micro_batch} does not fit: each of {ranks} ranks has {share} of the {global_batch} samples of a "
-            f"global batch{', to be mixed in pairs' if pairs else ''}; "
+            f"a micro-batch of {micro_batch} does not fit: each of {ranks} ranks has {share} samples of a global batch of "
+            f"{global_batch}{', to be mixed in pairs' if pairs else ''}; "
             + (f"micro-batches that work: {', '.join(map(str, near))}" if near else "use fewer ranks or a larger global batch")
         )
     return share // micro_batch

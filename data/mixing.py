@@ -5,8 +5,8 @@
     loss = (weight * cross_entropy(logits, targets[:, 0], reduction="none")
             + (1 - weight) * cross_entropy(logits, targets[:, 1], reduction="none")).mean()
 
-Two class numbers and a weight stand for the mixed target: a one-hot matrix over 21,841 classes would be far larger than the images
-of a small batch.
+Two class numbers and a weight stand for the mixed target: a one-hot matrix over 21,841 classes would be far larger than the
+images of a small batch.
 """
 
 import numpy as np

@@ -13,9 +13,9 @@ How an epoch is laid out, for N samples, a global batch of G, S = N // G steps a
     4. in every lane, windows of W consecutive positions are permuted, each by (seed, epoch, lane, window);
     5. step k takes the next g = G/L positions of every lane; the global batch is laid out lane by lane (slot = lane * g + j).
 
-A rank owns a contiguous part of the slots and so whole lanes (or, with more ranks than lanes, an equal share of one): it reads its
-own shards nearly in sequence, while one global batch mixes L windows of different shards. Nothing here depends on the number of
-ranks, and any step costs the same: only the windows it touches are permuted.
+A rank owns a contiguous part of the slots and so whole lanes (or, with more ranks than lanes, an equal share of one): it
+reads its own shards nearly in sequence, while one global batch mixes L windows of different shards. Nothing here depends on
+the number of ranks, and any step costs the same: only the windows it touches are permuted.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from data.draws import Draw, hash64, permutation
 
 
 def lanes_for(global_batch: int, lanes: int) -> int:
-    """The largest divisor of the global batch that is no larger than `lanes`: every lane must give as many samples to a step."""
+    """The largest divisor of the global batch up to `lanes`: every lane gives equally many samples to a step."""
     return next(count for count in range(min(lanes, global_batch), 0, -1) if global_batch % count == 0)
 
 
@@ -121,5 +121,5 @@ def _epoch_layout(order: SampleOrder, epoch: int) -> tuple[np.ndarray, np.ndarra
 
 @lru_cache(maxsize=8)  # consecutive steps share their windows
 def _window_permutations(seed: int, epoch: int, lanes: int, window: int, length: int) -> np.ndarray:
-    """The permutation of one window in every lane, int64 (lanes, length). The last window of a lane may be shorter than others."""
+    """The permutation of one window in every lane, int64 (lanes, length). A lane's last window may be shorter."""
     return permutation(length, seed, Draw.WINDOW, epoch, np.arange(lanes), window)

@@ -2,9 +2,9 @@
 
     python -m data pack SOURCE OUT          SOURCE/CLASS/anything.jpg …  ->  OUT/train-00000.tar …, index.npy, dataset.json
 
-Files are packed in one random order over all classes, so any prefix of the shards is an unbiased draw of the dataset. Every image
-is decoded once: one that can't be is left out and listed in OUT/rejected.jsonl. RGB and grey JPEGs are stored byte for byte, all
-else (PNG, WebP, CMYK …) as an RGB JPEG of quality 95.
+Files are packed in one random order over all classes, so any prefix of the shards is an unbiased draw of the dataset. Every
+image is decoded once: one that can't be is left out and listed in OUT/rejected.jsonl. RGB and grey JPEGs are stored byte for
+byte, all else (PNG, WebP, CMYK …) as an RGB JPEG of quality 95.
 """
 
 import io
@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from data.draws import Draw, permutation
@@ -38,7 +39,8 @@ def pack(
     Labels are positions in `classes`; by default in the sorted names of the class folders. A validation set that lacks a class
     must be given the training set's classes, or its labels would not mean the same.
 
-    Raises ValueError for a source without class folders or with unknown ones, an OUT that isn't empty, and when no image is left.
+    Raises ValueError for a source without class folders or with unknown ones, an OUT that isn't empty, and when no image is
+    left.
     """
     folders = {path.name: path for path in sorted(source.iterdir()) if path.is_dir()} if source.is_dir() else {}
     if not folders:
@@ -102,7 +104,8 @@ def write_dataset(out: Path, samples: Iterable[Sample], classes: Sequence[str], 
     Raises ValueError when there are no samples.
     """
     samples = iter(samples)
-    shards, rows = [], []
+    shards: list[str] = []
+    rows: list[np.ndarray] = []
     for first in samples:
         shards.append(f"{name}-{len(shards):05d}.tar")
         rows.append(write_shard(out / shards[-1], _up_to(itertools.chain([first], samples), shard_bytes)))

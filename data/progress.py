@@ -1,4 +1,4 @@
-"""Progress for people and for logs: a bar on a terminal, otherwise a plain line every ten seconds and one at the end (stderr)."""
+"""Progress for people and for logs: a bar on a terminal, otherwise a plain line every ten seconds and at the end (stderr)."""
 
 import sys
 import time

@@ -82,8 +82,13 @@ class ReadAhead(Generic[Item]):
             if self._closed:
                 raise StopIteration
             result = self._results[self._given]
+            if isinstance(result, StopIteration):
+                raise StopIteration
             if isinstance(result, BaseException):
-                raise result
+                try:
+                    raise result
+                finally:
+                    del result  # or its traceback, which holds this frame, would keep all callers alive until a collection
             del self._results[self._given]
             self._given += 1
         self._room.release()

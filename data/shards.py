@@ -3,8 +3,8 @@
     KEY.cls   the label, as decimal text
     KEY.jpg   the encoded image
 
-The bytes of a shard follow from its samples alone (no times, users or modes of the machine that wrote it). A shard appears under
-its final name whole or not at all.
+The bytes of a shard follow from its samples alone (no times, users or modes of the machine that wrote it). A shard appears
+under its final name whole or not at all.
 """
 
 import io
@@ -104,7 +104,7 @@ def index_rows(path: Path, samples: Sequence[dict[str, Member]]) -> np.ndarray:
 
 
 def idx_text(samples: Sequence[dict[str, Member]]) -> str:
-    """The index file of a tar as DALI's wds2idx writes it: `v1.2 N`, then a line a sample of `extension offset size name` groups."""
+    """A tar's .idx as DALI's wds2idx writes it: `v1.2 N`, then a line a sample of `extension offset size name` groups."""
     lines = [f"v1.2 {len(samples)}"]
     for sample in samples:
         lines.append(" ".join(f"{part.extension} {part.offset} {part.size} {part.name}" for part in sample.values()))

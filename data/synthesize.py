@@ -2,9 +2,9 @@
 
     python -m data synthesize OUT --classes 10 --train 1800 --val 300 --seed 0
 
-A class is a shape or a texture. Colours, place, scale, angle, shading and noise are random in every image, so the mean colour says
-nothing about the class, and a small network has to look at form. All classes survive mirroring and moderate crops. Sizes run from 72 to
-220 pixels a side, JPEG quality varies, some images are grey.
+A class is a shape or a texture. Colours, place, scale, angle, shading and noise are random in every image, so the mean colour
+says nothing about the class, and a small network has to look at form. All classes survive mirroring and moderate crops. Sizes
+run from 72 to 220 pixels a side, JPEG quality varies, some images are grey.
 """
 
 import io
@@ -23,8 +23,8 @@ from data.shards import Sample
 SHARD_BYTES = 1 << 20
 GREY_SHARE = 0.06
 
-# A pattern gives a signed field over coordinates (u, v), turned and scaled so that the image's shorter side spans about [-1, 1]:
-# positive inside. Shapes repeat on a coarse grid, so a crop holds at least one.
+# A pattern gives a signed field over coordinates (u, v), turned and scaled so that the image's shorter side spans about [-1,
+# 1]: positive inside. Shapes repeat on a coarse grid, so a crop holds at least one.
 Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
