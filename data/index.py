@@ -1,0 +1,150 @@
+"""A whole dataset as NumPy arrays on disk: where each sample lies, its label and its size. Mapped, never loaded.
+
+    FOLDER/NAME-00000.tar …   the shards, each with a .idx beside it for DALI's own reader (shards.py)
+    FOLDER/index.npy          one row of 20 bytes a sample (DTYPE), in shard order; a sample's id is its row
+    FOLDER/classes.json       class names; a label is a position in this list
+    FOLDER/dataset.json       names, samples and bytes of the shards, and the fingerprint
+
+dataset.json is written last: without it there is no dataset.
+
+    index = open_index("datasets/in22k/train")
+    index.samples["label"][ids]
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import xxhash
+
+DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("width", "<u2"), ("height", "<u2")])
+TAR_BLOCK = 512
+_HASH_ROWS = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """An open dataset. `samples` is a read-only map of index.npy, (N,) of DTYPE: byte offset of the encoded image in its shard,
+    its size in bytes, label, width and height in pixels (as stored: EXIF orientation is not applied)."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    shard_start: np.ndarray  # int64 (shards + 1,): the id of each shard's first sample, then the number of samples
+    samples: np.ndarray
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def shard_of(self, sample_id: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self.shard_start, sample_id, side="right")) - 1
+
+
+def fingerprint(samples: np.ndarray, shards: Iterable[str]) -> str:
+    """The dataset's identity: a 128-bit xxhash of the index rows and the shards' names, in hex."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, len(samples), _HASH_ROWS):
+        digest.update(samples[start : start + _HASH_ROWS].tobytes())
+    for name in shards:
+        digest.update(name.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def write_index(folder: Path, shards: Sequence[str], rows: Sequence[np.ndarray], classes: Sequence[str]) -> None:
+    """Makes a dataset of shards that lie in `folder`. `rows[i]` are the rows, of DTYPE, of `shards[i]`."""
+    samples = np.concatenate([np.zeros(0, DTYPE), *rows])
+    description = {
+        "format": 1,
+        "samples": len(samples),
+        "classes": len(classes),
+        "fingerprint": fingerprint(samples, shards),
+        "shards": [
+            {"name": name, "samples": len(part), "bytes": (folder / name).stat().st_size}
+            for name, part in zip(shards, rows, strict=True)
+        ],
+    }
+    with open(folder / "index.npy.tmp", "wb") as file:
+        np.save(file, samples)
+        publish(file, folder / "index.npy")
+    for name, value in (("classes.json", list(classes)), ("dataset.json", description)):
+        with open(folder / f"{name}.tmp", "w", encoding="utf-8") as text:
+            json.dump(value, text, indent=1, ensure_ascii=False)
+            publish(text, folder / name)
+
+
+def publish(file: IO[Any], path: Path) -> None:
+    """Makes an open temporary file durable and gives it its final name, so that a reader sees the whole of it or nothing."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def open_index(folder: str | os.PathLike[str]) -> Index:
+    """Opens a dataset and checks that all of it is there.
+
+    Raises ValueError, naming the file, for a folder that is missing or not a dataset, and for a shard that is missing or has
+    another size than when it was packed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a dataset is made by `python -m data pack SOURCE {folder}`")
+    for name in ("dataset.json", "classes.json", "index.npy"):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder} is not a whole dataset: it has no {name}. Packing may have been interrupted "
+                f"(pack again into an empty folder), or the dataset is a folder inside this one, such as {folder / 'train'}"
+            )
+    try:
+        description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{folder}: dataset.json or classes.json is damaged ({error}); pack or copy the dataset again"
+        ) from error
+
+    faults = []
+    for shard in description["shards"]:
+        try:
+            size = os.stat(folder / shard["name"]).st_size
+        except FileNotFoundError:
+            faults.append(f"{shard['name']} is missing")
+            continue
+        if size != shard["bytes"]:
+            faults.append(f"{shard['name']} has {size} bytes instead of {shard['bytes']}")
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"{folder}: {'; '.join(faults[:5])}{more}. Copy these shards again from where the dataset was packed")
+
+    samples = np.load(folder / "index.npy", mmap_mode="r")
+    counts = [shard["samples"] for shard in description["shards"]]
+    if samples.dtype != DTYPE or len(samples) != sum(counts):
+        raise ValueError(
+            f"{folder}/index.npy has {len(samples)} rows of {samples.dtype}, dataset.json speaks of {sum(counts)} of {DTYPE}; "
+            "the two are not of the same dataset: copy both again"
+        )
+    return Index(
+        folder=folder,
+        shards=tuple(shard["name"] for shard in description["shards"]),
+        shard_start=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
+        samples=samples,
+        classes=tuple(classes),
+        fingerprint=description["fingerprint"],
+    )
+
+
+def key(index: Index, sample_id: int) -> str:
+    """A sample's key, read from the tar header that stands before its data."""
+    shard = index.shards[index.shard_of(sample_id)]
+    with open(index.folder / shard, "rb") as file:
+        file.seek(int(index.samples["offset"][sample_id]) - TAR_BLOCK)
+        name = file.read(100).split(b"\0", 1)[0].decode()
+    return name.rpartition("/")[2].split(".", 1)[0]
