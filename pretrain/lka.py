@@ -1,0 +1,40 @@
+"""Large Kernel Attention (LKA), the layer that VAN is built of (arXiv 2202.09741, section 3.1 and Figure 3).
+
+A K x K convolution costs K*K weights a channel and mixes channels besides. LKA takes it apart into three convolutions that
+together see as far: a depth-wise one for near positions, a dilated depth-wise one for far positions, and a 1x1 one for
+channels. Their result is not the output but an attention map: it multiplies the input, channel by channel and position by
+position, without a softmax or a sigmoid.
+
+    attention = LKA(dim=64)          # 21 x 21, dilation 3: 5x5, then 7x7 with dilation 3, then 1x1
+    y = attention(x)                 # x and y: (N, 64, H, W)
+"""
+
+import math
+
+import torch
+from torch import nn
+
+
+class LKA(nn.Module):
+    """Multiplies its input by an attention map computed from a K x K neighbourhood of each position.
+
+    `kernel_size` is K and `dilation` is d of section 3.1: (2d-1) x (2d-1) depth-wise, then ceil(K/d) x ceil(K/d) depth-wise
+    with dilation d, then 1x1. The submodules carry the names that the published weights have.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 21, dilation: int = 3) -> None:
+        super().__init__()
+        near = 2 * dilation - 1
+        far = math.ceil(kernel_size / dilation)
+        # The spatial size is kept for every K and d. The dilated kernel needs `around` rows and columns of padding in all.
+        # Where that is odd (an even kernel, an odd d) no number does, and "same" gives the right and the bottom one more.
+        around = dilation * (far - 1)
+        padding = around // 2 if around % 2 == 0 else "same"
+        self.conv0 = nn.Conv2d(dim, dim, near, padding=dilation - 1, groups=dim)
+        self.conv_spatial = nn.Conv2d(dim, dim, far, padding=padding, dilation=dilation, groups=dim)
+        self.conv1 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, dim, H, W) to (N, dim, H, W)."""
+        attention = self.conv1(self.conv_spatial(self.conv0(x)))
+        return x * attention

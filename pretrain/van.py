@@ -1,0 +1,438 @@
+"""The Visual Attention Networks VAN-B0 to B6 (arXiv 2202.09741), registered with timm.
+
+Importing this module is enough to build them by name:
+
+    import pretrain.van
+    model = timm.create_model("van_b3", num_classes=21841, drop_path_rate=0.1)
+    logits = model(images)           # (N, 3, H, W) to (N, 21841), for any H and W
+
+A VAN is four stages with strides 4, 8, 16 and 32, then the mean over positions and a linear head. A stage is an overlapping
+patch embedding, blocks and a LayerNorm; a block is attention and a convolutional MLP, each behind a BatchNorm and added to its
+input.
+
+Memory layout: activations are channels-last (tensors of shape (N, C, H, W) whose bytes lie as N, H, W, C) from the first
+convolution to the head, without a change of layout or a copy on the way. Images may come in either layout: channels-last ones
+are taken as they lie.
+
+Precision: parameters stay fp32 and torch.autocast chooses what runs in bf16. The statistics of both kinds of norm are fp32
+either way, and so is the sum that runs along a stage's blocks, because the layer scales are fp32.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.lka import LKA
+
+__all__ = ["VAN", "ChannelsLastConv2d"]
+
+
+class ChannelsLastConv2d(nn.Conv2d):
+    """A convolution whose weight lies channels-last in memory and yet is a contiguous parameter.
+
+    Convolution libraries want a channels-last weight for channels-last activations, and convert an ordinary one at every step.
+    A parameter with channels-last strides won't do: DeepSpeed broadcasts and flattens parameters as contiguous bytes. So the
+    parameter has the shape (out, kh, kw, in), and forward permutes it to the usual (out, in, kh, kw), which costs nothing. It
+    is worth having for dense kernels larger than 1x1; 1x1 and depth-wise weights are the same bytes either way.
+
+    The state dict shows the usual shape, contiguous, and load_state_dict takes it; the tensor shown is a copy, or with
+    `keep_vars` a view through which gradients reach the parameter.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
+        self.weight = nn.Parameter(self.weight.detach().permute(0, 2, 3, 1).contiguous())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in, H, W) to (N, out, H', W')."""
+        return self._conv_forward(x, self.weight.permute(0, 3, 1, 2), self.bias)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = destination[prefix + "weight"].permute(0, 3, 1, 2)
+        destination[prefix + "weight"] = weight if keep_vars else weight.contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "weight"
+        # A weight of another rank is left as it is: load_state_dict reports it as a size mismatch.
+        if key in state_dict and state_dict[key].ndim == 4:
+            state_dict[key] = state_dict[key].permute(0, 2, 3, 1).contiguous()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patch embedding: a convolution whose kernel is wider than its stride, then BatchNorm (section 3.2)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.proj = ChannelsLastConv2d(in_chans, embed_dim, kernel_size, stride, padding=kernel_size // 2)
+        self.norm = nn.BatchNorm2d(embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to (N, embed_dim, H / stride, W / stride), rounded up."""
+        return self.norm(self.proj(x))
+
+
+class Attention(nn.Module):
+    """1x1 convolution, GELU, LKA, 1x1 convolution, and a shortcut around them (Figure 4)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj_1 = nn.Conv2d(dim, dim, 1)
+        self.act = nn.GELU()
+        self.spatial_gating_unit = LKA(dim)
+        self.proj_2 = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, dim, H, W) to (N, dim, H, W)."""
+        # The shortcut starts behind the block's BatchNorm, inside the block's own shortcut; the authors meant it so.
+        return x + self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
+
+
+class Mlp(nn.Module):
+    """The convolutional feed-forward part: 1x1 to the hidden width, depth-wise 3x3, GELU, 1x1 back (Figure 4)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, dim, H, W) to (N, dim, H, W)."""
+        hidden = self.drop1(self.act(self.dwconv(self.fc1(x))))
+        return self.drop2(self.fc2(hidden))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP: each behind a BatchNorm, scaled per channel, dropped per sample, and added (Figure 4)."""
+
+    def __init__(self, dim: int, mlp_ratio: int, drop: float = 0.0, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.attn = Attention(dim)
+        self.layer_scale_1 = nn.Parameter(torch.full((dim,), 1e-2))
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.mlp = Mlp(dim, dim * mlp_ratio, drop)
+        self.layer_scale_2 = nn.Parameter(torch.full((dim,), 1e-2))
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, dim, H, W) to (N, dim, H, W)."""
+        x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
+        return x
+
+
+class VANStage(nn.Module):
+    """One of the four stages: patch embedding, blocks, LayerNorm over channels.
+
+    With `grad_checkpointing` each block keeps its input alone and is computed again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        depth: int,
+        mlp_ratio: int,
+        patch_size: int,
+        stride: int,
+        drop: float,
+        drop_path: Sequence[float],
+    ) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(in_chans, dim, patch_size, stride)
+        self.blocks = nn.Sequential(*(Block(dim, mlp_ratio, drop, drop_path[i]) for i in range(depth)))
+        self.norm = LayerNorm2d(dim, eps=1e-6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
+        x = self.patch_embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing:
+                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_forward_and_recomputation, block))
+            else:
+                x = block(x)
+        return self.norm(x)
+
+
+def _forward_and_recomputation(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts in which torch.utils.checkpoint runs a block the first time and the second time."""
+    return nullcontext(), _RunningStatisticsKept(block)
+
+
+class _RunningStatisticsKept:
+    """While entered, the BatchNorms of `module` update copies of their running statistics, which are then thrown away.
+
+    One training step must move them once, though checkpointing runs the forward pass twice. The copies stand in for the
+    statistics, rather than nothing, because checkpointing demands that both passes save the same tensors. May be entered again
+    after it was left.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self.kept = [(norm, name, buffer) for norm in self.norms for name, buffer in norm.named_buffers()]
+        for norm, name, buffer in self.kept:
+            setattr(norm, name, buffer.clone())
+
+    def __exit__(self, *exception: object) -> None:
+        for norm, name, buffer in self.kept:
+            setattr(norm, name, buffer)
+
+
+class VAN(nn.Module):
+    """Visual Attention Network with timm's model interface.
+
+    `depths` are blocks per stage; `mlp_ratios` widen the MLPs. `drop_path_rate` is reached linearly at the last block, starting
+    at 0, and holds for both branches of a block; `proj_drop_rate` is the dropout of the MLPs, `drop_rate` the one before the
+    head. `num_classes=0` leaves the head out; `global_pool=""` leaves the mean over positions out.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 5, 27, 3),
+        mlp_ratios: Sequence[int] = (8, 8, 4, 4),
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.feature_info: list[dict[str, Any]] = []
+        drop_path_rates = cast(list[list[float]], calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True))
+
+        stages: list[VANStage] = []
+        reduction = 1
+        for i, (dim, depth, mlp_ratio) in enumerate(zip(embed_dims, depths, mlp_ratios, strict=True)):
+            patch_size, stride = (7, 4) if i == 0 else (3, 2)
+            stage_in = in_chans if i == 0 else embed_dims[i - 1]
+            stages.append(VANStage(stage_in, dim, depth, mlp_ratio, patch_size, stride, proj_drop_rate, drop_path_rates[i]))
+            reduction *= stride
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
+        self.stages = nn.ModuleList(stages)
+
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.apply(_init_weights)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to logits (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to the last stage's (N, num_features, H / 32, W / 32), rounded up."""
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """(N, num_features, h, w) to logits (N, num_classes), or with `pre_logits` to the head's input (N, num_features)."""
+        if self.global_pool == "avg":
+            x = x.mean(dim=(-2, -1))
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The outputs of some stages, each (N, C, H / reduction, W / reduction), and unless `intermediates_only` the last
+        output too.
+
+        `indices` names stages: None for all, an int for that many last ones. `stop_early` leaves out the stages behind the last
+        one named. Every stage ends with its norm, so `norm` changes nothing.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, not {output_fmt}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages behind the last one named, and the head; returns the indices of the stages named.
+
+        Every stage keeps its norm, so `prune_norm` changes nothing.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        stages_removed = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if prune_head or stages_removed:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def get_classifier(self) -> nn.Module:
+        """The head's last layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the head by a new one for `num_classes` classes, or by none for 0; without `global_pool` the pooling
+        stays."""
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ValueError(f"global_pool must be 'avg' or '' (none), not {global_pool!r}")
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head: nn.Module
+        if num_classes > 0:
+            like = next(self.parameters())
+            self.head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            _init_weights(self.head)
+        else:
+            self.head = nn.Identity()
+
+    def set_grad_checkpointing(self, enable: bool | Sequence[bool] = True) -> None:
+        """Turns gradient checkpointing of the blocks on or off, for all stages or for each stage by itself."""
+        per_stage = [enable] * len(self.stages) if isinstance(enable, bool) else enable
+        for stage, on in zip(self.stages, per_stage, strict=True):
+            assert isinstance(stage, VANStage)
+            stage.grad_checkpointing = on
+
+    def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
+        """Regular expressions by which timm puts parameters into layers: a layer per block, or per stage with `coarse`.
+
+        A stage's patch embedding belongs to its first block and its norm to its last one (timm's 99999).
+        """
+        by_block = [
+            (r"^stages\.(\d+)\.patch_embed", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
+        ]
+        return {"stem": r"^stages\.0\.patch_embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters to leave undecayed besides biases and norms: the layer scales."""
+        return {name for name, _ in self.named_parameters() if "layer_scale" in name}
+
+
+def _init_weights(module: nn.Module) -> None:
+    """The authors' initialisation: convolutions normal with variance 2 / fan-out, linear layers truncated normal with 0.02,
+    biases 0.
+
+    Norms start with weight 1 and bias 0 by themselves.
+    """
+    if isinstance(module, nn.Conv2d):
+        kh, kw = module.kernel_size
+        nn.init.normal_(module.weight, std=math.sqrt(2 / (kh * kw * module.out_channels // module.groups)))
+    elif isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+    else:
+        return
+    assert module.bias is not None
+    nn.init.zeros_(module.bias)
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,  # images resized to 256 pixels before the centre crop of 224
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stages.0.patch_embed.proj",
+        "classifier": "head",
+        "paper_ids": "arXiv:2202.09741",
+        "paper_name": "Visual Attention Network",
+    }
+
+
+# Widths and depths of section 3.2, as the published weights have them.
+_VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
+    "van_b0": {"embed_dims": (32, 64, 160, 256), "depths": (3, 3, 5, 2)},
+    "van_b1": {"embed_dims": (64, 128, 320, 512), "depths": (2, 2, 4, 2)},
+    "van_b2": {"embed_dims": (64, 128, 320, 512), "depths": (3, 3, 12, 3)},
+    "van_b3": {"embed_dims": (64, 128, 320, 512), "depths": (3, 5, 27, 3)},
+    "van_b4": {"embed_dims": (64, 128, 320, 512), "depths": (3, 6, 40, 3)},
+    "van_b5": {"embed_dims": (96, 192, 480, 768), "depths": (3, 3, 24, 3)},
+    "van_b6": {"embed_dims": (96, 192, 384, 768), "depths": (6, 6, 90, 6)},
+}
+
+default_cfgs = generate_default_cfgs({name: _cfg() for name in _VARIANTS})
+
+
+def _create_van(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VAN:
+    return build_model_with_cfg(
+        VAN,
+        variant,
+        pretrained,
+        # The getter asks the model itself for the stages' outputs, and so keeps its gradient checkpointing.
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**_VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def van_b0(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B0: 4.1 M parameters, 0.9 G multiply-adds at 224 x 224."""
+    return _create_van("van_b0", pretrained, kwargs)
+
+
+@register_model
+def van_b1(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B1: 13.9 M parameters, 2.5 G multiply-adds at 224 x 224."""
+    return _create_van("van_b1", pretrained, kwargs)
+
+
+@register_model
+def van_b2(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B2: 26.6 M parameters, 5.0 G multiply-adds at 224 x 224."""
+    return _create_van("van_b2", pretrained, kwargs)
+
+
+@register_model
+def van_b3(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B3: 44.8 M parameters, 9.0 G multiply-adds at 224 x 224."""
+    return _create_van("van_b3", pretrained, kwargs)
+
+
+@register_model
+def van_b4(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B4: 60.3 M parameters, 12.2 G multiply-adds at 224 x 224."""
+    return _create_van("van_b4", pretrained, kwargs)
+
+
+@register_model
+def van_b5(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B5: 90.0 M parameters, 17.2 G multiply-adds at 224 x 224."""
+    return _create_van("van_b5", pretrained, kwargs)
+
+
+@register_model
+def van_b6(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B6: 200 M parameters, 38.4 G multiply-adds at 224 x 224."""
+    return _create_van("van_b6", pretrained, kwargs)
