@@ -26,11 +26,12 @@ class LKA(nn.Module):
         super().__init__()
         near = 2 * dilation - 1
         far = math.ceil(kernel_size / dilation)
-        # "same" keeps the spatial size for every K and d. `near` is odd, so its padding is d-1 on each side. The dilated kernel
-        # needs d*(far-1) rows and columns of padding; where that is odd (an even kernel, an odd d) the right and the bottom get
-        # one more.
-        self.conv0 = nn.Conv2d(dim, dim, near, padding="same", groups=dim)
-        self.conv_spatial = nn.Conv2d(dim, dim, far, padding="same", dilation=dilation, groups=dim)
+        # The spatial size is kept for every K and d. The dilated kernel needs `around` rows and columns of padding in all.
+        # Where that is odd (an even kernel, an odd d) no number does, and "same" gives the right and the bottom one more.
+        around = dilation * (far - 1)
+        padding = around // 2 if around % 2 == 0 else "same"
+        self.conv0 = nn.Conv2d(dim, dim, near, padding=dilation - 1, groups=dim)
+        self.conv_spatial = nn.Conv2d(dim, dim, far, padding=padding, dilation=dilation, groups=dim)
         self.conv1 = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

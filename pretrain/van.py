@@ -4,7 +4,7 @@ Importing this module is enough to build them by name:
 
     import pretrain.van
     model = timm.create_model("van_b3", num_classes=21841, drop_path_rate=0.1)
-    logits = model(images)           # (N, 3, H, W) to (N, 21841); H and W in multiples of 32 lose no border
+    logits = model(images)           # (N, 3, H, W) to (N, 21841), for any H and W
 
 A VAN is four stages with strides 4, 8, 16 and 32, then the mean over positions and a linear head. A stage is an overlapping
 patch embedding, blocks and a LayerNorm; a block is attention and a convolutional MLP, each behind a BatchNorm and added to its
@@ -279,8 +279,13 @@ class VAN(nn.Module):
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
-    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Removes the stages behind the last one named, and the head; returns the indices of the stages named."""
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes the stages behind the last one named, and the head; returns the indices of the stages named.
+
+        Every stage keeps its norm, so `prune_norm` changes nothing.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         stages_removed = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]

@@ -71,9 +71,11 @@ def publish(engine: Any) -> None:
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
     elif stage == 3:
-        # The flat fp32 buffers are the partitioned weights themselves; only the small parameters that ZeRO-3 keeps whole on
-        # every rank have copies.
-        persistent = engine.optimizer.persistent_parameters
+        optimizer = engine.optimizer
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        # Small parameters are kept whole on every rank as well.
+        persistent = optimizer.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)

@@ -10,7 +10,16 @@ import torch
 from pretrain import checkpoint
 from tests.ranks import run_on_ranks
 
-CONFIG = {"name": "tiny", "seed": 1, "global_batch": 12, "epochs": 1.0, "model": {"name": "van_b0", "classes": 7, "drop_path": 0.1}}
+CONFIG = {
+    "name": "tiny",
+    "seed": 1,
+    "global_batch": 12,
+    "epochs": 1.0,
+    "model": {"name": "van_b0", "classes": 7, "drop_path": 0.1},
+    "data": {"train": "unused"},
+    "optim": {"lr": 1e-3},
+    "engine": {"ema_decay": 0.9, "device": "cpu"},
+}
 
 
 def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: str | None) -> dict[str, Any]:
@@ -25,8 +34,7 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     from pretrain.evaluate import build_model
 
     config = settings.from_dict(CONFIG)
-    config.optim.lr, config.engine.ema_decay, config.engine.zero_stage, config.engine.micro_batch = 1e-3, 0.9, stage, micro_batch
-    config.engine.device = "cpu"
+    config.engine.zero_stage, config.engine.micro_batch = stage, micro_batch
     engines.start(config.engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed if not load else 999)  # what is loaded must not depend on what was there

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Fine-tunes pretrained weights on ImageNet-1K:  sbatch launch/finetune_in1k.sh configs/van_b3_in22k_ft_in1k_224.yaml [key=value …]
+# On the machine at hand, without Slurm:  bash launch/finetune_in1k.sh CONFIG [key=value …]
+#SBATCH --job-name=van_finetune_in1k
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=1-00:00:00
+#SBATCH --signal=USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.out
+exec bash "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch/job.sh" "$@"
