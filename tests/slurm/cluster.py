@@ -5,11 +5,11 @@
         cluster.wait(job, "COMPLETED", timeout=30)
         print(cluster.output(job))
 
-One slurmctld and one slurmd per node run as the current user, root or not, with their own configuration, ports and folders below `root`;
-a Slurm that is already installed and configured here is neither read nor disturbed. Debian's package slurm-wlm (22.05) has all it takes.
+One slurmctld and one slurmd per node run as the current user, root or not, with their own configuration, ports and folders
+below `root`; a Slurm that this machine belongs to is neither read nor disturbed. Debian's slurm-wlm (22.05) has all it takes.
 
-auth/none believes whatever user a client says it is. The daemons listen on loopback alone where the machine's own name means 127.0.0.1;
-elsewhere they listen on every interface while the tests run, so as root start this only where others can't reach the machine.
+auth/none believes whatever user a client says it is. The daemons listen on loopback alone where the machine's own name means
+127.0.0.1; elsewhere they listen on every interface while the tests run: as root, start this only where nobody else gets at it.
 """
 
 import contextlib
@@ -27,31 +27,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # the daemons' folder, which ordinary users don't search
-FINAL_STATES = {
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "PREEMPTED",
-}
+FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
-# auth/none and cred/none do without a munge daemon. proctrack/linuxproc and task/none do without cgroups, which a container may not
-# have. config_overrides takes a node's declared CPUs and memory for true, so two cores can play any machine; CR_CPU alone means memory is
-# checked when a job is submitted and then not counted. Jobs are remembered for a day so that job() and output() work after the end.
-# SlurmdTimeout is when a silent node is DOWN (pings go out every third of it). No mail program: none is installed, none is wanted.
+# auth/none and cred/none do without a munge daemon. proctrack/linuxproc and task/none do without cgroups, which a container may
+# not give. config_overrides takes a node's declared CPUs and memory for true, so two cores can play any machine; CR_CPU alone
+# checks memory at submission and then doesn't count it. The hosts are called localhost because the machine's own name may not
+# resolve. A scheduling delay of 0 starts jobs in about 1 s instead of 3. MinJobAge keeps ended jobs for a day, for job() and
+# output(). SlurmdTimeout is when a silent node is DOWN: it is pinged every third of that. No test sends mail.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
-SlurmctldPort={controller_port}
+SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
-CommunicationParameters={communication}
+{listen}
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/%n
 SlurmctldPidFile={root}/slurmctld.pid
@@ -61,17 +52,12 @@ SlurmdLogFile={root}/%n.log
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-MpiDefault=none
-SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
 MailProg=/bin/true
-JobRequeue=1
 MinJobAge=86400
 KillWait=3
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 ReturnToService=2
 SlurmdTimeout=20
 {nodes}
@@ -80,15 +66,15 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def missing_programs() -> list[str]:
-    programs = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "squeue", "sinfo")
-    return [name for name in programs if shutil.which(name, path=PATH) is None]
+    return [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name, path=PATH) is None]
 
 
 class Cluster:
-    """`root` must be short: slurmstepd keeps a socket at root/NODE/NODE_JOB.STEP, and a socket's path has at most 107 characters."""
-
     def __init__(self, root: Path, nodes: int = 2, cpus: int = 4) -> None:
         self.root = root.resolve()
+        # slurmstepd has a socket at root/NODE/NODE_JOB.STEP, whose path may have 107 bytes; slurm.conf can't quote a space.
+        if len(os.fsencode(self.root)) > 80 or " " in str(self.root):
+            raise ValueError(f"the cluster's folder must have at most 80 characters and no space: {self.root}")
         self.nodes = [f"n{i}" for i in range(nodes)]
         self.cpus = cpus
         self.config = self.root / "slurm.conf"
@@ -102,30 +88,28 @@ class Cluster:
         """Returns when every node is idle."""
         for folder in (self.root / "state", *(self.root / node for node in self.nodes)):
             folder.mkdir(parents=True)
-        controller_port, *node_ports = _free_ports(1 + len(self.nodes))
+        port, *node_ports = _free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=1000000"
-            for node, port in zip(self.nodes, node_ports, strict=True)
+            f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_port} CPUs={self.cpus} RealMemory=1000000"
+            for node, node_port in zip(self.nodes, node_ports, strict=True)
         )
-        self.config.write_text(
-            CONFIG.format(
-                controller_port=controller_port,
-                user=getpass.getuser(),
-                communication=_communication(),
-                root=self.root,
-                nodes=nodes,
-            )
-        )
-        # slurmd loads a cgroup plugin whatever the other settings; the one for v2 asks systemd for a scope and fails without it.
+        settings = {
+            "root": self.root,
+            "user": getpass.getuser(),
+            "listen": _listen(),
+            "port": port,
+            "nodes": nodes,
+        }
+        self.config.write_text(CONFIG.format_map(settings))
+        # slurmd loads a cgroup plugin whatever the other settings; v2's needs systemd, v1's does nothing until it is used.
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
 
         # It is given neither SLURM_CONF nor the terminal's signals, so that it outlives everything that it has to end.
-        self._guardian = subprocess.Popen(
-            [sys.executable, __file__, self.config], stdin=subprocess.PIPE, start_new_session=True
-        )
+        guard = [sys.executable, __file__, str(self.config)]
+        self._guardian = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
         self._daemon("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
-            self._daemon(node, "slurmd", "-D", "-N", node)
+            self._daemon(node, "slurmd", "-D", "-N", node)  # -N: several on one machine, as Debian builds it
 
         deadline = time.monotonic() + timeout
         while (states := self._node_states()) != dict.fromkeys(self.nodes, "idle"):
@@ -138,10 +122,10 @@ class Cluster:
         """Ends every job, then the daemons, then whatever is left of them."""
         controller = self.daemons.get("slurmctld")
         if controller is not None and controller.poll() is None:
-            with contextlib.suppress(subprocess.SubprocessError):  # a cluster that no longer answers is killed below
+            with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):  # if it no longer answers, it is killed below
                 if jobs := self.run("squeue", "--noheader", "--format=%A").split():
                     self.run("scancel", *jobs)
-                deadline = time.monotonic() + 10
+                deadline = time.monotonic() + 15  # a task that ignores TERM takes 9 s
                 while self.run("squeue", "--noheader") and time.monotonic() < deadline:
                     time.sleep(0.1)
         for daemon in self.daemons.values():
@@ -149,29 +133,24 @@ class Cluster:
         for daemon in self.daemons.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(5)
-        if self._guardian is not None:
-            self._guardian.communicate()
-            self._guardian = None
+        if self._guardian:
+            self._guardian.communicate(b"stop\n")
         for daemon in self.daemons.values():
             daemon.wait()
         self.daemons.clear()
 
-    def run(self, *command: str | Path) -> str:
-        """Runs one of Slurm's commands on this cluster and returns what it printed."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30)
+    def run(self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+        """Runs one of Slurm's commands on this cluster, with `env` added to the environment, and returns what it printed."""
+        done = subprocess.run(command, cwd=cwd, env=self.env | dict(env or {}), capture_output=True, text=True, timeout=30)
         if done.returncode:
-            raise subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+            raise RuntimeError(f"{command[0]} failed: {done.stderr}")
         return done.stdout
 
     def sbatch(
         self, script: str | Path, *args: str, cwd: Path, options: Sequence[str] = (), env: Mapping[str, str] | None = None
     ) -> int:
         """Submits from the folder `cwd`, with `env` added to the job's environment, and returns the job id."""
-        command = ["sbatch", "--parsable", *options, script, *args]
-        done = subprocess.run(command, cwd=cwd, env=self.env | dict(env or {}), capture_output=True, text=True, timeout=30)
-        if done.returncode:
-            raise RuntimeError(f"sbatch failed: {done.stderr}")
-        return int(done.stdout)
+        return int(self.run("sbatch", "--parsable", *options, script, *args, cwd=cwd, env=env))
 
     def job(self, job_id: int) -> dict[str, str]:
         """What `scontrol show job` says, by its names (JobState, Restarts, ExitCode, NodeList, ...)."""
@@ -183,10 +162,10 @@ class Cluster:
         wanted = set(states) or FINAL_STATES
         deadline = time.monotonic() + timeout
         while (state := self.job(job_id)["JobState"]) not in wanted:
-            if state in FINAL_STATES:
-                raise RuntimeError(f"job {job_id} ended as {state} on the way to {sorted(wanted)}\n{self._report(job_id)}")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job_id} is {state}, not {sorted(wanted)}, after {timeout} s\n{self._report(job_id)}")
+            if state in FINAL_STATES or time.monotonic() > deadline:
+                output, queue = self.output(job_id)[-3000:], self.run("squeue")
+                message = f"job {job_id} is {state}, waited up to {timeout} s for {sorted(wanted)}"
+                raise RuntimeError(f"{message}\n-- output\n{output}\n-- squeue\n{queue}\n{self._log_tails()}")
             time.sleep(0.1)
         return state
 
@@ -199,39 +178,31 @@ class Cluster:
         self.run("scancel", f"--signal={name}", *(["--batch"] if batch else []), str(job_id))
 
     def skip_requeue_wait(self, job_id: int) -> None:
-        """Lets a job that waits in the queue after a requeue start now; Slurm holds it back for the two minutes a credential lives."""
+        """Lets a requeued job start now; Slurm would keep it PENDING for the two minutes that a credential lives."""
         self.wait(job_id, "PENDING", timeout=30)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def _daemon(self, name: str, *command: str) -> None:
         # In a session of its own: Ctrl-C must reach the tests alone, which then end the jobs while the daemons still can.
-        with open(self.root / f"{name}.err", "wb") as errors:
-            program = shutil.which(command[0], path=PATH)
+        with open(self.root / f"{name}.err", "wb") as err:
             self.daemons[name] = subprocess.Popen(
-                [program, *command[1:]],
-                env=self.env,
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-                stderr=errors,
-                start_new_session=True,
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True
             )
 
     def _node_states(self) -> dict[str, str]:
         try:
             lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
-        except subprocess.SubprocessError:  # the controller isn't listening yet
+        except (RuntimeError, subprocess.TimeoutExpired):  # the controller isn't listening yet
             return {}
         return dict(line.split() for line in lines)
 
-    def _report(self, job_id: int) -> str:
-        return f"-- output of job {job_id}\n{self.output(job_id)[-3000:]}\n-- squeue\n{self.run('squeue')}\n{self._log_tails()}"
-
     def _log_tails(self) -> str:
-        # The .err file holds what a daemon says before it has read where its log goes.
-        files = [
-            path for name in self.daemons for path in (self.root / f"{name}.log", self.root / f"{name}.err") if path.exists()
-        ]
-        return "\n".join(f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}" for path in files)
+        tails = []
+        for name in self.daemons:
+            log = self.root / f"{name}.log"
+            path = log if log.exists() else log.with_suffix(".err")  # what was said before the configuration named a log
+            tails.append(f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}")
+        return "\n".join(tails)
 
 
 @contextlib.contextmanager
@@ -255,30 +226,28 @@ def processes(config: Path) -> list[int]:
     return found
 
 
-def _communication() -> str:
-    try:
-        on_loopback = socket.gethostbyname(socket.gethostname()) == "127.0.0.1"
-    except OSError:
-        on_loopback = False
-    # These make everything bind to the address of the machine's own name, so nothing starts if it has none or if that isn't NodeAddr.
-    return "NoCtldInAddrAny,NoInAddrAny" if on_loopback else ""
+def _listen() -> str:
+    # This makes everything bind to the address of the machine's own name, so nothing starts if it has none or not NodeAddr.
+    with contextlib.suppress(OSError):
+        if socket.gethostbyname(socket.gethostname()) == "127.0.0.1":
+            return "CommunicationParameters=NoCtldInAddrAny,NoInAddrAny"
+    return ""
 
 
 def _free_ports(count: int) -> list[int]:
     """Ports below Linux's range for outgoing connections, one of which could otherwise take a port before its daemon does."""
     ports: list[int] = []
-    for port in random.sample(range(20000, 32000), 100):
+    while len(ports) < count:
+        port = random.randrange(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
-            ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise RuntimeError("no free ports between 20000 and 32000")
+            ports += [port] if port not in ports else []
+    return ports
 
 
 def _guard(config: Path) -> None:
-    """Waits until its parent closes the pipe or dies, however that happens, and kills what is left of the cluster."""
-    sys.stdin.read()
+    """Waits for a line from its parent, or for the parent's death in whatever way, and kills what is left of the cluster."""
+    sys.stdin.readline()
     while found := processes(config):
         for pid in found:
             with contextlib.suppress(ProcessLookupError):

@@ -101,7 +101,8 @@ def test_bad_exit_of_one_task_ends_the_others(cluster: Cluster, tmp_path: Path) 
     body = "srun --kill-on-bad-exit=1 bash -c '[ $SLURM_PROCID = 0 ] || exit 7; sleep 300'"
     job = cluster.sbatch(script(tmp_path, body), cwd=tmp_path, options=["--nodes=2", "--ntasks-per-node=1"])
     assert cluster.wait(job, timeout=20) == "FAILED"
-    assert cluster.job(job)["ExitCode"].startswith("7:")
+    # srun exits with the highest code of its tasks, and one ended with TERM or KILL counts as 143 or 137: the 7 is lost.
+    assert cluster.job(job)["ExitCode"] in {"143:0", "137:0"}
 
 
 def test_stop_leaves_no_process(slurm_programs: None, tmp_path: Path) -> None:
@@ -140,9 +141,13 @@ def test_killed_tests_leave_no_process(slurm_programs: None, tmp_path: Path) -> 
 
 
 def test_failed_start_says_why_and_leaves_no_process(slurm_programs: None, tmp_path: Path) -> None:
-    own = Cluster(tmp_path / "slurm")
-    own.env["SLURM_CONF"] = str(tmp_path / "missing.conf")
-    with pytest.raises(RuntimeError, match=r"missing\.conf"):
-        own.start()
-    own.stop()
-    assert not processes(tmp_path / "missing.conf")
+    root = tmp_path / "slurm"
+    with pytest.raises(RuntimeError, match=r"CPUs value \(-1\) is less than zero"), private_cluster(root, cpus=-1):
+        pass
+    assert not processes(root / "slurm.conf")
+
+
+@pytest.mark.parametrize("name", ["a space", "x" * 80])
+def test_root_that_slurm_cannot_use(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="no space"):
+        Cluster(tmp_path / name)
