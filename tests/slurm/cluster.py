@@ -1,7 +1,7 @@
 """A private Slurm cluster on this machine, for tests that need real jobs, requeues and signals.
 
     with private_cluster(tmp_path) as cluster:
-        job = cluster.sbatch("job.sh", "argument", cwd=tmp_path, options=["--nodes=2"])
+        job = cluster.sbatch(Path("job.sh"), "argument", cwd=tmp_path, options=["--nodes=2"])
         cluster.wait(job, "COMPLETED", timeout=30)
         print(cluster.output(job))
 
@@ -17,7 +17,6 @@ import getpass
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -33,7 +32,7 @@ FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PRE
 # not give. config_overrides takes a node's declared CPUs and memory for true, so two cores can play any machine; CR_CPU alone
 # checks memory at submission and then doesn't count it. The hosts are called localhost because the machine's own name may not
 # resolve. A scheduling delay of 0 starts jobs in about 1 s instead of 3. MinJobAge keeps ended jobs for a day, for job() and
-# output(). SlurmdTimeout is when a silent node is DOWN: it is pinged every third of that. No test sends mail.
+# output(). SlurmdTimeout makes a dead node DOWN after 20 to 30 s, pings being a third of it apart. No test sends mail.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -65,10 +64,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def missing_programs() -> list[str]:
-    return [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name, path=PATH) is None]
-
-
 class Cluster:
     def __init__(self, root: Path, nodes: int = 2, cpus: int = 4) -> None:
         self.root = root.resolve()
@@ -93,13 +88,7 @@ class Cluster:
             f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_port} CPUs={self.cpus} RealMemory=1000000"
             for node, node_port in zip(self.nodes, node_ports, strict=True)
         )
-        settings = {
-            "root": self.root,
-            "user": getpass.getuser(),
-            "listen": _listen(),
-            "port": port,
-            "nodes": nodes,
-        }
+        settings = {"root": self.root, "user": getpass.getuser(), "listen": _listen(), "port": port, "nodes": nodes}
         self.config.write_text(CONFIG.format_map(settings))
         # slurmd loads a cgroup plugin whatever the other settings; v2's needs systemd, v1's does nothing until it is used.
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
@@ -123,8 +112,7 @@ class Cluster:
         controller = self.daemons.get("slurmctld")
         if controller is not None and controller.poll() is None:
             with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):  # if it no longer answers, it is killed below
-                if jobs := self.run("squeue", "--noheader", "--format=%A").split():
-                    self.run("scancel", *jobs)
+                self.run("scancel", f"--user={getpass.getuser()}")
                 deadline = time.monotonic() + 15  # a task that ignores TERM takes 9 s
                 while self.run("squeue", "--noheader") and time.monotonic() < deadline:
                     time.sleep(0.1)
@@ -135,20 +123,19 @@ class Cluster:
                 daemon.wait(5)
         if self._guardian:
             self._guardian.communicate(b"stop\n")
+            self._guardian = None
         for daemon in self.daemons.values():
             daemon.wait()
         self.daemons.clear()
 
-    def run(self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> str:
+    def run(self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] = {}) -> str:
         """Runs one of Slurm's commands on this cluster, with `env` added to the environment, and returns what it printed."""
-        done = subprocess.run(command, cwd=cwd, env=self.env | dict(env or {}), capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, cwd=cwd, env={**self.env, **env}, capture_output=True, text=True, timeout=30)
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed: {done.stderr}")
         return done.stdout
 
-    def sbatch(
-        self, script: str | Path, *args: str, cwd: Path, options: Sequence[str] = (), env: Mapping[str, str] | None = None
-    ) -> int:
+    def sbatch(self, script: Path, *args: str, cwd: Path, options: Sequence[str] = (), env: Mapping[str, str] = {}) -> int:
         """Submits from the folder `cwd`, with `env` added to the job's environment, and returns the job id."""
         return int(self.run("sbatch", "--parsable", *options, script, *args, cwd=cwd, env=env))
 
@@ -180,6 +167,7 @@ class Cluster:
     def skip_requeue_wait(self, job_id: int) -> None:
         """Lets a requeued job start now; Slurm would keep it PENDING for the two minutes that a credential lives."""
         self.wait(job_id, "PENDING", timeout=30)
+        time.sleep(1.1)  # slurmd revoked the old credential and, counting whole seconds, refuses a new one from the same second
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def _daemon(self, name: str, *command: str) -> None:

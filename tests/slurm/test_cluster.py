@@ -28,7 +28,8 @@ def wait_for_output(cluster: Cluster, job: int, text: str) -> None:
 
 def wait_for_end(pids: list[int]) -> None:
     deadline = time.monotonic() + 10
-    while running := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+    # One that has ended and that init hasn't collected yet no longer has a program.
+    while running := [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]:
         assert time.monotonic() < deadline, running
         time.sleep(0.1)
 
@@ -121,7 +122,7 @@ def test_killed_tests_leave_no_process(slurm_programs: None, tmp_path: Path) -> 
     program = (
         "import sys, time, pathlib, cluster\n"
         "with cluster.private_cluster(pathlib.Path(sys.argv[1])) as own:\n"
-        "    own.sbatch(sys.argv[2], cwd=pathlib.Path(sys.argv[1]))\n"
+        "    own.sbatch(pathlib.Path(sys.argv[2]), cwd=pathlib.Path(sys.argv[1]))\n"
         "    print('started', flush=True)\n"
         "    time.sleep(300)\n"
     )
