@@ -1,0 +1,24 @@
+"""The private Slurm cluster as a fixture, one for all tests of this folder."""
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from cluster import PATH, Cluster, private_cluster
+
+
+@pytest.fixture(scope="session")
+def slurm_programs() -> None:
+    """Skips where Slurm isn't installed; in CI its absence is a failure, or these tests could vanish unseen."""
+    if missing := [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name, path=PATH) is None]:
+        reason = f"not installed: {', '.join(missing)}; `make slurm` installs the distribution's package slurm-wlm"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def cluster(slurm_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with private_cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
