@@ -24,7 +24,10 @@ def check_epoch(order: SampleOrder, epoch: int) -> None:
 COMBINATIONS = [
     (sizes, lanes, window, batch)
     for sizes, lanes, window, batch in itertools.product(
-        [(1,), (7,), (40,), (3, 1, 9), (10, 10, 10, 10), (1, 2, 3, 4, 5, 6, 7)], (1, 2, 3, 4, 64), (1, 2, 5, 7, 2048), (1, 2, 4, 6, 12)
+        [(1,), (7,), (40,), (3, 1, 9), (10, 10, 10, 10), (1, 2, 3, 4, 5, 6, 7)],
+        (1, 2, 3, 4, 64),
+        (1, 2, 5, 7, 2048),
+        (1, 2, 4, 6, 12),
     )
     if sum(sizes) >= batch
 ]
@@ -143,4 +146,3 @@ def test_errors_name_what_would_work() -> None:
         rank_slice(12, 0, 5)
     with pytest.raises(ValueError, match="outside of an epoch of 3 steps"):
         SampleOrder(shard_start(10), seed=0, global_batch=3).batch(0, 3)
-

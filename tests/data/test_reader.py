@@ -59,12 +59,11 @@ def test_a_failure_comes_at_its_turn_with_shard_and_sample(dataset: Index, tmp_p
     index = open_index(shutil.copytree(dataset.folder, tmp_path / "copy"))
     (index.folder / index.shards[1]).unlink()
     first_bad = int(index.shard_start[1])
-    seen = 0
     with ShardStore(index) as store, ReadAhead(store, items(100), threads=3, depth=4) as reader:
+        for _ in range(first_bad - 4):
+            next(reader)
         with pytest.raises(ValueError, match=rf"shard {index.shards[1]} of .*, sample {first_bad}: "):
-            for _ in reader:
-                seen += 1
-        assert seen == first_bad - 4
+            next(reader)
         with pytest.raises(ValueError, match="No such file"):
             next(reader)
     assert not readers()

@@ -44,7 +44,7 @@ def test_dali_reads_the_shards_by_their_idx_files(dataset: Index) -> None:
             missing_component_behavior="error",
         )
         decoded = fn.decoders.image(encoded, adjust_orientation=False)
-        pipeline.set_outputs(encoded, label, fn.shapes(decoded))
+        pipeline.set_outputs(encoded, label, decoded.shape())
     start = 0
     for _ in range(3):
         encoded_batch, labels, shapes = pipeline.run()
