@@ -157,6 +157,26 @@ def test_batches_kept_are_not_overwritten(dataset: Index, order: SampleOrder) ->
     assert all(torch.equal(images, copy) for images, copy in kept)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_graph_on_a_gpu(dataset: Index, order: SampleOrder) -> None:
+    """The decoders differ a little in chroma, the rest must not; and batches kept stay what they were."""
+    kept = []
+    for host, device in zip(train(dataset, order, steps=12), train(dataset, order, steps=12, device="cuda:0"), strict=True):
+        assert device.images.device == device.labels.device == torch.device("cuda:0")
+        assert device.images.is_contiguous(memory_format=torch.channels_last)
+        assert (device.ids == host.ids).all()
+        assert device.labels.tolist() == host.labels.tolist()
+        assert (pixels(device.images.cpu()) - pixels(host.images)).abs().mean() < 4
+        kept.append((device.images, device.images.clone()))
+    assert all(torch.equal(images, copy) for images, copy in kept)
+    for host, device in zip(
+        evaluation(dataset, image_size=64, resize=73),
+        evaluation(dataset, image_size=64, resize=73, device="cuda:0"),
+        strict=True,
+    ):
+        assert (pixels(device.images.cpu()) - pixels(host.images)).abs().mean() < 1.5
+
+
 def test_crop_resize_and_flip_are_pillows(dataset: Index, order: SampleOrder) -> None:
     for batch in train(dataset, order, steps=2, image_size=64, micro_batch=16):
         samples = dataset.samples[batch.ids]

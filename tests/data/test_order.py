@@ -1,4 +1,5 @@
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_cost_does_not_depend_on_the_step(monkeypatch: pytest.MonkeyPatch) -> No
     """Counted in permuted positions, at the size of ImageNet-22K."""
     work = []
 
-    def counting(n: int, *keys: object) -> np.ndarray:
+    def counting(n: int, *keys: Any) -> np.ndarray:
         result = permutation(n, *keys)
         work.append(result.size)
         return result

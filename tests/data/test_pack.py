@@ -98,3 +98,4 @@ def test_errors(source: Path, tmp_path: Path) -> None:
     (tmp_path / "bad" / "x" / "y.jpg").write_text("no")
     with pytest.raises(ValueError, match="no image to write"):
         pack(tmp_path / "bad", tmp_path / "out")
+    assert "x/y.jpg" in (tmp_path / "out" / "rejected.jsonl").read_text()

@@ -1,5 +1,6 @@
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,17 +38,19 @@ def test_dali_reads_the_shards_by_their_idx_files(dataset: Index) -> None:
     paths = [dataset.folder / shard for shard in dataset.shards]
     pipeline = Pipeline(batch_size=50, num_threads=1, device_id=None)
     with pipeline:
-        encoded, label = fn.readers.webdataset(
+        outputs: Any = fn.readers.webdataset(
             paths=[str(path) for path in paths],
             index_paths=[str(path.with_suffix(".idx")) for path in paths],
             ext=["jpg", "cls"],
             missing_component_behavior="error",
         )
-        decoded = fn.decoders.image(encoded, adjust_orientation=False)
+        encoded, label = outputs
+        decoded: Any = fn.decoders.image(encoded, adjust_orientation=False)
         pipeline.set_outputs(encoded, label, decoded.shape())
     start = 0
     for _ in range(3):
-        encoded_batch, labels, shapes = pipeline.run()
+        run: Any = pipeline.run()
+        encoded_batch, labels, shapes = run
         for place in range(50):
             row = dataset.samples[start + place]
             assert encoded_batch.at(place).size == row["size"]

@@ -47,7 +47,7 @@ def test_the_mean_colour_does_not_give_the_class_away() -> None:
         pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.float32).reshape(-1, 3)
         features.append(pixels.mean(axis=0))
         labels.append(label)
-    colour, label = np.array(features), np.array(labels)
-    centroids = np.array([colour[:600][label[:600] == number].mean(axis=0) for number in range(10)])
+    colour, classes = np.array(features), np.array(labels)
+    centroids = np.array([colour[:600][classes[:600] == number].mean(axis=0) for number in range(10)])
     nearest = np.linalg.norm(colour[600:, None] - centroids, axis=2).argmin(axis=1)
-    assert (nearest == label[600:]).mean() < 0.25
+    assert (nearest == classes[600:]).mean() < 0.25
