@@ -113,7 +113,7 @@ class _Loader:
                 dtype=DALIDataType.FLOAT,
                 output_layout="HWC",
             )
-            self._pipeline.set_outputs(normalised.gpu() if self.device.type == "cuda" else normalised)
+            self._pipeline.set_outputs(normalised)
         self._pipeline.build()
         self._reader = ReadAhead(self._store, work, threads=READ_THREADS, depth=READ_THREADS + 2)
 

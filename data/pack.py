@@ -72,9 +72,10 @@ def pack(
                     continue
                 yield Sample(f"{number:09d}", encoded, label)
 
-        index = write_dataset(out, samples(), classes, shard_bytes=shard_bytes, name=name)
-        publish(rejected, out / "rejected.jsonl")
-    return index
+        try:
+            return write_dataset(out, samples(), classes, shard_bytes=shard_bytes, name=name)
+        finally:
+            publish(rejected, out / "rejected.jsonl")
 
 
 def as_jpeg(encoded: bytes) -> bytes:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import webdataset
 from PIL import Image
 
 from data.index import DTYPE, publish
@@ -47,9 +46,10 @@ class Member:
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> np.ndarray:
     """Writes PATH and its .idx; gives its index rows, of index.DTYPE, in the order of the samples."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        with webdataset.TarWriter(file, encoder=False, mtime=0, user="data", group="data", mode=0o644) as tar:
+    from webdataset import TarWriter  # imports torch, which takes seconds and which only writing is worth
+
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        with TarWriter(file, encoder=False, mtime=0, user="data", group="data", mode=0o644) as tar:
             for sample in samples:
                 tar.write({"__key__": sample.key, "jpg": sample.jpeg, "cls": str(sample.label).encode()})
         publish(file, path)

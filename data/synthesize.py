@@ -23,8 +23,8 @@ from data.shards import Sample
 SHARD_BYTES = 1 << 20
 GREY_SHARE = 0.06
 
-# A pattern gives a signed field over coordinates (u, v), turned and scaled so that the image's shorter side spans about [-1,
-# 1]: positive inside. Shapes repeat on a coarse grid, so a crop holds at least one.
+# A pattern is a function of coordinates (u, v), turned and scaled so that the image's shorter side spans about [-1, 1], to a
+# signed distance: positive inside. Shapes repeat on a coarse grid, so a crop holds at least one.
 Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 

@@ -1,0 +1,25 @@
+"""A small dataset of several shards for the tests of this folder."""
+
+from pathlib import Path
+
+import pytest
+
+from data.index import Index
+from data.pack import write_dataset
+from data.shards import Sample
+from data.synthesize import PATTERNS, images
+
+
+def make_dataset(out: Path, count: int, *, shard_bytes: int = 150_000, seed: int = 0) -> Index:
+    """A dataset of `count` drawn images of 10 classes in OUT, about 20 a shard."""
+    out.mkdir()
+    samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(images(10, count, seed, 0)))
+    return write_dataset(out, samples, list(PATTERNS), shard_bytes=shard_bytes, name="train")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """150 images in several shards; not to be changed."""
+    index = make_dataset(tmp_path_factory.mktemp("data") / "train", 150)
+    assert len(index.shards) >= 5
+    return index
