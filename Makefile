@@ -1,0 +1,47 @@
+# make demo          the main job, small, on this machine (GPUs where there are some)
+# make test          all tests but the long sweeps
+# make test-fast     those that take seconds
+# make test-full     the long sweeps as well
+# make lint          format, lint, types
+# make setup         .venv with everything pinned; the others do it first
+# make slurm         Slurm from the distribution's packages, for the cluster tests (root or sudo)
+# make requirements  requirements.txt anew from pyproject.toml
+
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+RUN := .venv/bin/python
+READY := .venv/.ready
+
+.PHONY: setup demo test test-fast test-full lint slurm requirements
+
+setup: $(READY)
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=…" >&2; exit 2; }
+	$(PYTHON) -m venv .venv || { echo "error: the venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(RUN) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	.venv/bin/uv pip install --quiet --python $(RUN) -r requirements.txt
+	@touch $@
+
+demo: $(READY)
+	@$(RUN) -m examples.demo
+
+test: $(READY) slurm
+	$(RUN) -m pytest -m "not full"
+
+test-fast: $(READY)
+	$(RUN) -m pytest -m "not full and not slow and not slurm"
+
+test-full: $(READY) slurm
+	$(RUN) -m pytest
+
+lint: $(READY)
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+slurm:
+	@tests/slurm/install.sh
+
+requirements: $(READY)
+	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-emit-index-url --no-header --quiet -o requirements.txt
