@@ -22,9 +22,7 @@ from data.verify import stats, verify
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m data", description="From images to batches: pack, check and inspect datasets."
-    )
+    top = argparse.ArgumentParser(prog="python -m data", description="From images to batches: pack, check and inspect datasets.")
     commands = top.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("pack", help="pack SOURCE/CLASS/IMAGE files into shards")
@@ -33,9 +31,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--shard-mb", type=float, default=SHARD_BYTES / 2**20, help="size of a shard in MiB (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of the order in which files are packed")
     command.add_argument("--name", default="train", help="what shards are called: NAME-00000.tar (%(default)s)")
-    command.add_argument(
-        "--classes-of", type=Path, metavar="FOLDER", help="take the classes, and so the labels, of this dataset"
-    )
+    command.add_argument("--classes-of", type=Path, metavar="FOLDER", help="take the classes, and so the labels, of this dataset")
 
     command = commands.add_parser("synthesize", help="draw a small dataset, OUT/train and OUT/val")
     command.add_argument("out", type=Path)

@@ -65,8 +65,7 @@ def write_index(folder: Path, shards: Sequence[str], rows: Sequence[np.ndarray],
         "classes": len(classes),
         "fingerprint": fingerprint(samples, shards),
         "shards": [
-            {"name": name, "samples": len(part), "bytes": (folder / name).stat().st_size}
-            for name, part in zip(shards, rows, strict=True)
+            {"name": name, "samples": len(part), "bytes": (folder / name).stat().st_size} for name, part in zip(shards, rows, strict=True)
         ],
     }
     with open(folder / "index.npy.tmp", "wb") as file:
@@ -107,9 +106,7 @@ def open_index(folder: str | os.PathLike[str]) -> Index:
         description = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
         classes = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{folder}: dataset.json or classes.json is damaged ({error}); pack or copy the dataset again"
-        ) from error
+        raise ValueError(f"{folder}: dataset.json or classes.json is damaged ({error}); pack or copy the dataset again") from error
 
     faults = []
     for shard in description["shards"]:

@@ -1,11 +1,11 @@
 """From an index and an order to batches on the device: DALI's graph, what feeds it, and the two iterators over it.
 
-    with TrainLoader(index, order, image_size=224, micro_batch=64, rank=rank, ranks=ranks, seed=0, device="cuda:0", threads=8,
-                     mean=IMAGENET_MEAN, std=IMAGENET_STD, start_step=step, steps=total_steps) as loader:
+    settings = DataConfig(image_size=224)
+    with TrainLoader(index, order, settings, micro_batch=64, rank=rank, ranks=ranks, device=device, start=step, end=total) as loader:
         for batch in loader:                       # global_batch / ranks / micro_batch of these make one step
             images, targets, weight = mix_pairs(batch.images, batch.labels, batch.mix)
 
-    with EvalLoader(index, image_size=224, resize=256, …) as loader:
+    with EvalLoader(index, settings, micro_batch=64, rank=rank, ranks=ranks, device=device) as loader:
         for batch in loader: …                     # every sample once over all ranks; the last batch may be smaller
 
 One pipeline serves a whole training; epochs end without a rebuild. Threads read encoded images ahead and compute what is done
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,12 +32,8 @@ from data.augment import Mix, flip, mix_parameters, random_resized_crop
 from data.index import Index, key
 from data.order import SampleOrder, evaluation_ids, rank_slice
 from data.reader import ReadAhead
+from data.settings import DataConfig
 from data.store import ShardStore
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-READ_THREADS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,41 +77,36 @@ class _Loader:
         work: Iterator[MicroBatch],
         graph: Graph,
         dtypes: Sequence[Any],
+        settings: DataConfig,
         *,
         max_batch: int,
-        device: str,
-        threads: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        device: torch.device,
     ) -> None:
-        self.index = index
-        self.device = torch.device(device)
+        self.index, self.settings, self.device = index, settings, device
         self._store = ShardStore(index)
         self._inside: deque[MicroBatch] = deque()  # given to DALI, not yet come out
         # With the dynamic executor every output owns its memory (the others reuse theirs), so batches need no copy.
         self._pipeline: Pipeline | None = Pipeline(
             batch_size=max_batch,
-            num_threads=threads,
+            num_threads=settings.decode_threads,
             device_id=self.device.index if self.device.type == "cuda" else None,
             prefetch_queue_depth=2,
             exec_dynamic=True,
         )
         with self._pipeline:
-            inputs = fn.external_source(
-                self._feed, num_outputs=1 + len(dtypes), batch=True, dtype=[DALIDataType.UINT8, *dtypes]
-            )
+            inputs = fn.external_source(self._feed, num_outputs=1 + len(dtypes), batch=True, dtype=[DALIDataType.UINT8, *dtypes])
             images, mirror = graph(*inputs)
             normalised = fn.crop_mirror_normalize(
                 images,
                 mirror=mirror,
-                mean=[255 * value for value in mean],
-                std=[255 * value for value in std],
+                mean=[255 * value for value in settings.mean],
+                std=[255 * value for value in settings.std],
                 dtype=DALIDataType.FLOAT,
                 output_layout="HWC",
             )
             self._pipeline.set_outputs(normalised)
         self._pipeline.build()
-        self._reader = ReadAhead(self._store, work, threads=READ_THREADS, depth=READ_THREADS + 2)
+        self._reader = ReadAhead(self._store, work, threads=settings.read_threads, depth=settings.read_threads + 2)
 
     def _feed(self) -> list[Any]:
         item, images = next(self._reader)
@@ -174,78 +165,50 @@ class _Loader:
 
 
 class TrainLoader(_Loader):
-    """One rank's micro-batches of the steps start_step to steps - 1, in slot order.
+    """One rank's micro-batches of the steps `start` to `end` - 1, in slot order.
 
-    `mixup` and `cutmix` are the alphas of their Beta distributions; with both 0, batches come with mix None. `mean` and `std`
-    are in units of full intensity, as timm's. `threads` is the number of DALI's CPU threads.
-
-    Raises ValueError when ranks and micro_batch do not divide the global batch, or when pairs would be torn apart.
+    With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch.
     """
 
     def __init__(
         self,
         index: Index,
         order: SampleOrder,
+        settings: DataConfig,
         *,
-        image_size: int,
         micro_batch: int,
         rank: int,
         ranks: int,
-        seed: int,
-        device: str,
-        threads: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        mix_switch: float = 0.5,
-        start_step: int = 0,
-        steps: int,
+        device: torch.device,
+        start: int = 0,
+        end: int,
     ) -> None:
-        self.order = order
-        self.image_size = image_size
-        self.micro_batch = micro_batch
-        self.seed = seed
+        self.order, self.micro_batch = order, micro_batch
         self.slots = rank_slice(order.global_batch, rank, ranks)
-        self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
-        self.mixup, self.cutmix, self.mix_switch = mixup, cutmix, mix_switch
-        self.mixes = mixup > 0 or cutmix > 0
-        self.accumulation = accumulation(order.global_batch, ranks, micro_batch, pairs=self.mixes)
-        super().__init__(
-            index,
-            self._work(start_step, steps),
-            self._graph,
-            (DALIDataType.INT32, DALIDataType.INT32, DALIDataType.INT32),
-            max_batch=micro_batch,
-            device=device,
-            threads=threads,
-            mean=mean,
-            std=std,
-        )
+        crop_start, crop_shape, mirror = DALIDataType.INT32, DALIDataType.INT32, DALIDataType.INT32
+        inputs = (crop_start, crop_shape, mirror)
+        super().__init__(index, self._work(start, end), self._graph, inputs, settings, max_batch=micro_batch, device=device)
 
-    def _work(self, start_step: int, steps: int) -> Iterator[MicroBatch]:
-        for step in range(start_step, steps):
+    def _work(self, start: int, end: int) -> Iterator[MicroBatch]:
+        seed, settings = self.order.seed, self.settings
+        for step in range(start, end):
             epoch, step_in_epoch = self.order.locate(step)
             own = self.order.batch(epoch, step_in_epoch)[self.slots]
-            for ids in own.reshape(self.accumulation, self.micro_batch):
+            for ids in own.reshape(-1, self.micro_batch):
                 samples = self.index.samples[ids]
-                crops = random_resized_crop(
-                    self.seed, epoch, ids, samples["width"], samples["height"], scale=self.crop_scale, ratio=self.crop_ratio
-                )
-                mirror = flip(self.seed, epoch, ids, self.flip).astype(np.int32)
+                width, height = samples["width"], samples["height"]
+                crops = random_resized_crop(seed, epoch, ids, width, height, scale=settings.crop_area, ratio=settings.crop_ratio)
+                mirror = flip(seed, epoch, ids, settings.flip).astype(np.int32)
                 mix = None
-                if self.mixes:
+                if settings.mixup or settings.cutmix:
                     mix = mix_parameters(
-                        self.seed,
+                        seed,
                         epoch,
                         ids[::2],
-                        image_size=self.image_size,
-                        mixup=self.mixup,
-                        cutmix=self.cutmix,
-                        switch=self.mix_switch,
+                        image_size=settings.image_size,
+                        mixup=settings.mixup,
+                        cutmix=settings.cutmix,
+                        switch=settings.mix_switch,
                     )
                 parameters = (np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), mirror)
                 yield MicroBatch(ids, parameters, mix, epoch, step)
@@ -260,57 +223,31 @@ class TrainLoader(_Loader):
             output_type=DALIImageType.RGB,
             adjust_orientation=False,  # the index, and so the crop, speaks of the image as it is stored
         )
-        size = [self.image_size, self.image_size]
+        size = [self.settings.image_size] * 2
         return fn.resize(crops, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True), mirror
 
 
 class EvalLoader(_Loader):
     """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0.
 
-    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to `resize` pixels, then
-    the central square of `image_size`; with resize="squash" straight to image_size x image_size. A rank without samples
+    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop,
+    then the central square of image_size; with eval_resize "squash" straight to image_size x image_size. A rank without samples
     yields nothing.
-
-    Raises ValueError when the square does not fit into the resized image.
     """
 
-    def __init__(
-        self,
-        index: Index,
-        *,
-        image_size: int,
-        resize: int | Literal["squash"] = 256,
-        micro_batch: int,
-        rank: int,
-        ranks: int,
-        device: str,
-        threads: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ) -> None:
-        if resize != "squash" and resize < image_size:
-            raise ValueError(f"resize {resize} is smaller than the image size {image_size} that is to be cut from it")
-        self.image_size = image_size
-        self.resize = resize
+    def __init__(self, index: Index, settings: DataConfig, *, micro_batch: int, rank: int, ranks: int, device: torch.device) -> None:
         self.micro_batch = micro_batch
-        super().__init__(
-            index,
-            self._work(evaluation_ids(len(index), rank, ranks)),
-            self._graph,
-            (DALIDataType.FLOAT, DALIDataType.INT32),
-            max_batch=micro_batch,
-            device=device,
-            threads=threads,
-            mean=mean,
-            std=std,
-        )
+        own = evaluation_ids(len(index), rank, ranks)
+        resized_to, corner = DALIDataType.FLOAT, DALIDataType.INT32
+        inputs = (resized_to, corner)
+        super().__init__(index, self._work(own), self._graph, inputs, settings, max_batch=micro_batch, device=device)
 
     def _work(self, own: np.ndarray) -> Iterator[MicroBatch]:
         for step, start in enumerate(range(0, len(own), self.micro_batch)):
             ids = own[start : start + self.micro_batch]
             samples = self.index.samples[ids]
-            size = resized_shape(samples["width"], samples["height"], self.image_size, self.resize)
-            corner = np.rint((size - self.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
+            size = resized_shape(samples["width"], samples["height"], self.settings)
+            corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
             yield MicroBatch(ids, (size.astype(np.float32), corner), step=step)
 
     def _graph(self, encoded: Any, size: Any, corner: Any) -> tuple[Any, Any]:
@@ -322,39 +259,16 @@ class EvalLoader(_Loader):
             jpeg_fancy_upsampling=True,  # on a GPU: upsample chroma as libjpeg does, which Pillow and the CPU graph use
         )
         resized: Any = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
-        return fn.slice(resized, start=corner, shape=[self.image_size, self.image_size], axis_names="HW"), 0
+        return fn.slice(resized, start=corner, shape=[self.settings.image_size] * 2, axis_names="HW"), 0
 
 
-def accumulation(global_batch: int, ranks: int, micro_batch: int, *, pairs: bool) -> int:
-    """How many micro-batches each rank runs in a step. With `pairs`, micro-batches hold whole pairs of slots.
-
-    Raises ValueError, naming values that work, when the global batch can't be cut that way.
-    """
-    slots = rank_slice(global_batch, 0, ranks)
-    share = slots.stop - slots.start
-    unit = 2 if pairs else 1
-    if share % micro_batch or micro_batch % unit:
-        fit = [size for size in range(unit, share + 1, unit) if share % size == 0]
-        near = sorted(sorted(fit, key=lambda size: abs(math.log(size / micro_batch)))[:6])
-        raise ValueError(
-            f"a micro-batch of {micro_batch} does not fit: each of {ranks} ranks has {share} samples of a global batch of "
-            f"{global_batch}{', to be mixed in pairs' if pairs else ''}; "
-            + (f"micro-batches that work: {', '.join(map(str, near))}" if near else "use fewer ranks or a larger global batch")
-        )
-    return share // micro_batch
-
-
-def resized_shape(widths: np.ndarray, heights: np.ndarray, image_size: int, resize: int | Literal["squash"]) -> np.ndarray:
+def resized_shape(widths: np.ndarray, heights: np.ndarray, settings: DataConfig) -> np.ndarray:
     """(height, width) after the resize of evaluation, int64 (n, 2).
 
-    As in torchvision's Resize, which timm uses: the shorter side becomes `resize`, the longer one int(resize * long / short).
+    As in timm: the shorter side becomes floor(image_size / eval_crop), 256 for 224 and 0.875, and the longer one, as in
+    torchvision's Resize, int(shorter * long / short).
     """
     sides = np.stack([heights, widths], axis=1).astype(np.int64)
-    if resize == "squash":
-        return np.full_like(sides, image_size)
-    return resize * sides // sides.min(axis=1, keepdims=True)
-
-
-def shorter_side(image_size: int, crop_pct: float) -> int:
-    """The `resize` that belongs to timm's crop_pct: 256 for 224 and 0.875."""
-    return math.floor(image_size / crop_pct)
+    if settings.eval_resize == "squash":
+        return np.full_like(sides, settings.image_size)
+    return math.floor(settings.image_size / settings.eval_crop) * sides // sides.min(axis=1, keepdims=True)

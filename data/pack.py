@@ -48,9 +48,7 @@ def pack(
     classes = sorted(folders) if classes is None else list(classes)
     unknown = sorted(folders.keys() - set(classes))
     if unknown:
-        raise ValueError(
-            f"{source}: class folders that are not among the {len(classes)} given classes: {', '.join(unknown[:5])}"
-        )
+        raise ValueError(f"{source}: class folders that are not among the {len(classes)} given classes: {', '.join(unknown[:5])}")
     files = [
         (path, label)
         for label, folder in enumerate(classes)

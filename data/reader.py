@@ -42,9 +42,7 @@ class ReadAhead(Generic[Item]):
         self._results: dict[int, tuple[Item, list[np.ndarray]] | BaseException] = {}
         self._given = 0
         self._closed = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True) for number in range(threads)
-        ]
+        self._threads = [threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True) for number in range(threads)]
         for thread in self._threads:
             thread.start()
 

@@ -18,6 +18,8 @@ from typing import Any, Literal
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.settings import DataConfig
+
 COMMAND_LINE = "command line"
 
 
@@ -36,28 +38,6 @@ class ModelConfig:
     classes: int = MISSING  # outputs of the head
     drop_path: float = 0.0  # stochastic depth of the last block; rises linearly from 0 over all blocks
     init_from: str | None = None  # weights to start from: an exported file or a run directory; a head of other classes starts anew
-
-
-@dataclass
-class DataConfig:
-    train: str = MISSING  # folder of packed shards (python -m data pack)
-    val: str | None = None  # folder of packed shards to evaluate on; none: no evaluation
-    image_size: int = 224
-    crop_area: tuple[float, float] = (0.08, 1.0)  # random resized crop: share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and its width to height
-    flip: float = 0.5  # probability of a horizontal flip
-    mixup: float = 0.8  # alpha of mixup's Beta distribution; 0: off
-    cutmix: float = 1.0  # alpha of cutmix's; 0: off
-    mix_switch: float = 0.5  # probability of cutmix where both are on
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    eval_resize: Literal["crop", "squash"] = "crop"  # shorter side to size / eval_crop and a centre crop, or straight to the size
-    eval_crop: float = 0.875
-    lanes: int = 64  # streams of shards that one global batch mixes
-    window: int = 2048  # samples of a lane that are shuffled together
-    decode_threads: int = 4  # DALI's CPU threads, a rank
-    read_threads: int = 8  # threads that read encoded images, a rank
-    read_ahead: int = 4  # micro-batches read ahead of need
 
 
 @dataclass
@@ -307,7 +287,6 @@ def _invalid(config: Config) -> list[tuple[str, str]]:
     )
     positive += (
         "data.read_threads",
-        "data.read_ahead",
         "engine.micro_batch",
         "optim.lr",
         "run.log_every",

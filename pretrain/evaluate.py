@@ -36,21 +36,7 @@ def evaluate(model: nn.Module, config: Config, device: torch.device) -> dict[str
     index = open_index(config.data.val)
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, right, right among five, sum of losses
-    with EvalLoader(
-        index,
-        image_size=config.data.image_size,
-        resize=config.data.eval_resize,
-        crop=config.data.eval_crop,
-        micro_batch=config.engine.micro_batch,
-        rank=rank,
-        ranks=ranks,
-        device=device,
-        decode_threads=config.data.decode_threads,
-        read_threads=config.data.read_threads,
-        read_ahead=config.data.read_ahead,
-        mean=config.data.mean,
-        std=config.data.std,
-    ) as loader:
+    with EvalLoader(index, config.data, micro_batch=config.engine.micro_batch, rank=rank, ranks=ranks, device=device) as loader:
         for batch in loader:
             with autocast(device, config.engine.precision):
                 logits = model(batch.images).float()

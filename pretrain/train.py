@@ -27,10 +27,10 @@ from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.evaluate import build_model, evaluate, fill
+from pretrain.export import start_from
 from pretrain.faults import EXIT_AGAIN, StopSignals
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate
-from pretrain.export import start_from
 
 
 def train(config: Config) -> int:
@@ -123,12 +123,8 @@ def train(config: Config) -> int:
 
     # ---------------------------------------------------------------- the loop
     loader = TrainLoader(
-        index, order, image_size=config.data.image_size, micro_batch=config.engine.micro_batch, rank=rank, ranks=ranks,
-        device=device, start_step=step, end_step=total, crop_area=config.data.crop_area, crop_ratio=config.data.crop_ratio,
-        flip=config.data.flip, mixup=config.data.mixup, cutmix=config.data.cutmix, mix_switch=config.data.mix_switch,
-        mean=config.data.mean, std=config.data.std, decode_threads=config.data.decode_threads,
-        read_threads=config.data.read_threads, read_ahead=config.data.read_ahead,
-    )  # fmt: skip
+        index, order, config.data, micro_batch=config.engine.micro_batch, rank=rank, ranks=ranks, device=device, start=step, end=total
+    )
     interval = Interval(device)
     evaluation = None
     stopping = False

@@ -279,9 +279,7 @@ class VAN(nn.Module):
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
+    def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Removes the stages behind the last one named, and the head; returns the indices of the stages named.
 
         Every stage keeps its norm, so `prune_norm` changes nothing.

@@ -34,7 +34,9 @@ def run_on_ranks(ranks: int, function: str, **kwargs: Any) -> list[Any]:
         finally:
             for process in processes:
                 process.kill()
-        failed = [f"rank {rank} ended with {code}:\n{Path(folder, f'{rank}.log').read_text()[-4000:]}" for rank, code in enumerate(codes) if code]
+        failed = [
+            f"rank {rank} ended with {code}:\n{Path(folder, f'{rank}.log').read_text()[-4000:]}" for rank, code in enumerate(codes) if code
+        ]
         assert not failed, "\n".join(failed)
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(ranks)]
 

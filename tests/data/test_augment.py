@@ -97,10 +97,7 @@ def test_boxes_are_timms() -> None:
     mix = mix_parameters(0, 0, np.arange(count), image_size=size, mixup=0.0, cutmix=1.0)
     np.random.seed(0)
     theirs = np.array(
-        [
-            (*box, lam)
-            for box, lam in (cutmix_bbox_and_lam((3, size, size), lam) for lam in np.random.default_rng(0).beta(1, 1, count))
-        ]
+        [(*box, lam) for box, lam in (cutmix_bbox_and_lam((3, size, size), lam) for lam in np.random.default_rng(0).beta(1, 1, count))]
     )
     y0, y1, x0, x1 = mix.box.T
     assert ((y0 >= 0) & (y0 <= y1) & (y1 <= size) & (x0 >= 0) & (x0 <= x1) & (x1 <= size)).all()

@@ -36,9 +36,7 @@ def test_fingerprint_sees_rows_and_names(dataset: Index) -> None:
     rows = np.array(dataset.samples)
     rows["label"][3] += 1
     renamed = ["x", *dataset.shards[1:]]
-    assert (
-        len({fingerprint(dataset.samples, dataset.shards), fingerprint(rows, dataset.shards), fingerprint(rows, renamed)}) == 3
-    )
+    assert len({fingerprint(dataset.samples, dataset.shards), fingerprint(rows, dataset.shards), fingerprint(rows, renamed)}) == 3
 
 
 def test_a_missing_or_cut_shard_is_named(copy: Path, dataset: Index) -> None:

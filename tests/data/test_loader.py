@@ -14,9 +14,10 @@ from timm.data import create_transform
 
 from data.augment import flip, random_resized_crop
 from data.index import Index, open_index
-from data.loader import IMAGENET_MEAN, IMAGENET_STD, Batch, EvalLoader, TrainLoader, accumulation, resized_shape, shorter_side
-from data.order import SampleOrder, rank_slice
+from data.loader import Batch, EvalLoader, TrainLoader, resized_shape
+from data.order import SampleOrder
 from data.pack import write_dataset
+from data.settings import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from data.shards import Sample
 from data.store import ShardStore
 
@@ -29,23 +30,23 @@ def order(dataset: Index) -> SampleOrder:
     return SampleOrder(dataset.shard_start, seed=3, global_batch=GLOBAL_BATCH, lanes=8, window=8)
 
 
+# What a test says about a loader beside the settings of its data.
+PLACE = {"micro_batch", "rank", "ranks", "device", "start", "end"}
+
+
 def train(dataset: Index, order: SampleOrder, **options: Any) -> Iterator[Batch]:
-    common: dict[str, Any] = {
-        "rank": 0,
-        "ranks": 1,
-        "seed": 7,
-        "device": "cpu",
-        "threads": 1,
-        "image_size": 32,
-        "micro_batch": 4,
-    }
-    with TrainLoader(dataset, order, mean=IMAGENET_MEAN, std=IMAGENET_STD, **(common | options)) as loader:
+    settings = DataConfig(**({"image_size": 32, "decode_threads": 1} | {k: v for k, v in options.items() if k not in PLACE}))
+    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu"), "micro_batch": 4}
+    place |= {k: v for k, v in options.items() if k in PLACE}
+    with TrainLoader(dataset, order, settings, **place) as loader:
         yield from loader
 
 
 def evaluation(dataset: Index, **options: Any) -> Iterator[Batch]:
-    common: dict[str, Any] = {"rank": 0, "ranks": 1, "device": "cpu", "threads": 1, "micro_batch": 8}
-    with EvalLoader(dataset, mean=IMAGENET_MEAN, std=IMAGENET_STD, **(common | options)) as loader:
+    settings = DataConfig(**({"decode_threads": 1} | {k: v for k, v in options.items() if k not in PLACE}))
+    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu"), "micro_batch": 8}
+    place |= {k: v for k, v in options.items() if k in PLACE}
+    with EvalLoader(dataset, settings, **place) as loader:
         yield from loader
 
 
@@ -83,7 +84,7 @@ def joined(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
 
 
 def test_a_batch(dataset: Index, order: SampleOrder) -> None:
-    for batch in train(dataset, order, steps=2):
+    for batch in train(dataset, order, end=2):
         assert batch.images.shape == (4, 3, 32, 32)
         assert batch.images.dtype == torch.float32
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -92,15 +93,13 @@ def test_a_batch(dataset: Index, order: SampleOrder) -> None:
         assert batch.ids.dtype == np.int64
         assert batch.mix is not None
         assert batch.mix.lam.shape == (2,)
-    assert all(batch.mix is None for batch in train(dataset, order, steps=1, mixup=0.0, cutmix=0.0))
+    assert all(batch.mix is None for batch in train(dataset, order, end=1, mixup=0.0, cutmix=0.0))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_the_first_50_global_batches_for_any_number_of_ranks(dataset: Index, order: SampleOrder, ranks: int) -> None:
     micro_batch = GLOBAL_BATCH // ranks
-    loaders = [
-        train(dataset, order, rank=rank, ranks=ranks, steps=50, micro_batch=micro_batch, image_size=8) for rank in range(ranks)
-    ]
+    loaders = [train(dataset, order, rank=rank, ranks=ranks, end=50, micro_batch=micro_batch, image_size=8) for rank in range(ranks)]
     for step in range(50):
         batches = [next(loader) for loader in loaders]
         epoch, step_in_epoch = order.locate(step)
@@ -112,7 +111,7 @@ def test_the_first_50_global_batches_for_any_number_of_ranks(dataset: Index, ord
 
 @pytest.mark.parametrize("start", [1, 8, 9, 10, 31])
 def test_a_restart_at_any_step(dataset: Index, order: SampleOrder, start: int) -> None:
-    batches = steps_of(train(dataset, order, start_step=start, steps=start + 3, image_size=8))
+    batches = steps_of(train(dataset, order, start=start, end=start + 3, image_size=8))
     assert list(batches) == [start, start + 1, start + 2]
     for step, parts in batches.items():
         epoch, step_in_epoch = order.locate(step)
@@ -122,36 +121,35 @@ def test_a_restart_at_any_step(dataset: Index, order: SampleOrder, start: int) -
 
 @pytest.mark.parametrize(
     "options",
-    [{"micro_batch": 16}, {"micro_batch": 2, "threads": 2}, {"start_step": 5}, {"ranks": 2, "micro_batch": 8}, {"ranks": 4}],
+    [{"micro_batch": 16}, {"micro_batch": 2, "decode_threads": 2}, {"start": 5}, {"ranks": 2, "micro_batch": 8}, {"ranks": 4}],
     ids=str,
 )
 def test_images_are_identical_however_they_are_loaded(dataset: Index, order: SampleOrder, options: dict[str, int]) -> None:
     """Bit for bit, over the end of an epoch."""
     steps = order.steps_per_epoch + 2
-    expected = steps_of(train(dataset, order, steps=steps))
+    expected = steps_of(train(dataset, order, end=steps))
     ranks = options.get("ranks", 1)
-    found = [steps_of(train(dataset, order, steps=steps, rank=rank, **options)) for rank in range(ranks)]
-    for step in range(options.get("start_step", 0), steps):
+    found = [steps_of(train(dataset, order, end=steps, rank=rank, **options)) for rank in range(ranks)]
+    for step in range(options.get("start", 0), steps):
         parts = [part for rank in range(ranks) for part in found[rank][step]]
         for one, other in zip(joined(expected[step]), joined(parts), strict=True):
             assert torch.equal(one, other)
 
 
 def test_another_epoch_or_seed_augments_otherwise(dataset: Index) -> None:
-    whole = SampleOrder(dataset.shard_start, seed=0, global_batch=150)
-
-    def first_sample(**options: int) -> torch.Tensor:
+    def first_sample(seed: int = 7, **options: int) -> torch.Tensor:
+        whole = SampleOrder(dataset.shard_start, seed=seed, global_batch=150)
         (batch,) = train(dataset, whole, micro_batch=150, **options)
         return batch.images[int(np.flatnonzero(batch.ids == 7)[0])]
 
-    base = first_sample(steps=1)
-    assert not torch.equal(base, first_sample(start_step=1, steps=2))
-    assert not torch.equal(base, first_sample(steps=1, seed=8))
-    assert torch.equal(base, first_sample(steps=1, threads=2))
+    base = first_sample(end=1)
+    assert not torch.equal(base, first_sample(start=1, end=2))
+    assert not torch.equal(base, first_sample(end=1, seed=8))
+    assert torch.equal(base, first_sample(end=1, decode_threads=2))
 
 
 def test_batches_kept_are_not_overwritten(dataset: Index, order: SampleOrder) -> None:
-    kept = [(batch.images, batch.images.clone()) for batch in train(dataset, order, steps=20)]
+    kept = [(batch.images, batch.images.clone()) for batch in train(dataset, order, end=20)]
     gc.collect()
     assert len({images.data_ptr() for images, _ in kept}) == len(kept)
     assert all(torch.equal(images, copy) for images, copy in kept)
@@ -161,7 +159,7 @@ def test_batches_kept_are_not_overwritten(dataset: Index, order: SampleOrder) ->
 def test_the_same_graph_on_a_gpu(dataset: Index, order: SampleOrder) -> None:
     """The decoders differ a little in chroma, the rest must not; and batches kept stay what they were."""
     kept = []
-    for host, device in zip(train(dataset, order, steps=12), train(dataset, order, steps=12, device="cuda:0"), strict=True):
+    for host, device in zip(train(dataset, order, end=12), train(dataset, order, end=12, device=torch.device("cuda:0")), strict=True):
         assert device.images.device == device.labels.device == torch.device("cuda:0")
         assert device.images.is_contiguous(memory_format=torch.channels_last)
         assert (device.ids == host.ids).all()
@@ -170,18 +168,18 @@ def test_the_same_graph_on_a_gpu(dataset: Index, order: SampleOrder) -> None:
         kept.append((device.images, device.images.clone()))
     assert all(torch.equal(images, copy) for images, copy in kept)
     for host, device in zip(
-        evaluation(dataset, image_size=64, resize=73),
-        evaluation(dataset, image_size=64, resize=73, device="cuda:0"),
+        evaluation(dataset, image_size=64),
+        evaluation(dataset, image_size=64, device=torch.device("cuda:0")),
         strict=True,
     ):
         assert (pixels(device.images.cpu()) - pixels(host.images)).abs().mean() < 1.5
 
 
 def test_crop_resize_and_flip_are_pillows(dataset: Index, order: SampleOrder) -> None:
-    for batch in train(dataset, order, steps=2, image_size=64, micro_batch=16):
+    for batch in train(dataset, order, end=2, image_size=64, micro_batch=16):
         samples = dataset.samples[batch.ids]
-        boxes = random_resized_crop(7, batch.epoch, batch.ids, samples["width"], samples["height"])
-        mirrored = flip(7, batch.epoch, batch.ids)
+        boxes = random_resized_crop(order.seed, batch.epoch, batch.ids, samples["width"], samples["height"])
+        mirrored = flip(order.seed, batch.epoch, batch.ids)
         for place, sample_id in enumerate(batch.ids.tolist()):
             y, x, h, w = boxes[place].tolist()
             crop = picture(dataset, sample_id).crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BICUBIC)
@@ -193,8 +191,8 @@ def test_crop_resize_and_flip_are_pillows(dataset: Index, order: SampleOrder) ->
 
 def test_crops_are_exact_to_the_pixel(dataset: Index) -> None:
     """With the size of the result equal to the crop's nothing is resampled: what is left is the decoder's own crop."""
-    whole = SampleOrder(dataset.shard_start, seed=0, global_batch=150)
-    (batch,) = train(dataset, whole, micro_batch=150, steps=1, crop_scale=(0.1, 0.5), crop_ratio=(1.0, 1.0), image_size=60)
+    whole = SampleOrder(dataset.shard_start, seed=7, global_batch=150)
+    (batch,) = train(dataset, whole, micro_batch=150, end=1, crop_area=(0.1, 0.5), crop_ratio=(1.0, 1.0), image_size=60)
     samples = dataset.samples[batch.ids]
     boxes = random_resized_crop(7, 0, batch.ids, samples["width"], samples["height"], scale=(0.1, 0.5), ratio=(1.0, 1.0))
     mirrored = flip(7, 0, batch.ids)
@@ -214,7 +212,7 @@ def test_evaluation_is_timms(dataset: Index, image_size: int, crop_pct: float) -
     transform = create_transform(
         image_size, is_training=False, interpolation="bicubic", crop_pct=crop_pct, mean=IMAGENET_MEAN, std=IMAGENET_STD
     )
-    batch = next(evaluation(dataset, image_size=image_size, resize=shorter_side(image_size, crop_pct), micro_batch=40))
+    batch = next(evaluation(dataset, image_size=image_size, eval_crop=crop_pct, micro_batch=40))
     for place, sample_id in enumerate(batch.ids.tolist()):
         expected = transform(picture(dataset, sample_id))
         assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
@@ -224,7 +222,7 @@ def test_squashed_evaluation_is_timms(dataset: Index) -> None:
     transform = create_transform(
         96, is_training=False, interpolation="bicubic", crop_pct=1.0, crop_mode="squash", mean=IMAGENET_MEAN, std=IMAGENET_STD
     )
-    batch = next(evaluation(dataset, image_size=96, resize="squash", micro_batch=40))
+    batch = next(evaluation(dataset, image_size=96, eval_resize="squash", micro_batch=40))
     for place, sample_id in enumerate(batch.ids.tolist()):
         expected = transform(picture(dataset, sample_id))
         assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
@@ -239,11 +237,11 @@ def test_exif_orientation_is_applied_nowhere(tmp_path: Path) -> None:
     image.save(encoded, "JPEG", exif=exif)
     index = write_dataset(tmp_path, [Sample("0", encoded.getvalue(), 0)], ["only"], shard_bytes=1, name="train")
     assert (index.samples["width"][0], index.samples["height"][0]) == (120, 40)
-    (batch,) = evaluation(index, image_size=40, resize=40)
+    (batch,) = evaluation(index, image_size=40, eval_crop=1.0)
     expected = torch.from_numpy(np.array(picture(index, 0))[:, 40:80]).permute(2, 0, 1).float()
     assert (pixels(batch.images[0]) - expected).abs().max() < 0.01
     order = SampleOrder(index.shard_start, seed=0, global_batch=1)
-    (batch,) = train(index, order, steps=1, micro_batch=1, mixup=0.0, cutmix=0.0, image_size=40)
+    (batch,) = train(index, order, end=1, micro_batch=1, mixup=0.0, cutmix=0.0, image_size=40)
     assert batch.images.shape == (1, 3, 40, 40)
 
 
@@ -251,7 +249,7 @@ def test_exif_orientation_is_applied_nowhere(tmp_path: Path) -> None:
 def test_evaluation_sees_every_sample_once(dataset: Index, ranks: int) -> None:
     ids = []
     for rank in range(ranks):
-        batches = list(evaluation(dataset, image_size=8, resize=8, rank=rank, ranks=ranks))
+        batches = list(evaluation(dataset, image_size=8, rank=rank, ranks=ranks))
         assert all(len(batch.ids) == 8 for batch in batches[:-1])
         assert all(len(batch.ids) == len(batch.images) == len(batch.labels) for batch in batches)
         assert all(batch.mix is None for batch in batches)
@@ -260,14 +258,13 @@ def test_evaluation_sees_every_sample_once(dataset: Index, ranks: int) -> None:
 
 
 def test_a_rank_without_samples(dataset: Index) -> None:
-    assert list(evaluation(dataset, image_size=8, resize=8, rank=150, ranks=151)) == []
+    assert list(evaluation(dataset, image_size=8, rank=150, ranks=151)) == []
 
 
 def test_resized_shape() -> None:
     width, height = np.array([500, 375, 256, 72], np.uint16), np.array([375, 500, 256, 219], np.uint16)
-    assert resized_shape(width, height, 224, 256).tolist() == [[256, 341], [341, 256], [256, 256], [778, 256]]
-    assert resized_shape(width, height, 384, "squash").tolist() == [[384, 384]] * 4
-    assert shorter_side(224, 0.875) == 256
+    assert resized_shape(width, height, DataConfig()).tolist() == [[256, 341], [341, 256], [256, 256], [778, 256]]
+    assert resized_shape(width, height, DataConfig(image_size=384, eval_resize="squash")).tolist() == [[384, 384]] * 4
 
 
 def test_an_undecodable_image_is_named(dataset: Index, order: SampleOrder, tmp_path: Path) -> None:
@@ -278,7 +275,7 @@ def test_an_undecodable_image_is_named(dataset: Index, order: SampleOrder, tmp_p
         file.seek(int(index.samples["offset"][bad]))
         file.write(b"\0" * int(index.samples["size"][bad]))
     before = threads()
-    batches = train(index, order, steps=10)
+    batches = train(index, order, end=10)
     for _ in range(13):  # slot 5 of step 3 is in the second of that step's four batches
         next(batches)
     with pytest.raises(ValueError, match=rf"can't decode sample {bad} \(key {bad:09d} in {shard}: "):
@@ -289,22 +286,10 @@ def test_an_undecodable_image_is_named(dataset: Index, order: SampleOrder, tmp_p
 
 def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
     before = threads()
-    assert len(list(train(dataset, order, steps=3, threads=2))) == 12
+    assert len(list(train(dataset, order, end=3, decode_threads=2))) == 12
     assert threads() == before
-    loader = TrainLoader(
-        dataset,
-        order,
-        image_size=8,
-        micro_batch=4,
-        rank=0,
-        ranks=1,
-        seed=0,
-        device="cpu",
-        threads=2,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        steps=1000,
-    )
+    settings = DataConfig(image_size=8, decode_threads=2)
+    loader = TrainLoader(dataset, order, settings, micro_batch=4, rank=0, ranks=1, device=torch.device("cpu"), end=1000)
     iterator = iter(loader)
     kept = next(iterator)
     assert threads() > before
@@ -312,15 +297,3 @@ def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
     assert threads() == before
     assert next(iterator, None) is None
     assert kept.images.isfinite().all()
-
-
-def test_what_can_not_divide_is_an_error_that_names_what_can() -> None:
-    assert accumulation(8192, 64, 64, pairs=True) == 2
-    assert accumulation(12, 4, 1, pairs=False) == 3
-    with pytest.raises(ValueError, match=r"each of 4 ranks has 48 samples .* mixed in pairs; .*work: 6, 8, 12, 16, 24, 48"):
-        accumulation(192, 4, 20, pairs=True)
-    with pytest.raises(ValueError, match="use fewer ranks or a larger global batch"):
-        accumulation(12, 4, 3, pairs=True)
-    with pytest.raises(ValueError, match="numbers of ranks that work"):
-        accumulation(12, 5, 2, pairs=True)
-    assert rank_slice(12, 1, 4) == slice(3, 6)

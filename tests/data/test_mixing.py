@@ -62,9 +62,7 @@ def test_the_loss_is_that_of_the_mixed_one_hot_targets() -> None:
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
     own = F.cross_entropy(logits, targets[:, 0], reduction="none", label_smoothing=0.1)
     other = F.cross_entropy(logits, targets[:, 1], reduction="none", label_smoothing=0.1)
-    one_hot = F.one_hot(labels, 10) * weight[:, None] + F.one_hot(labels.view(3, 2).flip(1).reshape(-1), 10) * (
-        1 - weight[:, None]
-    )
+    one_hot = F.one_hot(labels, 10) * weight[:, None] + F.one_hot(labels.view(3, 2).flip(1).reshape(-1), 10) * (1 - weight[:, None])
     expected = F.cross_entropy(logits, one_hot, reduction="none", label_smoothing=0.1)
     torch.testing.assert_close(weight * own + (1 - weight) * other, expected)
 

@@ -1,6 +1,5 @@
 """Checkpoints: saved by any number of ranks in any ZeRO stage, loaded by any other; whole or passed over."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,9 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
         stats.finish()
         step += 1
     if save:
-        checkpoints.save(engine, stats, {"step": step, "optimizer_steps": zero_state.optimizer_steps(engine), "config": settings.as_dict(config)})
+        checkpoints.save(
+            engine, stats, {"step": step, "optimizer_steps": zero_state.optimizer_steps(engine), "config": settings.as_dict(config)}
+        )
         checkpoints.wait()
     # Computing with the weights shows that what was loaded reached the tensors that the model computes with.
     model.eval()

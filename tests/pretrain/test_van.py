@@ -306,9 +306,7 @@ class Contiguous(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_channels_last_from_the_first_convolution_on(
-    training: bool, autocast: bool, memory_format: torch.memory_format
-) -> None:
+def test_channels_last_from_the_first_convolution_on(training: bool, autocast: bool, memory_format: torch.memory_format) -> None:
     model = small_model(drop_path_rate=0.3).train(training)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert modules_not_channels_last(model, images().contiguous(memory_format=memory_format)) == []

@@ -49,9 +49,7 @@ BY_HAND = {
         "stages.0.patch_embed.proj.weight": "backbone.patch_embed1.projection.weight",
         "stages.1.patch_embed.norm.running_var": "backbone.patch_embed2.norm.running_var",
         "stages.2.blocks.26.attn.spatial_gating_unit.conv0.bias": "backbone.blocks3.26.attn.spatial_gating_unit.DW_conv.bias",
-        "stages.2.blocks.0.attn.spatial_gating_unit.conv_spatial.weight": (
-            "backbone.blocks3.0.attn.spatial_gating_unit.DW_D_conv.weight"
-        ),
+        "stages.2.blocks.0.attn.spatial_gating_unit.conv_spatial.weight": ("backbone.blocks3.0.attn.spatial_gating_unit.DW_D_conv.weight"),
         "stages.0.blocks.2.attn.spatial_gating_unit.conv1.weight": "backbone.blocks1.2.attn.spatial_gating_unit.conv1.weight",
         "stages.0.blocks.2.attn.proj_1.weight": "backbone.blocks1.2.attn.proj_1.weight",
         "stages.0.blocks.2.mlp.dwconv.weight": "backbone.blocks1.2.mlp.dwconv.weight",
@@ -62,9 +60,7 @@ BY_HAND = {
     "hf": {
         "stages.0.patch_embed.proj.weight": "van.encoder.stages.0.embeddings.convolution.weight",
         "stages.1.patch_embed.norm.running_mean": "van.encoder.stages.1.embeddings.normalization.running_mean",
-        "stages.2.blocks.26.norm1.num_batches_tracked": (
-            "van.encoder.stages.2.layers.26.pre_normomalization.num_batches_tracked"
-        ),
+        "stages.2.blocks.26.norm1.num_batches_tracked": ("van.encoder.stages.2.layers.26.pre_normomalization.num_batches_tracked"),
         "stages.2.blocks.26.attn.proj_1.weight": "van.encoder.stages.2.layers.26.attention.pre_projection.conv.weight",
         "stages.2.blocks.26.attn.spatial_gating_unit.conv0.bias": (
             "van.encoder.stages.2.layers.26.attention.attention_layer.attention.depth_wise.bias"
