@@ -4,7 +4,7 @@
 
 A YAML file names the one it builds on with `base:` (relative to itself); later values win, the command line's last. Every key is
 a field below, documented there. `load` raises ConfigError, which lists every problem with the key, the place it was set in and the
-nearest valid name; `plan_batches` does the arithmetic that depends on the number of ranks.
+nearest valid name; `accumulation` does the arithmetic that depends on the number of ranks.
 """
 
 import dataclasses
@@ -276,23 +276,8 @@ def _invalid(config: Config) -> list[tuple[str, str]]:
         wrong.append(("model.init_from", "no such file or run directory"))
     if config.engine.zero_stage not in (0, 1, 2, 3):
         wrong.append(("engine.zero_stage", "must be 0, 1, 2 or 3"))
-    positive = (
-        "global_batch",
-        "epochs",
-        "model.classes",
-        "data.image_size",
-        "data.lanes",
-        "data.window",
-        "data.decode_threads",
-    )
-    positive += (
-        "data.read_threads",
-        "engine.micro_batch",
-        "optim.lr",
-        "run.log_every",
-        "run.save_every",
-        "run.keep",
-    )
+    positive = ["global_batch", "epochs", "model.classes", "data.image_size", "data.lanes", "data.window", "data.decode_threads"]
+    positive += ["data.read_threads", "engine.micro_batch", "optim.lr", "run.log_every", "run.save_every", "run.keep"]
     wrong += [(key, "must be more than 0") for key in positive if _get(config, key) <= 0]
     if config.steps is not None and config.steps <= 0:
         wrong.append(("steps", "must be more than 0"))

@@ -7,6 +7,7 @@ DeepSpeed's own bf16 mode would hold BatchNorm's statistics in bf16. Gradients a
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +35,8 @@ def start(engine: EngineConfig) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
+    # torch's own deprecation, of what DeepSpeed calls in every step.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
     # On a CPU DeepSpeed would compile a collective of its own, which needs a C++ compiler; gloo's serve.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -64,6 +67,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def build(config: Config, model: nn.Module, accumulation: int) -> Any:
     """Wraps the model in DeepSpeed's engine, with its optimizer's states created."""
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     optimizer = AdamW(
         parameter_groups(model, config.optim.weight_decay),
@@ -77,13 +81,13 @@ def build(config: Config, model: nn.Module, accumulation: int) -> Any:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optim.clip_grad,
         "zero_optimization": {"stage": config.engine.zero_stage},
-        "zero_allow_untested_optimizer": True,  # pretrain.optim.AdamW, a torch.optim.AdamW
         "torch_autocast": {
             "enabled": config.engine.precision != "fp32",
             "dtype": str(PRECISIONS[config.engine.precision]).removeprefix("torch."),
             "lower_precision_safe_modules": [],
         },
     }
+    ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)  # it steps as torch.optim.AdamW, which is on DeepSpeed's list
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     zero_state.start_optimizer(engine)
     return engine

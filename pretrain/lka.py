@@ -14,6 +14,8 @@ import math
 import torch
 from torch import nn
 
+from pretrain.depthwise import DepthwiseConv2d
+
 
 class LKA(nn.Module):
     """Multiplies its input by an attention map computed from a K x K neighbourhood of each position.
@@ -24,17 +26,23 @@ class LKA(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 21, dilation: int = 3) -> None:
         super().__init__()
-        near = 2 * dilation - 1
+        self.conv0 = DepthwiseConv2d(dim, 2 * dilation - 1)
         far = math.ceil(kernel_size / dilation)
-        # The spatial size is kept for every K and d. The dilated kernel needs `around` rows and columns of padding in all.
-        # Where that is odd (an even kernel, an odd d) no number does, and "same" gives the right and the bottom one more.
-        around = dilation * (far - 1)
-        padding = around // 2 if around % 2 == 0 else "same"
-        self.conv0 = nn.Conv2d(dim, dim, near, padding=dilation - 1, groups=dim)
-        self.conv_spatial = nn.Conv2d(dim, dim, far, padding=padding, dilation=dilation, groups=dim)
+        self.conv_spatial = DepthwiseConv2d(dim, far, dilation) if far % 2 else _even(dim, far, dilation)
         self.conv1 = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
         attention = self.conv1(self.conv_spatial(self.conv0(x)))
         return x * attention
+
+
+def _even(dim: int, kernel_size: int, dilation: int) -> nn.Conv2d:
+    """A depth-wise convolution of an even size, which has no middle, and keeps the map's size all the same.
+
+    It needs dilation * (kernel_size - 1) rows and columns of padding in all. Where that is odd no number does, and "same" gives
+    the right and the bottom one more.
+    """
+    around = dilation * (kernel_size - 1)
+    padding = around // 2 if around % 2 == 0 else "same"
+    return nn.Conv2d(dim, dim, kernel_size, padding=padding, dilation=dilation, groups=dim)

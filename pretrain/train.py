@@ -7,6 +7,8 @@ when training is complete, and with 85 when it was told to stop, has saved, and 
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,10 @@ def train(config: Config) -> int:
     index = open_index(config.data.train)
     if len(index.classes) != config.model.classes:
         raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
+    if config.data.val is not None and open_index(config.data.val).classes != index.classes:
+        raise ValueError(
+            f"{config.data.val} has other classes than {config.data.train}; pack it again with --classes-of {config.data.train}"
+        )
     order = SampleOrder(index.shard_start, config.seed, config.global_batch, config.data.lanes, config.data.window)
     total = config.steps or round(config.epochs * order.steps_per_epoch)
     evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
@@ -162,10 +168,11 @@ def train(config: Config) -> int:
                 )
                 log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values)
             stopping = stop.agreed()
-            if config.data.val is not None and (step % evaluate_every == 0 or step == total):
-                evaluation = evaluate_all()
-            if stopping or step % config.run.save_every == 0 or step == total:
-                save(evaluation)
+            with interval.pausing():
+                if config.data.val is not None and (step % evaluate_every == 0 or step == total):
+                    evaluation = evaluate_all()
+                if stopping or step % config.run.save_every == 0 or step == total:
+                    save(evaluation)
         checkpoints.wait()
     log.close()
     if step == total:
@@ -197,20 +204,21 @@ class Interval:
 
     def __init__(self, device: torch.device):
         self.loss_sum = torch.zeros((), device=device)
-        self._start()
-
-    def _start(self) -> None:
-        self.loss_sum.zero_()
         self.micro_steps, self.waited, self.began = 0, 0.0, time.monotonic()
 
-    def waiting(self) -> "Interval":
-        return self
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What runs inside is waiting for data."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
 
-    def __enter__(self) -> None:
-        self._waiting_since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.waited += time.monotonic() - self._waiting_since
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What runs inside, evaluation or saving, is no time of training."""
+        began = time.monotonic()
+        yield
+        self.began += time.monotonic() - began
 
     def add(self, loss: Tensor) -> None:
         self.loss_sum += loss.detach()
@@ -228,5 +236,6 @@ class Interval:
             "data_wait": self.waited / seconds,
             "left_s": (total - step) * seconds / steps,
         }
-        self._start()
+        self.loss_sum.zero_()
+        self.micro_steps, self.waited, self.began = 0, 0.0, time.monotonic()
         return values

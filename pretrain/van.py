@@ -32,6 +32,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.depthwise import DepthwiseConv2d
 from pretrain.lka import LKA
 
 __all__ = ["VAN", "ChannelsLastConv2d"]
@@ -105,7 +106,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.dwconv = DepthwiseConv2d(hidden_dim, 3)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)

@@ -334,7 +334,8 @@ class Copies(TorchDispatchMode):
 
 
 def test_forward_makes_no_copy() -> None:
-    model, x = small_model(), images()
+    # In eval mode: in training on a CPU, depthwise.py rearranges maps on purpose. On a GPU both modes run the same operators.
+    model, x = small_model().eval(), images()
     with Copies() as copies:
         model(x)
     assert copies.found == []
