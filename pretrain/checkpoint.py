@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,11 +112,14 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             raise RuntimeError(f"the checkpoint in {self.folder} could not be written: {failure}") from failure
 
-    def load(self, engine: Any, stats: BatchStats) -> dict[str, Any] | None:
+    def load(self, engine: Any, stats: BatchStats, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Reads the newest whole checkpoint into the engine; returns its trainer.json, or None where the run has none yet.
 
+        Args:
+            identity: what can't change during a run; must be what stands in trainer.json under that name.
+
         Raises:
-            ValueError: there are checkpoints, but no whole one, or one with other states than this job keeps.
+            ValueError: there are checkpoints, but no whole one, or one of another job, or one with other states than this job keeps.
         """
         choice: list[Any] = [None]
         if self.rank == 0:
@@ -129,6 +133,11 @@ class Checkpoints:
         if choice[0] is None:
             return None
         path = choice[0]
+        trainer = json.loads((path / TRAINER).read_text())
+        before = trainer["identity"]
+        changed = [f"{key} was {before.get(key)}, is {value}" for key, value in identity.items() if before.get(key) != value]
+        if changed:
+            raise ValueError(f"{self.folder.parent} belongs to another job: {'; '.join(changed)}; give this one its own name or run.dir")
         state = _state(engine, stats)
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
         # Each kind of state is whole in a checkpoint or absent, so one missing name tells of its kind.
@@ -136,7 +145,6 @@ class Checkpoints:
         if absent:
             raise ValueError(f"{path} holds no {', '.join(absent)}, which this job keeps; was it saved with another engine.ema_decay?")
         dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=_load_planner(), process_group=self.group)
-        trainer = json.loads((path / TRAINER).read_text())
         zero_state.set_optimizer_steps(engine, trainer["optimizer_steps"])
         zero_state.publish(engine)
         return trainer
@@ -233,7 +241,9 @@ def read(path: Path, kinds: tuple[str, ...]) -> dict[str, Tensor]:
     saved: dict[str, Any] = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     wanted = {name: md for name, md in saved.items() if name.split("/")[0] in kinds}
     state = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in wanted.items()}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=_load_planner(), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=_load_planner(), no_dist=True)
     return state
 
 

@@ -29,7 +29,7 @@ class DepthwiseConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
         if self.training and x.device.type == "cpu":
-            return _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])  # type: ignore[no-any-return]
+            return _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])
         return super().forward(x)
 
 
@@ -41,7 +41,7 @@ class _TrainedOnCpu(torch.autograd.Function):
         return _same_convolution(x, weight, bias, dilation)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = None

@@ -7,7 +7,7 @@
 | official | PATH: {"state_dict": …} | the authors' VAN-Classification |
 | mmseg | PATH: {"state_dict": …} without head | the authors' VAN-Segmentation, VAN-Detection |
 | mmpretrain | PATH: {"state_dict": …} | OpenMMLab's mmpretrain |
-| timm | PATH/config.json, PATH/model.safetensors | timm.create_model("local-dir:PATH"), once pretrain.van is imported |
+| timm | PATH/config.json, PATH/model.safetensors | timm.create_model("local-dir:PATH", pretrained=True), once pretrain.van is imported |
 
 One process does it, on a CPU, without DeepSpeed. What was written is read back and compared before it gets its name.
 """

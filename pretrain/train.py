@@ -75,23 +75,15 @@ def train(config: Config) -> int:
     )
 
     # ---------------------------------------------------------------- where an earlier start of this run got to
-    # What, together with the step, decides all that follows: a run can't change it half-way.
+    # What, together with the step, decides which samples follow and how; a run can't change it half-way.
     identity = {
-        "model": config.model.name, "classes": config.model.classes, "seed": config.seed,
-        "global_batch": config.global_batch, "data": index.fingerprint, "steps": total,
+        "model": config.model.name, "classes": config.model.classes, "seed": config.seed, "steps": total,
+        "global_batch": config.global_batch, "lanes": order.lanes, "window": order.window, "data": index.fingerprint,
     }  # fmt: skip
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.run.keep, log=log.line)
-    resumed = checkpoints.load(engine, stats)
-    step = 0
-    if resumed is not None:
-        changed = [
-            f"{key} was {resumed['identity'].get(key)}, is {value}"
-            for key, value in identity.items()
-            if resumed["identity"].get(key) != value
-        ]
-        if changed:
-            raise ValueError(f"{folder} belongs to another job: {'; '.join(changed)}; give this one its own run.dir or name")
-        step = resumed["step"]
+    resumed = checkpoints.load(engine, stats, identity)
+    step, evaluation = (resumed["step"], resumed["evaluation"]) if resumed else (0, None)
+    if resumed:
         log.line(f"resumed at step {step} of {total} from a checkpoint of {resumed['ranks']} ranks, ZeRO-{resumed['zero_stage']}")
     if rank == 0:
         settings.save(config, folder / "config.yaml")
@@ -99,7 +91,7 @@ def train(config: Config) -> int:
         log.line(f"{folder} is complete: step {step} of {total}")
         return 0
 
-    def save(evaluation: dict[str, Any] | None) -> None:
+    def save() -> None:
         began = time.monotonic()
         checkpoints.save(
             engine,
@@ -132,7 +124,6 @@ def train(config: Config) -> int:
         index, order, config.data, micro_batch=config.engine.micro_batch, rank=rank, ranks=ranks, device=device, start=step, end=total
     )
     interval = Interval(device)
-    evaluation = None
     stopping = False
     log.start_progress(step, total)
     with loader, StopSignals() as stop:
@@ -172,7 +163,7 @@ def train(config: Config) -> int:
                 if config.data.val is not None and (step % evaluate_every == 0 or step == total):
                     evaluation = evaluate_all()
                 if stopping or step % config.run.save_every == 0 or step == total:
-                    save(evaluation)
+                    save()
         checkpoints.wait()
     log.close()
     if step == total:

@@ -42,7 +42,7 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     stats = BatchStats(model, config.engine.ema_decay)
     lines: list[str] = []
     checkpoints = checkpoint.Checkpoints(Path(folder), keep=3, log=lines.append)
-    trainer = checkpoints.load(engine, stats) if load else None
+    trainer = checkpoints.load(engine, stats, {}) if load else None
     step = trainer["step"] if trainer else 0
     for _ in range(steps):
         images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(step)).to(memory_format=torch.channels_last)
@@ -58,7 +58,9 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
         step += 1
     if save:
         checkpoints.save(
-            engine, stats, {"step": step, "optimizer_steps": zero_state.optimizer_steps(engine), "config": settings.as_dict(config)}
+            engine,
+            stats,
+            {"step": step, "optimizer_steps": zero_state.optimizer_steps(engine), "identity": {}, "config": settings.as_dict(config)},
         )
         checkpoints.wait()
     # Computing with the weights shows that what was loaded reached the tensors that the model computes with.
