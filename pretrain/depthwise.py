@@ -28,10 +28,13 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
-        # A 3x3 is only slow on maps that it reaches across.
-        if self.training and x.device.type == "cpu" and (self.kernel_size[0] > 3 or min(x.shape[2:]) <= self.padding[0] * 2):
-            return _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])
-        return super().forward(x)
+        if torch.jit.is_scripting():
+            return self._conv_forward(x, self.weight, self.bias)
+        else:  # TorchScript leaves out only what stands in the other branch
+            # A 3x3 is only slow on maps that it reaches across.
+            if self.training and x.device.type == "cpu" and (self.kernel_size[0] > 3 or min(x.shape[2:]) <= self.kernel_size[0] - 1):
+                return _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])
+            return super().forward(x)
 
 
 class _TrainedOnCpu(torch.autograd.Function):

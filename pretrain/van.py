@@ -26,7 +26,7 @@ from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
@@ -36,6 +36,9 @@ from pretrain.depthwise import DepthwiseConv2d
 from pretrain.lka import LKA
 
 __all__ = ["VAN", "ChannelsLastConv2d"]
+
+# How it computes depends on the input's size and device, which tracing does not know; timm's feature extraction keeps it whole.
+register_notrace_module(DepthwiseConv2d)
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -165,7 +168,7 @@ class VANStage(nn.Module):
         """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
         x = self.patch_embed(x)
         for block in self.blocks:
-            if self.grad_checkpointing:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_forward_and_recomputation, block))
             else:
                 x = block(x)
