@@ -278,13 +278,17 @@ def _set(merged: DictConfig, key: str, value: Any) -> str | None:
 
 def _nearest_key(key: str, names: list[str]) -> str | None:
     """The name that was probably meant. A key in the wrong section is as common a slip as a misspelt one."""
-    last = key.rpartition(".")[2]
-    same_last = [name for name in names if name.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(key, same_last or names, n=1, cutoff=0 if same_last else 0.6)
-    if not near:
-        alike = difflib.get_close_matches(last, [name.rpartition(".")[2] for name in names], n=1, cutoff=0.7)
-        near = [name for name in names if name.rpartition(".")[2] in alike]
-    return near[0] if near else None
+
+    def likeness(name: str) -> tuple[float, float]:
+        whole, last = (difflib.SequenceMatcher(None, one, other).ratio() for one, other in zip(_ends(key), _ends(name), strict=True))
+        return max(whole, last), whole
+
+    near = max(names, key=likeness)
+    return near if max(likeness(near)) > 0.6 else None
+
+
+def _ends(key: str) -> tuple[str, str]:
+    return key, key.rpartition(".")[2]
 
 
 def _expected(hint: Any) -> str:
