@@ -86,13 +86,14 @@ def export(source: Path, fmt: str, out: Path, *, average: bool = False, force: b
     _remove(partial)
     if fmt == "timm":
         # The names of the classes and of the normalisation go along, so that timm builds the right input transform.
+        squash = config.data.eval_resize == "squash"  # straight to the size: nothing is cropped
         settings = {
             "input_size": [3, config.data.image_size, config.data.image_size],
-            "mean": list(config.data.mean), "std": list(config.data.std), "crop_pct": config.data.eval_crop,
-            "crop_mode": "squash" if config.data.eval_resize == "squash" else "center", "label_names": trainer["classes"],
+            "mean": list(config.data.mean), "std": list(config.data.std),
+            "crop_pct": 1.0 if squash else config.data.eval_crop, "crop_mode": "squash" if squash else "center",
         }  # fmt: skip
         model.pretrained_cfg = {**model.pretrained_cfg, **settings}  # type: ignore[dict-item,assignment]
-        timm.models.save_for_hf(model, str(partial), safe_serialization=True)
+        timm.models.save_for_hf(model, str(partial), model_config={"label_names": trainer["classes"]}, safe_serialization=True)
     else:
         with partial.open("wb") as file:  # given a path, torch.save puts its stem into the file and refuses one without
             torch.save({"state_dict": to_format(model.state_dict(), fmt)}, file)

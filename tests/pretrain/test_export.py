@@ -41,7 +41,7 @@ def worker(folder: str) -> None:
     )  # fmt: skip
     engines.start(config.engine)
     for name, ema_decay in (("averaged", 0.9), ("plain", 0.0)):
-        config.engine.ema_decay = ema_decay
+        config.engine.ema_decay, config.data.eval_resize = ema_decay, "crop" if ema_decay else "squash"
         model = build_model(config)
         engine = engines.build(config, model, 1)
         stats = BatchStats(model, ema_decay)
@@ -131,8 +131,15 @@ def test_timm_builds_the_model_from_its_folder(runs: Path, tmp_path: Path, avera
     with torch.no_grad():
         torch.testing.assert_close(model(images), trained(images), **({"rtol": 1e-4, "atol": 1e-5} if average else {"rtol": 0, "atol": 0}))
     transform = timm.data.resolve_model_data_config(model)
-    assert (transform["input_size"], tuple(transform["mean"]), transform["crop_pct"]) == ((3, 32, 32), (0.4, 0.5, 0.6), 0.875)
-    assert model.pretrained_cfg["label_names"] == CLASSES
+    assert (transform["input_size"], tuple(transform["mean"])) == ((3, 32, 32), (0.4, 0.5, 0.6))
+    assert (transform["crop_pct"], transform["crop_mode"]) == (0.875, "center")
+    assert json.loads((tmp_path / "van" / "config.json").read_text())["label_names"] == CLASSES
+
+
+def test_timm_crops_nothing_where_evaluation_squashes(runs: Path, tmp_path: Path) -> None:
+    export(runs / "plain", "timm", tmp_path / "van")
+    transform = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'van'}", pretrained=True))
+    assert (transform["crop_pct"], transform["crop_mode"]) == (1.0, "squash")
 
 
 @pytest.mark.parametrize("fmt", ["official", "timm"])
