@@ -17,6 +17,8 @@ import sys
 import time
 from types import FrameType
 
+from pretrain.exit_codes import EXIT_AGAIN
+
 # A rank that was told to stop saves first; one that hangs instead is killed after this many seconds.
 GRACE = 120
 
@@ -64,8 +66,9 @@ def run_here(command: list[str], ranks: int) -> int:
     failed = wait(processes)
     if failed is None:
         return 0
-    for process in processes:
-        process.terminate()
+    if failed.returncode != EXIT_AGAIN:  # else the others too are about to end, in good order
+        for process in processes:
+            process.terminate()
     deadline = time.monotonic() + GRACE
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -78,12 +81,12 @@ def run_here(command: list[str], ranks: int) -> int:
 
 def wait(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
     """Waits until all have ended with 0 (returns None), or one has failed (returns it)."""
-    while any(process.poll() is None for process in processes):
-        time.sleep(0.1)
-        failed = next((process for process in processes if process.returncode), None)
-        if failed is not None:
+    while True:
+        codes = [process.poll() for process in processes]  # all of them: one that runs must not hide one that failed
+        failed = next((process for process, code in zip(processes, codes, strict=True) if code), None)
+        if failed is not None or None not in codes:
             return failed
-    return next((process for process in processes if process.returncode), None)
+        time.sleep(0.1)
 
 
 def free_port() -> int:

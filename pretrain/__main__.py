@@ -15,7 +15,7 @@ from pathlib import Path
 import data
 import pretrain
 from pretrain import config as settings
-from pretrain.faults import EXIT_CONFIG
+from pretrain.exit_codes import EXIT_CONFIG
 
 
 def main() -> int:

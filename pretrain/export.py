@@ -74,25 +74,29 @@ def export(source: Path, fmt: str, out: Path, *, average: bool = False, force: b
     """Writes a run's weights; returns a line that says what was written.
 
     Raises:
-        ValueError: no whole checkpoint to read, or `out` exists and `force` is off.
+        ValueError: no whole checkpoint to read, no average in it, `out` exists and `force` is off, or it has a name of another format.
     """
     if out.exists() and not force:
         raise ValueError(f"{out} exists; give another --out, or --force to replace it")
+    if fmt != "timm" and out.suffix == ".safetensors":
+        raise ValueError(f"{out}: format {fmt} is a file of torch.save; call it {out.with_suffix('.pth')}")
     model, config, trainer = build_trained(source, average)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".partial-{out.name}")
     _remove(partial)
     if fmt == "timm":
         # The names of the classes and of the normalisation go along, so that timm builds the right input transform.
+        squash = config.data.eval_resize == "squash"  # straight to the size: nothing is cropped
         settings = {
             "input_size": [3, config.data.image_size, config.data.image_size],
-            "mean": list(config.data.mean), "std": list(config.data.std), "crop_pct": config.data.eval_crop,
-            "crop_mode": "squash" if config.data.eval_resize == "squash" else "center", "label_names": trainer["classes"],
+            "mean": list(config.data.mean), "std": list(config.data.std),
+            "crop_pct": 1.0 if squash else config.data.eval_crop, "crop_mode": "squash" if squash else "center",
         }  # fmt: skip
         model.pretrained_cfg = {**model.pretrained_cfg, **settings}  # type: ignore[dict-item,assignment]
-        timm.models.save_for_hf(model, str(partial), safe_serialization=True)
+        timm.models.save_for_hf(model, str(partial), model_config={"label_names": trainer["classes"]}, safe_serialization=True)
     else:
-        torch.save({"state_dict": to_format(model.state_dict(), fmt)}, partial)
+        with partial.open("wb") as file:  # given a path, torch.save puts its stem into the file and refuses one without
+            torch.save({"state_dict": to_format(model.state_dict(), fmt)}, file)
     _compare(read_file(partial), model.state_dict(), headless=fmt == "mmseg")
     _remove(out)
     partial.rename(out)
@@ -112,7 +116,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} can't be read as weights: {error}") from error
     if not isinstance(weights, dict):
         raise ValueError(f"{path} holds a {type(weights).__name__} instead of a dictionary of weights")
-    return from_format(weights)
+    try:
+        native = from_format(weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    other = [f"{name} is a {type(value).__name__}" for name, value in native.items() if not isinstance(value, Tensor)]
+    if other:
+        raise ValueError(f"{path} holds other things than tensors: {'; '.join(other[:5])}")
+    return native
 
 
 def start_from(model: nn.Module, source: Path) -> str:
@@ -138,7 +149,7 @@ def start_from(model: nn.Module, source: Path) -> str:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"model.init_from={source} does not fit the model: {'; '.join(wrong[:5])}{more}")
     model.load_state_dict(weights)
-    return f"starting from {source}, {'head included' if kept else 'with a new head: its classes are others'}"
+    return f"starting from {source}, {'head included' if kept else 'with a new head: there is none of these classes'}"
 
 
 def _compare(read_back: dict[str, Tensor], written: dict[str, Tensor], headless: bool) -> None:

@@ -1,14 +1,10 @@
-"""How a job ends before its time: stop signals, agreed on by all ranks, and exit codes that say what to do next."""
+"""How a job ends before its time: stop signals, agreed on by all ranks."""
 
 import signal
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
-
-EXIT_ERROR = 1
-EXIT_CONFIG = 2  # the settings can't work: starting again will not help
-EXIT_AGAIN = 85  # stopped on request and saved: start me again
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
