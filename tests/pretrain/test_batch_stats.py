@@ -45,7 +45,7 @@ def worker(averaging: str, ema_decay: float) -> dict[str, Any]:
 
 
 def run(averaging: str, ema_decay: float = 0.0) -> list[dict[str, Any]]:
-    return run_on_ranks(RANKS, "tests.pretrain.test_batch_stats:worker", averaging=averaging, ema_decay=ema_decay)
+    return run_on_ranks(RANKS, worker, averaging=averaging, ema_decay=ema_decay)
 
 
 @pytest.fixture(scope="module")

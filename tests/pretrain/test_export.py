@@ -66,7 +66,7 @@ def worker(folder: str) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """RUNS/averaged and RUNS/plain, run directories, and RUNS/….pt; not to be changed."""
     folder = tmp_path_factory.mktemp("runs")
-    run_on_ranks(1, "tests.pretrain.test_export:worker", folder=str(folder))
+    run_on_ranks(1, worker, folder=str(folder))
     return folder
 
 
