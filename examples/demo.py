@@ -28,7 +28,7 @@ images = torch.randn(8, 3, 64, 64)
 from_timm = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
 from_pth = timm.create_model("van_b0", num_classes=10).eval()
 from_pth.load_state_dict(from_format(torch.load(sys.argv[2], weights_only=True)))
-from pretrain.export import build_trained
+from pretrain.trained import build_trained
 from pathlib import Path
 trained = build_trained(Path(sys.argv[3]), average=True)[0]
 with torch.no_grad():

@@ -3,7 +3,8 @@
 python -m pretrain train CONFIG key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
 python -m pretrain evaluate RUN_OR_CHECKPOINT [--weights raw|ema] [key=value …]
-python -m pretrain export RUN_OR_CHECKPOINT --format official|mmseg|mmpretrain|timm --out PATH [--weights raw|ema] [--force]
+python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
+    [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
 """
 
 import argparse
@@ -29,8 +30,11 @@ def main() -> int:
     evaluate_parser.add_argument("overrides", nargs="*", metavar="key=value")
     export_parser = commands.add_parser("export", help="weights for other projects")
     export_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    export_parser.add_argument("--format", required=True, choices=("official", "mmseg", "mmpretrain", "timm"))
+    export_parser.add_argument("--format", required=True, choices=("official", "timm", "mmpretrain", "mmseg", "hf"))
     export_parser.add_argument("--out", type=Path, required=True)
+    export_parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    export_parser.add_argument("--features-only", action="store_true", help="without the head")
+    export_parser.add_argument("--licence", default="not stated", help="for the model card")
     export_parser.add_argument("--force", action="store_true", help="replace what is there")
     for sub in (evaluate_parser, export_parser):
         sub.add_argument("--weights", choices=("raw", "ema"), default="raw", help="the weights, or their moving average")
@@ -66,7 +70,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
     from pretrain.evaluate import evaluate
-    from pretrain.export import build_trained
+    from pretrain.trained import build_trained
 
     model, config, trainer = build_trained(args.source, average=args.weights == "ema")
     config = settings.override(config, args.overrides)
@@ -83,7 +87,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     from pretrain.export import export
 
-    print(export(args.source, args.format, args.out, average=args.weights == "ema", force=args.force))
+    options = {"dtype": args.dtype, "features_only": args.features_only, "licence": args.licence, "force": args.force}
+    print(export(args.source, args.format, args.out, average=args.weights == "ema", **options))
     return 0
 
 

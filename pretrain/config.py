@@ -39,7 +39,8 @@ class ModelConfig:
     name: Literal["van_b0", "van_b1", "van_b2", "van_b3", "van_b4", "van_b5", "van_b6"] = MISSING
     classes: int = MISSING  # outputs of the head
     drop_path: float = 0.0  # stochastic depth of the last block; rises linearly from 0 over all blocks
-    init_from: str | None = None  # weights to start from: an exported file or a run directory; a head of other classes starts anew
+    init_from: str | None = None  # weights to start from: a file or folder of any format, a run directory or a checkpoint
+    head_init: Literal["keep", "zero", "map"] = "map"  # its head: as it is, all zeros, or the rows of the classes that are in the data
 
 
 @dataclass

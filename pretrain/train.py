@@ -30,10 +30,11 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.evaluate import build_model, evaluate, fill
 from pretrain.exit_codes import EXIT_AGAIN
-from pretrain.export import start_from
 from pretrain.faults import StopSignals
+from pretrain.initial_weights import start_from
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate
+from pretrain.provenance import provenance
 
 
 def train(config: Config) -> int:
@@ -65,7 +66,7 @@ def train(config: Config) -> int:
     torch.manual_seed(config.seed)
     model = build_model(config)
     if config.model.init_from:
-        log.line(start_from(model, Path(config.model.init_from)))
+        log.line(start_from(model, Path(config.model.init_from), config.model.head_init, index.classes))
     parameters = sum(p.numel() for p in model.parameters())
     engine = engines.build(config, model, accumulation)
     stats = BatchStats(model, config.engine.ema_decay)
@@ -86,6 +87,7 @@ def train(config: Config) -> int:
     step, evaluation = (resumed["step"], resumed["evaluation"]) if resumed else (0, None)
     if resumed:
         log.line(f"resumed at step {step} of {total} from a checkpoint of {resumed['ranks']} ranks, ZeRO-{resumed['zero_stage']}")
+    made = provenance()
     if rank == 0:
         settings.save(config, folder / "config.yaml")
     if step == total:
@@ -100,7 +102,7 @@ def train(config: Config) -> int:
             {
                 "step": step, "epoch": step / order.steps_per_epoch, "optimizer_steps": zero_state.optimizer_steps(engine),
                 "identity": identity, "ranks": ranks, "zero_stage": config.engine.zero_stage, "classes": list(index.classes),
-                "evaluation": evaluation, "config": settings.as_dict(config),
+                "evaluation": evaluation, "config": settings.as_dict(config), **made,
             },
         )  # fmt: skip
         log.line(f"saving step {step} in the background; training waited {time.monotonic() - began:.2f} s")

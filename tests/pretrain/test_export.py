@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from pretrain import checkpoint
 from pretrain.__main__ import main
-from pretrain.export import FORMATS, build_trained, export, open_run, read_file, start_from
-from pretrain.weights import to_format
+from pretrain.export import DTYPES, FOLDERS, export
+from pretrain.initial_weights import read_file, read_source, start_from
+from pretrain.trained import build_trained, open_run
+from pretrain.weights import FORMATS, to_format
 from tests.ranks import run_on_ranks
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "van_state_dicts.json").read_text())
@@ -101,14 +103,15 @@ def assert_held(actual: dict[str, Any], runs: Path, kind: str) -> None:
 def test_what_is_written_is_what_was_trained(runs: Path, tmp_path: Path, fmt: str, average: bool) -> None:
     out = tmp_path / "deep" / "weights"
     line = export(runs / "averaged", fmt, out, average=average)
-    assert line == f"{out}: van_b0, {'moving average' if average else 'weights'} of step 2, format {fmt}"
+    assert line.startswith(f"{out}: van_b0, {'moving average' if average else 'weights'} of step 2, fp32, format {fmt}; ")
     weights = read_file(out)
     kind = "ema" if average else "raw"
     if fmt == "mmseg":
         assert not [name for name in weights if name.startswith("head.")]
         weights |= {name: held(runs, kind)[name] for name in ("head.weight", "head.bias")}
     assert_held(weights, runs, kind)
-    assert [path.name for path in out.parent.iterdir()] == ["weights"]
+    beside = ["weights"] if fmt in FOLDERS else ["weights", "weights.md", "weights.sha256"]
+    assert sorted(path.name for path in out.parent.iterdir()) == beside
     if fmt == "official":
         shapes = {key: list(tensor.shape) for key, tensor in torch.load(out)["state_dict"].items()}
         head = {"head.weight": [len(CLASSES), 256], "head.bias": [len(CLASSES)]}
@@ -153,7 +156,7 @@ def test_what_exists_is_replaced_only_when_asked(runs: Path, tmp_path: Path, fmt
     for other in ("official", "timm", fmt):  # a file by a folder, a folder by a file
         export(runs / "averaged", other, out, force=True)
         assert_same(read_file(out), held(runs, "raw"))
-        assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+        assert not leftover.exists()
 
 
 def test_a_name_of_another_format_is_refused(runs: Path, tmp_path: Path) -> None:
@@ -194,46 +197,123 @@ def test_as_a_command(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         sys, "argv", ["pretrain", "export", str(runs / "averaged"), "--format", "official", "--weights", "ema", "--out", str(out)]
     )
     assert main() == 0
-    assert capsys.readouterr().out == f"{out}: van_b0, moving average of step 2, format official\n"
+    assert capsys.readouterr().out.startswith(f"{out}: van_b0, moving average of step 2, fp32, format official; ")
     assert_held(read_file(out), runs, "ema")
     assert main() == 2
     assert capsys.readouterr().err == f"error: {out} exists; give another --out, or --force to replace it\n"
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_other_types_and_no_head(runs: Path, tmp_path: Path, fmt: str, dtype: str) -> None:
+    export(runs / "averaged", fmt, tmp_path / "weights", dtype=dtype, features_only=True)
+    expected = {name: tensor for name, tensor in held(runs, "raw").items() if not name.startswith("head.")}
+    floats = {name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in expected.items()}
+    assert_same(read_file(tmp_path / "weights"), floats)
+
+
+@pytest.mark.parametrize("fmt", ["official", "timm"])
+def test_checksum_and_model_card(runs: Path, tmp_path: Path, fmt: str) -> None:
+    out = tmp_path / "weights"
+    export(runs / "averaged", fmt, out, average=True, licence="Apache-2.0")
+    folder, sums = (out, "SHA256SUMS") if fmt in FOLDERS else (tmp_path, "weights.sha256")
+    subprocess.run(["sha256sum", "--check", "--strict", sums], cwd=folder, check=True)
+    card = (out / "README.md" if fmt in FOLDERS else Path(f"{out}.md")).read_text()
+    assert (folder / sums).read_text().split()[0] in card
+    for stated in ("van_b0, 7 classes, fp32", "moving average, decay 0.9, of step 2", "not measured", "learning rate 0.001", "Apache-2.0"):
+        assert stated in card
+
+
+def test_transformers_folder(runs: Path, tmp_path: Path) -> None:
+    """Its settings are those of VanConfig (transformers 4.30, models/van/configuration_van.py) for this model."""
+    export(runs / "averaged", "hf", tmp_path / "van")
+    settings = json.loads((tmp_path / "van" / "config.json").read_text())
+    assert settings["hidden_sizes"] == [32, 64, 160, 256]
+    assert settings["depths"] == [3, 3, 5, 2]
+    assert settings["mlp_ratios"] == [8, 8, 4, 4]
+    assert settings["id2label"] == {str(number): name for number, name in enumerate(CLASSES)}
+    assert read_source(tmp_path / "van").classes == tuple(CLASSES)
 
 
 # ---------------------------------------------------------------- weights to start from
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of weights in all formats; not to be changed."""
+def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of weights in all formats, as exported and as others write them; not to be changed."""
     folder = tmp_path_factory.mktemp("weights")
-    state = new_model().state_dict()
-    for fmt in ("official", "mmseg", "mmpretrain", "hf"):
-        torch.save({"state_dict": to_format(state, fmt)}, folder / f"{fmt}.pth")
-    (folder / "timm").mkdir()
-    save_file(state, folder / "timm" / "model.safetensors")
+    for fmt in FORMATS:
+        export(runs / "averaged", fmt, folder / (fmt if fmt in FOLDERS else f"{fmt}.pth"))
+    state = held(runs, "raw")
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, folder / "wrapped.pth")
+    torch.save({"state_dict": to_format(state, "official")}, folder / "published.pth")
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", ["official.pth", "mmseg.pth", "mmpretrain.pth", "hf.pth", "timm", "timm/model.safetensors", "wrapped.pth", "run", "checkpoint"]
-)
-@pytest.mark.parametrize("classes", [7, 9])
-def test_every_kind_of_weights_can_be_started_from(written: Path, runs: Path, name: str, classes: int) -> None:
+OTHERS = [*CLASSES[3:], "new", *CLASSES[:1]]  # five of the seven, in another order, and one that they lack
+NAMED = ["official.pth", "mmpretrain.pth", "timm", "hf", "run", "checkpoint"]
+NAMELESS = ["published.pth", "wrapped.pth", "timm/model.safetensors"]
+
+
+def place(written: Path, runs: Path, name: str) -> Path:
     run = runs / "averaged"
-    source = {"run": run, "checkpoint": run / "checkpoints" / "step-000000002"}.get(name, written / name)
-    theirs = held(runs, "raw") if name in ("run", "checkpoint") else new_model().state_dict()
-    model = new_model(classes)
+    return {"run": run, "checkpoint": run / "checkpoints" / "step-000000002"}.get(name, written / name)
+
+
+def started(model: nn.Module, source: Path, head_init: str, classes: list[str]) -> str:
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(1)  # so that the head differs from theirs, and nothing is right by chance
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    line = start_from(model, source)
-    has_head = classes == 7 and name != "mmseg.pth"
-    assert line == f"starting from {source}, {'head included' if has_head else 'with a new head: there is none of these classes'}"
-    expected = {key: before[key] if key.startswith("head.") and not has_head else tensor for key, tensor in theirs.items()}
+            parameter.add_(1)  # so that nothing is right by chance
+    return start_from(model, source, head_init, classes)
+
+
+@pytest.mark.parametrize("name", [*NAMED, *NAMELESS])
+def test_the_head_kept(written: Path, runs: Path, name: str) -> None:
+    model, source = new_model(), place(written, runs, name)
+    line = started(model, source, "keep", CLASSES)
+    assert line.startswith(f"starting from {source}: ")
+    assert line.endswith("head: kept")
+    assert_same(dict(model.state_dict()), held(runs, "raw"))
+
+
+@pytest.mark.parametrize("name", [*NAMED, *NAMELESS, "mmseg.pth"])
+def test_a_head_of_zeros(written: Path, runs: Path, name: str) -> None:
+    model = new_model(9)
+    assert started(model, place(written, runs, name), "zero", [str(n) for n in range(9)]).endswith("head: new, all zeros")
+    expected = held(runs, "raw") | {"head.weight": torch.zeros(9, 256), "head.bias": torch.zeros(9)}
     assert_same(dict(model.state_dict()), expected)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_head_mapped_by_class_name(written: Path, runs: Path, name: str) -> None:
+    model = new_model(len(OTHERS))
+    line = started(model, place(written, runs, name), "map", OTHERS)
+    assert line.endswith("head: 5 of 6 rows mapped by class name, zeros for new")
+    theirs = held(runs, "raw")
+    for row, class_name in enumerate(OTHERS):
+        known = class_name in CLASSES
+        weight, bias = (theirs[f"head.{kind}"][CLASSES.index(class_name)] if known else torch.tensor(0.0) for kind in ("weight", "bias"))
+        assert torch.equal(model.head.weight[row], weight.expand(256))  # type: ignore[union-attr,operator]
+        assert model.head.bias[row] == bias  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "head_init", "classes", "message"),
+    [
+        ("mmseg.pth", "keep", CLASSES, "holds no head; use model.head_init=zero"),
+        ("mmseg.pth", "map", CLASSES, "holds no head; use model.head_init=zero"),
+        ("official.pth", "keep", CLASSES[::-1], "is for other classes than the data; use map or zero"),
+        ("published.pth", "map", CLASSES, "does not name its classes; use model.head_init=zero"),
+        ("run", "map", ["a", "b"], r"has none of the data's classes \(a, …\); it has class 0, …"),
+        ("published.pth", "keep", OTHERS, r"head.weight has shape \(7, 256\) instead of \(6, 256\)"),
+    ],
+)
+def test_a_head_that_can_not_be_had(written: Path, runs: Path, name: str, head_init: str, classes: list[str], message: str) -> None:
+    model = new_model(len(classes))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        start_from(model, place(written, runs, name), head_init, classes)
+    assert_same(dict(model.state_dict()), before)
 
 
 def damage(folder: Path, kind: str, out: Path) -> Path:
@@ -282,7 +362,7 @@ def test_weights_that_do_not_fit_change_nothing(written: Path, tmp_path: Path, k
     model = new_model()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(source))}"):
-        start_from(model, source)
+        start_from(model, source, "keep", CLASSES)
     assert_same(dict(model.state_dict()), before)
 
 
