@@ -15,7 +15,7 @@ from pathlib import Path
 import data
 import pretrain
 from pretrain import config as settings
-from pretrain.faults import EXIT_CONFIG
+from pretrain.faults import EXIT_CONFIG, hold_usr1
 
 
 def main() -> int:
@@ -53,6 +53,7 @@ def raised_here(error: ValueError) -> bool:
 
 
 def _train(args: argparse.Namespace) -> int:
+    hold_usr1()
     config = settings.load(args.config, args.overrides)
     from pretrain import engine
     from pretrain.train import train

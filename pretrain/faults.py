@@ -2,15 +2,27 @@
 
 import signal
 from types import FrameType, TracebackType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+# torch is imported where it is used: a job must know what to do with a signal, and say what is wrong with its settings, before
+# the seconds that takes.
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 EXIT_ERROR = 1
 EXIT_CONFIG = 2  # the settings can't work: starting again will not help
 EXIT_AGAIN = 85  # stopped on request and saved: start me again
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+def hold_usr1() -> None:
+    """Keeps USR1 waiting until there is a StopSignals to take it: in the minutes of a start it would end the job for good.
+
+    TERM still ends a rank that starts: it is how the others are ended when one has failed.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 class StopSignals:
@@ -21,6 +33,9 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
+        import torch
+        import torch.distributed as dist
+
         self.group = dist.new_group(backend="gloo")
         self.received = torch.zeros(1, dtype=torch.int32)
         self._asking: tuple[torch.Tensor, dist.Work] | None = None
@@ -28,9 +43,11 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        hold_usr1()  # all is saved: the exit code shall say so
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -43,6 +60,8 @@ class StopSignals:
         Each call asks and takes the answer to the last call's question, which travelled during the step, on the host: nobody
         waits for the device.
         """
+        import torch.distributed as dist
+
         answer = False
         if self._asking is not None:
             told, work = self._asking
