@@ -2,13 +2,9 @@
 
 import signal
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING
 
 # torch is imported where it is used: a job must know what to do with a signal, and say what is wrong with its settings, before
 # the seconds that takes.
-if TYPE_CHECKING:
-    import torch
-    import torch.distributed as dist
 
 EXIT_ERROR = 1
 EXIT_CONFIG = 2  # the settings can't work: starting again will not help

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
+
 from tests.slurm.cluster import PATH, Cluster, private_cluster
 
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from tests.slurm.cluster import Cluster, private_cluster, processes
 
 pytestmark = pytest.mark.slurm
