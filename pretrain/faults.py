@@ -3,8 +3,7 @@
 import signal
 from types import FrameType, TracebackType
 
-# torch is imported where it is used: a job must know what to do with a signal, and say what is wrong with its settings, before
-# the seconds that takes.
+# torch is imported where it is used: a rank must hold a signal, and say what is wrong with its settings, before the seconds that takes.
 
 EXIT_ERROR = 1
 EXIT_CONFIG = 2  # the settings can't work: starting again will not help

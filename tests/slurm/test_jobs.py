@@ -99,6 +99,12 @@ def ranks(cluster: Cluster) -> set[tuple[str, str, str]]:
     return found
 
 
+def available_memory() -> int:
+    """In bytes, as the kernel estimates it."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * int(fields["MemAvailable"].split()[0])
+
+
 def resumed_at(output: str) -> list[int]:
     return [int(step) for step in re.findall(r"resumed at step (\d+) of", output)]
 
@@ -118,12 +124,10 @@ def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, dataset: Path) 
     assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}  # both ranks have their part in it
 
 
-# B4 speaks for the family in every run; each of the others takes another minute, and B6 11 GB.
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [("van_b4", "59.78"), pytest.param("van_b5", "89.", marks=pytest.mark.full), pytest.param("van_b6", "199.07", marks=pytest.mark.full)],
-)
-def test_larger_models_train(jobs: Jobs, name: str, millions: str) -> None:
+@pytest.mark.parametrize(("name", "millions", "gigabytes"), [("van_b4", "59.78", 5), ("van_b5", "89.21", 6), ("van_b6", "199.07", 12)])
+def test_larger_models_train(jobs: Jobs, name: str, millions: str, gigabytes: int) -> None:
+    if available_memory() < gigabytes * 1e9:
+        pytest.skip(f"two ranks of {name} need {gigabytes} GB of free memory")
     output = jobs.complete(jobs.submit(f"{name}_in22k.sh", "steps=1"))
     assert f"{name}, {millions} M parameters" in output
     assert "complete after 1 steps" in output
@@ -137,7 +141,8 @@ def test_killed_and_cancelled_jobs_go_on_when_submitted_again(jobs: Jobs, cluste
     killed = jobs.submit(*command)
     jobs.wait_for(killed, latest.exists)
     cluster.signal(killed, "KILL")  # no moment for anything
-    assert cluster.wait(killed, timeout=30) == "FAILED"
+    assert cluster.wait(killed, timeout=30) == "CANCELLED"
+    assert "stopped at step" not in cluster.output(killed)
     saved = int(latest.read_text().removeprefix("step-"))
 
     cancelled = jobs.submit(*command)
