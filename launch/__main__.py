@@ -17,8 +17,9 @@ import sys
 import time
 from types import FrameType
 
-# A rank that was told to stop saves first; one that hangs instead is killed after this many seconds.
-GRACE = 120
+# Seconds. When a rank fails, the others may fail of the same a moment later, and it may be they who say why; then they are told to stop.
+# One that was told saves first; one that hangs instead is killed.
+LEAVE, GRACE = 10, 120
 
 
 def main() -> int:
@@ -64,11 +65,10 @@ def run_here(command: list[str], ranks: int) -> int:
     failed = wait(processes)
     if failed is None:
         return 0
+    let_end(processes, LEAVE)
     for process in processes:
         process.terminate()
-    deadline = time.monotonic() + GRACE
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    let_end(processes, GRACE)
     for process in processes:
         process.kill()
         process.wait()
@@ -84,6 +84,13 @@ def wait(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
         if failed is not None:
             return failed
     return next((process for process in processes if process.returncode), None)
+
+
+def let_end(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Returns when all have ended, or when the time is up."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def free_port() -> int:

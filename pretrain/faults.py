@@ -42,7 +42,7 @@ class StopSignals:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        hold_usr1()  # all is saved: the exit code shall say so
+        hold_usr1()  # it could only hide the exit code now
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

@@ -6,6 +6,7 @@ Options of sbatch and settings make the jobs small; scripts, launcher, data load
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -84,9 +85,9 @@ def jobs(cluster: Cluster, tmp_path: Path, dataset: Path) -> Iterator[Jobs]:
     mine.end()
 
 
-def ranks(cluster: Cluster) -> set[tuple[str, str, str]]:
-    """(node, rank, ranks) of the training processes that run."""
-    found = set()
+def ranks(cluster: Cluster) -> dict[int, tuple[str, str, str]]:
+    """(node, rank, ranks) of the training processes that run, by process id."""
+    found = {}
     for pid in processes(cluster.config):
         folder = Path("/proc", str(pid))
         try:
@@ -95,7 +96,7 @@ def ranks(cluster: Cluster) -> set[tuple[str, str, str]]:
         except OSError:  # it ended meanwhile
             continue
         if words[1:4] == ["-m", "pretrain", "train"] and values.get("RANK"):
-            found.add((values["SLURMD_NODENAME"], values["RANK"], values["WORLD_SIZE"]))
+            found[pid] = (values["SLURMD_NODENAME"], values["RANK"], values["WORLD_SIZE"])
     return found
 
 
@@ -111,7 +112,7 @@ def resumed_at(output: str) -> list[int]:
 
 def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, dataset: Path) -> None:
     job = jobs.submit("van_b3_in22k.sh", f"data.val={dataset / 'val'}", "steps=4", "run.save_every=1")
-    jobs.wait_for(job, lambda: ranks(cluster) == {("n0", "0", "2"), ("n1", "1", "2")})
+    jobs.wait_for(job, lambda: set(ranks(cluster).values()) == {("n0", "0", "2"), ("n1", "1", "2")})
     output = jobs.complete(job)
     assert "van_b3, 44.26 M parameters, 10 classes" in output
     assert "2 cpu ranks; global batch 4 = 2 x 2 x 1" in output
@@ -140,8 +141,9 @@ def test_killed_and_cancelled_jobs_go_on_when_submitted_again(jobs: Jobs, cluste
 
     killed = jobs.submit(*command)
     jobs.wait_for(killed, latest.exists)
-    cluster.signal(killed, "KILL")  # no moment for anything
-    assert cluster.wait(killed, timeout=30) == "CANCELLED"
+    for pid in ranks(cluster):
+        os.kill(pid, signal.SIGKILL)  # scancel would send TERM first, whatever signal it is given
+    assert cluster.wait(killed, timeout=30) == "FAILED"
     assert "stopped at step" not in cluster.output(killed)
     saved = int(latest.read_text().removeprefix("step-"))
 
@@ -150,7 +152,7 @@ def test_killed_and_cancelled_jobs_go_on_when_submitted_again(jobs: Jobs, cluste
     assert resumed_at(cluster.output(cancelled))[0] >= saved  # one more may have been whole but for `latest`
     jobs.wait_for(cancelled, lambda: "images/s" in cluster.output(cancelled))
     cluster.run("scancel", str(cancelled))
-    assert cluster.wait(cancelled, timeout=30) == "CANCELLED"
+    assert cluster.wait(cancelled, timeout=30) == "CANCELLED"  # even if its ranks had the time to save and to say 85
 
     last = jobs.submit(*command)
     output = jobs.complete(last)
