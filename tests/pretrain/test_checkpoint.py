@@ -1,5 +1,7 @@
 """Checkpoints: saved by any number of ranks in any ZeRO stage, loaded by any other; whole or passed over."""
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ CONFIG = {
 }
 
 
-def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: str | None) -> dict[str, Any]:
+def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: bool) -> dict[str, Any]:
     """One rank: builds an engine, loads or not, takes some steps on made-up data, saves or not; returns a digest of its state."""
     import torch.distributed as dist
 
@@ -77,10 +79,13 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     return {"step": step, "lines": lines}
 
 
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
+
+
 def run(folder: Path, ranks: int, **kwargs: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    arguments = {"micro_batch": 12 // ranks, "steps": 0, "load": False, "save": None} | kwargs
-    results = run_on_ranks(ranks, "tests.pretrain.test_checkpoint:session", folder=str(folder), **arguments)
+    arguments = {"micro_batch": 12 // ranks, "steps": 0, "load": False, "save": False} | kwargs
+    results = run_on_ranks(ranks, session, folder=str(folder), **arguments)
     return torch.load(folder / "state.pt") | {"lines": results[0]["lines"], "step": results[0]["step"]}
 
 
@@ -90,17 +95,95 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert not different, different[:10]
 
 
-@pytest.mark.parametrize("saved", [(1, 2), (3, 2), (0, 1)])
-def test_state_is_the_same_on_any_ranks_in_any_stage(tmp_path: Path, saved: tuple[int, int]) -> None:
+# (ZeRO stage, ranks) that saved, and those that load; the whole matrix is long.
+ALL = [(0, 1), (1, 2), (2, 2), (3, 2), (1, 3), (3, 1), (0, 2)]
+FEW = [((1, 2), [(3, 1), (1, 3)]), ((3, 2), [(0, 2), (2, 1)]), ((0, 1), [(3, 2)])]
+SWEEP = [pytest.param(saved, ALL, marks=pytest.mark.full) for saved in ALL]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "loaded"), FEW + SWEEP)
+def test_state_is_the_same_on_any_ranks_in_any_stage(tmp_path: Path, saved: tuple[int, int], loaded: list[tuple[int, int]]) -> None:
     stage, ranks = saved
-    before = run(tmp_path, ranks, stage=stage, steps=2, save="yes")
-    # Another process, no ranks, no DeepSpeed.
+    before = run(tmp_path, ranks, stage=stage, steps=2, save=True)
+    assert before["steps"] == 2
+    # In one process, without ranks and without DeepSpeed.
     (path,) = checkpoint.steps(tmp_path)
-    assert checkpoint.verify(path) == []
-    kinds = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
-    assert_same(checkpoint.read(path, kinds), before["state"])
-    for other_stage, other_ranks in [(3, 1), (1, 3), (2, 2), (0, 2)]:
+    assert_same(checkpoint.read(path, KINDS), before["state"])
+    for other_stage, other_ranks in loaded:
         after = run(tmp_path, other_ranks, stage=other_stage, load=True)
         assert_same(after["state"], before["state"])
-        assert after["steps"] == before["steps"] == 2
-        torch.testing.assert_close(after["output"], before["output"], rtol=0, atol=0)
+        assert after["steps"] == 2
+        assert torch.equal(after["output"], before["output"])
+
+
+@pytest.fixture(scope="module")
+def saved_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the checkpoints of steps 1 and 2, of two ranks; to be copied."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    run(folder, 2, stage=1, steps=1, save=True)
+    run(folder, 2, stage=1, steps=1, load=True, save=True)
+    return folder
+
+
+@pytest.fixture
+def folder(saved_twice: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved_twice, tmp_path / "checkpoints")
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+FILES = ["__0_0.distcp", "__1_0.distcp", ".metadata", "trainer.json"]
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "flipped bit": flip_bit,
+}
+
+
+@pytest.mark.slow
+def test_what_is_on_disk(folder: Path) -> None:
+    assert [path.name for path in checkpoint.steps(folder)] == ["step-000000001", "step-000000002"]
+    assert (folder / "latest").read_text() == "step-000000002"
+    for path in checkpoint.steps(folder):
+        assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "MANIFEST.json"])
+        assert checkpoint.verify(path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [*FILES, "MANIFEST.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(folder: Path, file: str, damage: str) -> None:
+    older, newer = checkpoint.steps(folder)
+    DAMAGES[damage](newer / file)
+    lines: list[str] = []
+    assert checkpoint.newest_whole(folder, lines.append) == older
+    (line,) = lines
+    assert str(newer) in line
+    assert file in line or file == "MANIFEST.json"
+    DAMAGES[damage](older / file)
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        checkpoint.newest_whole(folder, lines.append)
+
+
+def test_a_run_without_checkpoints_starts_afresh(tmp_path: Path) -> None:
+    assert checkpoint.newest_whole(tmp_path, print) is None
+
+
+@pytest.mark.slow
+def test_what_a_cut_short_save_left_is_removed_and_old_checkpoints_go(folder: Path) -> None:
+    """Three are kept; the fourth save removes the first."""
+    half = folder / ".partial-step-000000003"
+    half.mkdir()
+    (half / "__0_0.distcp").write_bytes(b"half")
+    (folder / ".removed-step-000000000").mkdir()
+    result = run(folder, 1, stage=1, steps=1, load=True, save=True)
+    assert sum("left over" in line for line in result["lines"]) == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "state.pt"] + [f"step-00000000{step}" for step in (1, 2, 3)]
+    run(folder, 1, stage=1, steps=1, load=True, save=True)
+    assert [path.name for path in checkpoint.steps(folder)] == [f"step-00000000{step}" for step in (2, 3, 4)]
+    assert (folder / "latest").read_text() == "step-000000004"
