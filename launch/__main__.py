@@ -17,9 +17,11 @@ import sys
 import time
 from types import FrameType
 
-# Seconds. When a rank fails, the others may fail of the same a moment later, and it may be they who say why; then they are told to stop.
-# One that was told saves first; one that hangs instead is killed.
-LEAVE, GRACE = 10, 120
+from pretrain.exit_codes import EXIT_AGAIN
+
+# Seconds. A rank that was told to stop saves first; one that hangs instead is killed. When a rank fails, the others have a moment:
+# they may be about to fail of the same, and be the ones who say why.
+GRACE, LEAVE = 120, 5
 
 
 def main() -> int:
@@ -65,7 +67,7 @@ def run_here(command: list[str], ranks: int) -> int:
     failed = wait(processes)
     if failed is None:
         return 0
-    let_end(processes, LEAVE)
+    let_end(processes, GRACE if failed.returncode == EXIT_AGAIN else LEAVE)
     for process in processes:
         process.terminate()
     let_end(processes, GRACE)
@@ -78,12 +80,12 @@ def run_here(command: list[str], ranks: int) -> int:
 
 def wait(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
     """Waits until all have ended with 0 (returns None), or one has failed (returns it)."""
-    while any(process.poll() is None for process in processes):
-        time.sleep(0.1)
-        failed = next((process for process in processes if process.returncode), None)
-        if failed is not None:
+    while True:
+        codes = [process.poll() for process in processes]  # all of them: one that runs must not hide one that failed
+        failed = next((process for process, code in zip(processes, codes, strict=True) if code), None)
+        if failed is not None or None not in codes:
             return failed
-    return next((process for process in processes if process.returncode), None)
+        time.sleep(0.1)
 
 
 def let_end(processes: list[subprocess.Popen], seconds: float) -> None:

@@ -8,6 +8,7 @@ python -m pretrain export RUN_OR_CHECKPOINT --format official|mmseg|mmpretrain|t
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import data
 import pretrain
 from pretrain import config as settings
-from pretrain.faults import EXIT_CONFIG, hold_usr1
+from pretrain.exit_codes import EXIT_CONFIG
 
 
 def main() -> int:
@@ -53,7 +54,9 @@ def raised_here(error: ValueError) -> bool:
 
 
 def _train(args: argparse.Namespace) -> int:
-    hold_usr1()
+    # A USR1 in the minutes of a start would end the job for good: it waits for train's StopSignals. TERM doesn't: it ends the others
+    # of a rank that failed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     config = settings.load(args.config, args.overrides)
     from pretrain import engine
     from pretrain.train import train

@@ -9,14 +9,16 @@ nearest valid name; `accumulation` does the arithmetic that depends on the numbe
 
 import dataclasses
 import difflib
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 from data.settings import DataConfig
 
@@ -92,18 +94,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: listing unknown keys, wrong types, missing values and folders that do not exist.
     """
     path = Path(path)
-    layers = [*_file_layers(path), _override_layer(str(path), overrides)]
-    merged = OmegaConf.structured(Config)
-    problems = _apply(merged, layers)
-    problems += [f"{key}: no value; set it in {path} or as {key}=…" for key in sorted(OmegaConf.missing_keys(merged))]
-    if problems:
-        raise ConfigError(str(path), problems)
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    last, problems = _override_layers(overrides)
+    layers = [*_file_layers(path), *last]
     where = {key: source for source, layer in layers for key, _ in _leaves(layer)}
-    problems = [f"{key} = {_get(config, key)} ({where.get(key, 'default')}): {text}" for key, text in _invalid(config)]
+    merged = OmegaConf.structured(Config)
+    rejected = _apply(merged, layers)
+    problems += [problem for _, problem in rejected]
+    # A value that was refused is reported once, and says nothing about what else is wrong.
+    values, unresolved = _resolve(merged, set(_keys(Config)) - {key for key, _ in rejected})
+    problems += [f"{key} ({where[key]}): {text}" if key in where else f"{key}: {text} in {path} or as {key}=…" for key, text in unresolved]
+    problems += [f"{key} = {values[key]} ({where.get(key, 'default')}): {text}" for key, text in _invalid(values)]
     if problems:
         raise ConfigError(str(path), problems)
-    return config
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -113,7 +116,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
         ConfigError: listing unknown keys and wrong types.
     """
     merged = OmegaConf.structured(config)
-    problems = _apply(merged, [_override_layer(COMMAND_LINE, overrides)])
+    layers, problems = _override_layers(overrides)
+    problems += [problem for _, problem in _apply(merged, layers)]
     if problems:
         raise ConfigError(COMMAND_LINE, problems)
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
@@ -195,25 +199,50 @@ def _file_layers(path: Path) -> list[tuple[str, DictConfig]]:
         layers.insert(0, (str(path), layer))
         if base is None:
             return layers
+        if not isinstance(base, str):
+            raise ConfigError(str(path), [f"base = {base}: must be the name of one file"])
         named_by, path = path, Path(os.path.normpath(path.parent / base))
 
 
-def _override_layer(job: str, overrides: Sequence[str]) -> tuple[str, DictConfig]:
-    unreadable = [f"{text!r} ({COMMAND_LINE}): not of the form key=value" for text in overrides if "=" not in text]
-    if unreadable:
-        raise ConfigError(job, unreadable)
-    return COMMAND_LINE, OmegaConf.from_dotlist(list(overrides))
+def _override_layers(overrides: Sequence[str]) -> tuple[list[tuple[str, DictConfig]], list[str]]:
+    """A layer for each text, and what is wrong with those that give none."""
+    layers, problems = [], []
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if not key or not equals:
+            problems.append(f"{text!r} ({COMMAND_LINE}): not of the form key=value")
+            continue
+        try:
+            layers.append((COMMAND_LINE, OmegaConf.from_dotlist([text])))
+        except Exception as error:  # PyYAML and OmegaConf each raise their own kinds for a value that is not YAML
+            problems.append(f"{text!r} ({COMMAND_LINE}): {str(error).splitlines()[0]}")
+    return layers, problems
 
 
-def _apply(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> list[str]:
-    """Sets every value of the layers; returns what is wrong with them."""
-    problems = []
+def _apply(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> list[tuple[str, str]]:
+    """Sets every value of the layers; returns (key, what is wrong) of those that can't be set."""
+    rejected = []
     for source, layer in layers:
         for key, value in _leaves(layer):
             problem = _set(merged, key, value)
             if problem:
-                problems.append(f"{key} = {value} ({source}): {problem}")
-    return problems
+                rejected.append((key, f"{key} = {'null' if value is None else value} ({source}): {problem}"))
+    return rejected
+
+
+def _resolve(merged: DictConfig, keys: set[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """The values of the keys, and (key, what is wrong) of those without one."""
+    values, unresolved = {}, []
+    for key in sorted(keys):
+        try:
+            values[key] = OmegaConf.select(merged, key, throw_on_missing=True)
+        except MissingMandatoryValue:
+            unresolved.append((key, "no value; set it"))
+        except InterpolationToMissingValueError:
+            pass  # what it refers to is reported itself
+        except OmegaConfBaseException as error:
+            unresolved.append((key, str(error).splitlines()[0]))
+    return values, unresolved
 
 
 def _leaves(node: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
@@ -231,60 +260,85 @@ def _leaves(node: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _set(merged: DictConfig, key: str, value: Any) -> str | None:
     """Sets one key; returns what is wrong with it."""
-    names = _keys(Config)
-    if key not in names:
-        sections = {name.rpartition(".")[0] for name in names} - {""}
-        if key in sections:
-            return f"is a section; set one of {', '.join(name for name in names if name.startswith(key + '.'))}"
-        # A key in the wrong section is as common a slip as a misspelt one.
-        same_leaf = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = same_leaf or difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        return "unknown key" + (f"; did you mean {near[0]}?" if near else "; see pretrain/config.py for all keys")
+    types = _keys(Config)
+    if key not in types:
+        inside = [name for name in types if name.startswith(f"{key}.")]
+        if inside:
+            return f"is a section; set one of {', '.join(inside)}"
+        near = _nearest_key(key, list(types))
+        return "unknown key" + (f"; did you mean {near}?" if near else "; see pretrain/config.py for all keys")
     try:
         OmegaConf.update(merged, key, value)
-    except OmegaConfBaseException as error:
-        return str(error).splitlines()[0]
+    except OmegaConfBaseException:
+        choices = get_args(types[key]) if get_origin(types[key]) is Literal else ()
+        meant = difflib.get_close_matches(str(value), choices, n=1)
+        return f"must be {_expected(types[key])}" + (f"; did you mean {meant[0]}?" if meant else "")
     return None
 
 
-def _keys(schema: type, prefix: str = "") -> list[str]:
-    names = []
+def _nearest_key(key: str, names: list[str]) -> str | None:
+    """The name that was probably meant. A key in the wrong section is as common a slip as a misspelt one."""
+
+    def likeness(name: str) -> tuple[float, float]:
+        whole, last = (difflib.SequenceMatcher(None, one, other).ratio() for one, other in zip(_ends(key), _ends(name), strict=True))
+        return max(whole, last), whole
+
+    near = max(names, key=likeness)
+    return near if max(likeness(near)) > 0.6 else None
+
+
+def _ends(key: str) -> tuple[str, str]:
+    return key, key.rpartition(".")[2]
+
+
+def _expected(hint: Any) -> str:
+    """What a key of this type takes."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))} numbers"
+    words = {int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+    return " or ".join(words[part] for part in get_args(hint) or (hint,))
+
+
+def _keys(schema: type, prefix: str = "") -> dict[str, Any]:
+    """The types of all keys."""
+    types: dict[str, Any] = {}
     for f in dataclasses.fields(schema):
         if dataclasses.is_dataclass(f.type):
-            names += _keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            types |= _keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
         else:
-            names.append(prefix + f.name)
-    return names
+            types[prefix + f.name] = f.type
+    return types
 
 
-def _get(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _invalid(config: Config) -> list[tuple[str, str]]:
-    """(key, what is wrong) of values that have the right type but can't work."""
+def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, what is wrong) of values that have the right type but can't work. Keys may be absent, and are then passed over."""
     wrong: list[tuple[str, str]] = []
     for key in ("data.train", "data.val"):
-        folder = _get(config, key)
+        folder = values.get(key)
         if folder is not None and not (Path(folder) / "dataset.json").is_file():
             what = "no such folder" if not Path(folder).is_dir() else "no dataset.json in it"
             wrong.append((key, f"{what}; make it with: python -m data pack IMAGES {folder}"))
-    if config.model.init_from is not None and not Path(config.model.init_from).exists():
+    start = values.get("model.init_from")
+    if start is not None and not Path(start).exists():
         wrong.append(("model.init_from", "no such file or run directory"))
-    if config.engine.zero_stage not in (0, 1, 2, 3):
-        wrong.append(("engine.zero_stage", "must be 0, 1, 2 or 3"))
-    positive = ["global_batch", "epochs", "model.classes", "data.image_size", "data.lanes", "data.window", "data.decode_threads"]
-    positive += ["data.read_threads", "engine.micro_batch", "optim.lr", "run.log_every", "run.save_every", "run.keep"]
-    wrong += [(key, "must be more than 0") for key in positive if _get(config, key) <= 0]
-    if config.steps is not None and config.steps <= 0:
-        wrong.append(("steps", "must be more than 0"))
-    shares = ("model.drop_path", "optim.label_smoothing", "engine.ema_decay")
-    wrong += [(key, "must be at least 0 and less than 1") for key in shares if not 0 <= _get(config, key) < 1]
-    chances = ("data.flip", "data.mix_switch")
-    wrong += [(key, "must be a probability, 0 to 1") for key in chances if not 0 <= _get(config, key) <= 1]
-    if (config.data.mixup or config.data.cutmix) and config.engine.micro_batch % 2:
-        wrong.append(("engine.micro_batch", "must be even: mixup and cutmix mix neighbours in pairs"))
+
+    def check(keys: Sequence[str], holds: Callable[[Any], bool], text: str) -> None:
+        wrong.extend((key, text) for key in keys if values.get(key) is not None and not holds(values[key]))
+
+    check(["engine.zero_stage"], lambda stage: stage in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
+    positive = ["global_batch", "epochs", "steps", "model.classes", "data.image_size", "data.lanes", "data.window", "data.decode_threads"]
+    positive += ["data.read_threads", "engine.micro_batch", "optim.lr", "optim.eps", "run.log_every", "run.save_every", "run.eval_every"]
+    check([*positive, "run.keep"], lambda value: 0 < value < math.inf, "must be more than 0 and finite")
+    at_least_0 = ["data.mixup", "data.cutmix", "optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay"]
+    check([*at_least_0, "optim.clip_grad"], lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+    shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay"]
+    check(shares, lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
+    check(["data.flip", "data.mix_switch"], lambda value: 0 <= value <= 1, "must be a probability, 0 to 1")
+    check(["data.eval_crop"], lambda value: 0 < value <= 1, "must be a share, more than 0 and at most 1")
+    check(["data.crop_area"], lambda area: 0 < area[0] <= area[1] <= 1, "must be two shares of an area, the smaller first")
+    check(["data.crop_ratio"], lambda ratio: 0 < ratio[0] <= ratio[1] < math.inf, "must be more than 0, the smaller first")
+    mixes = values.get("data.mixup") or values.get("data.cutmix")
+    check(["engine.micro_batch"], lambda micro: not mixes or micro % 2 == 0, "must be even: mixup and cutmix mix neighbours in pairs")
     return wrong

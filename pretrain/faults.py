@@ -1,23 +1,12 @@
-"""How a job ends before its time: stop signals, agreed on by all ranks, and exit codes that say what to do next."""
+"""How a job ends before its time: stop signals, agreed on by all ranks."""
 
 import signal
 from types import FrameType, TracebackType
 
-# torch is imported where it is used: a rank must hold a signal, and say what is wrong with its settings, before the seconds that takes.
-
-EXIT_ERROR = 1
-EXIT_CONFIG = 2  # the settings can't work: starting again will not help
-EXIT_AGAIN = 85  # stopped on request and saved: start me again
+import torch
+import torch.distributed as dist
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-
-
-def hold_usr1() -> None:
-    """Keeps USR1 waiting until there is a StopSignals to take it: in the minutes of a start it would end the job for good.
-
-    TERM still ends a rank that starts: it is how the others are ended when one has failed.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 class StopSignals:
@@ -28,9 +17,6 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        import torch
-        import torch.distributed as dist
-
         self.group = dist.new_group(backend="gloo")
         self.received = torch.zeros(1, dtype=torch.int32)
         self._asking: tuple[torch.Tensor, dist.Work] | None = None
@@ -38,11 +24,11 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # `python -m pretrain train` keeps it waiting during the start
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        hold_usr1()  # it could only hide the exit code now
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # what it asks for is done; it could only change the exit code
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
@@ -55,8 +41,6 @@ class StopSignals:
         Each call asks and takes the answer to the last call's question, which travelled during the step, on the host: nobody
         waits for the device.
         """
-        import torch.distributed as dist
-
         answer = False
         if self._asking is not None:
             told, work = self._asking

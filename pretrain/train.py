@@ -29,8 +29,9 @@ from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.evaluate import build_model, evaluate, fill
+from pretrain.exit_codes import EXIT_AGAIN
 from pretrain.export import start_from
-from pretrain.faults import EXIT_AGAIN, StopSignals
+from pretrain.faults import StopSignals
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate
 

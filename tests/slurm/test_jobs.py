@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from data.synthesize import synthesize
 from pretrain.checkpoint import steps, verify
 from tests.slurm.cluster import Cluster, processes
 
@@ -23,7 +22,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 REPOSITORY = Path(__file__).parents[2]
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--time=20")
 # The machine's own name, by which gloo would look for its interface, may not resolve where tests run.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}
 SMALL = (
     "engine.device=cpu", "model.classes=10", "data.image_size=32", "data.val=null", "data.decode_threads=1", "data.read_threads=1",
     "global_batch=4", "engine.micro_batch=2", "run.log_every=1",
@@ -36,10 +35,10 @@ PATIENCE = 240  # seconds; a job takes 25 to 60 where two cores have nothing els
 class Jobs:
     """Submits jobs that share the run directory `run`."""
 
-    def __init__(self, cluster: Cluster, folder: Path, dataset: Path):
+    def __init__(self, cluster: Cluster, folder: Path, drawn: Path):
         self.cluster, self.folder = cluster, folder
         self.run = folder / "run"
-        self.settings = (*SMALL, f"data.train={dataset / 'train'}", f"run.dir={self.run}")
+        self.settings = (*SMALL, f"data.train={drawn / 'train'}", f"run.dir={self.run}")
         self.submitted: list[int] = []
 
     def submit(self, script: str, *settings: str, cwd: Path = REPOSITORY) -> int:
@@ -71,16 +70,9 @@ class Jobs:
         shutil.rmtree(self.run, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("drawn")
-    synthesize(folder, classes=10, train=120, val=20)
-    return folder
-
-
 @pytest.fixture
-def jobs(cluster: Cluster, tmp_path: Path, dataset: Path) -> Iterator[Jobs]:
-    mine = Jobs(cluster, tmp_path, dataset)
+def jobs(cluster: Cluster, tmp_path: Path, drawn: Path) -> Iterator[Jobs]:
+    mine = Jobs(cluster, tmp_path, drawn)
     yield mine
     mine.end()
 
@@ -110,8 +102,8 @@ def resumed_at(output: str) -> list[int]:
     return [int(step) for step in re.findall(r"resumed at step (\d+) of", output)]
 
 
-def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, dataset: Path) -> None:
-    job = jobs.submit("van_b3_in22k.sh", f"data.val={dataset / 'val'}", "steps=4", "run.save_every=1")
+def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, drawn: Path) -> None:
+    job = jobs.submit("van_b3_in22k.sh", f"data.val={drawn / 'val'}", "steps=4", "run.save_every=1")
     jobs.wait_for(job, lambda: set(ranks(cluster).values()) == {("n0", "0", "2"), ("n1", "1", "2")})
     output = jobs.complete(job)
     assert "van_b3, 44.26 M parameters, 10 classes" in output
@@ -227,9 +219,9 @@ def test_submission_from_another_folder_says_what_to_do(jobs: Jobs, cluster: Clu
     assert f"error: submit this from the repository's root: cd REPOSITORY && sbatch launch/{script}" in cluster.output(job)
 
 
-def test_script_without_slurm_runs_on_this_machine(tmp_path: Path, dataset: Path) -> None:
+def test_script_without_slurm_runs_on_this_machine(tmp_path: Path, drawn: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-    settings = (*SMALL, f"data.train={dataset / 'train'}", f"run.dir={tmp_path / 'run'}", "steps=1")
+    settings = (*SMALL, f"data.train={drawn / 'train'}", f"run.dir={tmp_path / 'run'}", "steps=1")
     done = subprocess.run(
         ["bash", REPOSITORY / "launch" / "van_b3_in22k.sh", *settings],
         cwd=tmp_path, env=environment | ENVIRONMENT | {"RANKS": "2"}, capture_output=True, text=True, timeout=PATIENCE,

@@ -1,0 +1,202 @@
+"""Starting a job's processes: what they are told, what becomes of their exit codes, who is stopped and who may finish."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import ranks_here, slurm_rank
+from pretrain.config import accumulation, load
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
+
+# The launcher changes signal handlers, so it runs in a process of its own.
+LAUNCHER = """
+import sys
+import launch.__main__ as launcher
+launcher.GRACE = float(sys.argv[3])
+launcher.LEAVE = min(launcher.LEAVE, launcher.GRACE)
+sys.exit(launcher.run_here([sys.executable, "-c", sys.argv[1]], int(sys.argv[2])))
+"""
+RANK = """
+import os, signal, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+"""
+
+
+def start(folder: Path, code: str, ranks: int, grace: float = 60, **environment: str) -> subprocess.Popen:
+    """A launcher of `code` as every rank, in which `rank` is its number; its working directory is `folder`."""
+    command = [sys.executable, "-c", LAUNCHER, RANK + code, str(ranks), str(grace)]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
+
+
+def end(launcher: subprocess.Popen) -> int:
+    try:
+        return launcher.wait(timeout=30)
+    finally:
+        launcher.kill()
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, f"none of {paths}"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- what a rank is told
+
+
+def test_slurm_rank() -> None:
+    environment = {"SLURM_PROCID": "13", "SLURM_NTASKS": "16", "SLURM_LOCALID": "5", "SLURM_NODEID": "1", "HOME": "/"}
+    assert slurm_rank(environment) == {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_slurm_task_becomes_its_rank(tmp_path: Path, rank: int) -> None:
+    """Of a job that can't work: rank 0 has the voice, and the exit code is the training's."""
+    (tmp_path / "job.yaml").write_text("bad: 1\n")
+    task = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0"}
+    command = [sys.executable, "-m", "launch", str(tmp_path / "job.yaml")]
+    ended = subprocess.run(command, cwd=REPOSITORY, env=os.environ | task, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {tmp_path / 'job.yaml'}: ") if rank == 0 else ended.stderr == ""
+
+
+def test_number_of_ranks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.delenv("RANKS", raising=False)
+    assert ranks_here() == max(1, torch.cuda.device_count())
+    monkeypatch.setenv("RANKS", "3")
+    assert ranks_here() == 3
+
+
+def test_environment_of_the_ranks(tmp_path: Path) -> None:
+    code = "import json\nPath(f'{rank}.json').write_text(json.dumps(dict(os.environ)))"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", LAUNCHER, RANK + code, "2", "60"]
+    assert subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(REPOSITORY)}, timeout=30, check=True)
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, told in enumerate(seen):
+        assert (told["RANK"], told["LOCAL_RANK"], told["WORLD_SIZE"], told["MASTER_ADDR"]) == (str(rank), str(rank), "2", "127.0.0.1")
+        assert told["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert int(seen[0]["MASTER_PORT"]) == int(seen[1]["MASTER_PORT"]) > 0
+    assert end(start(tmp_path, code, 2, OMP_NUM_THREADS="7")) == 0  # a user's own choice stays
+    assert json.loads((tmp_path / "1.json").read_text())["OMP_NUM_THREADS"] == "7"
+
+
+# ---------------------------------------------------------------- how it ends
+
+
+def test_all_ranks_end_well(tmp_path: Path) -> None:
+    assert end(start(tmp_path, "time.sleep(0.3 * rank); Path(str(rank)).touch()", 3)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+
+
+def test_one_failure_ends_the_others(tmp_path: Path) -> None:
+    code = """
+if rank == 1:
+    while not (Path("0").exists() and Path("2").exists()): time.sleep(0.02)
+    sys.exit(3)
+Path(f".{rank}").write_text(str(os.getpid())); Path(f".{rank}").rename(str(rank)); time.sleep(100)
+"""
+    began = time.monotonic()
+    assert end(start(tmp_path, code, 3)) == 3
+    assert time.monotonic() - began < 25  # nobody slept it out
+    assert not [rank for rank in (0, 2) if is_running(int((tmp_path / str(rank)).read_text()))]
+
+
+def test_a_rank_that_fails_a_moment_later_still_says_why(tmp_path: Path) -> None:
+    assert end(start(tmp_path, "time.sleep(1 - rank); Path(f'said{rank}').touch(); sys.exit(2)", 2)) == 2
+    assert (tmp_path / "said0").exists()
+
+
+def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
+    code = """
+if rank == 0:
+    while not Path("1").exists(): time.sleep(0.02)
+    sys.exit(4)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+Path(f".{rank}").write_text(str(os.getpid())); Path(f".{rank}").rename(str(rank)); time.sleep(100)
+"""
+    assert end(start(tmp_path, code, 2, grace=0.5)) == 4
+    assert not is_running(int((tmp_path / "1").read_text()))
+
+
+def test_killed_by_a_signal_is_128_and_its_number(tmp_path: Path) -> None:
+    assert end(start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(100)", 2)) == 128 + 9
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stop_signal_reaches_every_rank(tmp_path: Path, number: signal.Signals) -> None:
+    # Each notes which signal it was and ends as training does; the later ones take their time over it.
+    code = """
+def stop(number, frame):
+    global stopping
+    stopping = number
+stopping = 0
+signal.signal(signal.SIGUSR1, stop); signal.signal(signal.SIGTERM, stop)
+Path(f"ready{rank}").touch()
+while not stopping: time.sleep(0.02)
+Path(f"stopped{rank}").write_text(str(stopping))
+sys.exit(85)
+"""
+    launcher = start(tmp_path, code, 3)
+    wait_for(*(tmp_path / f"ready{rank}" for rank in range(3)))
+    launcher.send_signal(number)
+    assert end(launcher) == 85
+    assert [(tmp_path / f"stopped{rank}").read_text() for rank in range(3)] == [str(int(number))] * 3
+
+
+def test_who_stopped_on_request_leaves_the_others_time_to_finish(tmp_path: Path) -> None:
+    code = "time.sleep(1 - rank); Path(f'finished{rank}').touch(); sys.exit(85)"
+    assert end(start(tmp_path, code, 2)) == 85
+    assert (tmp_path / "finished0").exists()
+
+
+def test_who_hangs_when_the_others_stopped_is_killed(tmp_path: Path) -> None:
+    code = "sys.exit(85) if rank == 1 else Path('pid').write_text(str(os.getpid())); time.sleep(100)"
+    assert end(start(tmp_path, code, 2, grace=2)) == 85
+    assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+# ---------------------------------------------------------------- the scripts
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_sound(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False).stderr == ""
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    assert subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False).stdout == ""
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("van_*.yaml")), ids=lambda path: path.stem)
+def test_the_tasks_a_script_asks_for_can_share_the_global_batch(path: Path, tmp_path: Path) -> None:
+    script = (REPOSITORY / "launch" / ("finetune_in1k.sh" if "_ft_" in path.stem else f"{path.stem}.sh")).read_text()
+    assert "_ft_" in path.stem or f"job.sh configs/{path.name} " in script
+    nodes, tasks, gpus = (
+        int(re.findall(rf"^#SBATCH --{option}=(\d+)$", script, re.MULTILINE)[0]) for option in ("nodes", "ntasks-per-node", "gpus-per-node")
+    )
+    assert tasks == gpus
+    (tmp_path / "dataset.json").touch()
+    config = load(path, [f"data.train={tmp_path}", f"data.val={tmp_path}", f"model.init_from={tmp_path}"])
+    assert accumulation(config, nodes * tasks) >= 1

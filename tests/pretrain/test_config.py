@@ -1,0 +1,361 @@
+"""Settings: files that build on one another, errors that name all that is wrong, and the recipes that the job files stand for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.synthesize import synthesize
+from pretrain import config as settings
+from pretrain.config import Config, ConfigError, accumulation, as_dict, from_dict, load, save
+
+REPOSITORY = Path(__file__).parents[2]
+JOB = """
+name: tiny
+global_batch: 64
+epochs: 3
+model: {name: van_b0, classes: 4}
+optim: {lr: 1e-3}
+"""
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """DATASET/train and DATASET/val; not to be changed."""
+    folder = tmp_path_factory.mktemp("data") / "packed"
+    synthesize(folder, classes=4, train=8, val=4)
+    return folder
+
+
+@pytest.fixture
+def job(tmp_path: Path, dataset: Path) -> Path:
+    """A file that loads."""
+    return write(tmp_path / "job.yaml", f"{JOB}\ndata: {{train: {dataset / 'train'}}}\n")
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def problems(path: Path, *overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path, overrides)
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def the_problem(path: Path, *overrides: str) -> str:
+    (problem,) = problems(path, *overrides)
+    return problem
+
+
+# ---------------------------------------------------------------- files that build on one another
+
+
+def test_later_files_win_and_the_command_line_wins_last(tmp_path: Path, job: Path) -> None:
+    job.rename(tmp_path / "basic.yaml")
+    write(tmp_path / "parts" / "middle.yaml", "base: ../basic.yaml\nseed: 1\nepochs: 5\nmodel: {drop_path: 0.1}\n")
+    last = write(tmp_path / "last.yaml", "base: parts/middle.yaml\nseed: 2\noptim: {weight_decay: 0.3}\n")
+    config = load(last, ["optim.weight_decay=0.4", "optim.betas=[0.5,0.6]", "optim.weight_decay=0.5"])
+    assert (config.global_batch, config.optim.lr, config.model.classes) == (64, 1e-3, 4)  # of the first
+    assert (config.epochs, config.model.drop_path) == (5, 0.1)  # of the second
+    assert config.seed == 2  # of the third
+    assert (config.optim.weight_decay, config.optim.betas) == (0.5, (0.5, 0.6))  # of the command line
+    assert config.run.dir == "runs/tiny"
+    assert config.optim.eps == 1e-8  # of nobody
+
+
+def test_circular_base(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.yaml", "base: two.yaml\n")
+    write(tmp_path / "two.yaml", "base: ./one.yaml\n")
+    with pytest.raises(ConfigError, match=rf"{one}: 1 problem\n.*base: is circular, named again by .*two\.yaml"):
+        load(one)
+
+
+def test_missing_base_is_named_with_who_named_it_and_the_nearest(tmp_path: Path) -> None:
+    write(tmp_path / "recipes" / "in22k.yaml", "epochs: 1\n")
+    path = write(tmp_path / "job.yaml", "base: recipes/in2k.yaml\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    recipes = tmp_path / "recipes"
+    assert str(caught.value).startswith(f"{recipes / 'in2k.yaml'}: 1 problem\n")
+    assert caught.value.problems == [f"no such file, named by {path}; did you mean {recipes / 'in22k.yaml'}?"]
+    assert the_problem(tmp_path / "jib.yaml") == f"no such file; did you mean {path}?"
+    assert the_problem(tmp_path / "nothing_alike.yaml") == "no such file"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("base: 3\n", "base = 3: must be the name of one file"),
+        ("base: [a.yaml, b.yaml]\n", "base = ['a.yaml', 'b.yaml']: must be the name of one file"),
+        ("epochs: 1\nepochs: 2\n", "duplicate key epochs"),
+        ("a: b: c\n", "line 1, column 5"),
+        ("- epochs\n", "not a mapping of keys to values"),
+        ("3\n", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_settings(tmp_path: Path, text: str, problem: str) -> None:
+    path = write(tmp_path / "job.yaml", text)
+    with pytest.raises(ConfigError, match=f"^{path}: ") as caught:
+        load(path)
+    assert problem in caught.value.problems[0]
+
+
+# ---------------------------------------------------------------- what is wrong with a value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        # unknown keys
+        ("engine.zero_stag", "1", "unknown key; did you mean engine.zero_stage?"),
+        ("microbatch", "1", "unknown key; did you mean engine.micro_batch?"),
+        ("model.weight_decay", "0.1", "unknown key; did you mean optim.weight_decay?"),
+        ("modle.name", "van_b0", "unknown key; did you mean model.name?"),
+        ("optim.mixpu", "0.1", "unknown key; did you mean data.mixup?"),
+        ("name.x", "1", "unknown key; did you mean name?"),
+        ("zebra", "1", "unknown key; see pretrain/config.py for all keys"),
+        # wrong types
+        ("epochs", "abc", "must be a number"),
+        ("epochs", "[1, 2]", "must be a number"),
+        ("epochs", "null", "must be a number"),
+        ("global_batch", "1.5", "must be a whole number"),
+        ("steps", "soon", "must be a whole number or null"),
+        ("seed", "True", "must be a whole number"),
+        ("name", "null", "must be text"),
+        ("data.val", "[3]", "must be text or null"),
+        ("data.mean", "0.5", "must be a list of 3 numbers"),
+        ("data.mean", "[0.5, 0.5]", "must be a list of 3 numbers"),
+        ("optim.betas", "['a', 'b']", "must be a list of 2 numbers"),
+        ("engine", "3", "is a section; set one of engine.device, engine.zero_stage, "),
+        ("engine", "null", "is a section; set one of engine.device, engine.zero_stage, "),
+        ("data.train", "null", "must be text"),
+        # not one of the choices
+        ("engine.precision", "fp23", "must be one of bf16, fp32; did you mean fp32?"),
+        ("model.name", "vanb3", "must be one of van_b0, van_b1, van_b2, van_b3, van_b4, van_b5, van_b6; did you mean van_b3?"),
+        ("engine.device", "tpu", "must be one of auto, cpu, cuda"),
+        # of the right type, but they can't work
+        ("engine.zero_stage", "4", "must be 0, 1, 2 or 3"),
+        ("global_batch", "0", "must be more than 0 and finite"),
+        ("epochs", "inf", "must be more than 0 and finite"),
+        ("optim.lr", "nan", "must be more than 0 and finite"),
+        ("steps", "0", "must be more than 0 and finite"),
+        ("data.cutmix", "-1.0", "must be at least 0 and finite"),
+        ("optim.label_smoothing", "1.0", "must be at least 0 and less than 1"),
+        ("data.flip", "1.5", "must be a probability, 0 to 1"),
+        ("data.eval_crop", "0.0", "must be a share, more than 0 and at most 1"),
+        ("data.crop_area", "(1.0, 0.08)", "must be two shares of an area, the smaller first"),
+        ("data.crop_ratio", "(0.0, 1.0)", "must be more than 0, the smaller first"),
+        ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbours in pairs"),
+        ("model.init_from", "nowhere.pth", "no such file or run directory"),
+    ],
+)
+@pytest.mark.parametrize("place", ["file", "command line"])
+def test_a_bad_value_is_named_with_where_it_was_set(tmp_path: Path, job: Path, key: str, value: str, problem: str, place: str) -> None:
+    as_yaml = value.replace("(", "[").replace(")", "]")
+    if place == "file":
+        nested = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(key.split(".")))[:-1] + f" {as_yaml}\n"
+        source = str(write(tmp_path / "bad.yaml", f"base: job.yaml\n{nested}"))
+        found = the_problem(Path(source))
+    else:
+        source = "command line"
+        found = the_problem(job, f"{key}={as_yaml}")
+    assert found.startswith(f"{key} = {value} ({source}): {problem}")
+
+
+def test_what_only_works_without_mixing(job: Path) -> None:
+    assert load(job, ["engine.micro_batch=3", "data.mixup=0", "data.cutmix=0"]).engine.micro_batch == 3
+
+
+def test_missing_values_say_where_to_set_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "job.yaml", "seed: 1\nmodel: {name: van_b0}\n")
+    keys = ["data.train", "epochs", "global_batch", "model.classes", "name", "optim.lr"]
+    assert problems(path) == [f"{key}: no value; set it in {path} or as {key}=…" for key in keys]
+
+
+def test_data_folders(tmp_path: Path, job: Path, dataset: Path) -> None:
+    nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
+    empty.mkdir()
+    make = "make it with: python -m data pack IMAGES"
+    assert the_problem(job, f"data.train={nowhere}") == f"data.train = {nowhere} (command line): no such folder; {make} {nowhere}"
+    assert the_problem(job, f"data.val={empty}") == f"data.val = {empty} (command line): no dataset.json in it; {make} {empty}"
+    assert load(job, [f"data.val={dataset / 'val'}"]).data.val == str(dataset / "val")
+
+
+@pytest.mark.parametrize("text", ["epochs", "=3", "", "optim.lr=${x"])
+def test_a_text_that_is_no_override(job: Path, text: str) -> None:
+    assert the_problem(job, text).startswith(f"{text!r} (command line): ")
+
+
+def test_references_between_keys(tmp_path: Path, job: Path) -> None:
+    path = write(tmp_path / "more.yaml", "base: job.yaml\nrun: {dir: 'out/${name}-${seed}'}\n")
+    assert load(path, ["seed=7"]).run.dir == "out/tiny-7"
+    write(path, "base: job.yaml\nrun: {dir: 'out/${nam}'}\n")
+    assert the_problem(path) == f"run.dir ({path}): Interpolation key 'nam' not found"
+
+
+def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.yaml", "epochs: many\noptim: {lr: 1e-3, beta: 3}\n")
+    path = write(tmp_path / "job.yaml", "base: recipe.yaml\nname: tiny\nmodel: van_b0\ndata: {train: nowhere, flip: 2}\n")
+    assert problems(path, "epochs", "engine.micro_batch=x", "global_batch=64", "global_batch=none") == [
+        "'epochs' (command line): not of the form key=value",
+        f"epochs = many ({recipe}): must be a number",
+        f"optim.beta = 3 ({recipe}): unknown key; did you mean optim.betas?",
+        f"model = van_b0 ({path}): is a section; set one of model.name, model.classes, model.drop_path, model.init_from",
+        "engine.micro_batch = x (command line): must be a whole number",
+        "global_batch = none (command line): must be a whole number",
+        f"model.classes: no value; set it in {path} or as model.classes=…",
+        f"model.name: no value; set it in {path} or as model.name=…",
+        f"data.train = nowhere ({path}): no such folder; make it with: python -m data pack IMAGES nowhere",
+        f"data.flip = 2.0 ({path}): must be a probability, 0 to 1",
+    ]
+
+
+def test_override_of_settings_that_were_loaded(job: Path) -> None:
+    config = settings.override(load(job), ["data.val=elsewhere", "engine.micro_batch=8"])
+    assert (config.data.val, config.engine.micro_batch, config.epochs) == ("elsewhere", 8, 3)
+    with pytest.raises(ConfigError) as caught:
+        settings.override(config, ["engine.microbatch=8", "epochs=x", "y"])
+    assert caught.value.problems == [
+        "'y' (command line): not of the form key=value",
+        "engine.microbatch = 8 (command line): unknown key; did you mean engine.micro_batch?",
+        "epochs = x (command line): must be a number",
+    ]
+
+
+# ---------------------------------------------------------------- there and back
+
+
+def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Path) -> None:
+    overrides = [f"data.val={dataset / 'val'}", "steps=5", "optim.betas=[0.8,0.9]", "data.mean=[0.5,0.5,0.5]", "run.dir=here"]
+    config = load(job, overrides)
+    save(config, tmp_path / "saved.yaml")
+    assert load(tmp_path / "saved.yaml") == config
+    assert from_dict(as_dict(config)) == config
+    assert config != load(job)
+
+
+# ---------------------------------------------------------------- batch sizes
+
+
+def sizes(job: Path, global_batch: int, micro_batch: int) -> Config:
+    return load(job, [f"global_batch={global_batch}", f"engine.micro_batch={micro_batch}"])
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "ranks", "expected"),
+    [(8192, 64, 64, 2), (8192, 64, 128, 1), (512, 32, 1, 16), (12, 2, 3, 2), (6, 6, 1, 1)],
+)
+def test_accumulation(job: Path, global_batch: int, micro_batch: int, ranks: int, expected: int) -> None:
+    assert accumulation(sizes(job, global_batch, micro_batch), ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro_batch", "ranks", "micro_batches", "rank_counts", "batches"),
+    [
+        (8192, 96, 64, [64, 128], [], [6144]),  # 96 has a factor of 3: no number of ranks will do
+        (8192, 64, 48, [], [32, 64], [9216]),
+        (96, 12, 6, [8, 16], [4, 8], [72]),  # a tie between 72 and 144
+        (32, 64, 2, [16], [], [128]),
+        (4, 2, 8, [], [2], [16]),
+    ],
+)
+def test_what_cannot_divide_names_what_would(
+    job: Path, global_batch: int, micro_batch: int, ranks: int, micro_batches: list[int], rank_counts: list[int], batches: list[int]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        accumulation(sizes(job, global_batch, micro_batch), ranks)
+    (problem,) = caught.value.problems
+    expected = [f"global_batch = {global_batch} can't be divided over {ranks} ranks of engine.micro_batch = {micro_batch}"]
+    expected += [f"with {ranks} ranks, engine.micro_batch={' or '.join(map(str, micro_batches))}"] if micro_batches else []
+    expected += [f"with engine.micro_batch={micro_batch}, {' or '.join(map(str, rank_counts))} ranks"] if rank_counts else []
+    expected += [f"or another recipe with global_batch={batches[0]}"]
+    assert problem.split("; ") == expected
+    # What is named really divides.
+    for other in micro_batches:
+        assert accumulation(sizes(job, global_batch, other), ranks) * other * ranks == global_batch
+    for other in rank_counts:
+        assert accumulation(sizes(job, global_batch, micro_batch), other) * micro_batch * other == global_batch
+    for other in batches:
+        assert accumulation(sizes(job, other, micro_batch), ranks) * micro_batch * ranks == other
+
+
+# ---------------------------------------------------------------- through the command line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_bad_key_ends_the_process_at_once(job: Path, rank: int) -> None:
+    # A torch that can't be imported shows that nobody waits for it to hear of a misspelt key.
+    write(job.parent / "broken" / "torch.py", "raise SystemExit('torch was imported')\n")
+    environment = os.environ | {"RANK": str(rank), "PYTHONPATH": str(job.parent / "broken")}
+    command = [sys.executable, "-m", "pretrain", "train", str(job), "bad.key=1", "engine.zero_stage=9"]
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    message = (
+        f"error: {job}: 2 problems\n"
+        "  bad.key = 1 (command line): unknown key; see pretrain/config.py for all keys\n"
+        "  engine.zero_stage = 9 (command line): must be 0, 1, 2 or 3\n"
+    )
+    assert ended.stderr == (message if rank == 0 else "")
+
+
+# ---------------------------------------------------------------- the recipes
+
+# As the ImageNet-22K and fine-tuning scripts have them; epochs and warm-up in epochs.
+IN22K = {
+    "global_batch": 8192, "epochs": 90, "model.classes": 21841, "data.image_size": 224, "data.mixup": 0.8, "data.cutmix": 1.0,
+    "data.mix_switch": 0.5, "data.flip": 0.5, "data.crop_area": (0.08, 1.0), "data.mean": (0.485, 0.456, 0.406),
+    "data.std": (0.229, 0.224, 0.225), "data.eval_resize": "crop", "data.eval_crop": 0.875, "optim.lr": 4e-3, "optim.min_lr": 1e-6,
+    "optim.warmup_lr": 1e-6, "optim.warmup_epochs": 5, "optim.weight_decay": 0.05, "optim.label_smoothing": 0.1,
+    "optim.betas": (0.9, 0.999), "optim.eps": 1e-8, "optim.clip_grad": 0, "engine.ema_decay": 0, "engine.precision": "bf16",
+}  # fmt: skip
+FT_224 = IN22K | {
+    "global_batch": 512, "epochs": 30, "model.classes": 1000, "data.mixup": 0, "data.cutmix": 0, "optim.lr": 5e-5,
+    "optim.warmup_epochs": 0, "optim.weight_decay": 1e-8,
+}  # fmt: skip
+FT_384 = FT_224 | {"data.image_size": 384, "data.eval_resize": "squash"}
+# What differs: recipe, drop path, and ranks, micro-batch and accumulation of the authors' runs.
+JOBS = {
+    f"van_{size}_in22k{suffix}": {**recipe, "model.name": f"van_{size}", "model.drop_path": drop_path, "batches": batches}
+    for size, fine_tuning_drop_path in (("b3", 0.2), ("b4", 0.2), ("b5", 0.2), ("b6", 0.3))
+    for suffix, recipe, drop_path, batches in (
+        ("", IN22K, 0.1, (64, 64, 2)),
+        ("_ft_in1k_224", FT_224, fine_tuning_drop_path, (16, 32, 1)),
+        ("_ft_in1k_384", FT_384, fine_tuning_drop_path, (32, 16, 1)),
+    )
+}
+
+
+def test_the_table_has_all_job_files() -> None:
+    assert {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} == {*JOBS, "demo"}
+
+
+@pytest.mark.parametrize("name", [*JOBS, "demo"])
+def test_a_job_file_holds_its_recipe(name: str, dataset: Path) -> None:
+    places = [f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", "model.init_from=null"]
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    config = load(path, places)
+    assert (config.name, config.run.dir) == (name, f"runs/{name}")
+    if name == "demo":
+        assert accumulation(config, 2) == 1
+        return
+    *_, (ranks, micro_batch, steps) = expected = JOBS[name].values()
+    assert [value_of(config, key) for key in JOBS[name] if key != "batches"] == list(expected)[:-1]
+    assert (config.engine.micro_batch, accumulation(config, ranks)) == (micro_batch, steps)
+    if "_ft_" in name:  # starts from what the pretraining job of the same variant leaves
+        start = f"runs/{name.partition('_ft_')[0]}"
+        with pytest.raises(ConfigError, match=rf"model\.init_from = {start} \({path}\): no such file or run directory"):
+            load(path, places[:2])
+
+
+def value_of(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
