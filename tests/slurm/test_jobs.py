@@ -49,9 +49,11 @@ class Jobs:
 
     def wait_for(self, job: int, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
-        while not reached():
+        while True:
             state = self.cluster.job(job)["JobState"]
-            assert state in ("PENDING", "CONFIGURING", "RUNNING"), f"{state}\n{self.cluster.output(job)}"
+            if reached():
+                return
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{self.cluster.output(job)}"
             assert time.monotonic() < deadline, self.cluster.output(job)
             time.sleep(0.1)
 
