@@ -19,8 +19,9 @@ from types import FrameType
 
 from pretrain.exit_codes import EXIT_AGAIN
 
-# A rank that was told to stop saves first; one that hangs instead is killed after this many seconds.
-GRACE = 120
+# Seconds. A rank that was told to stop saves first; one that hangs instead is killed. When a rank fails, the others have a moment:
+# they may be about to fail of the same, and be the ones who say why.
+GRACE, LEAVE = 120, 5
 
 
 def main() -> int:
@@ -66,12 +67,10 @@ def run_here(command: list[str], ranks: int) -> int:
     failed = wait(processes)
     if failed is None:
         return 0
-    if failed.returncode != EXIT_AGAIN:  # else the others too are about to end, in good order
-        for process in processes:
-            process.terminate()
-    deadline = time.monotonic() + GRACE
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    let_end(processes, GRACE if failed.returncode == EXIT_AGAIN else LEAVE)
+    for process in processes:
+        process.terminate()
+    let_end(processes, GRACE)
     for process in processes:
         process.kill()
         process.wait()
@@ -86,6 +85,13 @@ def wait(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
         failed = next((process for process, code in zip(processes, codes, strict=True) if code), None)
         if failed is not None or None not in codes:
             return failed
+        time.sleep(0.1)
+
+
+def let_end(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Returns when all have ended, or when the time is up."""
+    deadline = time.monotonic() + seconds
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 

@@ -11,4 +11,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-exec bash "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch/job.sh" "$@"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch" && exec bash job.sh "$@"
+echo "error: submit this from the repository's root: cd REPOSITORY && sbatch launch/finetune_in1k.sh …" >&2; exit 2

@@ -19,8 +19,10 @@ MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
+# srun returns the highest of its tasks' exit codes, and one that it ends counts as 143 or 137. Killing all on the first bad exit would
+# hide the 85 or the 2 behind that; so the others have a minute to end by themselves, which is also time to say what they died of.
 code=0
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python -m launch "$@" || code=$?
+srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python -m launch "$@" || code=$?
 if [[ $code == 85 ]]; then
     echo "job $SLURM_JOB_ID was told to stop and has saved; it goes back to the queue"
     scontrol requeue "$SLURM_JOB_ID"

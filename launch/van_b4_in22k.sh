@@ -11,4 +11,5 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-exec bash "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch/job.sh" configs/van_b4_in22k.yaml "$@"
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch" && exec bash job.sh configs/van_b4_in22k.yaml "$@"
+echo "error: submit this from the repository's root: cd REPOSITORY && sbatch launch/van_b4_in22k.sh …" >&2; exit 2

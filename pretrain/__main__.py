@@ -9,6 +9,7 @@ python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mm
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -57,6 +58,9 @@ def raised_here(error: ValueError) -> bool:
 
 
 def _train(args: argparse.Namespace) -> int:
+    # A USR1 in the minutes of a start would end the job for good: it waits for train's StopSignals. TERM doesn't: it ends the others
+    # of a rank that failed.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     config = settings.load(args.config, args.overrides)
     from pretrain import engine
     from pretrain.train import train

@@ -24,9 +24,11 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})  # `python -m pretrain train` keeps it waiting during the start
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # what it asks for is done; it could only change the exit code
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 

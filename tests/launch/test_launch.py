@@ -23,6 +23,7 @@ LAUNCHER = """
 import sys
 import launch.__main__ as launcher
 launcher.GRACE = float(sys.argv[3])
+launcher.LEAVE = min(launcher.LEAVE, launcher.GRACE)
 sys.exit(launcher.run_here([sys.executable, "-c", sys.argv[1]], int(sys.argv[2])))
 """
 RANK = """
@@ -123,6 +124,11 @@ Path(f".{rank}").write_text(str(os.getpid())); Path(f".{rank}").rename(str(rank)
     assert not [rank for rank in (0, 2) if is_running(int((tmp_path / str(rank)).read_text()))]
 
 
+def test_a_rank_that_fails_a_moment_later_still_says_why(tmp_path: Path) -> None:
+    assert end(start(tmp_path, "time.sleep(1 - rank); Path(f'said{rank}').touch(); sys.exit(2)", 2)) == 2
+    assert (tmp_path / "said0").exists()
+
+
 def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
     code = """
 if rank == 0:
@@ -186,7 +192,7 @@ def test_scripts_are_sound(script: Path) -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("van_*.yaml")), ids=lambda path: path.stem)
 def test_the_tasks_a_script_asks_for_can_share_the_global_batch(path: Path, tmp_path: Path) -> None:
     script = (REPOSITORY / "launch" / ("finetune_in1k.sh" if "_ft_" in path.stem else f"{path.stem}.sh")).read_text()
-    assert "_ft_" in path.stem or f'job.sh" configs/{path.name} ' in script
+    assert "_ft_" in path.stem or f"job.sh configs/{path.name} " in script
     nodes, tasks, gpus = (
         int(re.findall(rf"^#SBATCH --{option}=(\d+)$", script, re.MULTILINE)[0]) for option in ("nodes", "ntasks-per-node", "gpus-per-node")
     )

@@ -31,5 +31,10 @@ def worker(numbers: list[int], at_step: int) -> dict[str, Any]:
 @pytest.mark.parametrize("numbers", [[signal.SIGUSR1], [signal.SIGTERM, signal.SIGINT]])
 def test_all_ranks_stop_at_the_same_step(numbers: list[int]) -> None:
     for result in run_on_ranks(2, worker, numbers=[int(n) for n in numbers], at_step=3):
-        # Nobody asks before step 3, whose question is answered at step 4; it stays so.
+        # Asked at step 3, answered at step 4; it stays so.
         assert result == {"answers": [False, False, False, True, True, True], "restored": True}
+
+
+def test_without_a_signal_nobody_stops() -> None:
+    for result in run_on_ranks(2, worker, numbers=[], at_step=3):
+        assert not any(result["answers"])

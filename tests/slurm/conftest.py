@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from cluster import PATH, Cluster, private_cluster
+
+from tests.slurm.cluster import PATH, Cluster, private_cluster
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, private_cluster, processes
+
+from tests.slurm.cluster import Cluster, private_cluster, processes
 
 pytestmark = pytest.mark.slurm
 

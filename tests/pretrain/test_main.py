@@ -1,0 +1,42 @@
+"""The command line of a rank."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import free_port
+from tests.ranks import REPOSITORY
+
+
+@pytest.mark.slow
+def test_stop_signal_during_the_start_is_kept_for_the_first_step(tmp_path: Path, drawn: Path) -> None:
+    settings = (
+        f"data.train={drawn / 'train'}", "data.val=null", "data.image_size=32", f"run.dir={tmp_path / 'run'}", "steps=10000",
+        "model.name=van_b0", "model.classes=10", "global_batch=4", "engine.micro_batch=4", "engine.device=cpu",
+    )  # fmt: skip
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    rank = subprocess.Popen(
+        [sys.executable, "-m", "pretrain", "train", "configs/van_b3_in22k.yaml", *settings],
+        cwd=REPOSITORY, env=os.environ | alone, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not holds(rank.pid, signal.SIGUSR1):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        rank.send_signal(signal.SIGUSR1)
+        output = rank.communicate(timeout=120)[0]
+    finally:
+        rank.kill()
+    assert rank.returncode == 85
+    assert "stopped at step 2 of 10000 and saved" in output
+
+
+def holds(pid: int, number: signal.Signals) -> bool:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(status["SigBlk"], 16) & 1 << (number - 1))
