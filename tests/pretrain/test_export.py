@@ -224,6 +224,30 @@ def test_checksum_and_model_card(runs: Path, tmp_path: Path, fmt: str) -> None:
         assert stated in card
 
 
+@pytest.mark.parametrize(
+    "name", [*("van_b0", "van_b1", "van_b2"), *(pytest.param(f"van_b{n}", marks=pytest.mark.full) for n in (3, 4, 5, 6))]
+)
+def test_round_trip_of_every_variant(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Exported, and loaded by key names alone into the authors' state dict, as the reference has it: the same to the bit."""
+    reference = REFERENCE[name]["state_dict"]
+    torch.manual_seed(0)
+    _, config, trainer = build_trained(runs / "averaged", average=False)
+    for fmt in FORMATS:
+        model = timm.create_model(name)
+        with torch.no_grad():
+            for tensor in model.state_dict(keep_vars=True).values():
+                tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(3))
+        monkeypatch.setattr("pretrain.export.build_trained", lambda *_, model=model, **__: (model, config, trainer))
+        expected = to_format({key: tensor.clone() for key, tensor in model.state_dict().items()}, "official")
+        export(runs / "averaged", fmt, tmp_path / "weights", force=True)
+        authors = {key: torch.zeros(shape) for key, shape in reference.items() if fmt != "mmseg" or not key.startswith("head.")}
+        found = to_format(read_file(tmp_path / "weights"), "official")
+        assert found.keys() == authors.keys()
+        for key, tensor in found.items():
+            authors[key].copy_(tensor)
+            assert torch.equal(authors[key], expected[key].float())
+
+
 def test_transformers_folder(runs: Path, tmp_path: Path) -> None:
     """Its settings are those of VanConfig (transformers 4.30, models/van/configuration_van.py) for this model."""
     export(runs / "averaged", "hf", tmp_path / "van")
