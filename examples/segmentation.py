@@ -167,7 +167,7 @@ def check_features(weights: Path, images: Tensor) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains a segmentation head on exported weights and on random ones.")
     parser.add_argument("--weights", type=Path, default=Path("runs/demo/timm"), help="a folder exported with --format timm")
-    parser.add_argument("--steps", type=int, default=150, help="training steps for each of the two")
+    parser.add_argument("--steps", type=int, default=100, help="training steps for each of the two")
     parser.add_argument("--out", type=Path, default=Path("runs/segmentation/segmentation.png"), help="the picture")
     args = parser.parse_args(argv)
     if not (args.weights / "config.json").is_file():
