@@ -2,19 +2,22 @@
 
     crops = random_resized_crop(seed, epoch, ids, widths, heights)
     mirror = flip(seed, epoch, ids)
+    boxes = erased_boxes(seed, epoch, ids, image_size=224, probability=0.25)
     mix = mix_parameters(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
 
-Nothing depends on how samples are spread over micro-batches, ranks or restarts. The mix belongs to a pair of neighbouring slots
-(2i, 2i + 1) of the global batch and is a function of the even slot's sample.
+RandAugment and colour jitter are in randaugment.py. Nothing depends on how samples are spread over micro-batches, ranks or restarts.
+The mix belongs to a pair of neighbouring slots (2i, 2i + 1) of the global batch and is a function of the even slot's sample.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.draws import Draw, uniform
+from data.draws import Draw, hash64, uniform
 
 _TRIES = 10
+_ERASED_AREA = (0.02, 1 / 3)  # timm's RandomErasing: share of the image's area, and
+_ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
 _BETA_TRIES = 16
 
 
@@ -57,6 +60,38 @@ def random_resized_crop(
 def flip(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5) -> np.ndarray:
     """Which samples are mirrored left to right, bool (n,)."""
     return uniform(seed, Draw.FLIP, epoch, ids) < probability
+
+
+def bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str) -> np.ndarray:
+    """Which samples are resized bilinearly rather than bicubically, bool (n,); `interpolation` is bilinear, bicubic or random."""
+    if interpolation == "random":
+        return uniform(seed, Draw.INTERPOLATION, epoch, ids) < 0.5
+    return np.full(len(ids), interpolation == "bilinear")
+
+
+def erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, probability: float, count: int = 1) -> np.ndarray:
+    """Boxes in pixels that are erased, int32 (n, count, 4): y, x, height, width, all 0 where there is none.
+
+    The algorithm of timm's RandomErasing, after "Random Erasing Data Augmentation" (arXiv 1708.04896): with `probability` an image has
+    1 to `count` boxes; each has up to ten tries of an area, uniform between 2 % and a third of the image's and shared by the boxes,
+    and a log-uniform ratio of height to width; the first that is smaller than the image is put at a uniform place.
+    """
+    ids = ids[:, None, None]
+    boxes, tries = np.arange(count)[:, None], np.arange(_TRIES)
+    number = 1 + hash64(seed, Draw.ERASED_COUNT, epoch, ids) % np.uint64(count)
+    low, high = _ERASED_AREA
+    area = image_size**2 * (low + (high - low) * uniform(seed, Draw.ERASED_AREA, epoch, ids, boxes, tries)) / number
+    low, high = np.log(_ERASED_RATIO)
+    ratio = np.exp(low + (high - low) * uniform(seed, Draw.ERASED_RATIO, epoch, ids, boxes, tries))
+    h, w = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (h < image_size) & (w < image_size)
+    first = fits.argmax(axis=2)[..., None]
+    h, w = np.take_along_axis(h, first, 2), np.take_along_axis(w, first, 2)
+    y = np.floor(uniform(seed, Draw.ERASED_Y, epoch, ids, boxes) * (image_size - h + 1)).astype(np.int64)
+    x = np.floor(uniform(seed, Draw.ERASED_X, epoch, ids, boxes) * (image_size - w + 1)).astype(np.int64)
+    chosen = uniform(seed, Draw.ERASED, epoch, ids) < probability
+    there = chosen & (boxes < number) & fits.any(axis=2)[..., None]
+    return np.where(there, np.concatenate([y, x, h, w], axis=2), 0).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)

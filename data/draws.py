@@ -33,12 +33,27 @@ class Draw(IntEnum):
     CROP_Y = 12
     CROP_X = 13
     FLIP = 14
+    INTERPOLATION = 15
     MIX_KIND = 20
     MIXUP_LAM = 21
     CUTMIX_LAM = 22
     CUTMIX_Y = 23
     CUTMIX_X = 24
     SYNTHESIZE = 30
+    OPERATOR = 40
+    OPERATOR_APPLIED = 41
+    MAGNITUDE = 42
+    MAGNITUDE_SIGN = 43
+    OPERATOR_INTERPOLATION = 44
+    JITTER_ORDER = 45
+    JITTER_FACTOR = 46
+    ERASED = 50
+    ERASED_COUNT = 51
+    ERASED_AREA = 52
+    ERASED_RATIO = 53
+    ERASED_Y = 54
+    ERASED_X = 55
+    ERASED_NOISE = 56
 
 
 def hash64(*keys: ArrayLike) -> np.ndarray:
@@ -61,6 +76,11 @@ def hash64(*keys: ArrayLike) -> np.ndarray:
 def uniform(*keys: ArrayLike) -> np.ndarray:
     """A float64 in [0, 1) for each combination of keys: the upper 53 bits of `hash64`, so every value is exact."""
     return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
+
+
+def standard_normal(*keys: ArrayLike) -> np.ndarray:
+    """A float64 from the standard normal distribution for each combination of keys (Box and Muller, 1958)."""
+    return np.sqrt(-2 * np.log1p(-uniform(*keys, 0))) * np.cos(2 * np.pi * uniform(*keys, 1))
 
 
 def permutation(n: int, *keys: ArrayLike) -> np.ndarray:

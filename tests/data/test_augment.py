@@ -1,9 +1,11 @@
+import random
+
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 from timm.data.mixup import cutmix_bbox_and_lam
-from torchvision.transforms import RandomResizedCrop
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from data.augment import flip, mix_parameters, random_resized_crop, symmetric_beta
 from data.draws import Draw
@@ -16,22 +18,27 @@ def crops(width: int, height: int, count: int, **options: tuple[float, float]) -
     return random_resized_crop(0, 0, ids, np.full(count, width, np.uint16), np.full(count, height, np.uint16), **options)
 
 
-@pytest.mark.parametrize(("width", "height"), [(200, 150), (64, 220), (500, 375)])
-def test_crops_have_torchvisions_distribution(width: int, height: int) -> None:
-    torch.manual_seed(0)
+def timms_crops(width: int, height: int, count: int, scale: tuple[float, float]) -> np.ndarray:
+    """y, x, height, width."""
+    random.seed(0)
     image = Image.new("L", (width, height))
-    theirs = np.array([RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)])
-    ours = crops(width, height, 40_000)
-    for column, side in enumerate((height, width, height, width)):
-        difference = np.quantile(ours[:, column], QUANTILES) - np.quantile(theirs[:, column], QUANTILES)
-        assert np.abs(difference).max() <= 0.035 * side
-        points = np.arange(side + 1)  # Kolmogorov and Smirnov's distance; 0.0447 is exceeded by chance once in a million
-        distance = np.abs(cumulative(ours[:, column], points) - cumulative(theirs[:, column], points)).max()
-        assert distance < 0.0447
+    return np.array([RandomResizedCropAndInterpolation.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(count)])
 
 
-def cumulative(values: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return np.searchsorted(np.sort(values), points, side="right") / len(values)
+def least_likely(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The least of the probabilities, by Kolmogorov and Smirnov, that place, sides, area and ratio differ so much by chance."""
+    described = [np.column_stack([one, one[:, 2] * one[:, 3], one[:, 3] / one[:, 2]]) for one in (ours, theirs)]
+    return min(ks_2samp(described[0][:, column], described[1][:, column]).pvalue for column in range(6))
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 150), (64, 220), (500, 375)])
+def test_crops_have_timms_distribution(width: int, height: int) -> None:
+    assert least_likely(crops(width, height, 100_000), timms_crops(width, height, 100_000, (0.08, 1.0))) > 1e-5
+
+
+def test_the_comparison_finds_other_crops() -> None:
+    assert least_likely(crops(500, 375, 100_000), timms_crops(500, 375, 100_000, (0.09, 1.0))) < 1e-5
+    assert least_likely(crops(500, 375, 100_000, ratio=(0.76, 4 / 3)), timms_crops(500, 375, 100_000, (0.08, 1.0))) < 1e-5
 
 
 def test_crops_lie_inside_and_keep_to_scale_and_ratio() -> None:
@@ -49,7 +56,7 @@ def test_where_no_crop_fits_the_central_one_is_taken() -> None:
     """Whole area only, of images too long for any allowed ratio: torchvision's fallback, which draws nothing."""
     for width, height in ((300, 40), (40, 300), (33, 117), (301, 51)):
         image = Image.new("L", (width, height))
-        expected = RandomResizedCrop.get_params(image, (1.0, 1.0), (3 / 4, 4 / 3))
+        expected = RandomResizedCropAndInterpolation.get_params(image, (1.0, 1.0), (3 / 4, 4 / 3))
         assert (crops(width, height, 5, scale=(1.0, 1.0)) == np.array(expected)).all()
     assert (crops(80, 80, 5, scale=(1.0, 1.0), ratio=(1.0, 1.0)) == (0, 0, 80, 80)).all()
 
