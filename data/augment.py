@@ -62,10 +62,11 @@ def flip(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5) -> np
     return uniform(seed, Draw.FLIP, epoch, ids) < probability
 
 
-def bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str) -> np.ndarray:
-    """Which samples are resized bilinearly rather than bicubically, bool (n,); `interpolation` is bilinear, bicubic or random."""
+def bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: int) -> np.ndarray:
+    """Which samples are interpolated bilinearly rather than bicubically, bool (n,); `interpolation` is bilinear, bicubic or random. Each
+    use of it for a sample (the resize, layers of operators) has a number of its own."""
     if interpolation == "random":
-        return uniform(seed, Draw.INTERPOLATION, epoch, ids) < 0.5
+        return uniform(seed, Draw.INTERPOLATION, epoch, ids, use) < 0.5
     return np.full(len(ids), interpolation == "bilinear")
 
 

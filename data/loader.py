@@ -23,13 +23,15 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from nvidia.dali import fn
+from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from PIL import Image
 
-from data.augment import Mix, flip, mix_parameters, random_resized_crop
+from data.augment import Mix, bilinear, erased_boxes, flip, mix_parameters, random_resized_crop
+from data.erasing import NoiseBank, noise_starts
 from data.index import Index, key
+from data.operators import apply_layer, operator_inputs
 from data.order import (
     SampleOrder,
     bytes_at_once,
@@ -39,6 +41,7 @@ from data.order import (
     rank_slice,
     shard_uses,
 )
+from data.randaugment import color_jitter, parse_policy, rand_augment
 from data.reader import ReadAhead
 from data.settings import DataConfig
 from data.store import FetchedShards, ShardStore
@@ -95,18 +98,20 @@ class _Loader:
         self.index, self.settings, self.device = store.index, settings, device
         self._store = store
         self._inside: deque[tuple[MicroBatch, list[np.ndarray]]] = deque()  # given to DALI, not yet come out
+
         # With the dynamic executor every output owns its memory (the others reuse theirs), so batches need no copy.
-        self._pipeline: Pipeline | None = Pipeline(
+        @pipeline_def(  # type: ignore[call-overload]  # its stub lacks exec_dynamic
             batch_size=max_batch,
             num_threads=settings.decode_threads,
             device_id=self.device.index if self.device.type == "cuda" else None,
             prefetch_queue_depth=2,
             exec_dynamic=True,
+            enable_conditionals=True,
         )
-        with self._pipeline:
+        def pipeline() -> Any:
             inputs = fn.external_source(self._feed, num_outputs=1 + len(dtypes), batch=True, dtype=[DALIDataType.UINT8, *dtypes])
             images, mirror = graph(*inputs)
-            normalised = fn.crop_mirror_normalize(
+            return fn.crop_mirror_normalize(
                 images,
                 mirror=mirror,
                 mean=[255 * value for value in settings.mean],
@@ -114,7 +119,8 @@ class _Loader:
                 dtype=DALIDataType.FLOAT,
                 output_layout="HWC",
             )
-            self._pipeline.set_outputs(normalised)
+
+        self._pipeline: Pipeline | None = pipeline()
         self._pipeline.build()
         self._reader = ReadAhead(self._store, work, threads=settings.read_threads, depth=settings.read_threads + 2)
 
@@ -141,9 +147,13 @@ class _Loader:
                 if self.device.type == "cuda":
                     labels = labels.pin_memory().to(self.device, non_blocking=True)
                 images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+                self._finish(images, item)
                 yield Batch(images, labels, item.ids, item.mix, item.epoch, item.step)
         finally:
             self.close()
+
+    def _finish(self, images: torch.Tensor, item: MicroBatch) -> None:
+        """What is done to normalised images on the device, in place."""
 
     def _explain(self, item: MicroBatch, images: list[np.ndarray], error: RuntimeError) -> str:
         """Which of a batch's images made DALI fail, found by decoding each with Pillow."""
@@ -208,8 +218,12 @@ class TrainLoader(_Loader):
             at_once = bytes_at_once(order, index.shard_bytes, ranks, start, end)
             uses = shard_uses(order, self.slots, start, end)
             store = FetchedShards(index, uses, at_once=at_once, cache_gb=settings.cache_gb, ranks_on_node=ranks_on_node)
-        crop_start, crop_shape, mirror = DALIDataType.INT32, DALIDataType.INT32, DALIDataType.INT32
-        inputs = (crop_start, crop_shape, mirror)
+        self._policy = parse_policy(settings.auto_augment) if settings.auto_augment else None
+        layers = self._policy.layers if self._policy else 3 if settings.color_jitter else 0
+        crop_start = crop_shape = mirror = linear = group = DALIDataType.INT32
+        matrix = value = DALIDataType.FLOAT
+        inputs = (crop_start, crop_shape, mirror, linear, *(group, matrix, value) * layers)
+        self._noise = NoiseBank(settings.image_size, device) if settings.random_erasing else None
         super().__init__(store, self._work(start, end), self._graph, inputs, settings, max_batch=micro_batch, device=device)
 
     def _work(self, start: int, end: int) -> Iterator[MicroBatch]:
@@ -219,10 +233,6 @@ class TrainLoader(_Loader):
             own = self.order.batch(epoch, step_in_epoch)[self.slots]
             batches = own.reshape(-1, self.micro_batch)
             for number, ids in enumerate(batches, 1):
-                samples = self.index.samples[ids]
-                width, height = samples["width"], samples["height"]
-                crops = random_resized_crop(seed, epoch, ids, width, height, scale=settings.crop_area, ratio=settings.crop_ratio)
-                mirror = flip(seed, epoch, ids, settings.flip).astype(np.int32)
                 mix = None
                 if settings.mixup or settings.cutmix:
                     mix = mix_parameters(
@@ -234,10 +244,38 @@ class TrainLoader(_Loader):
                         cutmix=settings.cutmix,
                         switch=settings.mix_switch,
                     )
-                parameters = (np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), mirror)
-                yield MicroBatch(ids, parameters, mix, epoch, step, done=step + (number == len(batches)))
+                yield MicroBatch(ids, self._parameters(epoch, ids), mix, epoch, step, done=step + (number == len(batches)))
 
-    def _graph(self, encoded: Any, start: Any, shape: Any, mirror: Any) -> tuple[Any, Any]:
+    def _parameters(self, epoch: int, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What the graph is fed beside the images: crops, mirroring, interpolation, and what each layer of operators takes."""
+        seed, settings = self.order.seed, self.settings
+        samples = self.index.samples[ids]
+        crops = random_resized_crop(
+            seed, epoch, ids, samples["width"], samples["height"], scale=settings.crop_area, ratio=settings.crop_ratio
+        )
+        mirrored = flip(seed, epoch, ids, settings.flip)
+        linear = bilinear(seed, epoch, ids, settings.interpolation, 0)
+        parameters = [np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), mirrored.astype(np.int32)]
+        parameters.append(linear.astype(np.int32))
+        layers = []
+        if self._policy:
+            layers = rand_augment(seed, epoch, ids, self._policy)
+        elif settings.color_jitter:
+            layers = color_jitter(seed, epoch, ids, settings.color_jitter)
+        for number, layer in enumerate(layers, 1):
+            warped_linear = bilinear(seed, epoch, ids, settings.interpolation, number)
+            parameters += operator_inputs(layer, mirrored, warped_linear, settings.image_size)
+        return tuple(parameters)
+
+    def _finish(self, images: torch.Tensor, item: MicroBatch) -> None:
+        if self._noise is not None:
+            seed, count = self.order.seed, self.settings.erasing_count
+            boxes = erased_boxes(
+                seed, item.epoch, item.ids, image_size=self.settings.image_size, probability=self.settings.random_erasing, count=count
+            )
+            self._noise.erase(images, boxes, noise_starts(seed, item.epoch, item.ids, count))
+
+    def _graph(self, encoded: Any, start: Any, shape: Any, mirror: Any, linear: Any, *operators: Any) -> tuple[Any, Any]:
         crops = fn.decoders.image_slice(
             encoded,
             start=start,
@@ -248,7 +286,14 @@ class TrainLoader(_Loader):
             adjust_orientation=False,  # the index, and so the crop, speaks of the image as it is stored
         )
         size = [self.settings.image_size] * 2
-        return fn.resize(crops, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True), mirror
+        if linear == 1:
+            images = fn.resize(crops, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+        else:
+            images = fn.resize(crops, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+        for layer in range(0, len(operators), 3):
+            group, matrix, value = operators[layer : layer + 3]
+            images = apply_layer(images, group, matrix, value, [round(255 * mean) for mean in self.settings.mean])
+        return images, mirror
 
 
 class EvalLoader(_Loader):

@@ -1,7 +1,7 @@
 """What a job may choose of its data: the `data:` section of a configuration, and what the loaders take.
 
 `train` and `val` are packed datasets: folders, or URLs (s3://, gs://, https://) that are read through the cache. The defaults are
-those of the ImageNet-22K recipe.
+those of the ImageNet-22K recipe, but for RandAugment and random erasing, which are off.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,12 @@ class DataConfig:
     image_size: int = 224
     crop_area: tuple[float, float] = (0.08, 1.0)  # random resized crop: share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and its width to height
+    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"  # of crops to their size, and of RandAugment's geometry
     flip: float = 0.5  # probability of a horizontal flip
+    auto_augment: str | None = None  # RandAugment in timm's words, such as rand-m9-mstd0.5-inc1; none: off
+    color_jitter: float = 0.0  # of brightness, contrast and saturation; as in timm, off while auto_augment is on
+    random_erasing: float = 0.0  # probability that a box becomes noise, each pixel its own
+    erasing_count: int = 1  # boxes at most
     mixup: float = 0.8  # alpha of mixup's Beta distribution; 0: off
     cutmix: float = 1.0  # alpha of cutmix's; 0: off
     mix_switch: float = 0.5  # probability of cutmix where both are on
