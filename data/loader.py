@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
-from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
+from nvidia.dali.types import DALIDataType, DALIImageType
 from PIL import Image
 
 from data.augment import Mix, bilinear, erased_boxes, flip, mix_parameters, random_resized_crop
 from data.erasing import NoiseBank, noise_starts
 from data.index import Index, key
-from data.operators import apply_layer, operator_inputs
+from data.operators import CpuResizer, apply_layer, operator_inputs, resize
 from data.order import (
     SampleOrder,
     bytes_at_once,
@@ -97,6 +97,7 @@ class _Loader:
     ) -> None:
         self.index, self.settings, self.device = store.index, settings, device
         self._store = store
+        self._resizer = CpuResizer(settings.decode_threads)
         self._inside: deque[tuple[MicroBatch, list[np.ndarray]]] = deque()  # given to DALI, not yet come out
 
         # With the dynamic executor every output owns its memory (the others reuse theirs), so batches need no copy.
@@ -182,6 +183,7 @@ class _Loader:
         self._store.close()  # first, as the reader's threads may be waiting for it
         self._reader.close()
         self._pipeline = None
+        self._resizer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -220,9 +222,9 @@ class TrainLoader(_Loader):
             store = FetchedShards(index, uses, at_once=at_once, cache_gb=settings.cache_gb, ranks_on_node=ranks_on_node)
         self._policy = parse_policy(settings.auto_augment) if settings.auto_augment else None
         layers = self._policy.layers if self._policy else 3 if settings.color_jitter else 0
-        crop_start = crop_shape = mirror = linear = group = DALIDataType.INT32
+        crop_start = crop_shape = size = linear = mirror = group = DALIDataType.INT32
         matrix = value = DALIDataType.FLOAT
-        inputs = (crop_start, crop_shape, mirror, linear, *(group, matrix, value) * layers)
+        inputs = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * layers)
         self._noise = NoiseBank(settings.image_size, device) if settings.random_erasing else None
         super().__init__(store, self._work(start, end), self._graph, inputs, settings, max_batch=micro_batch, device=device)
 
@@ -255,8 +257,9 @@ class TrainLoader(_Loader):
         )
         mirrored = flip(seed, epoch, ids, settings.flip)
         linear = bilinear(seed, epoch, ids, settings.interpolation, 0)
-        parameters = [np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), mirrored.astype(np.int32)]
-        parameters.append(linear.astype(np.int32))
+        size = np.full((len(ids), 2), settings.image_size, np.int32)
+        parameters = [np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), size]
+        parameters += [linear.astype(np.int32), mirrored.astype(np.int32)]
         layers = []
         if self._policy:
             layers = rand_augment(seed, epoch, ids, self._policy)
@@ -275,7 +278,7 @@ class TrainLoader(_Loader):
             )
             self._noise.erase(images, boxes, noise_starts(seed, item.epoch, item.ids, count))
 
-    def _graph(self, encoded: Any, start: Any, shape: Any, mirror: Any, linear: Any, *operators: Any) -> tuple[Any, Any]:
+    def _graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *operators: Any) -> tuple[Any, Any]:
         crops = fn.decoders.image_slice(
             encoded,
             start=start,
@@ -285,11 +288,7 @@ class TrainLoader(_Loader):
             output_type=DALIImageType.RGB,
             adjust_orientation=False,  # the index, and so the crop, speaks of the image as it is stored
         )
-        size = [self.settings.image_size] * 2
-        if linear == 1:
-            images = fn.resize(crops, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
-        else:
-            images = fn.resize(crops, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+        images = resize(crops, size, linear, self._resizer)
         for layer in range(0, len(operators), 3):
             group, matrix, value = operators[layer : layer + 3]
             images = apply_layer(images, group, matrix, value, [round(255 * mean) for mean in self.settings.mean])
@@ -322,8 +321,8 @@ class EvalLoader(_Loader):
             uses = evaluation_uses(index.shard_start, micro_batch, ranks)
             at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
             store = FetchedShards(index, uses, at_once=at_once, cache_gb=settings.cache_gb, ranks_on_node=ranks_on_node)
-        resized_to, corner = DALIDataType.FLOAT, DALIDataType.INT32
-        inputs = (resized_to, corner)
+        size = linear = corner = DALIDataType.INT32
+        inputs = (size, linear, corner)
         super().__init__(store, self._work(own), self._graph, inputs, settings, max_batch=micro_batch, device=device)
 
     def _work(self, own: np.ndarray) -> Iterator[MicroBatch]:
@@ -332,9 +331,9 @@ class EvalLoader(_Loader):
             samples = self.index.samples[ids]
             size = resized_shape(samples["width"], samples["height"], self.settings)
             corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
-            yield MicroBatch(ids, (size.astype(np.float32), corner), step=step, done=step + 1)
+            yield MicroBatch(ids, (size.astype(np.int32), np.zeros(len(ids), np.int32), corner), step=step, done=step + 1)
 
-    def _graph(self, encoded: Any, size: Any, corner: Any) -> tuple[Any, Any]:
+    def _graph(self, encoded: Any, size: Any, linear: Any, corner: Any) -> tuple[Any, Any]:
         images = fn.decoders.image(
             encoded,
             device="mixed" if self.device.type == "cuda" else "cpu",
@@ -342,7 +341,7 @@ class EvalLoader(_Loader):
             adjust_orientation=False,
             jpeg_fancy_upsampling=True,  # on a GPU: upsample chroma as libjpeg does, which Pillow and the CPU graph use
         )
-        resized: Any = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+        resized = resize(images, size, linear, self._resizer)
         return fn.slice(resized, start=corner, shape=[self.settings.image_size] * 2, axis_names="HW"), 0
 
 

@@ -1,7 +1,11 @@
-"""RandAugment's and colour jitter's operators as nodes of a DALI graph, the same on a CPU and on a GPU.
+"""What is done to decoded images, as nodes of a DALI graph: resizing, and the operators of RandAugment and colour jitter.
 
-    inputs = operator_inputs(layer, mirrored, image_size)       # NumPy: what the graph is to be fed for one layer
-    images = apply_layer(images, group, matrix, value, fill)    # DALI: inside a pipeline_def with enable_conditionals
+    images = resize(images, size, linear, resizer)              # inside a pipeline_def with enable_conditionals
+    inputs = operator_inputs(layer, mirrored, linear, 224)      # NumPy: what the graph is fed for one layer
+    images = apply_layer(images, group, matrix, value, fill)
+
+All is the same on a CPU and on a GPU but the resize: on a CPU DALI's takes as long as all else together, and torch's, which works on
+uint8 with vector instructions and gives Pillow's pixels, an eighth of that (`python -m benchmarks.resize_cpu`).
 
 DALI's own auto_aug lacks some of timm's operators and its noise on magnitudes, and draws by itself; on a CPU it spends most of its
 time in warp_affine. Here each sample takes the one branch that its operator needs. Operators that are the same arithmetic share a
@@ -10,9 +14,12 @@ Pillow, through which timm works, but for rounding and, in geometry, the kernel 
 (tests/data/test_operators.py tells by how much).
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from nvidia.dali import fn
 from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
 
@@ -58,6 +65,39 @@ _CENTRE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
 # Pillow truncates what DALI rounds. A little less than a half, as sums that should be whole come out a little below.
 _TRUNCATE = 0.499
 _ALL_BITS = Constant(np.uint8(255))
+
+
+class CpuResizer:
+    """Resizes the images of a batch on threads of its own, with antialiasing, as Pillow does to within 1 of 255."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
+
+    def __call__(self, images: list[np.ndarray], sizes: list[np.ndarray], linear: list[np.ndarray]) -> list[np.ndarray]:
+        """Images are uint8 (H, W, 3), a size is (height, width), and linear is not 0 for bilinear interpolation, else bicubic."""
+        return list(self._pool.map(_resized, images, sizes, linear))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _resized(image: np.ndarray, size: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    mode = "bilinear" if linear else "bicubic"
+    return F.interpolate(pixels, tuple(size.tolist()), mode=mode, antialias=True, align_corners=False)[0].permute(1, 2, 0).numpy()
+
+
+def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
+    """Images resized with antialiasing to `size`, a node of (height, width) as int32; `linear` is 1 for bilinear interpolation, else
+    it is bicubic."""
+    if images.device == "cpu":
+        return fn.python_function(images, size, linear, function=on_cpu, batch_processing=True, output_layouts="HWC")
+    size = fn.cast(size, dtype=DALIDataType.FLOAT)
+    if linear == 1:
+        result = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+    else:
+        result = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+    return result
 
 
 def operator_inputs(layer: Layer, mirrored: np.ndarray, linear: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
