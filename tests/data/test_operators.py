@@ -5,7 +5,7 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from timm.data import auto_augment as timm_augment
 
-from data.operators import apply_layer, operator_inputs
+from data.operators import CpuResizer, apply_layer, operator_inputs, resize
 from data.randaugment import Layer, Operator, color_jitter, parse_policy, rand_augment
 
 SIZE, COUNT = 224, 32
@@ -138,3 +138,17 @@ def test_layers_one_after_another(photos: list[Image.Image]) -> None:
         differences.append(difference(found[place], expected))
     assert np.median(differences) <= 2  # equalize and posterize make large differences of small ones
     assert np.mean(differences) <= 4
+
+
+def test_the_graph_can_be_put_together_for_a_gpu() -> None:
+    """Which needs none: DALI checks which device each node's inputs are on. That its pixels are the same is tested where there is one."""
+
+    @pipeline_def(enable_conditionals=True, exec_dynamic=True, batch_size=1, num_threads=1, device_id=0)
+    def graph():
+        encoded, size, linear, group, matrix, value = fn.external_source(lambda: None, num_outputs=6, batch=True)
+        images = resize(fn.decoders.image(encoded, device="mixed"), size, linear, CpuResizer(1))
+        output = apply_layer(images, group, matrix, value, list(map(float, FILL)))
+        assert output.device == "gpu"
+        return output
+
+    graph()
