@@ -7,8 +7,6 @@ result goes to benchmarks/results/depthwise_cpu.json.
 """
 
 import argparse
-import json
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 import pretrain.van  # noqa: F401  registers the family with timm
+from data.results import record
 from pretrain.depthwise import DepthwiseConv2d
 
 RESULT = Path(__file__).parent / "results" / "depthwise_cpu.json"
@@ -96,11 +95,8 @@ def main() -> None:
     for precision in (torch.bfloat16, torch.float32):
         what = f"training step of VAN-B0, {args.image_size} px, {str(precision).removeprefix('torch.')}"
         compare(what, lambda kind, precision=precision: model(kind, "van_b0", args.image_size, args.batch, precision))  # type: ignore[misc]
-    machine = {"cpu": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine(), "torch": torch.__version__}
-    result = {"command": f"python -m benchmarks.depthwise_cpu --image-size {args.image_size} --batch {args.batch}", **machine, "rows": rows}
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    results = [other for other in results if other["command"] != result["command"]] + [result]
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    command = f"python -m benchmarks.depthwise_cpu --image-size {args.image_size} --batch {args.batch}"
+    record(RESULT, command, ["torch"], cpu=torch.backends.cpu.get_cpu_capability(), rows=rows)
 
 
 if __name__ == "__main__":

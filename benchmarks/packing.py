@@ -10,9 +10,7 @@ benchmarks/results/packing.json.
 
 import argparse
 import io
-import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -22,7 +20,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +31,7 @@ from data.files import sync
 from data.images import ImageRules, stored_image
 from data.pack import pack
 from data.plan import Settings, open_plan, write_plan
+from data.results import record
 from data.sources import Container, Part, Source, encoded_key, part_of
 from data.synthesize import PATTERNS, draw_image
 from data.workers import workers
@@ -210,15 +208,8 @@ def main() -> None:
     parser.add_argument("--simulate", action="store_true")
     args = parser.parse_args()
     command = "python -m benchmarks.packing" + (" --simulate" if args.simulate else f" --images {args.images}")
-    result = {
-        "command": command,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("numpy", "pillow", "simplejpeg")},
-        **(simulate() if args.simulate else compare(args.images, args.rounds)),
-    }
-    results = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    results = [other for other in results if other["command"] != command] + [result]
-    RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    result = simulate() if args.simulate else compare(args.images, args.rounds)
+    record(RESULT, command, ["numpy", "pillow", "simplejpeg"], **result)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ benchmarks/results/remote.json.
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
@@ -28,6 +26,7 @@ import torch
 from data.index import Index, open_index
 from data.loader import TrainLoader
 from data.order import SampleOrder
+from data.results import record
 from data.settings import DataConfig
 from data.shards import Sample, write_dataset
 from data.synthesize import PATTERNS, images
@@ -120,8 +119,7 @@ def main() -> None:
         server.wait()
         shutil.rmtree(scratch)
     command = f"python -m benchmarks.remote --images {args.images} --image-size {args.image_size}"
-    result = {"command": command, "machine": platform.machine(), "cores": os.cpu_count(), "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    record(RESULT, command, ["nvidia-dali-cuda130", "s3fs", "torch"], rows=rows)
 
 
 def _in_turn(ways: dict[str, Callable[[bool], tuple[float, float]]], decode: bool) -> dict[str, list[tuple[float, float]]]:

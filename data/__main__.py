@@ -14,6 +14,7 @@ What can't work ends with one line on stderr and exit status 2.
 import argparse
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from data.adopt import index_shards
@@ -23,7 +24,9 @@ from data.order import SampleOrder
 from data.pack import MAX_REJECTED, pack
 from data.plan import Settings
 from data.report import stats, write_report
-from data.simulate import SAMPLES, SHARDS, bench, record
+from data.results import record
+from data.shuffle import table
+from data.simulate import SAMPLES, SHARDS, bench, sorted_shards
 from data.sources import read_classes
 from data.synthesize import synthesize
 from data.verify import verify
@@ -153,11 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if given.out:
                     write_report(index, given.out, seed=given.seed)
             case "bench":
-                figures = bench(given.samples, given.shards)
-                print(*figures, sep="\n")
-                if given.out:
-                    record(given.out, given.samples, given.shards, figures)
-                return 0 if all(figure.kept for figure in figures) else 1
+                return _simulate(given)
             case "order":
                 _print_order(given)
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
@@ -193,6 +192,19 @@ def _pack(given: argparse.Namespace) -> list[Index]:
         part=given.part,
         merge_only=given.merge,
     )
+
+
+def _simulate(given: argparse.Namespace) -> int:
+    figures = bench(given.samples, given.shards)
+    print(*figures, sep="\n")
+    tables = sorted_shards(given.samples, given.shards)
+    for title, rows in tables.items():
+        print("", title, *table(rows), sep="\n")
+    if given.out:
+        command = f"python -m data bench --simulate --samples {given.samples} --shards {given.shards}"
+        shuffle = {title: [asdict(row) for row in rows] for title, rows in tables.items()}
+        record(given.out, command, ["numpy"], rows=[asdict(figure) for figure in figures], shuffle=shuffle)
+    return 0 if all(figure.kept for figure in figures) else 1
 
 
 def _print_order(given: argparse.Namespace) -> None:

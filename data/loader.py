@@ -287,6 +287,7 @@ class TrainLoader(_Loader):
             device="mixed" if self.device.type == "cuda" else "cpu",
             output_type=DALIImageType.RGB,
             adjust_orientation=False,  # the index, and so the crop, speaks of the image as it is stored
+            hw_decoder_load=self.settings.hw_decoder_load,
         )
         images = resize(crops, size, linear, self._resizer)
         for layer in range(0, len(operators), 3):
@@ -339,6 +340,7 @@ class EvalLoader(_Loader):
             device="mixed" if self.device.type == "cuda" else "cpu",
             output_type=DALIImageType.RGB,
             adjust_orientation=False,
+            hw_decoder_load=self.settings.hw_decoder_load,
             jpeg_fancy_upsampling=True,  # on a GPU: upsample chroma as libjpeg does, which Pillow and the CPU graph use
         )
         resized = resize(images, size, linear, self._resizer)

@@ -17,6 +17,11 @@ How an epoch is laid out, for N samples, a global batch of G, S = N // G steps a
 A rank owns a contiguous part of the slots and so whole lanes (or, with more ranks than lanes, an equal share of one): it
 reads its own shards nearly in sequence, while one global batch mixes L windows of different shards. Nothing here depends on
 the number of ranks, and any step costs the same: only the windows it touches are permuted.
+
+With repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020; as DeiT's RASampler) a global batch holds G/R distinct samples R
+times each. The layout above is that of the distinct ones, with G/R in place of G: an epoch is still one pass over the data, and has
+R times as many steps. The batch is the distinct ones laid end to end R times: neighbours, which mixup pairs, are never copies of
+one another, and from R ranks on the copies of a sample are on different ranks.
 """
 
 import itertools
@@ -56,9 +61,11 @@ def evaluation_ids(samples: int, rank: int, ranks: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, for the cache of an epoch's layout
 class SampleOrder:
-    """The order of a run. `shard_start` is int64 (shards + 1,): the id of each shard's first sample, then their number.
+    """The order of a run. `shard_start` is int64 (shards + 1,): the id of each shard's first sample, then their number. Each sample of a
+    global batch is in it `repeats` times.
 
-    Raises ValueError when the dataset has fewer samples than one global batch.
+    Raises ValueError when the dataset has fewer samples than one global batch takes, and when `repeats` don't divide that batch into
+    more than one sample.
     """
 
     shard_start: np.ndarray
@@ -66,21 +73,36 @@ class SampleOrder:
     global_batch: int
     lanes: int = 64
     window: int = 2048
+    repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.samples < self.global_batch:
+        fit = [count for count in range(1, self.global_batch) if self.global_batch % count == 0] or [1]
+        if self.repeats not in fit:
             raise ValueError(
-                f"the dataset has {self.samples} samples, fewer than one global batch of {self.global_batch}; "
-                f"lower the global batch or use more data"
+                f"a global batch of {self.global_batch} can't hold samples {self.repeats} times each, and more than one of them; "
+                f"numbers of repeats that work: {', '.join(map(str, fit))}"
             )
+        if self.samples < self.distinct:
+            takes = f"one global batch of {self.global_batch}" + (f" with {self.repeats} repeats takes" if self.repeats > 1 else "")
+            raise ValueError(f"the dataset has {self.samples} samples, fewer than {takes}; lower the global batch or use more data")
 
     @property
     def samples(self) -> int:
         return int(self.shard_start[-1])
 
     @property
+    def distinct(self) -> int:
+        """Samples in a global batch, copies not counted."""
+        return self.global_batch // self.repeats
+
+    @property
+    def copies(self) -> np.ndarray:
+        """Which copy of its sample a slot holds, 0 to repeats - 1, int64 (global_batch,)."""
+        return np.repeat(np.arange(self.repeats), self.distinct)
+
+    @property
     def steps_per_epoch(self) -> int:
-        return self.samples // self.global_batch
+        return self.samples // self.distinct
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch, step in that epoch) of a step counted from 0 at the start of training."""
@@ -103,8 +125,8 @@ class SampleOrder:
         """
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step} is outside of an epoch of {self.steps_per_epoch} steps")
-        lanes = lanes_for(self.global_batch, self.lanes)
-        per_step = self.global_batch // lanes
+        lanes = lanes_for(self.distinct, self.lanes)
+        per_step = self.distinct // lanes
         lane_length = self.steps_per_epoch * per_step
 
         start, stop = step * per_step, (step + 1) * per_step
@@ -115,7 +137,7 @@ class SampleOrder:
             shuffled = _window_permutations(self.seed, epoch, lanes, window, length)
             parts.append(first + shuffled[:, max(start - first, 0) : stop - first])
         within_lane = np.concatenate(parts, axis=1)
-        return (np.arange(lanes)[:, None] * lane_length + within_lane).reshape(-1)
+        return np.tile((np.arange(lanes)[:, None] * lane_length + within_lane).reshape(-1), self.repeats)
 
 
 @dataclass(frozen=True)
@@ -152,17 +174,20 @@ def shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> Iterat
 def bytes_at_once(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start: int, end: int) -> int:
     """The most bytes of shards that one of `ranks` needs at the same time in steps `start` to `end` - 1: those of the windows it
     is in. `shard_bytes` is int64 (shards,)."""
-    lanes = lanes_for(order.global_batch, order.lanes)
-    share, per_lane = order.global_batch // ranks, order.global_batch // lanes
-    first_lane = np.arange(ranks) * share // per_lane
-    last_lane = ((np.arange(ranks) + 1) * share - 1) // per_lane
+    lanes = lanes_for(order.distinct, order.lanes)
+    share, per_lane = order.global_batch // ranks, order.distinct // lanes
+    # A rank's slots may go from the last lane of one copy on to the first of the next, so the lanes are laid out twice.
+    first_slot = np.arange(ranks) * share % order.distinct
+    first_lane = first_slot // per_lane
+    last_lane = np.minimum((first_slot + share - 1) // per_lane, first_lane + lanes - 1)
     most = 0
     for epoch in range(order.locate(start)[0], order.locate(end - 1)[0] + 1):
         found = _stretches(order, epoch)
-        change = np.zeros((lanes + 1, order.steps_per_epoch + 1), np.int64)  # over the steps, and summed over the lanes before
-        np.add.at(change, (found.lane + 1, found.first), shard_bytes[found.shard])
-        np.add.at(change, (found.lane + 1, found.last + 1), -shard_bytes[found.shard])
-        held = change.cumsum(axis=0).cumsum(axis=1)
+        change = np.zeros((lanes, order.steps_per_epoch + 1), np.int64)  # from step to step
+        np.add.at(change, (found.lane, found.first), shard_bytes[found.shard])
+        np.add.at(change, (found.lane, found.last + 1), -shard_bytes[found.shard])
+        held = np.zeros((2 * lanes + 1, order.steps_per_epoch + 1), np.int64)  # by all lanes before
+        np.tile(change.cumsum(axis=1), (2, 1)).cumsum(axis=0, out=held[1:])
         most = max(most, int((held[last_lane + 1] - held[first_lane]).max()))
     return min(most, int(shard_bytes.sum()))  # a shard in which several lanes are was counted for each
 
@@ -199,8 +224,8 @@ class _Stretches:
 @lru_cache(maxsize=2)
 def _stretches(order: SampleOrder, epoch: int) -> _Stretches:
     shards, starts, offset = _epoch_layout(order, epoch)
-    lanes = lanes_for(order.global_batch, order.lanes)
-    per_step = order.global_batch // lanes
+    lanes = lanes_for(order.distinct, order.lanes)
+    per_step = order.distinct // lanes
     lane_length = order.steps_per_epoch * per_step
     cuts = np.concatenate([(starts - offset) % order.samples, np.arange(lanes) * lane_length])
     begin = np.unique(cuts[cuts < lanes * lane_length])

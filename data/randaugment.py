@@ -72,12 +72,12 @@ def parse_policy(text: str) -> Policy:
     """
     kind, *sections = text.split("-")
     if kind != "rand":
-        raise ValueError(f"only RandAugment is there, such as rand-m9-mstd0.5-inc1, not {text!r}")
+        raise ValueError("must be RandAugment, such as rand-m9-mstd0.5-inc1")
     values = {}
     for section in sections:
         found = re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d+)?|inf)", section)
         if found is None or ("." in found[2] and found[1] not in ("p", "mstd")):
-            raise ValueError(f"{section!r} in {text!r}: expected m, n, mmax or inc with a whole number, mstd or p with a number")
+            raise ValueError(f"{section!r}: expected m, n, mmax or inc with a whole number, mstd or p with a number, as in m9")
         values[found[1]] = float(found[2])
     std = values.get("mstd", 0.0)
     policy = Policy(
@@ -89,7 +89,7 @@ def parse_policy(text: str) -> Policy:
         increasing=bool(values.get("inc", 0)),
     )
     if not 0 <= policy.probability <= 1 or policy.layers < 1:
-        raise ValueError(f"{text!r}: p must be a probability, 0 to 1, and n at least 1")
+        raise ValueError("p must be a probability, 0 to 1, and n at least 1")
     return policy
 
 

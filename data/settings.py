@@ -1,11 +1,18 @@
 """What a job may choose of its data: the `data:` section of a configuration, and what the loaders take.
 
 `train` and `val` are packed datasets: folders, or URLs (s3://, gs://, https://) that are read through the cache. The defaults are
-those of the ImageNet-22K recipe, but for RandAugment and random erasing, which are off.
+those of the ImageNet-22K recipe, but for RandAugment and random erasing, which are off. JobData is all that decides a job's batches: what
+the data commands read of its configuration.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from data.randaugment import parse_policy
+from data.remote import is_url
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,6 +33,7 @@ class DataConfig:
     color_jitter: float = 0.0  # of brightness, contrast and saturation; as in timm, off while auto_augment is on
     random_erasing: float = 0.0  # probability that a box becomes noise, each pixel its own
     erasing_count: int = 1  # boxes at most
+    repeats: int = 1  # times that a sample is in a global batch, each time augmented otherwise; an epoch has as many times more steps
     mixup: float = 0.8  # alpha of mixup's Beta distribution; 0: off
     cutmix: float = 1.0  # alpha of cutmix's; 0: off
     mix_switch: float = 0.5  # probability of cutmix where both are on
@@ -36,4 +44,56 @@ class DataConfig:
     lanes: int = 64  # streams of shards that one global batch mixes
     window: int = 2048  # samples of a lane that are shuffled together
     decode_threads: int = 4  # DALI's CPU threads, a rank
+    hw_decoder_load: float = 0.65  # share of JPEGs that a GPU's own decoder takes, where it has one; CUDA kernels take the others
     read_threads: int = 4  # threads that read encoded images, a rank; each reads one micro-batch ahead of need
+
+
+@dataclass
+class JobEngine:
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
+    micro_batch: int = 64  # samples a rank takes through the network at once
+
+
+@dataclass
+class JobData:
+    seed: int = 0
+    global_batch: int = "???"  # type: ignore[assignment]  # samples in an optimizer step; has no default
+    data: DataConfig = field(default_factory=DataConfig)
+    engine: JobEngine = field(default_factory=JobEngine)
+
+
+def invalid_data(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """(key, what is wrong) of the values, by dotted key of JobData, that have the right type but can't work. Keys may be absent."""
+    wrong: list[tuple[str, str]] = []
+    for key in ("data.train", "data.val"):
+        folder = values.get(key)
+        if folder is not None and not is_url(folder) and not (Path(folder) / "dataset.json").is_file():
+            what = "no such folder" if not Path(folder).is_dir() else "no dataset.json in it"
+            wrong.append((key, f"{what}; make it with: python -m data pack IMAGES {Path(folder).parent} --split {Path(folder).name}"))
+    positive = ["global_batch", "data.image_size", "data.lanes", "data.window", "data.decode_threads", "data.read_threads"]
+    positive += ["data.cache_gb", "data.erasing_count", "data.repeats", "engine.micro_batch"]
+    wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
+    at_least_0 = ["data.mixup", "data.cutmix", "data.color_jitter"]
+    wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+    probabilities = ["data.flip", "data.mix_switch", "data.random_erasing"]
+    wrong += failing(values, probabilities, lambda value: 0 <= value <= 1, "must be a probability, 0 to 1")
+    wrong += failing(values, ["data.hw_decoder_load"], lambda value: 0 <= value <= 1, "must be a share, 0 to 1")
+    if values.get("data.auto_augment") is not None:
+        try:
+            parse_policy(values["data.auto_augment"])
+        except ValueError as error:
+            wrong.append(("data.auto_augment", str(error)))
+    wrong += failing(values, ["data.eval_crop"], lambda value: 0 < value <= 1, "must be a share, more than 0 and at most 1")
+    shares = "must be two shares of an area, the smaller first"
+    wrong += failing(values, ["data.crop_area"], lambda area: 0 < area[0] <= area[1] <= 1, shares)
+    in_order = "must be more than 0, the smaller first"
+    wrong += failing(values, ["data.crop_ratio"], lambda ratio: 0 < ratio[0] <= ratio[1] < math.inf, in_order)
+    if values.get("data.mixup") or values.get("data.cutmix"):
+        even = "must be even: mixup and cutmix mix neighbours in pairs"
+        wrong += failing(values, ["engine.micro_batch"], lambda micro: micro % 2 == 0, even)
+    return wrong
+
+
+def failing(values: dict[str, Any], keys: Sequence[str], holds: Callable[[Any], bool], text: str) -> list[tuple[str, str]]:
+    """(key, text) of the values that are set and for which it does not hold."""
+    return [(key, text) for key in keys if values.get(key) is not None and not holds(values[key])]

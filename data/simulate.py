@@ -3,18 +3,16 @@
     python -m data bench --simulate [--samples 14197122] [--shards 4096]
 
 index.npy, classes.json and dataset.json are real; tars are sparse files of the right size, so nothing but their names and sizes can
-be used. Each figure stands beside what is promised of it.
+be used. Each figure stands beside what is promised of it. And how well the order mixes shards that are sorted by class (shuffle.py).
 """
 
-import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -24,9 +22,15 @@ import numpy as np
 from data.index import DTYPE, Index, Shard, open_index, write_index
 from data.order import SampleOrder, rank_slice
 from data.report import stats
+from data.settings import DataConfig
+from data.shuffle import Row, compare
 
 SAMPLES, SHARDS, CLASSES = 14_197_122, 4096, 21_841  # of ImageNet-22K
 GLOBAL_BATCH = 8192
+SAMPLES_1K, SHARDS_1K, CLASSES_1K = 1_281_167, 540, 1000  # of ImageNet-1K
+GLOBAL_BATCH_1K = 512
+DEFAULT = DataConfig.lanes, DataConfig.window
+CHOICES = [DEFAULT, (64, 512), (64, 8192), (64, 32768), (16, 2048), (256, 2048), (512, 2048)]  # of lanes and window
 RANKS = [2**power for power in range(10)]
 EPOCHS = 90
 RANKS_OF_A_NODE = 4  # share the pages of the index
@@ -65,6 +69,8 @@ def bench(samples: int = SAMPLES, shards: int = SHARDS) -> list[Figure]:
         began = time.perf_counter()
         stats(index)
         described = time.perf_counter() - began
+        order, full = compare(index.samples["label"], index.shard_start, global_batch=GLOBAL_BATCH, choices=[DEFAULT])
+        displacement = order.quality.displacement / full.quality.displacement
         return [
             Figure("index.npy, dataset.json and classes.json on disk", bytes_on_disk(folder) / samples, "B a sample", 32),
             Figure("opening", 1000 * alone.opening, "ms", 1000),
@@ -72,7 +78,28 @@ def bench(samples: int = SAMPLES, shards: int = SHARDS) -> list[Figure]:
             Figure("order of a step, the worst of many in all epochs", 1000 * slowest_step(index), "ms", 20),
             Figure(f"private memory a rank, {RANKS_OF_A_NODE} of them", max(rank.private for rank in together) / 1e6, "MB", 100),
             Figure("statistics of all samples", described, "s"),
+            # As they are packed, that is in random order; what the order itself adds to it is in `sorted_shards`.
+            Figure(
+                "classes of a batch: entropy short of a full permutation's", max(0.0, full.quality.bits - order.quality.bits), "bits", 0.1
+            ),
+            Figure("displacement, short of a full permutation's", max(0.0, 100 * (1 - displacement)), "%", 5),
         ]
+
+
+def sorted_shards(samples: int = SAMPLES, shards: int = SHARDS) -> dict[str, list[Row]]:
+    """How the order mixes shards in the order of their classes, with several lanes and windows: of a dataset of that size, and of one
+    of ImageNet-1K's."""
+    labels_22k = np.sort(uneven_labels(np.random.default_rng(0), samples))
+    labels_1k = np.arange(SAMPLES_1K) * CLASSES_1K // SAMPLES_1K
+    tables = {}
+    for labels, count, classes, batch in (
+        (labels_22k, shards, CLASSES, GLOBAL_BATCH),
+        (labels_1k, SHARDS_1K, CLASSES_1K, GLOBAL_BATCH_1K),
+    ):
+        start = np.arange(count + 1) * len(labels) // count
+        title = f"{len(labels)} samples in {count} shards, sorted by {classes} classes; a global batch of {batch}"
+        tables[title] = compare(labels, start, global_batch=batch, choices=CHOICES)
+    return tables
 
 
 def simulate(folder: Path, *, samples: int = SAMPLES, shards: int = SHARDS, seed: int = 0) -> None:
@@ -82,8 +109,7 @@ def simulate(folder: Path, *, samples: int = SAMPLES, shards: int = SHARDS, seed
     """
     random = np.random.default_rng(seed)
     rows = np.zeros(samples, DTYPE)
-    weights = random.gamma(2.0, size=CLASSES)
-    rows["label"] = random.choice(CLASSES, samples, p=weights / weights.sum())
+    rows["label"] = uneven_labels(random, samples)
     rows["size"] = 2000 + random.gamma(2.0, 45_000, samples)
     rows["width"], rows["height"] = random.gamma(8.0, 60.0, (2, samples)).astype(np.uint16) + 40
     stored = _HEADER_BYTES + -(-rows["size"].astype(np.int64) // 512) * 512
@@ -100,18 +126,9 @@ def simulate(folder: Path, *, samples: int = SAMPLES, shards: int = SHARDS, seed
     write_index(folder, described, [rows], [f"n{number:08d}" for number in range(CLASSES)])
 
 
-def record(out: Path, samples: int, shards: int, figures: list[Figure]) -> None:
-    """Puts the figures into a list of results, in place of an earlier one of the same command."""
-    result = {
-        "command": f"python -m data bench --simulate --samples {samples} --shards {shards}",
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "rows": [asdict(figure) | {"measured": round(figure.measured, 2)} for figure in figures],
-    }
-    others = json.loads(out.read_text()) if out.exists() else []
-    out.write_text(json.dumps([*(other for other in others if other["command"] != result["command"]), result], indent=1) + "\n")
+def uneven_labels(random: np.random.Generator, samples: int) -> np.ndarray:
+    weights = random.gamma(2.0, size=CLASSES)
+    return random.choice(CLASSES, samples, p=weights / weights.sum())
 
 
 def bytes_on_disk(folder: Path) -> int:

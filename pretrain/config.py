@@ -1,38 +1,22 @@
-"""The settings of a job: the schema, files that build on one another, overrides, and errors that say all that is wrong at once.
+"""The settings of a job: the schema, what of it can't work, and the arithmetic that depends on the number of ranks.
 
     config = load("configs/van_b3_in22k.yaml", ["engine.micro_batch=128", "data.train=/data/in22k/train"])
 
-A YAML file names the one it builds on with `base:` (relative to itself); later values win, the command line's last. Every key is
-a field below, documented there. `load` raises ConfigError, which lists every problem with the key, the place it was set in and the
-nearest valid name; `accumulation` does the arithmetic that depends on the number of ranks.
+Every key is a field below, documented there; `data/config_files.py` has how files build on one another and what an error tells.
 """
 
 import dataclasses
-import difflib
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, OmegaConf
 
-from data.remote import is_url
-from data.settings import DataConfig
-
-COMMAND_LINE = "command line"
-
-
-class ConfigError(ValueError):
-    """What is wrong with a job's settings: all problems found, a line each."""
-
-    def __init__(self, source: str, problems: list[str]):
-        self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+from data import config_files
+from data.config_files import ConfigError
+from data.settings import DataConfig, failing, invalid_data
 
 
 @dataclass
@@ -95,20 +79,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: listing unknown keys, wrong types, missing values and folders that do not exist.
     """
-    path = Path(path)
-    last, problems = _override_layers(overrides)
-    layers = [*_file_layers(path), *last]
-    where = {key: source for source, layer in layers for key, _ in _leaves(layer)}
-    merged = OmegaConf.structured(Config)
-    rejected = _apply(merged, layers)
-    problems += [problem for _, problem in rejected]
-    # A value that was refused is reported once, and says nothing about what else is wrong.
-    values, unresolved = _resolve(merged, set(_keys(Config)) - {key for key, _ in rejected})
-    problems += [f"{key} ({where[key]}): {text}" if key in where else f"{key}: {text} in {path} or as {key}=…" for key, text in unresolved]
-    problems += [f"{key} = {values[key]} ({where.get(key, 'default')}): {text}" for key, text in _invalid(values)]
-    if problems:
-        raise ConfigError(str(path), problems)
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    return config_files.load(Config, path, overrides, _invalid)
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
@@ -117,12 +88,7 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: listing unknown keys and wrong types.
     """
-    merged = OmegaConf.structured(config)
-    layers, problems = _override_layers(overrides)
-    problems += [problem for _, problem in _apply(merged, layers)]
-    if problems:
-        raise ConfigError(COMMAND_LINE, problems)
-    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    return config_files.override(config, overrides)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -174,175 +140,29 @@ def _nearest(values: list[int], target: int) -> list[int]:
     return below[-1:] + above[:1]
 
 
-def _file_layers(path: Path) -> list[tuple[str, DictConfig]]:
-    """The file and those it builds on, the most basic first."""
-    layers: list[tuple[str, DictConfig]] = []
-    named_by = None
-    while True:
-        if not path.is_file():
-            near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-            raise ConfigError(
-                str(path),
-                [
-                    "no such file"
-                    + (f", named by {named_by}" if named_by else "")
-                    + (f"; did you mean {path.parent / near[0]}?" if near else "")
-                ],
-            )
-        if str(path) in [source for source, _ in layers]:
-            raise ConfigError(str(path), [f"base: is circular, named again by {named_by}"])
-        try:
-            layer = OmegaConf.load(path)
-        except Exception as error:  # PyYAML and OmegaConf each raise their own kinds for a file that is not YAML
-            raise ConfigError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from None
-        if not isinstance(layer, DictConfig):
-            raise ConfigError(str(path), ["not a mapping of keys to values"])
-        base = layer.pop("base", None)
-        layers.insert(0, (str(path), layer))
-        if base is None:
-            return layers
-        if not isinstance(base, str):
-            raise ConfigError(str(path), [f"base = {base}: must be the name of one file"])
-        named_by, path = path, Path(os.path.normpath(path.parent / base))
-
-
-def _override_layers(overrides: Sequence[str]) -> tuple[list[tuple[str, DictConfig]], list[str]]:
-    """A layer for each text, and what is wrong with those that give none."""
-    layers, problems = [], []
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if not key or not equals:
-            problems.append(f"{text!r} ({COMMAND_LINE}): not of the form key=value")
-            continue
-        try:
-            layers.append((COMMAND_LINE, OmegaConf.from_dotlist([text])))
-        except Exception as error:  # PyYAML and OmegaConf each raise their own kinds for a value that is not YAML
-            problems.append(f"{text!r} ({COMMAND_LINE}): {str(error).splitlines()[0]}")
-    return layers, problems
-
-
-def _apply(merged: DictConfig, layers: list[tuple[str, DictConfig]]) -> list[tuple[str, str]]:
-    """Sets every value of the layers; returns (key, what is wrong) of those that can't be set."""
-    rejected = []
-    for source, layer in layers:
-        for key, value in _leaves(layer):
-            problem = _set(merged, key, value)
-            if problem:
-                rejected.append((key, f"{key} = {'null' if value is None else value} ({source}): {problem}"))
-    return rejected
-
-
-def _resolve(merged: DictConfig, keys: set[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """The values of the keys, and (key, what is wrong) of those without one."""
-    values, unresolved = {}, []
-    for key in sorted(keys):
-        try:
-            values[key] = OmegaConf.select(merged, key, throw_on_missing=True)
-        except MissingMandatoryValue:
-            unresolved.append((key, "no value; set it"))
-        except InterpolationToMissingValueError:
-            pass  # what it refers to is reported itself
-        except OmegaConfBaseException as error:
-            unresolved.append((key, str(error).splitlines()[0]))
-    return values, unresolved
-
-
-def _leaves(node: DictConfig, prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of everything set in a layer; lists are values."""
-    found: list[tuple[str, Any]] = []
-    for key in node:
-        value = node._get_node(key)
-        dotted = f"{prefix}{key!s}"
-        if isinstance(value, DictConfig) and not value._is_none() and len(value):
-            found += _leaves(value, f"{dotted}.")
-        else:
-            found.append((dotted, OmegaConf.to_container(node)[key]))  # type: ignore[index]
-    return found
-
-
-def _set(merged: DictConfig, key: str, value: Any) -> str | None:
-    """Sets one key; returns what is wrong with it."""
-    types = _keys(Config)
-    if key not in types:
-        inside = [name for name in types if name.startswith(f"{key}.")]
-        if inside:
-            return f"is a section; set one of {', '.join(inside)}"
-        near = _nearest_key(key, list(types))
-        return "unknown key" + (f"; did you mean {near}?" if near else "; see pretrain/config.py for all keys")
-    try:
-        OmegaConf.update(merged, key, value)
-    except OmegaConfBaseException:
-        choices = get_args(types[key]) if get_origin(types[key]) is Literal else ()
-        meant = difflib.get_close_matches(str(value), choices, n=1)
-        return f"must be {_expected(types[key])}" + (f"; did you mean {meant[0]}?" if meant else "")
-    return None
-
-
-def _nearest_key(key: str, names: list[str]) -> str | None:
-    """The name that was probably meant. A key in the wrong section is as common a slip as a misspelt one."""
-
-    def likeness(name: str) -> tuple[float, float]:
-        whole, last = (difflib.SequenceMatcher(None, one, other).ratio() for one, other in zip(_ends(key), _ends(name), strict=True))
-        return max(whole, last), whole
-
-    near = max(names, key=likeness)
-    return near if max(likeness(near)) > 0.6 else None
-
-
-def _ends(key: str) -> tuple[str, str]:
-    return key, key.rpartition(".")[2]
-
-
-def _expected(hint: Any) -> str:
-    """What a key of this type takes."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(get_args(hint))}"
-    if get_origin(hint) is tuple:
-        return f"a list of {len(get_args(hint))} numbers"
-    words = {int: "a whole number", float: "a number", str: "text", NoneType: "null"}
-    return " or ".join(words[part] for part in get_args(hint) or (hint,))
-
-
-def _keys(schema: type, prefix: str = "") -> dict[str, Any]:
-    """The types of all keys."""
-    types: dict[str, Any] = {}
-    for f in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(f.type):
-            types |= _keys(f.type, f"{prefix}{f.name}.")  # type: ignore[arg-type]
-        else:
-            types[prefix + f.name] = f.type
-    return types
-
-
 def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     """(key, what is wrong) of values that have the right type but can't work. Keys may be absent, and are then passed over."""
-    wrong: list[tuple[str, str]] = []
-    for key in ("data.train", "data.val"):
-        folder = values.get(key)
-        if folder is not None and not is_url(folder) and not (Path(folder) / "dataset.json").is_file():
-            what = "no such folder" if not Path(folder).is_dir() else "no dataset.json in it"
-            wrong.append((key, f"{what}; make it with: python -m data pack IMAGES {Path(folder).parent} --split {Path(folder).name}"))
+    wrong = invalid_data(values)
     start, run = values.get("model.init_from"), values.get("run.dir")
     # A run that has a checkpoint goes on from that, and does not need what it once started from.
     resumes = run is not None and any(Path(run, "checkpoints").glob("step-*"))
     if start is not None and not Path(start).exists() and not resumes:
         wrong.append(("model.init_from", "no such file or run directory"))
-
-    def check(keys: Sequence[str], holds: Callable[[Any], bool], text: str) -> None:
-        wrong.extend((key, text) for key in keys if values.get(key) is not None and not holds(values[key]))
-
-    check(["engine.zero_stage"], lambda stage: stage in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
-    positive = ["global_batch", "epochs", "steps", "model.classes", "data.image_size", "data.lanes", "data.window", "data.decode_threads"]
-    positive += ["data.read_threads", "engine.micro_batch", "optim.lr", "optim.eps", "run.log_every", "run.save_every", "run.eval_every"]
-    check([*positive, "run.keep", "data.cache_gb"], lambda value: 0 < value < math.inf, "must be more than 0 and finite")
-    at_least_0 = ["data.mixup", "data.cutmix", "optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay"]
-    check([*at_least_0, "optim.clip_grad"], lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+    wrong += failing(values, ["engine.zero_stage"], lambda stage: stage in (0, 1, 2, 3), "must be 0, 1, 2 or 3")
+    positive = [
+        "epochs",
+        "steps",
+        "model.classes",
+        "optim.lr",
+        "optim.eps",
+        "run.log_every",
+        "run.save_every",
+        "run.eval_every",
+        "run.keep",
+    ]
+    wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
+    at_least_0 = ["optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_grad"]
+    wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
     shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay"]
-    check(shares, lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
-    check(["data.flip", "data.mix_switch"], lambda value: 0 <= value <= 1, "must be a probability, 0 to 1")
-    check(["data.eval_crop"], lambda value: 0 < value <= 1, "must be a share, more than 0 and at most 1")
-    check(["data.crop_area"], lambda area: 0 < area[0] <= area[1] <= 1, "must be two shares of an area, the smaller first")
-    check(["data.crop_ratio"], lambda ratio: 0 < ratio[0] <= ratio[1] < math.inf, "must be more than 0, the smaller first")
-    mixes = values.get("data.mixup") or values.get("data.cutmix")
-    check(["engine.micro_batch"], lambda micro: not mixes or micro % 2 == 0, "must be even: mixup and cutmix mix neighbours in pairs")
+    wrong += failing(values, shares, lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
     return wrong

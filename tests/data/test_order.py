@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,18 @@ def shard_start(*sizes: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def check_epoch(order: SampleOrder, epoch: int) -> None:
-    """Every sample at most once, steps_per_epoch * global_batch distinct ones."""
-    ids = np.concatenate([order.batch(epoch, step) for step in range(order.steps_per_epoch)])
-    assert len(ids) == order.steps_per_epoch * order.global_batch
+def check_epoch(order: SampleOrder, epoch: int, ranks: int) -> None:
+    """The slots of all ranks together: every sample at most once in each of its copies, and all but what can't fill a batch."""
+    slots = [rank_slice(order.global_batch, rank, ranks) for rank in range(ranks)]
+    batches = [order.batch(epoch, step) for step in range(order.steps_per_epoch)]
+    ids = np.concatenate([batch[part] for batch in batches for part in slots])
+    copies = np.concatenate([order.copies[part] for _ in batches for part in slots])
     assert ids.min() >= 0
     assert ids.max() < order.samples
-    assert len(np.unique(ids)) == len(ids), f"samples repeat: {order}"
+    used, times = np.unique(ids, return_counts=True)
+    assert set(times.tolist()) == {order.repeats}, f"samples repeat: {order}"
+    assert 0 <= order.samples - len(used) < order.global_batch // order.repeats, f"samples are left out: {order}"
+    assert len(np.unique(ids * order.repeats + copies)) == len(ids), f"copies repeat: {order}"
 
 
 COMBINATIONS = [
@@ -44,10 +50,22 @@ COMBINATIONS = [
 ]
 
 
-def test_every_sample_at_most_once_an_epoch() -> None:
-    for sizes, lanes, window, batch in COMBINATIONS:
-        for epoch in (0, 3):
-            check_epoch(SampleOrder(shard_start(*sizes), seed=1, global_batch=batch, lanes=lanes, window=window), epoch)
+def orders(combinations: list[tuple[tuple[int, ...], int, int, int]]) -> Iterator[SampleOrder]:
+    """The orders of the combinations, with every number of repeats that a batch allows."""
+    for sizes, lanes, window, batch in combinations:
+        for repeats in (1, 2, 3):
+            if repeats == 1 or (batch % repeats == 0 and batch > repeats):
+                yield SampleOrder(shard_start(*sizes), seed=1, global_batch=batch, lanes=lanes, window=window, repeats=repeats)
+
+
+def ranks_for(order: SampleOrder) -> list[int]:
+    return [ranks for ranks in (1, 2, 3, 4, 6, 12) if order.global_batch % ranks == 0]
+
+
+def test_every_sample_once_an_epoch_over_all_ranks() -> None:
+    for number, order in enumerate(orders(COMBINATIONS)):
+        for ranks in ranks_for(order):
+            check_epoch(order, number % 4, ranks)
 
 
 def test_the_check_above_finds_a_broken_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +76,54 @@ def test_the_check_above_finds_a_broken_order(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(data.order, "_window_permutations", whole_windows)
     with pytest.raises(AssertionError, match="samples repeat"):
-        test_every_sample_at_most_once_an_epoch()
+        test_every_sample_once_an_epoch_over_all_ranks()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda part: slice(part.start, part.stop + 1), "samples repeat"), (lambda part: slice(0, part.stop - part.start), "samples repeat")],
+    ids=["a slot of the next rank's", "the first rank's slots for all"],
+)
+def test_the_check_above_finds_ranks_that_share(monkeypatch: pytest.MonkeyPatch, change: Callable[[slice], slice], message: str) -> None:
+    """Control."""
+    monkeypatch.setitem(globals(), "rank_slice", lambda *arguments: change(data.order.rank_slice(*arguments)))
+    with pytest.raises(AssertionError, match=message):
+        test_every_sample_once_an_epoch_over_all_ranks()
+
+
+def test_copies_are_in_one_batch_and_never_neighbours() -> None:
+    seen = 0
+    for order in orders(COMBINATIONS):
+        if order.repeats == 1:
+            assert (order.copies == 0).all()
+            continue
+        batch = order.batch(1, order.steps_per_epoch - 1)
+        assert set(np.unique(batch, return_counts=True)[1].tolist()) == {order.repeats}
+        assert (batch[1:] != batch[:-1]).all()
+        for copy in range(order.repeats):
+            assert (batch[order.copies == copy] == batch[order.copies == 0]).all()
+        for ranks in ranks_for(order):
+            if ranks >= order.repeats:
+                for rank in range(ranks):
+                    own = batch[rank_slice(order.global_batch, rank, ranks)]
+                    assert len(np.unique(own)) == len(own), "copies on one rank"
+                    seen += 1
+    assert seen > 1000
+
+
+def test_repeats_take_the_distinct_samples_of_a_smaller_batch() -> None:
+    once = SampleOrder(shard_start(50, 60, 70), seed=3, global_batch=12, lanes=4, window=16)
+    repeated = SampleOrder(shard_start(50, 60, 70), seed=3, global_batch=36, lanes=4, window=16, repeats=3)
+    assert repeated.steps_per_epoch == once.steps_per_epoch == 15
+    for step in range(15):
+        assert (repeated.batch(2, step) == np.tile(once.batch(2, step), 3)).all()
+    assert repeated.copies.tolist() == [0] * 12 + [1] * 12 + [2] * 12
+
+
+def test_the_order_without_repeats_is_for_good() -> None:
+    """Of a run that was begun with an older version: these ids may never change."""
+    order = SampleOrder(shard_start(50, 60, 70), seed=3, global_batch=12, lanes=4, window=16)
+    assert order.batch(2, 7).tolist() == [167, 174, 166, 35, 29, 28, 78, 83, 73, 120, 117, 128]
 
 
 def test_another_epoch_seed_or_step_is_another_order() -> None:
@@ -153,16 +218,26 @@ def test_evaluation_covers_every_sample_once() -> None:
 def test_errors_name_what_would_work() -> None:
     with pytest.raises(ValueError, match="9 samples, fewer than one global batch of 10"):
         SampleOrder(shard_start(4, 5), seed=0, global_batch=10)
+    with pytest.raises(ValueError, match="9 samples, fewer than one global batch of 20 with 2 repeats takes"):
+        SampleOrder(shard_start(4, 5), seed=0, global_batch=20, repeats=2)
+    for repeats in (0, 5, 12):
+        with pytest.raises(ValueError, match=f"of 12 can't hold samples {repeats} times .*; numbers of repeats that work: 1, 2, 3, 4, 6$"):
+            SampleOrder(shard_start(100), seed=0, global_batch=12, repeats=repeats)
     with pytest.raises(ValueError, match="numbers of ranks that work: 1, 2, 3, 4, 6"):
         rank_slice(12, 0, 5)
     with pytest.raises(ValueError, match="outside of an epoch of 3 steps"):
         SampleOrder(shard_start(10), seed=0, global_batch=3).batch(0, 3)
 
 
+def per_lane(order: SampleOrder) -> int:
+    """Distinct samples that a lane gives to a step."""
+    distinct = order.global_batch // order.repeats
+    return distinct // lanes_for(distinct, order.lanes)
+
+
 def touches(order: SampleOrder, slots: slice, start: int, end: int) -> list[list[tuple[int, int]]]:
     """The shards that each step takes from, with the lane for which it does, in slot order; from the batches themselves."""
-    per_lane = order.global_batch // lanes_for(order.global_batch, order.lanes)
-    lane = (np.arange(order.global_batch) // per_lane)[slots].tolist()
+    lane = (np.arange(order.global_batch) % order.distinct // per_lane(order))[slots].tolist()
     steps = []
     for step in range(start, end):
         ids = order.batch(*order.locate(step))[slots]
@@ -195,7 +270,7 @@ def check_uses(order: SampleOrder, ranks: int, start: int, end: int) -> int:
             assert list(found) == list(shards), "not in the order of first need"
         for use in uses:
             lanes = {lane for shard, lane in steps[use.first - start] if shard == use.shard}
-            window_steps = (order.window - 1) // (order.global_batch // lanes_for(order.global_batch, order.lanes)) + 1
+            window_steps = (order.window - 1) // per_lane(order) + 1
             of_lanes = range(max(start, use.last - window_steps), min(end, use.last + 1))
             assert use.last >= end or any((use.shard, lane) in whole[step - start] for step in of_lanes for lane in lanes), "for too long"
     return count
@@ -204,13 +279,27 @@ def check_uses(order: SampleOrder, ranks: int, start: int, end: int) -> int:
 def test_shard_uses_are_those_of_the_batches() -> None:
     """Brute force, over the end of an epoch and from the middle of one."""
     seen = 0
-    for sizes, lanes, window, batch in COMBINATIONS[::3]:
-        order = SampleOrder(shard_start(*sizes), seed=1, global_batch=batch, lanes=lanes, window=window)
+    for order in orders(COMBINATIONS[::7]):
         total = 2 * order.steps_per_epoch + 1
-        for ranks in (ranks for ranks in (1, 2, 3) if batch % ranks == 0):
+        for ranks in ranks_for(order)[:4]:
             for start in {0, order.steps_per_epoch // 2 + 1}:
                 seen += check_uses(order, ranks, start, max(total, start + 1))
     assert seen > 1000
+
+
+def test_bytes_at_once_of_ranks_that_begin_in_one_copy_and_end_in_the_next() -> None:
+    """Of three copies of four samples, ranks of three slots take lanes 0 to 2; 3, 0 and 1; 2, 3 and 0; 1 to 3. With a sample a shard and no
+    windows there is no slack, and in many epochs one of the middle two needs most."""
+    order = SampleOrder(np.arange(41), seed=0, global_batch=12, lanes=4, window=1, repeats=3)
+    shard_bytes = np.random.default_rng(0).integers(1, 1_000_000, 40)
+    needed_most = set()
+    for epoch in range(12):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        batches = [order.batch(*order.locate(step)).reshape(4, 3) for step in steps]
+        needs = shard_bytes[np.stack(batches)].sum(axis=2)  # (steps, ranks)
+        assert bytes_at_once(order, shard_bytes, 4, steps.start, steps.stop) == needs.max()
+        needed_most.add(int(needs.max(axis=0).argmax()))
+    assert needed_most == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +331,10 @@ def test_bytes_at_once_is_not_far_above_what_is_needed() -> None:
     assert 64 * 2 <= bytes_at_once(order, ones, 1, 0, 3 * 1733) <= 64 * 3
     assert 2 * 2 <= bytes_at_once(order, ones, 32, 0, 1733) <= 2 * 3
     assert bytes_at_once(order, ones, 128, 0, 1733) <= 3
+    thrice = SampleOrder(order.shard_start, seed=0, global_batch=3 * 8192, repeats=3)
+    assert bytes_at_once(thrice, ones, 1, 0, 1733) == bytes_at_once(order, ones, 1, 0, 1733)
+    assert bytes_at_once(thrice, ones, 3, 0, 1733) == bytes_at_once(order, ones, 1, 0, 1733)  # every rank has a copy of all
+    assert bytes_at_once(thrice, ones, 96, 0, 1733) == bytes_at_once(order, ones, 32, 0, 1733)
 
 
 def test_evaluation_uses() -> None:

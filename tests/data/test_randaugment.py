@@ -141,7 +141,7 @@ def test_policies_are_read() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("augmix-m3", "only RandAugment"),
+        ("augmix-m3", "must be RandAugment"),
         ("rand-m9-tweights", "'tweights'"),
         ("rand-m9.5", "'m9.5'"),
         ("rand-x3", "'x3'"),

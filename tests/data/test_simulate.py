@@ -7,9 +7,10 @@ import pytest
 import data.simulate
 from data.__main__ import main
 from data.index import Index, open_index
+from data.shuffle import Quality, Row
 from data.simulate import Figure, bench, bytes_on_disk, private_bytes, ranks_of_a_node, simulate, slowest_step
 
-PROMISES = [32, 1000, None, 20, 100, None]
+PROMISES = [32, 1000, None, 20, 100, None, 0.1, 5]
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,8 @@ def test_the_slowest_step_is_the_slowest(simulated: Path, monkeypatch: pytest.Mo
 def test_a_broken_promise_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     figures = [Figure("first", 1.0, "s", 2), Figure("second", 3.0, "s")]
     monkeypatch.setattr("data.__main__.bench", lambda samples, shards: figures)
+    rows = [Row(4, 5, Quality(0.3, 0.5, 0.25, 6, 2.5)), Row(None, None, Quality(0.4, 0.0, 0.1, 9, 3.5))]
+    monkeypatch.setattr("data.__main__.sorted_shards", lambda samples, shards: {"sorted": rows})
     out = tmp_path / "results.json"
     command = ["bench", "--simulate", "--samples", "50", "--shards", "5", "--out", str(out)]
     assert main(command) == 0
@@ -100,13 +103,17 @@ def test_a_broken_promise_is_the_exit_code(tmp_path: Path, capsys: pytest.Captur
     figures.append(Figure("third", 2.5, "s", 2))
     capsys.readouterr()
     assert main(command) == 1
-    first, second, third = capsys.readouterr().out.splitlines()
+    first, second, third, *shuffled = capsys.readouterr().out.splitlines()
     assert first.endswith("promised at most 2")
     assert "promised" not in second
     assert third.endswith("promised at most 2: BROKEN")
     (result,) = json.loads(out.read_text())
     assert result["command"] == "python -m data bench --simulate --samples 50 --shards 5"
     assert [row["measured"] for row in result["rows"]] == [1.0, 3.0, 2.5]
+    assert shuffled[:2] == ["", "sorted"]
+    assert shuffled[3].split() == ["4", "5", "75.0%", "0.50", "25.0%", "6", "2.50", "bits"]
+    assert shuffled[4].split() == ["full", "permutation", "100.0%", "0.00", "10.0%", "9", "3.50", "bits"]
+    assert result["shuffle"]["sorted"][0]["quality"]["classes"] == 6
 
 
 @pytest.mark.slow

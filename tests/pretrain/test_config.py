@@ -1,4 +1,5 @@
-"""Settings: files that build on one another, errors that name all that is wrong, and the recipes that the job files stand for."""
+"""A job's settings: errors that name all that is wrong, batch sizes, and the recipes that the job files stand for. Files that build on
+one another are in tests/data/test_config_files.py."""
 
 import os
 import subprocess
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from data.config_files import keys
+from data.settings import JobData
 from data.synthesize import synthesize
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError, accumulation, as_dict, from_dict, load, save
@@ -52,59 +56,6 @@ def problems(path: Path, *overrides: str) -> list[str]:
 def the_problem(path: Path, *overrides: str) -> str:
     (problem,) = problems(path, *overrides)
     return problem
-
-
-# ---------------------------------------------------------------- files that build on one another
-
-
-def test_later_files_win_and_the_command_line_wins_last(tmp_path: Path, job: Path) -> None:
-    job.rename(tmp_path / "basic.yaml")
-    write(tmp_path / "parts" / "middle.yaml", "base: ../basic.yaml\nseed: 1\nepochs: 5\nmodel: {drop_path: 0.1}\n")
-    last = write(tmp_path / "last.yaml", "base: parts/middle.yaml\nseed: 2\noptim: {weight_decay: 0.3}\n")
-    config = load(last, ["optim.weight_decay=0.4", "optim.betas=[0.5,0.6]", "optim.weight_decay=0.5"])
-    assert (config.global_batch, config.optim.lr, config.model.classes) == (64, 1e-3, 4)  # of the first
-    assert (config.epochs, config.model.drop_path) == (5, 0.1)  # of the second
-    assert config.seed == 2  # of the third
-    assert (config.optim.weight_decay, config.optim.betas) == (0.5, (0.5, 0.6))  # of the command line
-    assert config.run.dir == "runs/tiny"
-    assert config.optim.eps == 1e-8  # of nobody
-
-
-def test_circular_base(tmp_path: Path) -> None:
-    one = write(tmp_path / "one.yaml", "base: two.yaml\n")
-    write(tmp_path / "two.yaml", "base: ./one.yaml\n")
-    with pytest.raises(ConfigError, match=rf"{one}: 1 problem\n.*base: is circular, named again by .*two\.yaml"):
-        load(one)
-
-
-def test_missing_base_is_named_with_who_named_it_and_the_nearest(tmp_path: Path) -> None:
-    write(tmp_path / "recipes" / "in22k.yaml", "epochs: 1\n")
-    path = write(tmp_path / "job.yaml", "base: recipes/in2k.yaml\n")
-    with pytest.raises(ConfigError) as caught:
-        load(path)
-    recipes = tmp_path / "recipes"
-    assert str(caught.value).startswith(f"{recipes / 'in2k.yaml'}: 1 problem\n")
-    assert caught.value.problems == [f"no such file, named by {path}; did you mean {recipes / 'in22k.yaml'}?"]
-    assert the_problem(tmp_path / "jib.yaml") == f"no such file; did you mean {path}?"
-    assert the_problem(tmp_path / "nothing_alike.yaml") == "no such file"
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("base: 3\n", "base = 3: must be the name of one file"),
-        ("base: [a.yaml, b.yaml]\n", "base = ['a.yaml', 'b.yaml']: must be the name of one file"),
-        ("epochs: 1\nepochs: 2\n", "duplicate key epochs"),
-        ("a: b: c\n", "line 1, column 5"),
-        ("- epochs\n", "not a mapping of keys to values"),
-        ("3\n", "not valid YAML"),
-    ],
-)
-def test_a_file_that_is_no_settings(tmp_path: Path, text: str, problem: str) -> None:
-    path = write(tmp_path / "job.yaml", text)
-    with pytest.raises(ConfigError, match=f"^{path}: ") as caught:
-        load(path)
-    assert problem in caught.value.problems[0]
 
 
 # ---------------------------------------------------------------- what is wrong with a value
@@ -169,6 +120,13 @@ def test_a_bad_value_is_named_with_where_it_was_set(tmp_path: Path, job: Path, k
     assert found.startswith(f"{key} = {value} ({source}): {problem}")
 
 
+def test_the_data_commands_read_of_a_job_what_training_reads() -> None:
+    own, whole = keys(JobData), keys(Config)
+    assert {key: whole[key] for key in own} == own
+    with_defaults = {key: OmegaConf.select(OmegaConf.structured(Config), key, throw_on_missing=False) for key in own}
+    assert with_defaults == {key: OmegaConf.select(OmegaConf.structured(JobData), key, throw_on_missing=False) for key in own}
+
+
 def test_what_only_works_without_mixing(job: Path) -> None:
     assert load(job, ["engine.micro_batch=3", "data.mixup=0", "data.cutmix=0"]).engine.micro_batch == 3
 
@@ -193,18 +151,6 @@ def test_a_run_with_a_checkpoint_no_longer_needs_what_it_started_from(tmp_path: 
     assert the_problem(job, *settings) == "model.init_from = gone.pth (command line): no such file or run directory"
     (tmp_path / "run" / "checkpoints" / "step-000000001").mkdir(parents=True)
     assert load(job, settings).model.init_from == "gone.pth"
-
-
-@pytest.mark.parametrize("text", ["epochs", "=3", "", "optim.lr=${x"])
-def test_a_text_that_is_no_override(job: Path, text: str) -> None:
-    assert the_problem(job, text).startswith(f"{text!r} (command line): ")
-
-
-def test_references_between_keys(tmp_path: Path, job: Path) -> None:
-    path = write(tmp_path / "more.yaml", "base: job.yaml\nrun: {dir: 'out/${name}-${seed}'}\n")
-    assert load(path, ["seed=7"]).run.dir == "out/tiny-7"
-    write(path, "base: job.yaml\nrun: {dir: 'out/${nam}'}\n")
-    assert the_problem(path) == f"run.dir ({path}): Interpolation key 'nam' not found"
 
 
 def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
