@@ -7,13 +7,17 @@
 
     with EvalLoader(index, settings, micro_batch=64, rank=rank, ranks=ranks, device=device) as loader:
         for batch in loader: …                     # every sample once over all ranks; the last batch may be smaller
+        for batch in loader: …                     # and again, with the same pipeline
 
 One pipeline serves a whole training; epochs end without a rebuild. Threads read encoded images ahead and compute what is done
 to them (reader.py); DALI decodes, crops and resizes; labels and ids travel beside DALI, never through it. The graph is the
 same on a CPU and on a GPU, where JPEG bytes cross to the device and pixels never cross back.
+
+A bad image is put into quarantine (quarantine.py) and another takes its place, or in evaluation none. It is found by the threads,
+when it can't be read or its header is wrong, or by DALI: then each image that DALI holds is decoded alone, and a new pipeline is
+given all of them again.
 """
 
-import io
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +30,10 @@ import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
-from PIL import Image
 
 from data.augment import Mix, flip, mix_parameters, random_resized_crop
-from data.index import Index, key
+from data.images import BadImage, check_header
+from data.index import Index
 from data.order import (
     SampleOrder,
     bytes_at_once,
@@ -39,6 +43,7 @@ from data.order import (
     rank_slice,
     shard_uses,
 )
+from data.quarantine import Quarantine
 from data.reader import ReadAhead
 from data.settings import DataConfig
 from data.store import FetchedShards, ShardStore
@@ -48,8 +53,9 @@ from data.store import FetchedShards, ShardStore
 class Batch:
     """A micro-batch of B samples on the device.
 
-    images (B, 3, H, W) float32, normalised, channels-last in memory; labels (B,) int64; ids int64 (B,), on the host; mix: how
-    to mix neighbouring samples, None where nothing is mixed; epoch, and step counted from 0 at the start of training.
+    images (B, 3, H, W) float32, normalised, channels-last in memory; labels (B,) int64; ids int64 (B,), on the host: the samples
+    that are really used; mix: how to mix neighbouring samples, None where nothing is mixed; epoch, and step counted from 0 at the
+    start of training.
     """
 
     images: torch.Tensor
@@ -61,117 +67,206 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """What is to be done for a batch; `parameters` are the inputs of the graph beside the encoded images, one row a sample.
-    Once it is read, so is all that steps before `done` take."""
+class Slots:
+    """The samples that a micro-batch should have, int64 (B,). Once they are read, so is all that steps before `done` take."""
 
     ids: np.ndarray
+    epoch: int
+    step: int
+    done: int
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What DALI is given: the samples that are really used, their encoded images and, in `parameters`, the graph's other inputs, one row
+    a sample."""
+
+    slots: Slots
+    ids: np.ndarray
+    encoded: list[np.ndarray]
     parameters: tuple[np.ndarray, ...]
-    mix: Mix | None = None
-    epoch: int = 0
-    step: int = 0
-    done: int = 0
-
-
-# A graph takes the node of encoded images and one for each of MicroBatch.parameters, and gives uint8 images and the mirror
-# flags.
-Graph = Callable[..., tuple[Any, Any]]
+    mix: Mix | None
 
 
 class _Loader:
-    """Runs a graph over micro-batches of at most `max_batch` samples, in order."""
+    """Runs a graph over micro-batches of at most `max_batch` samples, in order.
+
+    What differs between training and evaluation are the methods of the first part. `dtypes` are those of the parameters.
+    """
+
+    def _open_store(self) -> ShardStore:
+        """For one pass over the work."""
+        raise NotImplementedError
+
+    def _work(self) -> Iterator[Slots]:
+        raise NotImplementedError
+
+    def _parameters(self, epoch: int, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What is done to samples, one row each: functions of the samples that are really used."""
+        raise NotImplementedError
+
+    def _mix(self, slots: Slots) -> Mix | None:
+        return None
+
+    def _graph(self, encoded: Any, *parameters: Any) -> tuple[Any, Any]:
+        """From the nodes of encoded images and parameters to uint8 images and the mirror flags."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- what they share
 
     def __init__(
         self,
-        store: ShardStore,
-        work: Iterator[MicroBatch],
-        graph: Graph,
-        dtypes: Sequence[Any],
+        index: Index,
         settings: DataConfig,
+        quarantine: Quarantine,
+        dtypes: Sequence[Any],
         *,
         max_batch: int,
         device: torch.device,
     ) -> None:
-        self.index, self.settings, self.device = store.index, settings, device
-        self._store = store
-        self._inside: deque[tuple[MicroBatch, list[np.ndarray]]] = deque()  # given to DALI, not yet come out
+        self.index, self.settings, self.quarantine, self.device = index, settings, quarantine, device
+        self._dtypes, self._max_batch = dtypes, max_batch
+        self._store: ShardStore | None = None
+        self._reader: ReadAhead[Slots, MicroBatch] | None = None
+        self._inside: deque[MicroBatch] = deque()  # given to DALI, not yet come out
+        self._again: deque[MicroBatch] = deque()  # to be given to DALI before what the reader has
+        self._pipeline: Pipeline | None = None
+        self._closed = False
+
+    def _start(self) -> None:
+        self._store = self._open_store()
+        threads = self.settings.read_threads
+        self._reader = ReadAhead(self._work(), self._read, threads=threads, depth=threads + 2)
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            assert self._store is not None
+            self._store.close()  # first, as the reader's threads may be waiting for it
+            self._reader.close()
+            self._reader = None
+
+    def _build(self, max_batch: int, feed: Callable[[], list[Any]], prefetch: int) -> Pipeline:
         # With the dynamic executor every output owns its memory (the others reuse theirs), so batches need no copy.
-        self._pipeline: Pipeline | None = Pipeline(
+        pipeline = Pipeline(
             batch_size=max_batch,
-            num_threads=settings.decode_threads,
+            num_threads=self.settings.decode_threads,
             device_id=self.device.index if self.device.type == "cuda" else None,
-            prefetch_queue_depth=2,
+            prefetch_queue_depth=prefetch,
             exec_dynamic=True,
         )
-        with self._pipeline:
-            inputs = fn.external_source(self._feed, num_outputs=1 + len(dtypes), batch=True, dtype=[DALIDataType.UINT8, *dtypes])
-            images, mirror = graph(*inputs)
+        with pipeline:
+            dtypes = [DALIDataType.UINT8, *self._dtypes]
+            images, mirror = self._graph(*fn.external_source(feed, num_outputs=len(dtypes), batch=True, dtype=dtypes))
             normalised = fn.crop_mirror_normalize(
                 images,
                 mirror=mirror,
-                mean=[255 * value for value in settings.mean],
-                std=[255 * value for value in settings.std],
+                mean=[255 * value for value in self.settings.mean],
+                std=[255 * value for value in self.settings.std],
                 dtype=DALIDataType.FLOAT,
                 output_layout="HWC",
             )
-            self._pipeline.set_outputs(normalised)
-        self._pipeline.build()
-        self._reader = ReadAhead(self._store, work, threads=settings.read_threads, depth=settings.read_threads + 2)
+            pipeline.set_outputs(normalised)
+        pipeline.build()
+        return pipeline
+
+    def _read(self, slots: Slots, decodes: Callable[[int, int, np.ndarray], bool] | None = None) -> MicroBatch:
+        """What DALI is to be given for these slots. With `decodes` (see _Alone) all images are tried, and shards may no longer be held.
+        Runs in the reading threads."""
+        found = [self._image(slot, slots.epoch, decodes) for slot in slots.ids.tolist()]
+        used = [image for image in found if image is not None]
+        ids = np.array([sample for sample, _ in used], np.int64)
+        return MicroBatch(slots, ids, [encoded for _, encoded in used], self._parameters(slots.epoch, ids), self._mix(slots))
+
+    def _image(self, slot: int, epoch: int, decodes: Callable[[int, int, np.ndarray], bool] | None) -> tuple[int, np.ndarray] | None:
+        """The first good one of a slot's sample and its stand-ins, encoded; those before it go into quarantine."""
+        assert self._store is not None
+        while (sample := self.quarantine.stand_in(slot)) is not None:
+            row = self.index.samples[sample]
+            try:
+                encoded = self._store.read(sample, planned=sample == slot and decodes is None)
+                check_header(encoded, int(row["width"]), int(row["height"]))
+                if decodes is None or decodes(epoch, sample, encoded):
+                    return sample, encoded
+                self.quarantine.add(sample, "DALI can't decode it")
+            except (OSError, BadImage) as error:
+                self.quarantine.add(sample, str(error))
+        return None
 
     def _feed(self) -> list[Any]:
-        item, images = next(self._reader)
-        self._store.advance(item.done)
-        self._inside.append((item, images))
-        return [images, *item.parameters]
+        """What DALI is to be given next. A batch of which nothing is left is passed over."""
+        assert self._store is not None
+        assert self._reader is not None
+        while True:
+            batch = self._again.popleft() if self._again else next(self._reader)
+            self._store.advance(batch.slots.done)
+            if len(batch.ids):
+                self._inside.append(batch)
+                return [batch.encoded, *batch.parameters]
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches, once. Raises ValueError, naming the samples, for images that can't be read or decoded."""
+        """The batches. Raises ValueError where more than data.max_bad of the images are bad, where a shard can't be fetched, and where
+        DALI fails for another reason than a bad image."""
+        if self._reader is None and not self._closed:
+            self._start()
         try:
-            while self._pipeline is not None:
+            while not self._closed:
+                if self._pipeline is None:
+                    self._pipeline = self._build(self._max_batch, self._feed, prefetch=2)
                 # Bound to the stream of the consumer, outputs are ready and are freed in that stream's order: nobody waits.
                 stream = (torch.cuda.current_stream(self.device),) if self.device.type == "cuda" else ()
                 try:
                     (output,) = self._pipeline.run(*stream)
                 except StopIteration:
+                    self._pipeline.reset()
                     return
                 except RuntimeError as error:
-                    raise ValueError(self._explain(*self._inside[0], error)) from error
-                item, _ = self._inside.popleft()
-                labels = torch.from_numpy(self.index.samples["label"][item.ids].astype(np.int64))
+                    self._take_out_bad(error)
+                    continue
+                batch = self._inside.popleft()
+                labels = torch.from_numpy(self.index.samples["label"][batch.ids].astype(np.int64))
                 if self.device.type == "cuda":
                     labels = labels.pin_memory().to(self.device, non_blocking=True)
                 images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-                yield Batch(images, labels, item.ids, item.mix, item.epoch, item.step)
+                yield Batch(images, labels, batch.ids, batch.mix, batch.slots.epoch, batch.slots.step)
         finally:
-            self.close()
+            self._stop()
+            if self._inside:  # not all came out: what this pipeline holds is not of the next pass
+                self._drop_pipeline()
 
-    def _explain(self, item: MicroBatch, images: list[np.ndarray], error: RuntimeError) -> str:
-        """Which of a batch's images made DALI fail, found by decoding each with Pillow."""
-        faults = []
-        for sample_id, encoded in zip(item.ids.tolist(), images, strict=True):
-            try:
-                with Image.open(io.BytesIO(encoded.tobytes())) as image:
-                    image.load()
-            except Exception as fault:  # Pillow's decoders raise whatever the damage leads them to
-                shard = self.index.shards[self.index.shard_of(sample_id)].name
-                faults.append(f"sample {sample_id} (key {key(self.index, sample_id)} in {shard}: {fault})")
-        if faults:
-            return f"{self.index.place}: can't decode {'; '.join(faults)}. Find all of them with `python -m data verify`"
-        return (
-            f"{self.index.place}: DALI failed on the batch of samples {item.ids.min()} to {item.ids.max()}, "
-            f"all of which Pillow can decode: {error}"
-        )
+    def _drop_pipeline(self) -> None:
+        self._pipeline = None
+        self._inside.clear()
+        self._again.clear()
+
+    def _take_out_bad(self, error: RuntimeError) -> None:
+        """After DALI failed: takes what it can't decode out of all that it holds. A pipeline that raised can't be used again, so
+        another is to be given the rest.
+
+        Raises ValueError where DALI can decode everything.
+        """
+        held = list(self._inside)
+        alone = _Alone(self)
+        mended = [self._read(batch.slots, alone.decodes) for batch in held]
+        if all(np.array_equal(new.ids, old.ids) for new, old in zip(mended, held, strict=True)):
+            ids = np.concatenate([batch.ids for batch in held])
+            raise ValueError(
+                f"{self.index.place}: DALI failed on samples {ids.min()} to {ids.max()}, each of which it can decode alone: {error}"
+            ) from error
+        self._pipeline = None
+        self._inside.clear()
+        self._again.extendleft(reversed(mended))
 
     @property
     def waited_for_shards_s(self) -> float:
         """Seconds that reading threads, all of them together, have waited for shards to be fetched."""
+        assert self._store is not None
         return self._store.waited_s
 
     def close(self) -> None:
         """Ends all threads. Batches given out stay valid."""
-        self._store.close()  # first, as the reader's threads may be waiting for it
-        self._reader.close()
-        self._pipeline = None
+        self._closed = True
+        self._stop()
+        self._drop_pipeline()
 
     def __enter__(self) -> Self:
         return self
@@ -180,11 +275,32 @@ class _Loader:
         self.close()
 
 
+class _Alone:
+    """Decodes images one at a time, as a loader does with its batches."""
+
+    def __init__(self, loader: _Loader) -> None:
+        self._loader = loader
+        self._pipeline: Pipeline | None = None
+        self._inputs: list[Any] = []
+
+    def decodes(self, epoch: int, sample: int, encoded: np.ndarray) -> bool:
+        self._inputs[:] = [[encoded], *self._loader._parameters(epoch, np.array([sample]))]
+        if self._pipeline is None:
+            inputs = self._inputs  # not self, or a cycle would keep the pipeline's threads until a collection
+            self._pipeline = self._loader._build(1, lambda: inputs, prefetch=1)
+        try:
+            self._pipeline.run()
+        except RuntimeError:
+            self._pipeline = None
+            return False
+        return True
+
+
 class TrainLoader(_Loader):
     """One rank's micro-batches of the steps `start` to `end` - 1, in slot order.
 
     With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The cache of a
-    dataset at a URL is shared by `ranks_on_node` ranks.
+    dataset at a URL is shared by `ranks_on_node` ranks. Without a `quarantine` it begins with an empty one.
     """
 
     def __init__(
@@ -200,42 +316,52 @@ class TrainLoader(_Loader):
         start: int = 0,
         end: int,
         ranks_on_node: int = 1,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        self.order, self.micro_batch = order, micro_batch
+        self.order, self.micro_batch, self.ranks, self.ranks_on_node = order, micro_batch, ranks, ranks_on_node
         self.slots = rank_slice(order.global_batch, rank, ranks)
-        store = ShardStore(index)
-        if index.remote:
-            at_once = bytes_at_once(order, index.shard_bytes, ranks, start, end)
-            uses = shard_uses(order, self.slots, start, end)
-            store = FetchedShards(index, uses, at_once=at_once, cache_gb=settings.cache_gb, ranks_on_node=ranks_on_node)
+        self.start, self.end = start, end
         crop_start, crop_shape, mirror = DALIDataType.INT32, DALIDataType.INT32, DALIDataType.INT32
-        inputs = (crop_start, crop_shape, mirror)
-        super().__init__(store, self._work(start, end), self._graph, inputs, settings, max_batch=micro_batch, device=device)
+        quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
+        super().__init__(index, settings, quarantine, (crop_start, crop_shape, mirror), max_batch=micro_batch, device=device)
+        self._start()
 
-    def _work(self, start: int, end: int) -> Iterator[MicroBatch]:
-        seed, settings = self.order.seed, self.settings
-        for step in range(start, end):
+    def _open_store(self) -> ShardStore:
+        index, order = self.index, self.order
+        if not index.remote:
+            return ShardStore(index)
+        at_once = bytes_at_once(order, index.shard_bytes, self.ranks, self.start, self.end)
+        uses = shard_uses(order, self.slots, self.start, self.end)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+
+    def _work(self) -> Iterator[Slots]:
+        for step in range(self.start, self.end):
             epoch, step_in_epoch = self.order.locate(step)
-            own = self.order.batch(epoch, step_in_epoch)[self.slots]
-            batches = own.reshape(-1, self.micro_batch)
+            batches = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.micro_batch)
             for number, ids in enumerate(batches, 1):
-                samples = self.index.samples[ids]
-                width, height = samples["width"], samples["height"]
-                crops = random_resized_crop(seed, epoch, ids, width, height, scale=settings.crop_area, ratio=settings.crop_ratio)
-                mirror = flip(seed, epoch, ids, settings.flip).astype(np.int32)
-                mix = None
-                if settings.mixup or settings.cutmix:
-                    mix = mix_parameters(
-                        seed,
-                        epoch,
-                        ids[::2],
-                        image_size=settings.image_size,
-                        mixup=settings.mixup,
-                        cutmix=settings.cutmix,
-                        switch=settings.mix_switch,
-                    )
-                parameters = (np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), mirror)
-                yield MicroBatch(ids, parameters, mix, epoch, step, done=step + (number == len(batches)))
+                yield Slots(ids, epoch, step, done=step + (number == len(batches)))
+
+    def _parameters(self, epoch: int, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        seed, settings, samples = self.order.seed, self.settings, self.index.samples[ids]
+        width, height = samples["width"], samples["height"]
+        crops = random_resized_crop(seed, epoch, ids, width, height, scale=settings.crop_area, ratio=settings.crop_ratio)
+        mirror = flip(seed, epoch, ids, settings.flip).astype(np.int32)
+        return np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), mirror
+
+    def _mix(self, slots: Slots) -> Mix | None:
+        """Of the samples that the order has, not of those that take their place: a bad one changes nothing for its partner."""
+        settings = self.settings
+        if not (settings.mixup or settings.cutmix):
+            return None
+        return mix_parameters(
+            self.order.seed,
+            slots.epoch,
+            slots.ids[::2],
+            image_size=settings.image_size,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            switch=settings.mix_switch,
+        )
 
     def _graph(self, encoded: Any, start: Any, shape: Any, mirror: Any) -> tuple[Any, Any]:
         crops = fn.decoders.image_slice(
@@ -252,11 +378,12 @@ class TrainLoader(_Loader):
 
 
 class EvalLoader(_Loader):
-    """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0.
+    """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0. Every iteration is a pass
+    over all of them, with the pipeline of the first.
 
     The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop,
     then the central square of image_size; with eval_resize "squash" straight to image_size x image_size. A rank without samples
-    yields nothing.
+    yields nothing. Bad samples are left out.
     """
 
     def __init__(
@@ -269,25 +396,31 @@ class EvalLoader(_Loader):
         ranks: int,
         device: torch.device,
         ranks_on_node: int = 1,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        self.micro_batch = micro_batch
-        own = evaluation_ids(len(index), rank, ranks)
-        store = ShardStore(index)
-        if index.remote:
-            uses = evaluation_uses(index.shard_start, micro_batch, ranks)
-            at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
-            store = FetchedShards(index, uses, at_once=at_once, cache_gb=settings.cache_gb, ranks_on_node=ranks_on_node)
+        self.micro_batch, self.ranks, self.ranks_on_node = micro_batch, ranks, ranks_on_node
+        self.own = evaluation_ids(len(index), rank, ranks)
         resized_to, corner = DALIDataType.FLOAT, DALIDataType.INT32
-        inputs = (resized_to, corner)
-        super().__init__(store, self._work(own), self._graph, inputs, settings, max_batch=micro_batch, device=device)
+        quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
+        super().__init__(index, settings, quarantine, (resized_to, corner), max_batch=micro_batch, device=device)
 
-    def _work(self, own: np.ndarray) -> Iterator[MicroBatch]:
-        for step, start in enumerate(range(0, len(own), self.micro_batch)):
-            ids = own[start : start + self.micro_batch]
-            samples = self.index.samples[ids]
-            size = resized_shape(samples["width"], samples["height"], self.settings)
-            corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
-            yield MicroBatch(ids, (size.astype(np.float32), corner), step=step, done=step + 1)
+    def _open_store(self) -> ShardStore:
+        index = self.index
+        if not index.remote:
+            return ShardStore(index)
+        uses = evaluation_uses(index.shard_start, self.micro_batch, self.ranks)
+        at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+
+    def _work(self) -> Iterator[Slots]:
+        for step, start in enumerate(range(0, len(self.own), self.micro_batch)):
+            yield Slots(self.own[start : start + self.micro_batch], epoch=0, step=step, done=step + 1)
+
+    def _parameters(self, epoch: int, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        samples = self.index.samples[ids]
+        size = resized_shape(samples["width"], samples["height"], self.settings)
+        corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
+        return size.astype(np.float32), corner
 
     def _graph(self, encoded: Any, size: Any, corner: Any) -> tuple[Any, Any]:
         images = fn.decoders.image(

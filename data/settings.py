@@ -17,6 +17,8 @@ class DataConfig:
     val: str | None = None  # folder or URL of packed shards to evaluate on; none: no evaluation
     cache: str | None = None  # folder for local copies of what lies at URLs; none: one in $SLURM_TMPDIR or $TMPDIR
     cache_gb: float = 100.0  # of shards that it may hold, of each dataset (10^9 bytes)
+    check: Literal["sizes", "checksums"] = "sizes"  # of all shards at the start; checksums reads every byte of those in folders
+    max_bad: float = 0.001  # share of a dataset's images that may turn out bad before the job gives up
     image_size: int = 224
     crop_area: tuple[float, float] = (0.08, 1.0)  # random resized crop: share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and its width to height

@@ -337,7 +337,7 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     check([*positive, "run.keep", "data.cache_gb"], lambda value: 0 < value < math.inf, "must be more than 0 and finite")
     at_least_0 = ["data.mixup", "data.cutmix", "optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay"]
     check([*at_least_0, "optim.clip_grad"], lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
-    shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay"]
+    shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay", "data.max_bad"]
     check(shares, lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
     check(["data.flip", "data.mix_switch"], lambda value: 0 <= value <= 1, "must be a probability, 0 to 1")
     check(["data.eval_crop"], lambda value: 0 < value <= 1, "must be a share, more than 0 and at most 1")
