@@ -22,12 +22,14 @@ other formats only PNG has checksums; what is damaged but decodes becomes a JPEG
 """
 
 import functools
+import importlib
 import io
 import os
 import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -335,11 +337,16 @@ def _plain(image: Image.Image) -> np.ndarray:
 
 
 @functools.cache
-def _dali_decoder() -> Callable[[bytes], Any]:
-    """DALI's decoder of images on a CPU: of the library that DALI itself loads."""
+def _nvimgcodec() -> ModuleType:
+    """The library that DALI itself loads to decode images."""
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # read at the import; what can't be decoded is told by the result
-    import nvidia.nvimgcodec as nvimgcodec
+    return importlib.import_module("nvidia.nvimgcodec")
 
+
+@functools.cache
+def _dali_decoder() -> Callable[[bytes], Any]:
+    """DALI's decoder of images on a CPU."""
+    nvimgcodec = _nvimgcodec()
     backend = nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)
     decoder = nvimgcodec.Decoder(device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=[backend])
     return functools.partial(decoder.decode, params=nvimgcodec.DecodeParams(apply_exif_orientation=False))
@@ -349,3 +356,25 @@ def _dali_pixels(encoded: bytes) -> np.ndarray | None:
     """An image as DALI decodes it, uint8 (H, W, 3); None if it can't."""
     image = _dali_decoder()(encoded)
     return None if image is None else np.asarray(image)
+
+
+def check_header(encoded: np.ndarray, width: int, height: int) -> None:
+    """Looks, for a few microseconds, at an encoded image, uint8 (bytes,), that DALI is about to be given. For several threads at once.
+
+    Raises BadImage where the header can't be read or speaks of another size in pixels, and for a JPEG that is cut short. DALI must
+    not see the former (DALI 2.4 can end the process, without an exception), and decodes the latter as long as a crop lies above the
+    cut, so whether an image is bad would depend on the epoch.
+    """
+    try:
+        stream = _nvimgcodec().CodeStream(encoded)
+        kind, found = stream.codec_name, (stream.width, stream.height)
+    except RuntimeError:
+        kind, found = "", (0, 0)
+    if kind not in ("jpeg", "png", "webp"):
+        raise BadImage("its header is damaged, or is none of a JPEG, PNG or WebP")
+    if found != (width, height):
+        raise BadImage(f"its header speaks of {found[0]} x {found[1]} pixels, the index of {width} x {height}")
+    if kind == "jpeg" and encoded[-2:].tobytes() != _END_OF_IMAGE:  # mostly it is the end
+        whole = encoded.tobytes()
+        if whole.rfind(_END_OF_IMAGE) < _read_header(whole).data:  # an earlier one is that of a thumbnail
+            raise BadImage("the JPEG is cut short: its end is missing")

@@ -7,13 +7,17 @@
 
     with EvalLoader(index, settings, micro_batch=64, rank=rank, ranks=ranks, device=device) as loader:
         for batch in loader: …                     # every sample once over all ranks; the last batch may be smaller
+        for batch in loader: …                     # and again, with the same pipeline
 
 One pipeline serves a whole training; epochs end without a rebuild. Threads read encoded images ahead and compute what is done
 to them (reader.py); DALI decodes, crops and resizes; labels and ids travel beside DALI, never through it. The graph is the
 same on a CPU and on a GPU, where JPEG bytes cross to the device and pixels never cross back.
+
+A bad image is put into quarantine (quarantine.py) and another takes its place, or in evaluation none. It is found by the threads,
+when it can't be read or its header is wrong, or by DALI: then each image that DALI holds is decoded alone, and a new pipeline is
+given all of them again.
 """
 
-import io
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +30,11 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType
-from PIL import Image
 
 from data.augment import Mix, bilinear, erased_boxes, flip, mix_parameters, random_resized_crop
-from data.erasing import NoiseBank, noise_starts
-from data.index import Index, key
+from data.erasing import Erased, NoiseBank, noise_starts
+from data.images import BadImage, check_header
+from data.index import Index
 from data.operators import CpuResizer, apply_layer, operator_inputs, resize
 from data.order import (
     SampleOrder,
@@ -41,7 +45,8 @@ from data.order import (
     rank_slice,
     shard_uses,
 )
-from data.randaugment import color_jitter, parse_policy, rand_augment
+from data.quarantine import Quarantine
+from data.randaugment import JITTER_LAYERS, Layer, color_jitter, parse_policy, rand_augment
 from data.reader import ReadAhead
 from data.settings import DataConfig
 from data.store import FetchedShards, ShardStore
@@ -51,8 +56,9 @@ from data.store import FetchedShards, ShardStore
 class Batch:
     """A micro-batch of B samples on the device.
 
-    images (B, 3, H, W) float32, normalised, channels-last in memory; labels (B,) int64; ids int64 (B,), on the host; mix: how
-    to mix neighbouring samples, None where nothing is mixed; epoch, and step counted from 0 at the start of training.
+    images (B, 3, H, W) float32, normalised, channels-last in memory; labels (B,) int64; ids int64 (B,), on the host: the samples
+    that are really used; mix: how to mix neighbouring samples, None where nothing is mixed; epoch, and step counted from 0 at the
+    start of training.
     """
 
     images: torch.Tensor
@@ -64,125 +70,228 @@ class Batch:
 
 
 @dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """What is to be done for a batch; `parameters` are the inputs of the graph beside the encoded images, one row a sample.
-    Once it is read, so is all that steps before `done` take."""
+class Slots:
+    """The samples that a micro-batch should have, and which copy of its sample each slot holds, int64 (B,). Once they are read, so is all
+    that steps before `done` take."""
 
     ids: np.ndarray
+    copies: np.ndarray
+    epoch: int
+    step: int
+    done: int
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """What DALI is given: the samples that are really used, their encoded images and, in `parameters`, the graph's other inputs, one row
+    a sample; and what is done to images that came out."""
+
+    slots: Slots
+    ids: np.ndarray
+    encoded: list[np.ndarray]
     parameters: tuple[np.ndarray, ...]
-    mix: Mix | None = None
-    epoch: int = 0
-    step: int = 0
-    done: int = 0
+    erased: Erased | None
+    mix: Mix | None
 
 
-# A graph takes the node of encoded images and one for each of MicroBatch.parameters, and gives uint8 images and the mirror
-# flags.
-Graph = Callable[..., tuple[Any, Any]]
+# Whether DALI can decode an encoded image: of (epoch, sample, copy, encoded image).
+Decodes = Callable[[int, int, int, np.ndarray], bool]
 
 
 class _Loader:
-    """Runs a graph over micro-batches of at most `max_batch` samples, in order."""
+    """Runs a graph over micro-batches of at most `max_batch` samples, in order.
+
+    What differs between training and evaluation are the methods of the first part. `dtypes` are those of the parameters.
+    """
+
+    def _open_store(self) -> ShardStore:
+        """For one pass over the work."""
+        raise NotImplementedError
+
+    def _work(self) -> Iterator[Slots]:
+        raise NotImplementedError
+
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, ...]:
+        """What is done to samples, one row each: functions of the samples that are really used."""
+        raise NotImplementedError
+
+    def _erased(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Erased | None:
+        return None
+
+    def _erase(self, images: torch.Tensor, erased: Erased) -> None:
+        """In place, on the device."""
+        raise NotImplementedError
+
+    def _mix(self, slots: Slots) -> Mix | None:
+        return None
+
+    def _graph(self, encoded: Any, *parameters: Any) -> tuple[Any, Any]:
+        """From the nodes of encoded images and parameters to uint8 images and the mirror flags."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- what they share
 
     def __init__(
         self,
-        store: ShardStore,
-        work: Iterator[MicroBatch],
-        graph: Graph,
-        dtypes: Sequence[Any],
+        index: Index,
         settings: DataConfig,
+        quarantine: Quarantine,
+        dtypes: Sequence[Any],
         *,
         max_batch: int,
         device: torch.device,
     ) -> None:
-        self.index, self.settings, self.device = store.index, settings, device
-        self._store = store
+        self.index, self.settings, self.quarantine, self.device = index, settings, quarantine, device
+        self._dtypes, self._max_batch = dtypes, max_batch
+        self._store: ShardStore | None = None
+        self._reader: ReadAhead[Slots, MicroBatch] | None = None
+        self._inside: deque[MicroBatch] = deque()  # given to DALI, not yet come out
+        self._again: deque[MicroBatch] = deque()  # to be given to DALI before what the reader has
+        self._pipeline: Pipeline | None = None
         self._resizer = CpuResizer(settings.decode_threads)
-        self._inside: deque[tuple[MicroBatch, list[np.ndarray]]] = deque()  # given to DALI, not yet come out
+        self._closed = False
 
+    def _start(self) -> None:
+        self._store = self._open_store()
+        threads = self.settings.read_threads
+        self._reader = ReadAhead(self._work(), self._read, threads=threads, depth=threads + 2)
+
+    def _stop(self) -> None:
+        if self._reader is not None:
+            assert self._store is not None
+            self._store.close()  # first, as the reader's threads may be waiting for it
+            self._reader.close()
+            self._reader = None
+
+    def _build(self, max_batch: int, feed: Callable[[], list[Any]], prefetch: int) -> Pipeline:
         # With the dynamic executor every output owns its memory (the others reuse theirs), so batches need no copy.
         @pipeline_def(  # type: ignore[call-overload]  # its stub lacks exec_dynamic
             batch_size=max_batch,
-            num_threads=settings.decode_threads,
+            num_threads=self.settings.decode_threads,
             device_id=self.device.index if self.device.type == "cuda" else None,
-            prefetch_queue_depth=2,
+            prefetch_queue_depth=prefetch,
             exec_dynamic=True,
             enable_conditionals=True,
         )
-        def pipeline() -> Any:
-            inputs = fn.external_source(self._feed, num_outputs=1 + len(dtypes), batch=True, dtype=[DALIDataType.UINT8, *dtypes])
-            images, mirror = graph(*inputs)
+        def graph() -> Any:
+            dtypes = [DALIDataType.UINT8, *self._dtypes]
+            images, mirror = self._graph(*fn.external_source(feed, num_outputs=len(dtypes), batch=True, dtype=dtypes))
             return fn.crop_mirror_normalize(
                 images,
                 mirror=mirror,
-                mean=[255 * value for value in settings.mean],
-                std=[255 * value for value in settings.std],
+                mean=[255 * value for value in self.settings.mean],
+                std=[255 * value for value in self.settings.std],
                 dtype=DALIDataType.FLOAT,
                 output_layout="HWC",
             )
 
-        self._pipeline: Pipeline | None = pipeline()
-        self._pipeline.build()
-        self._reader = ReadAhead(self._store, work, threads=settings.read_threads, depth=settings.read_threads + 2)
+        pipeline = graph()
+        pipeline.build()
+        return pipeline
+
+    def _read(self, slots: Slots, decodes: Decodes | None = None) -> MicroBatch:
+        """What DALI is to be given for these slots. With `decodes` (see _Alone) all images are tried, and shards may no longer be held.
+        Runs in the reading threads."""
+        epoch = slots.epoch
+        found = [self._image(*slot, epoch, decodes) for slot in zip(slots.ids.tolist(), slots.copies.tolist(), strict=True)]
+        used = [image for image in found if image is not None]
+        ids = np.array([sample for sample, _ in used], np.int64)
+        copies = slots.copies[[image is not None for image in found]]
+        parameters, erased = self._parameters(epoch, ids, copies), self._erased(epoch, ids, copies)
+        return MicroBatch(slots, ids, [encoded for _, encoded in used], parameters, erased, self._mix(slots))
+
+    def _image(self, slot: int, copy: int, epoch: int, decodes: Decodes | None) -> tuple[int, np.ndarray] | None:
+        """The first good one of a slot's sample and its stand-ins, encoded; those before it go into quarantine."""
+        assert self._store is not None
+        while (sample := self.quarantine.stand_in(slot)) is not None:
+            row = self.index.samples[sample]
+            try:
+                encoded = self._store.read(sample, planned=sample == slot and decodes is None)
+                check_header(encoded, int(row["width"]), int(row["height"]))
+                if decodes is None or decodes(epoch, sample, copy, encoded):
+                    return sample, encoded
+                self.quarantine.add(sample, "DALI can't decode it")
+            except (OSError, BadImage) as error:
+                self.quarantine.add(sample, str(error))
+        return None
 
     def _feed(self) -> list[Any]:
-        item, images = next(self._reader)
-        self._store.advance(item.done)
-        self._inside.append((item, images))
-        return [images, *item.parameters]
+        """What DALI is to be given next. A batch of which nothing is left is passed over."""
+        assert self._store is not None
+        assert self._reader is not None
+        while True:
+            batch = self._again.popleft() if self._again else next(self._reader)
+            self._store.advance(batch.slots.done)
+            if len(batch.ids):
+                self._inside.append(batch)
+                return [batch.encoded, *batch.parameters]
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches, once. Raises ValueError, naming the samples, for images that can't be read or decoded."""
+        """The batches. Raises ValueError where more than data.max_bad of the images are bad, where a shard can't be fetched, and where
+        DALI fails for another reason than a bad image."""
+        if self._reader is None and not self._closed:
+            self._start()
         try:
-            while self._pipeline is not None:
+            while not self._closed:
+                if self._pipeline is None:
+                    self._pipeline = self._build(self._max_batch, self._feed, prefetch=2)
                 # Bound to the stream of the consumer, outputs are ready and are freed in that stream's order: nobody waits.
                 stream = (torch.cuda.current_stream(self.device),) if self.device.type == "cuda" else ()
                 try:
                     (output,) = self._pipeline.run(*stream)
                 except StopIteration:
+                    self._pipeline.reset()
                     return
                 except RuntimeError as error:
-                    raise ValueError(self._explain(*self._inside[0], error)) from error
-                item, _ = self._inside.popleft()
-                labels = torch.from_numpy(self.index.samples["label"][item.ids].astype(np.int64))
+                    self._take_out_bad(error)
+                    continue
+                batch = self._inside.popleft()
+                labels = torch.from_numpy(self.index.samples["label"][batch.ids].astype(np.int64))
                 if self.device.type == "cuda":
                     labels = labels.pin_memory().to(self.device, non_blocking=True)
                 images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
-                self._finish(images, item)
-                yield Batch(images, labels, item.ids, item.mix, item.epoch, item.step)
+                if batch.erased is not None:
+                    self._erase(images, batch.erased)
+                yield Batch(images, labels, batch.ids, batch.mix, batch.slots.epoch, batch.slots.step)
         finally:
-            self.close()
+            self._stop()
+            if self._inside:  # not all came out: what this pipeline holds is not of the next pass
+                self._drop_pipeline()
 
-    def _finish(self, images: torch.Tensor, item: MicroBatch) -> None:
-        """What is done to normalised images on the device, in place."""
+    def _drop_pipeline(self) -> None:
+        self._pipeline = None
+        self._inside.clear()
+        self._again.clear()
 
-    def _explain(self, item: MicroBatch, images: list[np.ndarray], error: RuntimeError) -> str:
-        """Which of a batch's images made DALI fail, found by decoding each with Pillow."""
-        faults = []
-        for sample_id, encoded in zip(item.ids.tolist(), images, strict=True):
-            try:
-                with Image.open(io.BytesIO(encoded.tobytes())) as image:
-                    image.load()
-            except Exception as fault:  # Pillow's decoders raise whatever the damage leads them to
-                shard = self.index.shards[self.index.shard_of(sample_id)].name
-                faults.append(f"sample {sample_id} (key {key(self.index, sample_id)} in {shard}: {fault})")
-        if faults:
-            return f"{self.index.place}: can't decode {'; '.join(faults)}. Find all of them with `python -m data verify`"
-        return (
-            f"{self.index.place}: DALI failed on the batch of samples {item.ids.min()} to {item.ids.max()}, "
-            f"all of which Pillow can decode: {error}"
-        )
+    def _take_out_bad(self, error: RuntimeError) -> None:
+        """After DALI failed: takes what it can't decode out of all that it holds. A pipeline that raised can't be used again, so
+        another is to be given the rest.
+
+        Raises ValueError where DALI can decode everything.
+        """
+        held = list(self._inside)
+        alone = _Alone(self)
+        mended = [self._read(batch.slots, alone.decodes) for batch in held]
+        if all(np.array_equal(new.ids, old.ids) for new, old in zip(mended, held, strict=True)):
+            ids = np.concatenate([batch.ids for batch in held])
+            raise ValueError(
+                f"{self.index.place}: DALI failed on samples {ids.min()} to {ids.max()}, each of which it can decode alone: {error}"
+            ) from error
+        self._pipeline = None
+        self._inside.clear()
+        self._again.extendleft(reversed(mended))
 
     @property
     def waited_for_shards_s(self) -> float:
         """Seconds that reading threads, all of them together, have waited for shards to be fetched."""
+        assert self._store is not None
         return self._store.waited_s
 
     def close(self) -> None:
         """Ends all threads. Batches given out stay valid."""
-        self._store.close()  # first, as the reader's threads may be waiting for it
-        self._reader.close()
-        self._pipeline = None
+        self._closed = True
+        self._stop()
+        self._drop_pipeline()
         self._resizer.close()
 
     def __enter__(self) -> Self:
@@ -192,11 +301,32 @@ class _Loader:
         self.close()
 
 
+class _Alone:
+    """Decodes images one at a time, as a loader does with its batches."""
+
+    def __init__(self, loader: _Loader) -> None:
+        self._loader = loader
+        self._pipeline: Pipeline | None = None
+        self._inputs: list[Any] = []
+
+    def decodes(self, epoch: int, sample: int, copy: int, encoded: np.ndarray) -> bool:
+        self._inputs[:] = [[encoded], *self._loader._parameters(epoch, np.array([sample]), np.array([copy]))]
+        if self._pipeline is None:
+            inputs = self._inputs  # not self, or a cycle would keep the pipeline's threads until a collection
+            self._pipeline = self._loader._build(1, lambda: inputs, prefetch=1)
+        try:
+            self._pipeline.run()
+        except RuntimeError:
+            self._pipeline = None
+            return False
+        return True
+
+
 class TrainLoader(_Loader):
     """One rank's micro-batches of the steps `start` to `end` - 1, in slot order.
 
     With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The cache of a
-    dataset at a URL is shared by `ranks_on_node` ranks.
+    dataset at a URL is shared by `ranks_on_node` ranks. Without a `quarantine` it begins with an empty one.
     """
 
     def __init__(
@@ -212,73 +342,86 @@ class TrainLoader(_Loader):
         start: int = 0,
         end: int,
         ranks_on_node: int = 1,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        self.order, self.micro_batch = order, micro_batch
+        self.order, self.micro_batch, self.ranks, self.ranks_on_node = order, micro_batch, ranks, ranks_on_node
         self.slots = rank_slice(order.global_batch, rank, ranks)
-        store = ShardStore(index)
-        if index.remote:
-            at_once = bytes_at_once(order, index.shard_bytes, ranks, start, end)
-            uses = shard_uses(order, self.slots, start, end)
-            store = FetchedShards(index, uses, at_once=at_once, cache_gb=settings.cache_gb, ranks_on_node=ranks_on_node)
+        self.start, self.end = start, end
         self._policy = parse_policy(settings.auto_augment) if settings.auto_augment else None
-        layers = self._policy.layers if self._policy else 3 if settings.color_jitter else 0
+        self._noise = NoiseBank(settings.image_size, device) if settings.random_erasing else None
         crop_start = crop_shape = size = linear = mirror = group = DALIDataType.INT32
         matrix = value = DALIDataType.FLOAT
-        inputs = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * layers)
-        self._noise = NoiseBank(settings.image_size, device) if settings.random_erasing else None
-        super().__init__(store, self._work(start, end), self._graph, inputs, settings, max_batch=micro_batch, device=device)
+        layers = self._policy.layers if self._policy else JITTER_LAYERS if settings.color_jitter else 0
+        dtypes = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * layers)
+        quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
+        super().__init__(index, settings, quarantine, dtypes, max_batch=micro_batch, device=device)
+        self._start()
 
-    def _work(self, start: int, end: int) -> Iterator[MicroBatch]:
-        seed, settings = self.order.seed, self.settings
-        for step in range(start, end):
+    def _open_store(self) -> ShardStore:
+        index, order = self.index, self.order
+        if not index.remote:
+            return ShardStore(index)
+        at_once = bytes_at_once(order, index.shard_bytes, self.ranks, self.start, self.end)
+        uses = shard_uses(order, self.slots, self.start, self.end)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+
+    def _work(self) -> Iterator[Slots]:
+        copies = self.order.copies[self.slots].reshape(-1, self.micro_batch)
+        for step in range(self.start, self.end):
             epoch, step_in_epoch = self.order.locate(step)
-            own = self.order.batch(epoch, step_in_epoch)[self.slots]
-            batches = own.reshape(-1, self.micro_batch)
-            for number, ids in enumerate(batches, 1):
-                mix = None
-                if settings.mixup or settings.cutmix:
-                    mix = mix_parameters(
-                        seed,
-                        epoch,
-                        ids[::2],
-                        image_size=settings.image_size,
-                        mixup=settings.mixup,
-                        cutmix=settings.cutmix,
-                        switch=settings.mix_switch,
-                    )
-                yield MicroBatch(ids, self._parameters(epoch, ids), mix, epoch, step, done=step + (number == len(batches)))
+            own = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.micro_batch)
+            for number, ids in enumerate(own):
+                yield Slots(ids, copies[number], epoch, step, done=step + (number + 1 == len(own)))
 
-    def _parameters(self, epoch: int, ids: np.ndarray) -> tuple[np.ndarray, ...]:
-        """What the graph is fed beside the images: crops, mirroring, interpolation, and what each layer of operators takes."""
-        seed, settings = self.order.seed, self.settings
-        samples = self.index.samples[ids]
-        crops = random_resized_crop(
-            seed, epoch, ids, samples["width"], samples["height"], scale=settings.crop_area, ratio=settings.crop_ratio
-        )
-        mirrored = flip(seed, epoch, ids, settings.flip)
-        linear = bilinear(seed, epoch, ids, settings.interpolation, 0)
-        size = np.full((len(ids), 2), settings.image_size, np.int32)
-        parameters = [np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:]), size]
-        parameters += [linear.astype(np.int32), mirrored.astype(np.int32)]
-        layers = []
+    def _layers(self, epoch: int, draw_ids: np.ndarray) -> list[Layer]:
         if self._policy:
-            layers = rand_augment(seed, epoch, ids, self._policy)
-        elif settings.color_jitter:
-            layers = color_jitter(seed, epoch, ids, settings.color_jitter)
-        for number, layer in enumerate(layers, 1):
-            warped_linear = bilinear(seed, epoch, ids, settings.interpolation, number)
-            parameters += operator_inputs(layer, mirrored, warped_linear, settings.image_size)
-        return tuple(parameters)
+            return rand_augment(self.order.seed, epoch, draw_ids, self._policy)
+        if self.settings.color_jitter:
+            return color_jitter(self.order.seed, epoch, draw_ids, self.settings.color_jitter)
+        return []
 
-    def _finish(self, images: torch.Tensor, item: MicroBatch) -> None:
-        if self._noise is not None:
-            seed, count = self.order.seed, self.settings.erasing_count
-            boxes = erased_boxes(
-                seed, item.epoch, item.ids, image_size=self.settings.image_size, probability=self.settings.random_erasing, count=count
-            )
-            self._noise.erase(images, boxes, noise_starts(seed, item.epoch, item.ids, count))
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, ...]:
+        seed, settings, samples, draw_ids = self.order.seed, self.settings, self.index.samples[ids], _draw_ids(ids, copies)
+        width, height = samples["width"], samples["height"]
+        crops = random_resized_crop(seed, epoch, draw_ids, width, height, scale=settings.crop_area, ratio=settings.crop_ratio)
+        size = np.full((len(ids), 2), settings.image_size, np.int32)
+        linear = bilinear(seed, epoch, draw_ids, settings.interpolation, 0)
+        mirrored = flip(seed, epoch, draw_ids, settings.flip)
+        layers: list[np.ndarray] = []
+        for number, layer in enumerate(self._layers(epoch, draw_ids), 1):
+            linear_warp = bilinear(seed, epoch, draw_ids, settings.interpolation, number)
+            layers += operator_inputs(layer, mirrored, linear_warp, settings.image_size)
+        corner, shape = np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:])
+        return corner, shape, size, linear.astype(np.int32), mirrored.astype(np.int32), *layers
 
-    def _graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *operators: Any) -> tuple[Any, Any]:
+    def _erased(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Erased | None:
+        seed, settings, draw_ids = self.order.seed, self.settings, _draw_ids(ids, copies)
+        if not settings.random_erasing:
+            return None
+        probability, count = settings.random_erasing, settings.erasing_count
+        boxes = erased_boxes(seed, epoch, draw_ids, image_size=settings.image_size, probability=probability, count=count)
+        return Erased(boxes, noise_starts(seed, epoch, draw_ids, count))
+
+    def _erase(self, images: torch.Tensor, erased: Erased) -> None:
+        assert self._noise is not None
+        self._noise.erase(images, erased)
+
+    def _mix(self, slots: Slots) -> Mix | None:
+        """Of the samples that the order has, not of those that take their place: a bad one changes nothing for its partner."""
+        settings = self.settings
+        if not (settings.mixup or settings.cutmix):
+            return None
+        return mix_parameters(
+            self.order.seed,
+            slots.epoch,
+            _draw_ids(slots.ids, slots.copies)[::2],
+            image_size=settings.image_size,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            switch=settings.mix_switch,
+        )
+
+    def _graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
         crops = fn.decoders.image_slice(
             encoded,
             start=start,
@@ -290,18 +433,25 @@ class TrainLoader(_Loader):
             hw_decoder_load=self.settings.hw_decoder_load,
         )
         images = resize(crops, size, linear, self._resizer)
-        for layer in range(0, len(operators), 3):
-            group, matrix, value = operators[layer : layer + 3]
-            images = apply_layer(images, group, matrix, value, [round(255 * mean) for mean in self.settings.mean])
+        fill = [float(round(255 * mean)) for mean in self.settings.mean]  # as timm fills what geometry leaves empty
+        for first in range(0, len(layers), 3):
+            group, matrix, value = layers[first : first + 3]
+            images = apply_layer(images, group, matrix, value, fill)
         return images, mirror
 
 
+def _draw_ids(ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
+    """What the draws of repeated samples are keyed by, int64 (n,): each copy its own, and the first like a sample that isn't repeated."""
+    return ids + (copies << 48)
+
+
 class EvalLoader(_Loader):
-    """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0.
+    """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0. Every iteration is a pass
+    over all of them, with the pipeline of the first.
 
     The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop,
     then the central square of image_size; with eval_resize "squash" straight to image_size x image_size. A rank without samples
-    yields nothing.
+    yields nothing. Bad samples are left out.
     """
 
     def __init__(
@@ -314,25 +464,32 @@ class EvalLoader(_Loader):
         ranks: int,
         device: torch.device,
         ranks_on_node: int = 1,
+        quarantine: Quarantine | None = None,
     ) -> None:
-        self.micro_batch = micro_batch
-        own = evaluation_ids(len(index), rank, ranks)
-        store = ShardStore(index)
-        if index.remote:
-            uses = evaluation_uses(index.shard_start, micro_batch, ranks)
-            at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
-            store = FetchedShards(index, uses, at_once=at_once, cache_gb=settings.cache_gb, ranks_on_node=ranks_on_node)
+        self.micro_batch, self.ranks, self.ranks_on_node = micro_batch, ranks, ranks_on_node
+        self.own = evaluation_ids(len(index), rank, ranks)
         size = linear = corner = DALIDataType.INT32
-        inputs = (size, linear, corner)
-        super().__init__(store, self._work(own), self._graph, inputs, settings, max_batch=micro_batch, device=device)
+        quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
+        super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=micro_batch, device=device)
 
-    def _work(self, own: np.ndarray) -> Iterator[MicroBatch]:
-        for step, start in enumerate(range(0, len(own), self.micro_batch)):
-            ids = own[start : start + self.micro_batch]
-            samples = self.index.samples[ids]
-            size = resized_shape(samples["width"], samples["height"], self.settings)
-            corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
-            yield MicroBatch(ids, (size.astype(np.int32), np.zeros(len(ids), np.int32), corner), step=step, done=step + 1)
+    def _open_store(self) -> ShardStore:
+        index = self.index
+        if not index.remote:
+            return ShardStore(index)
+        uses = evaluation_uses(index.shard_start, self.micro_batch, self.ranks)
+        at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+
+    def _work(self) -> Iterator[Slots]:
+        for step, start in enumerate(range(0, len(self.own), self.micro_batch)):
+            ids = self.own[start : start + self.micro_batch]
+            yield Slots(ids, np.zeros_like(ids), epoch=0, step=step, done=step + 1)
+
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, ...]:
+        samples = self.index.samples[ids]
+        size = resized_shape(samples["width"], samples["height"], self.settings)
+        corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
+        return size.astype(np.int32), np.zeros(len(ids), np.int32), corner
 
     def _graph(self, encoded: Any, size: Any, linear: Any, corner: Any) -> tuple[Any, Any]:
         images = fn.decoders.image(

@@ -42,6 +42,7 @@ class Operator(IntEnum):
 _SIGNED = [Operator.ROTATE, Operator.SHEAR_X, Operator.SHEAR_Y, Operator.TRANSLATE_X, Operator.TRANSLATE_Y]
 _ENHANCE = [Operator.COLOR, Operator.CONTRAST, Operator.BRIGHTNESS, Operator.SHARPNESS]
 _JITTERED = np.array([Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR])
+JITTER_LAYERS = len(_JITTERED)
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,9 @@ def _argument(operator: np.ndarray, level: np.ndarray, sign: np.ndarray, increas
 def color_jitter(seed: int, epoch: int, ids: np.ndarray, strength: float) -> list[Layer]:
     """Brightness, contrast and saturation, each by a factor uniform in [max(0, 1 - strength), 1 + strength], in a random order
     (torchvision.transforms.ColorJitter; timm gives it one number for the three and no hue)."""
-    rank = hash64(seed, Draw.JITTER_ORDER, epoch, ids[:, None], np.arange(3)).argsort(axis=1)
+    rank = hash64(seed, Draw.JITTER_ORDER, epoch, ids[:, None], np.arange(JITTER_LAYERS)).argsort(axis=1)
     low, high = max(0.0, 1 - strength), 1 + strength
-    factor = low + (high - low) * uniform(seed, Draw.JITTER_FACTOR, epoch, ids[:, None], np.arange(3))
+    factor = low + (high - low) * uniform(seed, Draw.JITTER_FACTOR, epoch, ids[:, None], np.arange(JITTER_LAYERS))
     operator = _JITTERED[rank].astype(np.int32)
     factor = np.take_along_axis(factor, rank, 1)
-    return [Layer(operator[:, place], factor[:, place]) for place in range(3)]
+    return [Layer(operator[:, place], factor[:, place]) for place in range(JITTER_LAYERS)]

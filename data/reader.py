@@ -1,45 +1,34 @@
-"""Reads encoded images ahead of need, off the training thread.
+"""Does work ahead of need, off the training thread.
 
-    with ReadAhead(store, work, threads=4, depth=6) as reader:
-        for item, images in reader:      # items in the order of `work`; images: list of uint8 arrays, one for each of item.ids
+    with ReadAhead(work, read, threads=4, depth=6) as reader:
+        for result in reader:      # read(item) for each item of `work`, in that order
             …
 
-The threads also advance `work`, one at a time, so what its generator computes (order, augmentation) costs the consumer nothing.
+The threads also advance `work`, one at a time, so what its generator computes (the order) costs the consumer nothing.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-import numpy as np
-
-from data.store import ShardStore
-
-
-class HasIds(Protocol):
-    @property
-    def ids(self) -> np.ndarray: ...
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
-Item = TypeVar("Item", bound=HasIds)
+class ReadAhead(Generic[Item, Result]):
+    """An iterator over the results, with at most `depth` items read or being read beyond the one last given out.
 
-
-class ReadAhead(Generic[Item]):
-    """An iterator over (item, encoded images), with at most `depth` items read or being read beyond the one last given out.
-
-    What fails in a thread (in `work` or in the store, which names shard and sample) is raised at the item's turn, and again on
-    every later call.
+    What fails in a thread, in `work` or in `read`, is raised at the item's turn, and again on every later call.
     """
 
-    def __init__(self, store: ShardStore, work: Iterator[Item], *, threads: int, depth: int) -> None:
-        self._store = store
-        self._work = work
+    def __init__(self, work: Iterator[Item], read: Callable[[Item], Result], *, threads: int, depth: int) -> None:
+        self._work, self._read = work, read
         self._work_lock = threading.Lock()
         self._taken = 0  # items taken from `work`; guarded by _work_lock
         self._room = threading.Semaphore(depth)
         self._changed = threading.Condition()  # guards what follows
-        self._results: dict[int, tuple[Item, list[np.ndarray]] | BaseException] = {}
+        self._results: dict[int, Result | BaseException] = {}
         self._given = 0
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True) for number in range(threads)]
@@ -62,19 +51,19 @@ class ReadAhead(Generic[Item]):
                     self._room.release()
                     return
             try:
-                self._give(number, (item, [self._store.read(int(sample_id)) for sample_id in item.ids]))
+                self._give(number, self._read(item))
             except BaseException as error:
                 self._give(number, error)
 
-    def _give(self, number: int, result: tuple[Item, list[np.ndarray]] | BaseException) -> None:
+    def _give(self, number: int, result: Result | BaseException) -> None:
         with self._changed:
             self._results[number] = result
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[tuple[Item, list[np.ndarray]]]:
+    def __iter__(self) -> Iterator[Result]:
         return self
 
-    def __next__(self) -> tuple[Item, list[np.ndarray]]:
+    def __next__(self) -> Result:
         with self._changed:
             self._changed.wait_for(lambda: self._given in self._results or self._closed)
             if self._closed:
@@ -103,7 +92,7 @@ class ReadAhead(Generic[Item]):
             thread.join()
         self._results.clear()
 
-    def __enter__(self) -> "ReadAhead[Item]":
+    def __enter__(self) -> "ReadAhead[Item, Result]":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

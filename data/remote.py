@@ -52,6 +52,17 @@ class Remote:
         """The bytes of a small file."""
         return self._persist(name, lambda: self._fs.cat_file(f"{self._path}/{name}"))
 
+    def read_part(self, name: str, offset: int, size: int, stop: threading.Event) -> bytes:
+        """Some bytes of a file. Raises Stopped soon after `stop` is set."""
+
+        def once() -> bytes:
+            data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
+            if len(data) != size:
+                raise ValueError(f"{len(data)} bytes instead of {size} at {offset}")
+            return data
+
+        return self._persist(name, once, stop)
+
     def sizes(self) -> dict[str, int] | None:
         """Bytes of each file, by name, from one listing; None where there is none: web servers, or no permission to list."""
         if self.url.startswith("http"):

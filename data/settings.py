@@ -24,6 +24,8 @@ class DataConfig:
     val: str | None = None  # folder or URL of packed shards to evaluate on; none: no evaluation
     cache: str | None = None  # folder for local copies of what lies at URLs; none: one in $SLURM_TMPDIR or $TMPDIR
     cache_gb: float = 100.0  # of shards that it may hold, of each dataset (10^9 bytes)
+    check: Literal["sizes", "checksums"] = "sizes"  # of all shards at the start; checksums reads every byte of those in folders
+    max_bad: float = 0.001  # share of a dataset's images that may turn out bad before the job gives up
     image_size: int = 224
     crop_area: tuple[float, float] = (0.08, 1.0)  # random resized crop: share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and its width to height
@@ -77,6 +79,7 @@ def invalid_data(values: dict[str, Any]) -> list[tuple[str, str]]:
     wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
     probabilities = ["data.flip", "data.mix_switch", "data.random_erasing"]
     wrong += failing(values, probabilities, lambda value: 0 <= value <= 1, "must be a probability, 0 to 1")
+    wrong += failing(values, ["data.max_bad"], lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
     wrong += failing(values, ["data.hw_decoder_load"], lambda value: 0 <= value <= 1, "must be a share, 0 to 1")
     if values.get("data.auto_augment") is not None:
         try:

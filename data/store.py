@@ -7,9 +7,14 @@
         encoded = store.read(sample_id)                                  # waits for the shard if it is not there yet
         store.advance(step)                                              # steps before this one are read: their shards may go
 
+A read that fails is tried again, with growing pauses: what is left after that is an OSError, of a single image. A shard at a URL that
+can't be fetched is another matter: an outage, told by a ValueError.
+
 Threads of its own fetch the shards of `uses` (order.py) in that order, as far ahead as this process's part of the cache allows.
 """
 
+import errno
+import itertools
 import math
 import os
 import threading
@@ -31,6 +36,8 @@ from data.order import ShardUse
 from data.remote import Stopped
 from data.settings import DataConfig
 
+READ_TRIES = 6
+FIRST_PAUSE = 0.25  # seconds; each pause is twice the one before, the last of five 4: eight seconds in all
 FETCH_THREADS = 4  # downloads at a time, a process
 _CLOSE_SECONDS = 1.0  # to wait for a download to notice; one that is stalled ends by itself
 
@@ -41,6 +48,12 @@ class _OpenShard:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+
+    def read(self, size: int, offset: int) -> bytes:
+        data = os.pread(self.descriptor, size, offset)
+        if len(data) != size:
+            raise OSError(errno.ENODATA, f"the shard ends early: {len(data)} of {size} bytes at {offset}")
+        return data
 
     def __del__(self) -> None:
         os.close(self.descriptor)
@@ -61,24 +74,40 @@ class ShardStore:
         self.max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
+        self._failed: set[int] = set()  # shards of which the last read failed
+        self._stop = threading.Event()
 
-    def read(self, sample_id: int) -> np.ndarray:
-        """The encoded image of a sample, uint8 (bytes,).
+    def read(self, sample_id: int, *, planned: bool = True) -> np.ndarray:
+        """The encoded image of a sample, uint8 (bytes,). `planned` is for shards that are fetched (FetchedShards).
 
-        Raises ValueError, naming shard and sample, when the shard can't be opened or ends before the image does.
+        Raises OSError, naming the shard, when no try gave the whole image.
         """
         shard = self.index.shard_of(sample_id)
         row = self.index.samples[sample_id]
         size, offset = int(row["size"]), int(row["offset"])
-        where = f"shard {self.index.shards[shard].name} of {self.index.place}, sample {sample_id}"
-        try:
-            file = self._shard(shard)
-            data = os.pread(file.descriptor, size, offset)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error
-        if len(data) != size:
-            raise ValueError(f"{where}: the shard ends early ({len(data)} of {size} bytes at {offset}); copy it again")
+        for tried in itertools.count(1):
+            try:
+                data = self._bytes(shard, size, offset, planned)
+                break
+            except OSError as error:
+                # Once all tries have failed in a shard its other images get one: a shard that is gone would cost hours of pauses.
+                if shard in self._failed or tried == READ_TRIES:
+                    self._failed.add(shard)
+                    name, tries = self.index.shards[shard].name, "1 try" if tried == 1 else f"{tried} tries"
+                    raise OSError(f"can't be read from {name} of {self.index.place} ({error.strerror}; {tries})") from error
+                if self._stop.wait(FIRST_PAUSE * 2 ** (tried - 1)):
+                    raise Stopped from error
+        self._failed.discard(shard)
         return np.frombuffer(data, np.uint8)
+
+    def _bytes(self, shard: int, size: int, offset: int, planned: bool) -> bytes:
+        file = self._shard(shard)
+        try:
+            return file.read(size, offset)
+        except OSError:
+            with self._lock:
+                self._open.pop(shard, None)  # where a file was replaced another descriptor may work
+            raise
 
     def _shard(self, shard: int) -> _OpenShard:
         with self._lock:
@@ -95,6 +124,7 @@ class ShardStore:
 
     def close(self) -> None:
         """Closes all files; ends the reads that wait."""
+        self._stop.set()
         with self._lock:
             self.max_open = 0  # also for a read that is going on
             self._open.clear()
@@ -141,7 +171,6 @@ class FetchedShards(ShardStore):
         self._reserved = self._exit.enter_context(self._cache.reserve(at_once, max(at_once, bound // (2 * ranks_on_node))))
         self._uses = iter(uses)
         self._next_lock = threading.Lock()  # for `_uses`
-        self._stop = threading.Event()
         self._changed = threading.Condition()  # guards what follows
         self._held: dict[int, _Held] = {}
         self._booked: list[ShardUse] = []
@@ -191,17 +220,29 @@ class FetchedShards(ShardStore):
                         return use.shard, held
         return None
 
-    def _shard(self, shard: int) -> _OpenShard:
+    def _bytes(self, shard: int, size: int, offset: int, planned: bool) -> bytes:
+        """`planned`: the shard is among the uses, and none of the steps that need it is done. Of any other shard that is not held
+        the bytes are read from the URL, past the cache: it has no room for what was not booked."""
+        file = self._held_file(shard, planned)
+        if file is None:
+            assert self.index.remote is not None
+            return self.index.remote.read_part(self.index.shards[shard].name, offset, size, self._stop)
+        return file.read(size, offset)
+
+    def _held_file(self, shard: int, planned: bool) -> _OpenShard | None:
+        def decided() -> bool:
+            held = self._held.get(shard)
+            return self._stop.is_set() or (held.result is not None if held else not planned)
+
         with self._changed:
             began = time.monotonic()
-            self._changed.wait_for(lambda: self._stop.is_set() or (shard in self._held and self._held[shard].result is not None))
+            self._changed.wait_for(decided)
             self.waited_s += time.monotonic() - began
             if self._stop.is_set():
-                raise ValueError("closed")
-            result = self._held[shard].result
+                raise Stopped
+            result = self._held[shard].result if shard in self._held else None
         if isinstance(result, Exception):
-            raise result
-        assert result is not None
+            raise ValueError(str(result)) from result  # which names the shard's URL, or its file in the cache
         return result
 
     def advance(self, step: int) -> None:

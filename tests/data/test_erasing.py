@@ -8,7 +8,7 @@ from scipy.stats import chi2_contingency, ks_2samp, kstest
 from timm.data.random_erasing import RandomErasing
 
 from data.augment import erased_boxes
-from data.erasing import NoiseBank, noise_starts
+from data.erasing import Erased, NoiseBank, noise_starts
 
 DRAWS, SIZE = 100_000, 64
 UNLIKELY = 1e-5
@@ -82,7 +82,7 @@ def test_boxes_become_noise_and_nothing_else_changes() -> None:
     boxes, starts = erased_boxes(0, 0, ids, image_size=SIZE, probability=0.5, count=2), noise_starts(0, 0, ids, 2)
     images = torch.full((40, 3, SIZE, SIZE), 9.0).to(memory_format=torch.channels_last)
     memory = images.data_ptr()
-    NoiseBank(SIZE, torch.device("cpu")).erase(images, boxes, starts)
+    NoiseBank(SIZE, torch.device("cpu")).erase(images, Erased(boxes, starts))
     assert images.data_ptr() == memory
     assert images.is_contiguous(memory_format=torch.channels_last)
     inside = np.zeros((40, SIZE, SIZE), bool)

@@ -1,7 +1,6 @@
 import gc
 import io
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -64,6 +63,14 @@ def picture(dataset: Index, sample_id: int) -> Image.Image:
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def only(count: int) -> bool:
+    """Whether so many threads are left, in a moment: one that has been joined may still be in the kernel's list."""
+    deadline = time.monotonic() + 5
+    while threads() != count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threads() == count
 
 
 def steps_of(batches: Iterator[Batch]) -> dict[int, list[Batch]]:
@@ -269,34 +276,17 @@ def test_resized_shape() -> None:
     assert resized_shape(width, height, DataConfig(image_size=384, eval_resize="squash")).tolist() == [[384, 384]] * 4
 
 
-def test_an_undecodable_image_is_named(dataset: Index, order: SampleOrder, tmp_path: Path) -> None:
-    index = open_index(shutil.copytree(dataset.folder, tmp_path / "copy"))
-    bad = int(order.batch(0, 3)[5])
-    shard = index.shards[index.shard_of(bad)].name
-    with open(index.folder / shard, "r+b") as file:
-        file.seek(int(index.samples["offset"][bad]))
-        file.write(b"\0" * int(index.samples["size"][bad]))
-    before = threads()
-    batches = train(index, order, end=10)
-    for _ in range(13):  # slot 5 of step 3 is in the second of that step's four batches
-        next(batches)
-    with pytest.raises(ValueError, match=rf"can't decode sample {bad} \(key {bad:09d} in {shard}: "):
-        next(batches)
-    gc.collect()  # the exception's traceback holds DALI's frames
-    assert threads() == before
-
-
 def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
     before = threads()
     assert len(list(train(dataset, order, end=3, decode_threads=2))) == 12
-    assert threads() == before
+    assert only(before)
     settings = DataConfig(image_size=8, decode_threads=2)
     loader = TrainLoader(dataset, order, settings, micro_batch=4, rank=0, ranks=1, device=torch.device("cpu"), end=1000)
     iterator = iter(loader)
     kept = next(iterator)
     assert threads() > before
     loader.close()
-    assert threads() == before
+    assert only(before)
     assert next(iterator, None) is None
     assert kept.images.isfinite().all()
 
@@ -352,10 +342,34 @@ def test_a_loader_closes_while_it_waits_for_a_shard(s3: Proxy, many_shards: Inde
 
 def test_a_step_is_done_with_its_last_micro_batch(dataset: Index, order: SampleOrder) -> None:
     settings = DataConfig(image_size=8, decode_threads=1)
-    with TrainLoader(dataset, order, settings, micro_batch=4, rank=0, ranks=2, device=torch.device("cpu"), end=9) as loader:
-        assert [(item.step, item.done) for item in loader._work(7, 9)] == [(7, 7), (7, 8), (8, 8), (8, 9)]
-    with EvalLoader(dataset, settings, micro_batch=50, rank=0, ranks=1, device=torch.device("cpu")) as evaluating:
-        assert [(item.step, item.done) for item in evaluating._work(np.arange(150))] == [(0, 1), (1, 2), (2, 3)]
+    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu")}
+    with TrainLoader(dataset, order, settings, micro_batch=8, start=7, end=9, **place) as loader:
+        assert [(slots.step, slots.done) for slots in loader._work()] == [(7, 7), (7, 8), (8, 8), (8, 9)]
+    with EvalLoader(dataset, settings, micro_batch=50, **place) as evaluating:
+        assert [(slots.step, slots.done) for slots in evaluating._work()] == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a pass that was broken off; and between passes no thread reads."""
+    built = []
+    build = EvalLoader._build
+    monkeypatch.setattr(EvalLoader, "_build", lambda self, *args, **options: built.append(1) or build(self, *args, **options))
+    expected = list(evaluation(dataset, image_size=32))
+    built.clear()
+    before = threads()
+    settings = DataConfig(image_size=32, decode_threads=1)
+    with EvalLoader(dataset, settings, micro_batch=8, rank=0, ranks=1, device=torch.device("cpu")) as loader:
+        for _ in range(3):
+            for one, other in zip(expected, loader, strict=True):
+                assert torch.equal(one.images, other.images)
+                assert (one.ids == other.ids).all()
+            assert threads_named("read-ahead") == []
+        assert len(built) == 1
+        for batch, _ in zip(loader, range(2), strict=False):
+            assert batch.images.isfinite().all()
+        for one, other in zip(expected, loader, strict=True):
+            assert torch.equal(one.images, other.images)
+    assert only(before)
 
 
 def threads_named(name: str) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.augment import bilinear, erased_boxes, flip, random_resized_crop
-from data.erasing import NoiseBank, noise_starts
+from data.erasing import Erased, NoiseBank, noise_starts
 from data.index import Index
 from data.loader import Batch, TrainLoader
 from data.operators import Operator
@@ -83,7 +83,7 @@ def test_a_batch_is_what_timm_would_make_of_it(dataset: Index, recipe: str) -> N
 
     if probability:
         expected = batch.images.clone()
-        NoiseBank(SIZE, torch.device("cpu")).erase(expected, boxes, noise_starts(SEED, 0, batch.ids, count))
+        NoiseBank(SIZE, torch.device("cpu")).erase(expected, Erased(boxes, noise_starts(SEED, 0, batch.ids, count)))
         assert (boxes[..., 2] > 0).any()
         assert torch.equal(batch.images, expected)  # the noise is there already
 

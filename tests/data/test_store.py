@@ -20,6 +20,7 @@ from data.__main__ import main
 from data.cache import Cache, release
 from data.index import Index, key, open_index
 from data.order import ShardUse, evaluation_bytes_at_once, evaluation_uses
+from data.remote import Stopped
 from data.store import FetchedShards, ShardStore, fetch
 from data.verify import verify
 from tests.data.conftest import upload
@@ -53,16 +54,79 @@ def test_close_closes_all_files(dataset: Index) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_errors_name_shard_and_sample(dataset: Index, tmp_path: Path) -> None:
-    index = open_index(shutil.copytree(dataset.folder, tmp_path / "copy"))
-    last = int(index.shard_start[2]) - 1
-    with ShardStore(index) as store:
-        (index.folder / index.shards[0].name).unlink()
-        with pytest.raises(ValueError, match=rf"shard {index.shards[0].name} of .*, sample 0: .*No such file"):
+@pytest.fixture
+def copy(dataset: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Index:
+    """A copy of the dataset that may be harmed; pauses between tries are short."""
+    monkeypatch.setattr("data.store.FIRST_PAUSE", 0.001)
+    return open_index(shutil.copytree(dataset.folder, tmp_path / "copy"))
+
+
+def test_errors_name_the_shard(copy: Index) -> None:
+    last = int(copy.shard_start[2]) - 1
+    with ShardStore(copy) as store:
+        (copy.folder / copy.shards[0].name).unlink()
+        with pytest.raises(OSError, match=rf"can't be read from {copy.shards[0].name} of .*copy \(No such file or directory; 6 tries\)"):
             store.read(0)
-        (index.folder / index.shards[1].name).write_bytes(b"short")
-        with pytest.raises(ValueError, match=rf"shard {index.shards[1].name} of .*, sample {last}: the shard ends early"):
+        (copy.folder / copy.shards[1].name).write_bytes(b"short")
+        with pytest.raises(OSError, match=rf"can't be read from {copy.shards[1].name} .*the shard ends early: 0 of \d+ bytes"):
             store.read(last)
+
+
+@pytest.mark.parametrize("failures", [1, 5, 6])
+def test_a_read_that_fails_is_tried_again(copy: Index, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+    """With growing pauses, and a new descriptor; the sixth failure is the last."""
+    pauses, reads = [], []
+    pread = os.pread
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        reads.append(offset)
+        if len(reads) > failures:
+            return pread(descriptor, size, offset)
+        if len(reads) % 2:
+            raise OSError(5, "Input/output error")
+        return pread(descriptor, size // 2, offset)
+
+    monkeypatch.setattr("data.store.os.pread", failing)
+    with ShardStore(copy) as store:
+        monkeypatch.setattr(store._stop, "wait", pauses.append)
+        if failures < 6:
+            assert store.read(3).tobytes() == whole(copy)[3]
+        else:
+            with pytest.raises(OSError, match=r"ends early.*; 6 tries"):
+                store.read(3)
+            assert store.read(3).tobytes() == whole(copy)[3]
+    assert len(reads) == failures + 1
+    assert pauses == [0.001 * 2**number for number in range(min(failures, 5))]
+
+
+def test_a_shard_that_is_gone_costs_its_pauses_once(copy: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    path = copy.folder / copy.shards[1].name
+    with ShardStore(copy) as store:
+        monkeypatch.setattr(store._stop, "wait", pauses.append)
+        path.rename(path.with_suffix(".away"))
+        for sample_id in range(*copy.shard_start[1:3].tolist()):
+            with pytest.raises(OSError, match="No such file"):
+                store.read(sample_id)
+        assert len(pauses) == 5
+        path.with_suffix(".away").rename(path)
+        store.read(int(copy.shard_start[1]))
+        path.write_bytes(b"")
+        with pytest.raises(OSError, match="ends early"):  # it had been read since: patience again
+            store.read(int(copy.shard_start[1]))
+        assert len(pauses) == 10
+
+
+def test_closing_ends_a_pause(copy: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.store.FIRST_PAUSE", 60)
+    (copy.folder / copy.shards[0].name).unlink()
+    with ThreadPoolExecutor(1) as pool, ShardStore(copy) as store:
+        reading = pool.submit(store.read, 0)
+        time.sleep(0.1)
+        assert not reading.done()
+        store.close()
+        with pytest.raises(Stopped):
+            reading.result(timeout=5)
 
 
 # ---------------------------------------------------------------- datasets at URLs
@@ -253,7 +317,7 @@ def test_faults_that_stay_are_errors_at_the_shards_turn(s3: Proxy, remote: Index
         wait_for(lambda: s3.gets[bad.name] > 0)
         for sample_id in range(first):
             store.read(sample_id)
-        with pytest.raises(ValueError, match=rf"sample {first}: s3://bucket/train/{bad.name}: {reason} \({tries}"):
+        with pytest.raises(ValueError, match=rf"^s3://bucket/train/{bad.name}: {reason} \({tries}"):
             store.read(first)
         store.read(int(remote.shard_start[4]))
     assert not (remote.folder / bad.name).exists()
@@ -287,7 +351,7 @@ def test_close_does_not_wait_for_a_stalled_download(s3: Proxy, remote: Index) ->
         began = time.monotonic()
         store.close()
         assert time.monotonic() - began < 5
-        with pytest.raises(ValueError, match="closed"):
+        with pytest.raises(Stopped):
             waiting.result(timeout=5)
     s3.go_on.set()
     wait_for(lambda: not fetchers())
