@@ -56,7 +56,7 @@ def train(config: Config) -> int:
         raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
     if config.data.val is not None and open_index(config.data.val, config.data.cache).classes != index.classes:
         raise ValueError(f"{config.data.val} has other classes than {config.data.train}; pack it again with --classes {config.data.train}")
-    order = SampleOrder(index.shard_start, config.seed, config.global_batch, config.data.lanes, config.data.window)
+    order = SampleOrder(index.shard_start, config.seed, config.global_batch, config.data.lanes, config.data.window, config.data.repeats)
     total = config.steps or round(config.epochs * order.steps_per_epoch)
     evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
 
@@ -80,7 +80,8 @@ def train(config: Config) -> int:
     # What, together with the step, decides which samples follow and how; a run can't change it half-way.
     identity = {
         "model": config.model.name, "classes": config.model.classes, "seed": config.seed, "steps": total,
-        "global_batch": config.global_batch, "lanes": order.lanes, "window": order.window, "data": index.fingerprint,
+        "global_batch": config.global_batch, "lanes": order.lanes, "window": order.window,
+        "repeats": order.repeats, "data": index.fingerprint,
     }  # fmt: skip
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.run.keep, log=log.line)
     resumed = checkpoints.load(engine, stats, identity)

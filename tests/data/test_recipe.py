@@ -114,6 +114,33 @@ def test_identical_however_it_is_loaded(dataset: Index, recipe: str, options: di
     assert not torch.equal(whole[0].images, whole[1].images)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_repeats_are_augmented_each_in_its_own_way(dataset: Index, ranks: int) -> None:
+    """The first copy like a sample that isn't repeated; all the same on any number of ranks."""
+    order = SampleOrder(dataset.shard_start, seed=SEED, global_batch=GLOBAL_BATCH, lanes=8, window=8, repeats=2)
+    plain = SampleOrder(dataset.shard_start, seed=SEED, global_batch=GLOBAL_BATCH // 2, lanes=8, window=8)
+    settings = DataConfig(image_size=64, decode_threads=1, **RECIPES["rand-augment"])
+    device = torch.device("cpu")
+
+    def step(order: SampleOrder, ranks: int) -> list[Batch]:
+        found = []
+        for rank in range(ranks):
+            share = order.global_batch // ranks
+            with TrainLoader(dataset, order, settings, micro_batch=share, rank=rank, ranks=ranks, device=device, start=3, end=4) as loader:
+                found += list(loader)
+        return found
+
+    (single,), copies = step(plain, 1), step(order, ranks)
+    ids, images = np.concatenate([batch.ids for batch in copies]), torch.cat([batch.images for batch in copies])
+    half = GLOBAL_BATCH // 2
+    assert (ids == np.tile(single.ids, 2)).all()
+    assert torch.equal(images[:half], single.images)
+    assert all(not torch.equal(one, other) for one, other in zip(images[:half], images[half:], strict=True))
+    assert torch.equal(images, step(order, 1)[0].images)
+    lam = np.concatenate([batch.mix.lam for batch in copies if batch.mix is not None])
+    assert (lam[: half // 2] != lam[half // 2 :]).all()
+
+
 def test_without_the_draws_by_number_it_would_differ(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: operators drawn from a generator with a state are others in another micro-batch."""
     generator = np.random.default_rng(0)
