@@ -7,6 +7,7 @@
     python -m data stats FOLDER                         samples, classes, sizes, bytes; with --out plots and a contact sheet
     python -m data bench --simulate                     what an index of ImageNet-22K's size costs, beside what is promised
     python -m data order CONFIG --epoch 3 --steps 0:4   what a job takes in these steps, and what is drawn for it: a line a sample
+    python -m data preview CONFIG --out grid.png        pictures of what a job's network is given
 
 What can't work ends with one line on stderr and exit status 2.
 """
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--train", type=int, default=1800, help="training images (%(default)s)")
     command.add_argument("--val", type=int, default=300, help="validation images (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--photographs", action="store_true", help="of 500 x 375 pixels and 110 kB")
 
     command = commands.add_parser("index", help="make a dataset, in place, of shards that others wrote; no tar is touched")
     command.add_argument("folder", type=Path, metavar="SHARDS")
@@ -75,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("order", help="print what a job takes in each step and what is drawn for it: a line a sample")
     _add_job(command)
     _add_steps(command)
+
+    command = commands.add_parser("preview", help="draw what a job's network is given: augmented and mixed batches, the evaluation view")
+    _add_job(command)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png")
+    _add_steps(command)
+    command.add_argument("--images", type=int, default=16, metavar="N", help="of each step (%(default)s)")
     return top
 
 
@@ -136,13 +144,14 @@ def _add_job(command: argparse.ArgumentParser) -> None:
 
 def _add_steps(command: argparse.ArgumentParser) -> None:
     command.add_argument("--epoch", type=int, default=0, help="counted from 0 (%(default)s)")
-    command.add_argument("--steps", type=_steps, default=range(1), metavar="A:B", help="steps A to B - 1 of the epoch (0:1)")
+    command.add_argument("--steps", type=_steps, default=range(1), metavar="A:B", help="steps A to B - 1 of the epoch, or the first B (1)")
 
 
 def _steps(text: str) -> range:
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and int(first) < int(last)):
-        raise argparse.ArgumentTypeError(f"{text}: expected A:B, two step numbers, the smaller first")
+    first, colon, last = text.rpartition(":")
+    first = first if colon else "0"
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text}: expected A:B, two step numbers, the smaller first, or a number of steps")
     return range(int(first), int(last))
 
 
@@ -159,8 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for index in _pack(given):
                     print(stats(index))
             case "synthesize":
-                for index in synthesize(given.out, classes=given.classes, train=given.train, val=given.val, seed=given.seed):
-                    print(stats(index))
+                options = {name: vars(given)[name] for name in ("classes", "train", "val", "seed", "photographs")}
+                print(*map(stats, synthesize(given.out, **options)), sep="\n")
             case "index":
                 classes = read_classes(given.classes) if given.classes else None
                 print(stats(index_shards(given.folder, classes=classes, field=given.label, processes=given.workers, force=given.force)))
@@ -175,6 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
                 return _simulate(given)
             case "order":
                 _print_order(given)
+            case "preview":
+                from data.preview import preview
+
+                preview(_job(given), given.out, epoch=given.epoch, steps=given.steps, images=given.images)
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

@@ -150,7 +150,7 @@ def test_all_mistakes_in_a_job_are_told(tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
-@pytest.mark.parametrize("steps", ["5", "3:3", "a:b", "2:1"])
+@pytest.mark.parametrize("steps", ["0", "3:3", ":3", "a:b", "2:1"])
 def test_steps_that_mean_nothing(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["order", "job.yaml", "--steps", steps])
