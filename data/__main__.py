@@ -6,7 +6,8 @@
     python -m data verify FOLDER                        a line for each fault; exit status 1 if there is one
     python -m data stats FOLDER                         samples, classes, sizes, bytes; with --out plots and a contact sheet
     python -m data bench --simulate                     what an index of ImageNet-22K's size costs, beside what is promised
-    python -m data order FOLDER --global-batch 64 --steps 0:4     the keys of each step's samples, in slot order
+    python -m data order CONFIG --epoch 3 --steps 0:4   what a job takes in these steps, and what is drawn for it: a line a sample
+    python -m data preview CONFIG --out grid.png        pictures of what a job's network is given
 
 What can't work ends with one line on stderr and exit status 2.
 """
@@ -19,12 +20,14 @@ from pathlib import Path
 
 from data.adopt import index_shards
 from data.images import MAX_PIXELS, ImageRules
-from data.index import Index, key, open_index
+from data.index import Index, open_index
 from data.order import SampleOrder
 from data.pack import MAX_REJECTED, pack
+from data.parameters import lines, parameters
 from data.plan import Settings
 from data.report import stats, write_report
 from data.results import record
+from data.settings import JobData, invalid_data
 from data.shuffle import table
 from data.simulate import SAMPLES, SHARDS, bench, sorted_shards
 from data.sources import read_classes
@@ -44,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--train", type=int, default=1800, help="training images (%(default)s)")
     command.add_argument("--val", type=int, default=300, help="validation images (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--photographs", action="store_true", help="of 500 x 375 pixels and 110 kB")
 
     command = commands.add_parser("index", help="make a dataset, in place, of shards that others wrote; no tar is touched")
     command.add_argument("folder", type=Path, metavar="SHARDS")
@@ -70,12 +74,15 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--shards", type=int, default=SHARDS, help="(%(default)s)")
     command.add_argument("--out", type=Path, metavar="FILE", help="keep the figures in this list of results, in JSON")
 
-    command = commands.add_parser("order", help="print the sample keys of each step: a line a step")
-    _add_dataset(command)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--global-batch", type=int, required=True)
-    command.add_argument("--epoch", type=int, default=0)
-    command.add_argument("--steps", default="0:1", metavar="A:B", help="steps A to B - 1 of the epoch (%(default)s)")
+    command = commands.add_parser("order", help="print what a job takes in each step and what is drawn for it: a line a sample")
+    _add_job(command)
+    _add_steps(command)
+
+    command = commands.add_parser("preview", help="draw what a job's network is given: augmented and mixed batches, the evaluation view")
+    _add_job(command)
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png")
+    _add_steps(command)
+    command.add_argument("--images", type=int, default=16, metavar="N", help="of each step (%(default)s)")
     return top
 
 
@@ -130,12 +137,30 @@ def _add_dataset(command: argparse.ArgumentParser) -> None:
     command.add_argument("--cache", metavar="FOLDER", help="for local copies of what is fetched from a URL")
 
 
+def _add_job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG", help="a job's settings, such as configs/van_b3_in22k.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: seed, global_batch, data.…")
+
+
+def _add_steps(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--epoch", type=int, default=0, help="counted from 0 (%(default)s)")
+    command.add_argument("--steps", type=_steps, default=range(1), metavar="A:B", help="steps A to B - 1 of the epoch, or the first B (1)")
+
+
+def _steps(text: str) -> range:
+    first, colon, last = text.rpartition(":")
+    first = first if colon else "0"
+    if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
+        raise argparse.ArgumentTypeError(f"{text}: expected A:B, two step numbers, the smaller first, or a number of steps")
+    return range(int(first), int(last))
+
+
 def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
+    given = _parsed(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # keys may have bytes that are not UTF-8
     try:
         match given.command:
@@ -143,8 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for index in _pack(given):
                     print(stats(index))
             case "synthesize":
-                for index in synthesize(given.out, classes=given.classes, train=given.train, val=given.val, seed=given.seed):
-                    print(stats(index))
+                options = {name: vars(given)[name] for name in ("classes", "train", "val", "seed", "photographs")}
+                print(*map(stats, synthesize(given.out, **options)), sep="\n")
             case "index":
                 classes = read_classes(given.classes) if given.classes else None
                 print(stats(index_shards(given.folder, classes=classes, field=given.label, processes=given.workers, force=given.force)))
@@ -159,6 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
                 return _simulate(given)
             case "order":
                 _print_order(given)
+            case "preview":
+                from data.preview import preview
+
+                preview(_job(given), given.out, epoch=given.epoch, steps=given.steps, images=given.images)
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -168,6 +197,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{parser().prog} {given.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """argparse takes all key=value before the first option or none; here they may stand anywhere."""
+    top = parser()
+    given, more = top.parse_known_args(arguments)
+    if more and ("overrides" not in given or any(text.startswith("-") for text in more)):
+        top.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        given.overrides += more
+    return given
+
+
+def _job(given: argparse.Namespace) -> JobData:
+    from data.config_files import load
+
+    return load(JobData, given.config, given.overrides, invalid_data, sections=["data"])
 
 
 def _pack(given: argparse.Namespace) -> list[Index]:
@@ -208,13 +254,13 @@ def _simulate(given: argparse.Namespace) -> int:
 
 
 def _print_order(given: argparse.Namespace) -> None:
-    first, colon, last = given.steps.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal()):
-        raise ValueError(f"--steps {given.steps}: expected A:B, two step numbers")
-    index = open_index(given.folder, given.cache)
-    order = SampleOrder(index.shard_start, seed=given.seed, global_batch=given.global_batch)
-    for step in range(int(first), int(last)):
-        print(step, *(key(index, sample_id) for sample_id in order.batch(given.epoch, step).tolist()))
+    job = _job(given)
+    index = open_index(job.data.train, job.data.cache)
+    order = SampleOrder(index.shard_start, job.seed, job.global_batch, job.data.lanes, job.data.window)
+    for step in given.steps:
+        ids = order.batch(given.epoch, step)
+        drawn = parameters(job.seed, given.epoch, ids, index, job.data)
+        print(*lines(given.epoch, step, ids, drawn, index), sep="\n")
 
 
 if __name__ == "__main__":

@@ -187,8 +187,8 @@ def _picture(index: Index, drawn: Sequence[Drawn]) -> bytes:
             axes.text(0.5, 0.5, "can't be\ndecoded", ha="center", va="center", color="red")
         else:
             axes.imshow(sample.picture)
-        axes.set_title(f"{_short(sample.class_name)}\n{sample.size}", fontsize=7, parse_math=False)
-    return _saved(figure, dpi=110)
+        axes.set_title(f"{short(sample.class_name)}\n{sample.size}", fontsize=7, parse_math=False)
+    return saved(figure, dpi=110)
 
 
 def _plot(figure: "FigureBase", index: Index) -> None:
@@ -200,7 +200,7 @@ def _plot(figure: "FigureBase", index: Index) -> None:
     counts = class_counts(index)
     if len(counts) <= _FEW_CLASSES:
         left.barh(range(len(counts)), counts, color=_COLOUR)
-        left.set_yticks(range(len(counts)), [_short(name) for name in index.classes], parse_math=False)
+        left.set_yticks(range(len(counts)), [short(name) for name in index.classes], parse_math=False)
         left.invert_yaxis()
         left.set_xlabel("samples")
     else:
@@ -228,13 +228,15 @@ def _plot(figure: "FigureBase", index: Index) -> None:
         axis.set_major_formatter("{x:.0f}")
 
 
-def _saved(figure: "Figure", dpi: int) -> bytes:
+def saved(figure: "Figure", dpi: int) -> bytes:
+    """A figure as a PNG, the same bytes for the same figure."""
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
     return out.getvalue()
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A class name that fits over a picture."""
     return name if len(name) <= 24 else name[:23] + "…"
 
 
@@ -258,7 +260,7 @@ def _page(index: Index, drawn: Sequence[Drawn]) -> bytes:
         shown = "can't be decoded" if sample.picture is None else f"<img src='{_data_url(sample.picture)}' alt=''>"
         name, key = html.escape(sample.class_name), html.escape(sample.key)
         sheet.append(f"<figure title='{key}'><div>{shown}</div><figcaption>{name}<br><small>{sample.size}</small></figcaption></figure>")
-    plots = base64.b64encode(_saved(figure, dpi=200)).decode()
+    plots = base64.b64encode(saved(figure, dpi=200)).decode()
     title = html.escape(index.folder.name)
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style><h1>{title}</h1>"

@@ -1,14 +1,17 @@
 """A small dataset drawn by a program, for tests, demos and continuous integration: OUT/train and OUT/val, packed.
 
-    python -m data synthesize OUT --classes 10 --train 1800 --val 300 --seed 0
+    python -m data synthesize OUT --classes 10 --train 1800 --val 300 --seed 0 [--photographs]
 
 A class is a shape or a texture. Colours, place, scale, angle, shading and noise are random in every image, so the mean colour
 says nothing about the class, and a small network has to look at form. All classes survive mirroring and moderate crops. Sizes
 run from 72 to 220 pixels a side, JPEG quality varies, some images are grey.
+
+With --photographs the drawings are blended into parts of a real one, of the pixels and bytes of ImageNet's: for measurements.
 """
 
 import io
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +24,7 @@ from data.progress import progress
 from data.shards import Sample, write_dataset
 
 SHARD_BYTES = 1 << 20
+PHOTOGRAPH = (500, 375)  # width and height
 GREY_SHARE = 0.06
 
 # A pattern is a function of coordinates (u, v), turned and scaled so that the image's shorter side spans about [-1, 1], to a
@@ -116,18 +120,43 @@ def draw_image(pattern: Pattern, random: np.random.Generator) -> Image.Image:
     return picture.convert("L") if random.random() < GREY_SHARE else picture
 
 
-def images(classes: int, count: int, seed: int, split: int) -> Iterator[tuple[bytes, int]]:
+def photograph(pattern: Pattern, random: np.random.Generator) -> Image.Image:
+    """500 x 375 pixels: a part of the photograph that comes with matplotlib, a drawing in it, and a sensor's noise."""
+    photo = _photo()
+    width = int(photo.width * random.uniform(0.4, 0.8))
+    height = width * 3 // 4
+    x, y = int(random.integers(photo.width - width)), int(random.integers(photo.height - height))
+    part = photo.resize(PHOTOGRAPH, Image.Resampling.BICUBIC, (x, y, x + width, y + height))
+    drawing = draw_image(pattern, random).convert("RGB").resize(PHOTOGRAPH, Image.Resampling.BICUBIC)
+    pixels = np.asarray(Image.blend(part, drawing, 0.4), np.float32)
+    noise = random.standard_normal((*pixels.shape[:2], 1), np.float32) * np.float32(random.uniform(8, 12))
+    return Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+
+
+@cache
+def _photo() -> Image.Image:
+    from matplotlib.cbook import get_sample_data
+
+    return Image.open(get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+
+
+def images(classes: int, count: int, seed: int, split: int, *, photographs: bool = False) -> Iterator[tuple[bytes, int]]:
     """`count` encoded images with their labels; the classes take turns, so any part of the sequence is balanced."""
     patterns = list(PATTERNS.values())[:classes]
     for number in range(count):
         random = np.random.default_rng(int(hash64(seed, Draw.SYNTHESIZE, split, number)))
         label = number % classes
         encoded = io.BytesIO()
-        draw_image(patterns[label], random).save(encoded, "JPEG", quality=int(random.integers(60, 96)))
+        if photographs:
+            photograph(patterns[label], random).save(encoded, "JPEG", quality=95)  # and so about 110 kB
+        else:
+            draw_image(patterns[label], random).save(encoded, "JPEG", quality=int(random.integers(60, 96)))
         yield encoded.getvalue(), label
 
 
-def synthesize(out: Path, *, classes: int = 10, train: int = 1800, val: int = 300, seed: int = 0) -> tuple[Index, Index]:
+def synthesize(
+    out: Path, *, classes: int = 10, train: int = 1800, val: int = 300, seed: int = 0, photographs: bool = False
+) -> tuple[Index, Index]:
     """Writes OUT/train and OUT/val. Raises ValueError for more classes than there are patterns or an OUT that isn't empty."""
     if not 2 <= classes <= len(PATTERNS):
         raise ValueError(f"classes must be from 2 to {len(PATTERNS)}, not {classes}")
@@ -136,7 +165,8 @@ def synthesize(out: Path, *, classes: int = 10, train: int = 1800, val: int = 30
     written = []
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         (out / name).mkdir()
-        drawn = progress(images(classes, count, seed, split), count, f"drawing {name}")
+        drawn = progress(images(classes, count, seed, split, photographs=photographs), count, f"drawing {name}")
         samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(drawn))
-        written.append(write_dataset(out / name, samples, names, shard_bytes=SHARD_BYTES, name=name))
+        shard_bytes = SHARD_BYTES * (16 if photographs else 1)
+        written.append(write_dataset(out / name, samples, names, shard_bytes=shard_bytes, name=name))
     return written[0], written[1]

@@ -4,12 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data.__main__ import main
 from data.index import Index, open_index
 from data.order import SampleOrder
+from data.parameters import parameters
+from data.settings import DataConfig
 from data.synthesize import images
 from tests.data.foreign import JPEGS, write_tar
 
@@ -87,22 +88,34 @@ def test_shards_of_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert "it has json, jpg, and no cls; --label FIELD takes labels from the .json" in capfd.readouterr().err
     assert main(["index", str(shards), "--label", "kind", "--classes", str(tmp_path / "classes.txt"), "--workers", "1"]) == 0
     assert "classes      2" in capfd.readouterr().out
-    assert main(["order", str(shards), "--global-batch", "2"]) == 0
-    assert set(capfd.readouterr().out.split()) == {"0", "2", "\\udce9"}
+    assert main(["order", str(job_file(tmp_path, shards, "global_batch: 2"))]) == 0
+    assert {line.split("  ")[3] for line in capfd.readouterr().out.splitlines()} == {"key=2", "key=\\udce9"}
     assert main(["stats", str(shards), "--out", str(out)]) == 0
     assert "tiger" in out.read_text()
     assert main(["verify", str(shards), "--deep", "--workers", "1"]) == 0
     assert capfd.readouterr().out.splitlines()[-1].startswith(f"{shards}: 0 faults in 2 samples")
 
 
-def test_order_prints_keys(dataset: Index, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["order", str(dataset.folder), "--seed", "5", "--global-batch", "10", "--epoch", "2", "--steps", "3:6"]
-    assert main(arguments) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    order = SampleOrder(dataset.shard_start, seed=5, global_batch=10)
-    assert [line[0] for line in lines] == ["3", "4", "5"]
-    for line in lines:
-        assert np.array(line[1:]).astype(int).tolist() == order.batch(2, int(line[0])).tolist()
+def job_file(folder: Path, train: Path, text: str) -> Path:
+    """A training job's settings, with keys that are none of the data commands' business."""
+    path = folder / "job.yaml"
+    path.write_text(f"name: job\noptim: {{lr: 1}}\n{text}\ndata: {{train: {train}}}\n")
+    return path
+
+
+def test_order_prints_what_a_job_takes(dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings come from the file and from anywhere on the command line."""
+    job = job_file(tmp_path, dataset.folder, "seed: 3\nglobal_batch: 10")
+    assert main(["order", str(job), "data.lanes=5", "--epoch", "2", "seed=5", "--steps", "3:6", "data.window=4"]) == 0
+    order = SampleOrder(dataset.shard_start, seed=5, global_batch=10, lanes=5, window=4)
+    expected = []
+    for step in (3, 4, 5):
+        ids = order.batch(2, step)
+        for slot, (sample_id, drawn) in enumerate(zip(ids.tolist(), parameters(5, 2, ids, dataset, DataConfig()), strict=True)):
+            name = dataset.classes[sample_id % 10]
+            line = f"epoch=2  step={step}  slot={slot}  key={sample_id:09d}  class={name}  crop={drawn['crop']}  flip={drawn['flip']}"
+            expected.append(f"{line}  mix={drawn['mix']}")
+    assert capsys.readouterr().out.splitlines() == expected
 
 
 @pytest.mark.parametrize(
@@ -110,16 +123,45 @@ def test_order_prints_keys(dataset: Index, capsys: pytest.CaptureFixture[str]) -
     [
         (["stats", "/nowhere"], "/nowhere: no such folder"),
         (["pack", "/nowhere", "/tmp/x"], "/nowhere: no such file or folder"),
-        (["order", "{}", "--global-batch", "9999"], "fewer than one global batch"),
-        (["order", "{}", "--global-batch", "10", "--steps", "5"], "expected A:B"),
-        (["order", "{}", "--global-batch", "10", "--steps", "14:16"], "outside of an epoch of 15 steps"),
+        (["order", "{}", "global_batch=9999"], "fewer than one global batch"),
+        (["order", "{}", "--steps", "14:16"], "outside of an epoch of 15 steps"),
     ],
 )
-def test_errors_are_one_line(dataset: Index, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
-    assert main([argument.format(dataset.folder) for argument in arguments]) == 2
+def test_errors_are_one_line(
+    dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    job = job_file(tmp_path, dataset.folder, "global_batch: 10")
+    assert main([argument.format(job) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_all_mistakes_in_a_job_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = job_file(tmp_path, tmp_path / "nowhere", "model: {name: any}")
+    assert main(["order", str(job), "data.flp=1", "--steps", "0:2", "seed=x"]) == 2
+    assert capsys.readouterr().err == (
+        f"python -m data order: {job}: 4 problems\n"
+        "  data.flp = 1 (command line): unknown key; did you mean data.flip?\n"
+        "  seed = x (command line): must be a whole number\n"
+        f"  global_batch: no value; set it in {job} or as global_batch=…\n"
+        f"  data.train = {tmp_path / 'nowhere'} ({job}): no such folder; "
+        f"make it with: python -m data pack IMAGES {tmp_path} --split nowhere\n"
+    )
+
+
+@pytest.mark.parametrize("steps", ["0", "3:3", ":3", "a:b", "2:1"])
+def test_steps_that_mean_nothing(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["order", "job.yaml", "--steps", steps])
+    assert f"argument --steps: {steps}: expected A:B" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["order", "job.yaml", "--step", "0:1", "--speed"], ["stats", "folder", "seed=1"]])
+def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
 
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -151,7 +193,7 @@ def test_as_a_program(tmp_path: Path) -> None:
 
 def test_what_is_slow_to_import_is_only_where_it_is_needed() -> None:
     modules = "draws, index, order, augment, shards, adopt, images, sources, plan, pack, store, reader, progress, synthesize, verify"
-    modules += ", report, simulate, __main__"
+    modules += ", report, shuffle, simulate, parameters, settings, config_files, results, __main__"
     others = "{'torch', 'webdataset', 'scipy', 'nvidia.dali', 'matplotlib', 'pretrain', 'launch'}"
     code = f"import sys\nfrom data import {modules}\nassert not {others} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)

@@ -565,9 +565,11 @@ def test_a_store_that_may_be_read_but_not_listed(s3: Proxy, tmp_path: Path) -> N
 
 def test_stats_order_and_verify_of_a_url(s3: Proxy, many_shards: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = []
+    job = tmp_path / "job.yaml"
     for place in (str(many_shards.folder), TRAIN):
-        for command in (["stats"], ["order", "--global-batch", "10", "--steps", "0:3"]):
-            assert main([*command, place, "--cache", str(tmp_path)]) == 0
+        job.write_text(f"global_batch: 10\ndata: {{train: '{place}', cache: {tmp_path}}}")
+        for command in (["stats", place, "--cache", str(tmp_path)], ["order", str(job), "--steps", "0:3"]):
+            assert main(command) == 0
             outputs.append(capsys.readouterr().out.replace(place, ""))
     assert outputs[:2] == outputs[2:]
     assert not s3.shards()

@@ -51,3 +51,15 @@ def test_the_mean_colour_does_not_give_the_class_away() -> None:
     centroids = np.array([colour[:600][classes[:600] == number].mean(axis=0) for number in range(10)])
     nearest = np.linalg.norm(colour[600:, None] - centroids, axis=2).argmin(axis=1)
     assert (nearest == classes[600:]).mean() < 0.25
+
+
+def test_photographs_are_like_imagenet_s(tmp_path: Path) -> None:
+    train, _ = synthesize(tmp_path / "a", classes=4, train=12, val=2, photographs=True)
+    again, _ = synthesize(tmp_path / "b", classes=4, train=12, val=2, photographs=True)
+    assert train.fingerprint == again.fingerprint
+    assert set(train.samples["width"].tolist()) == {500}
+    assert set(train.samples["height"].tolist()) == {375}
+    assert 95_000 < train.samples["size"].mean() < 125_000
+    assert train.samples["label"].tolist() == [0, 1, 2, 3] * 3
+    with ShardStore(train) as store:
+        assert len({store.read(number).tobytes() for number in range(12)}) == 12
