@@ -21,10 +21,10 @@ from pathlib import Path
 from data.adopt import index_shards
 from data.images import MAX_PIXELS, ImageRules
 from data.index import Index, open_index
-from data.order import SampleOrder
 from data.pack import MAX_REJECTED, pack
 from data.parameters import lines, parameters
 from data.plan import Settings
+from data.recipe import Recipe, sample_order
 from data.report import stats, write_report
 from data.results import record
 from data.settings import JobData, invalid_data
@@ -256,10 +256,10 @@ def _simulate(given: argparse.Namespace) -> int:
 def _print_order(given: argparse.Namespace) -> None:
     job = _job(given)
     index = open_index(job.data.train, job.data.cache)
-    order = SampleOrder(index.shard_start, job.seed, job.global_batch, job.data.lanes, job.data.window)
+    order, recipe = sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
     for step in given.steps:
         ids = order.batch(given.epoch, step)
-        drawn = parameters(job.seed, given.epoch, ids, index, job.data)
+        drawn = parameters(recipe, given.epoch, ids, order.copies, index)
         print(*lines(given.epoch, step, ids, drawn, index), sep="\n")
 
 

@@ -1,12 +1,13 @@
-"""What is done to each sample: pure functions of (seed, epoch, sample id), as arrays over a batch.
+"""What can be drawn for each sample: pure functions of (seed, epoch, sample id), as arrays over a batch.
 
     crops = random_resized_crop(seed, epoch, ids, widths, heights)
     mirror = flip(seed, epoch, ids)
     boxes = erased_boxes(seed, epoch, ids, image_size=224, probability=0.25)
     mix = mix_parameters(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
 
-RandAugment and colour jitter are in randaugment.py. Nothing depends on how samples are spread over micro-batches, ranks or restarts.
-The mix belongs to a pair of neighbouring slots (2i, 2i + 1) of the global batch and is a function of the even slot's sample.
+RandAugment and colour jitter are in randaugment.py; recipe.py draws all that a job's settings ask for. Nothing depends on how samples
+are spread over micro-batches, ranks or restarts. The mix belongs to a pair of neighbouring slots (2i, 2i + 1) of the global batch
+and is a function of the even slot's sample.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from data.draws import Draw, hash64, uniform
 _TRIES = 10
 _ERASED_AREA = (0.02, 1 / 3)  # timm's RandomErasing: share of the image's area, and
 _ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
+NOISE_STARTS = 1 << 20  # places in the bank of numbers (erasing.py) at which the noise of a box can begin
 _BETA_TRIES = 16
 
 
@@ -93,6 +95,11 @@ def erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, pro
     chosen = uniform(seed, Draw.ERASED, epoch, ids) < probability
     there = chosen & (boxes < number) & fits.any(axis=2)[..., None]
     return np.where(there, np.concatenate([y, x, h, w], axis=2), 0).astype(np.int32)
+
+
+def noise_starts(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
+    """Where in the bank of numbers the noise of each of a sample's `count` boxes begins, int64 (n, count)."""
+    return (hash64(seed, Draw.ERASED_NOISE, epoch, ids[:, None], np.arange(count)) % np.uint64(NOISE_STARTS)).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,8 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType
 
-from data.augment import Mix, bilinear, erased_boxes, flip, mix_parameters, random_resized_crop
-from data.erasing import Erased, NoiseBank, noise_starts
+from data.augment import Mix
+from data.erasing import NoiseBank
 from data.images import BadImage, check_header
 from data.index import Index
 from data.operators import CpuResizer, apply_layer, operator_inputs, resize
@@ -46,8 +46,8 @@ from data.order import (
     shard_uses,
 )
 from data.quarantine import Quarantine
-from data.randaugment import JITTER_LAYERS, Layer, color_jitter, parse_policy, rand_augment
 from data.reader import ReadAhead
+from data.recipe import Erased, Recipe
 from data.settings import DataConfig
 from data.store import FetchedShards, ShardStore
 
@@ -111,12 +111,9 @@ class _Loader:
     def _work(self) -> Iterator[Slots]:
         raise NotImplementedError
 
-    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, ...]:
-        """What is done to samples, one row each: functions of the samples that are really used."""
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+        """What is done to samples, one row each, and what is erased: functions of the samples that are really used."""
         raise NotImplementedError
-
-    def _erased(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Erased | None:
-        return None
 
     def _erase(self, images: torch.Tensor, erased: Erased) -> None:
         """In place, on the device."""
@@ -197,8 +194,7 @@ class _Loader:
         used = [image for image in found if image is not None]
         ids = np.array([sample for sample, _ in used], np.int64)
         copies = slots.copies[[image is not None for image in found]]
-        parameters, erased = self._parameters(epoch, ids, copies), self._erased(epoch, ids, copies)
-        return MicroBatch(slots, ids, [encoded for _, encoded in used], parameters, erased, self._mix(slots))
+        return MicroBatch(slots, ids, [encoded for _, encoded in used], *self._parameters(epoch, ids, copies), self._mix(slots))
 
     def _image(self, slot: int, copy: int, epoch: int, decodes: Decodes | None) -> tuple[int, np.ndarray] | None:
         """The first good one of a slot's sample and its stand-ins, encoded; those before it go into quarantine."""
@@ -310,7 +306,8 @@ class _Alone:
         self._inputs: list[Any] = []
 
     def decodes(self, epoch: int, sample: int, copy: int, encoded: np.ndarray) -> bool:
-        self._inputs[:] = [[encoded], *self._loader._parameters(epoch, np.array([sample]), np.array([copy]))]
+        parameters, _ = self._loader._parameters(epoch, np.array([sample]), np.array([copy]))
+        self._inputs[:] = [[encoded], *parameters]
         if self._pipeline is None:
             inputs = self._inputs  # not self, or a cycle would keep the pipeline's threads until a collection
             self._pipeline = self._loader._build(1, lambda: inputs, prefetch=1)
@@ -347,12 +344,11 @@ class TrainLoader(_Loader):
         self.order, self.micro_batch, self.ranks, self.ranks_on_node = order, micro_batch, ranks, ranks_on_node
         self.slots = rank_slice(order.global_batch, rank, ranks)
         self.start, self.end = start, end
-        self._policy = parse_policy(settings.auto_augment) if settings.auto_augment else None
+        self.recipe = Recipe(order.seed, settings)
         self._noise = NoiseBank(settings.image_size, device) if settings.random_erasing else None
         crop_start = crop_shape = size = linear = mirror = group = DALIDataType.INT32
         matrix = value = DALIDataType.FLOAT
-        layers = self._policy.layers if self._policy else JITTER_LAYERS if settings.color_jitter else 0
-        dtypes = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * layers)
+        dtypes = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * self.recipe.layers)
         quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
         super().__init__(index, settings, quarantine, dtypes, max_batch=micro_batch, device=device)
         self._start()
@@ -373,34 +369,12 @@ class TrainLoader(_Loader):
             for number, ids in enumerate(own):
                 yield Slots(ids, copies[number], epoch, step, done=step + (number + 1 == len(own)))
 
-    def _layers(self, epoch: int, draw_ids: np.ndarray) -> list[Layer]:
-        if self._policy:
-            return rand_augment(self.order.seed, epoch, draw_ids, self._policy)
-        if self.settings.color_jitter:
-            return color_jitter(self.order.seed, epoch, draw_ids, self.settings.color_jitter)
-        return []
-
-    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, ...]:
-        seed, settings, samples, draw_ids = self.order.seed, self.settings, self.index.samples[ids], _draw_ids(ids, copies)
-        width, height = samples["width"], samples["height"]
-        crops = random_resized_crop(seed, epoch, draw_ids, width, height, scale=settings.crop_area, ratio=settings.crop_ratio)
-        size = np.full((len(ids), 2), settings.image_size, np.int32)
-        linear = bilinear(seed, epoch, draw_ids, settings.interpolation, 0)
-        mirrored = flip(seed, epoch, draw_ids, settings.flip)
-        layers: list[np.ndarray] = []
-        for number, layer in enumerate(self._layers(epoch, draw_ids), 1):
-            linear_warp = bilinear(seed, epoch, draw_ids, settings.interpolation, number)
-            layers += operator_inputs(layer, mirrored, linear_warp, settings.image_size)
-        corner, shape = np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:])
-        return corner, shape, size, linear.astype(np.int32), mirrored.astype(np.int32), *layers
-
-    def _erased(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Erased | None:
-        seed, settings, draw_ids = self.order.seed, self.settings, _draw_ids(ids, copies)
-        if not settings.random_erasing:
-            return None
-        probability, count = settings.random_erasing, settings.erasing_count
-        boxes = erased_boxes(seed, epoch, draw_ids, image_size=settings.image_size, probability=probability, count=count)
-        return Erased(boxes, noise_starts(seed, epoch, draw_ids, count))
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+        drawn, image_size = self.recipe.draw(epoch, ids, copies, self.index.samples[ids]), self.settings.image_size
+        corner, shape = np.ascontiguousarray(drawn.crops[:, :2]), np.ascontiguousarray(drawn.crops[:, 2:])
+        size = np.full((len(ids), 2), image_size, np.int32)
+        layers = [part for layer, linear in drawn.layers for part in operator_inputs(layer, drawn.mirrored, linear, image_size)]
+        return (corner, shape, size, drawn.bilinear.astype(np.int32), drawn.mirrored.astype(np.int32), *layers), drawn.erased
 
     def _erase(self, images: torch.Tensor, erased: Erased) -> None:
         assert self._noise is not None
@@ -408,18 +382,7 @@ class TrainLoader(_Loader):
 
     def _mix(self, slots: Slots) -> Mix | None:
         """Of the samples that the order has, not of those that take their place: a bad one changes nothing for its partner."""
-        settings = self.settings
-        if not (settings.mixup or settings.cutmix):
-            return None
-        return mix_parameters(
-            self.order.seed,
-            slots.epoch,
-            _draw_ids(slots.ids, slots.copies)[::2],
-            image_size=settings.image_size,
-            mixup=settings.mixup,
-            cutmix=settings.cutmix,
-            switch=settings.mix_switch,
-        )
+        return self.recipe.mix(slots.epoch, slots.ids, slots.copies)
 
     def _graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
         crops = fn.decoders.image_slice(
@@ -438,11 +401,6 @@ class TrainLoader(_Loader):
             group, matrix, value = layers[first : first + 3]
             images = apply_layer(images, group, matrix, value, fill)
         return images, mirror
-
-
-def _draw_ids(ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """What the draws of repeated samples are keyed by, int64 (n,): each copy its own, and the first like a sample that isn't repeated."""
-    return ids + (copies << 48)
 
 
 class EvalLoader(_Loader):
@@ -485,11 +443,11 @@ class EvalLoader(_Loader):
             ids = self.own[start : start + self.micro_batch]
             yield Slots(ids, np.zeros_like(ids), epoch=0, step=step, done=step + 1)
 
-    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
         samples = self.index.samples[ids]
         size = resized_shape(samples["width"], samples["height"], self.settings)
         corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
-        return size.astype(np.int32), np.zeros(len(ids), np.int32), corner
+        return (size.astype(np.int32), np.zeros(len(ids), np.int32), corner), None
 
     def _graph(self, encoded: Any, size: Any, linear: Any, corner: Any) -> tuple[Any, Any]:
         images = fn.decoders.image(

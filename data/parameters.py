@@ -1,40 +1,50 @@
-"""What is drawn for each sample, in words, for people to read: the parameters of augment.py as the loader asks for them.
+"""What is drawn for each sample, in words, for people to read.
 
-for slot, (sample_id, drawn) in enumerate(zip(ids, parameters(seed, epoch, ids, index, settings))):
-    print(slot, sample_id, drawn)        # {"crop": "y 12 x 34 h 200 w 180", "flip": "yes", "mix": "cutmix 0.63 …"}
+for slot, (sample_id, drawn) in enumerate(zip(ids, parameters(recipe, epoch, ids, order.copies, index))):
+    print(slot, sample_id, drawn)        # {"crop": "y 12 x 34 h 200 w 180", "flip": "yes", "operators": "rotate -24.1, invert", …}
 """
 
 import numpy as np
 
-from data.augment import flip, mix_parameters, random_resized_crop
+from data.augment import Mix
 from data.index import Index, key
-from data.settings import DataConfig
+from data.randaugment import Layer, Operator
+from data.recipe import Recipe
 
 
-def parameters(seed: int, epoch: int, ids: np.ndarray, index: Index, settings: DataConfig) -> list[dict[str, str]]:
-    """Of samples in the order of their slots, from an even one on: the name of each parameter and its value. `mix` is there where
-    something is mixed; both samples of a pair have the same."""
-    rows = index.samples[ids]
-    crops = random_resized_crop(seed, epoch, ids, rows["width"], rows["height"], scale=settings.crop_area, ratio=settings.crop_ratio)
+def parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndarray, index: Index) -> list[dict[str, str]]:
+    """Of samples in the order of their slots, from an even one on: the name of each parameter and its value. What the settings never
+    ask for is not there; both samples of a pair have the same `mix`."""
+    drawn = recipe.draw(epoch, ids, copies, index.samples[ids])
     columns = {
-        "crop": [f"y {y} x {x} h {h} w {w}" for y, x, h, w in crops.tolist()],
-        "flip": ["yes" if flipped else "no" for flipped in flip(seed, epoch, ids, settings.flip).tolist()],
+        "crop": [f"y {y} x {x} h {h} w {w}" for y, x, h, w in drawn.crops.tolist()],
+        "flip": ["yes" if flipped else "no" for flipped in drawn.mirrored.tolist()],
     }
-    if settings.mixup or settings.cutmix:
-        columns["mix"] = np.repeat(_mixes(seed, epoch, ids[::2], settings), 2)[: len(ids)].tolist()
+    if drawn.layers:
+        columns["operators"] = [_operators([layer for layer, _ in drawn.layers], number) for number in range(len(ids))]
+    if drawn.erased is not None:
+        columns["erased"] = [
+            ", ".join(f"y {y} x {x} h {h} w {w}" for y, x, h, w in boxes if h) or "no" for boxes in drawn.erased.boxes.tolist()
+        ]
+    mix = recipe.mix(epoch, ids, copies)
+    if mix is not None:
+        columns["mix"] = np.repeat(_mixes(mix), 2)[: len(ids)].tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _mixes(seed: int, epoch: int, even_ids: np.ndarray, settings: DataConfig) -> list[str]:
-    mix = mix_parameters(
-        seed,
-        epoch,
-        even_ids,
-        image_size=settings.image_size,
-        mixup=settings.mixup,
-        cutmix=settings.cutmix,
-        switch=settings.mix_switch,
-    )
+def _operators(layers: list[Layer], number: int) -> str:
+    """Those applied to one sample, in order, with their arguments."""
+    texts = []
+    for layer in layers:
+        operator, argument = Operator(layer.operator[number]), layer.argument[number]
+        if operator in (Operator.AUTO_CONTRAST, Operator.EQUALIZE, Operator.INVERT):
+            texts.append(operator.name.lower())
+        elif operator != Operator.NONE:
+            texts.append(f"{operator.name.lower()} {argument:.3g}")
+    return ", ".join(texts) or "no"
+
+
+def _mixes(mix: Mix) -> list[str]:
     texts = []
     for (y0, y1, x0, x1), share in zip(mix.box.tolist(), mix.lam.tolist(), strict=True):
         cut = y1 > y0 and x1 > x0

@@ -21,6 +21,7 @@ from data.loader import EvalLoader, TrainLoader, resized_shape
 from data.mixing import mix_pairs
 from data.order import SampleOrder
 from data.parameters import parameters
+from data.recipe import Recipe, sample_order
 from data.report import saved, short
 from data.settings import DataConfig, JobData
 
@@ -50,7 +51,7 @@ def preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], images
     if out.suffix != ".png":
         raise ValueError(f"{out}: a preview is a .png")
     index = open_index(job.data.train, job.data.cache)
-    order = SampleOrder(index.shard_start, job.seed, job.global_batch, job.data.lanes, job.data.window)
+    order = sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch)
     sections = {}
     for step in steps:
         pictures = trained_on(index, order, job.data, epoch, step, images)
@@ -82,7 +83,7 @@ def trained_on(index: Index, order: SampleOrder, settings: DataConfig, epoch: in
         names[label] if label == other or share == 1 else f"{names[label]} {share:.0%}\n{names[other]} {1 - share:.0%}"
         for label, other, share in zip(own.tolist(), partner.tolist(), weight.tolist(), strict=True)
     ]
-    drawn = parameters(order.seed, epoch, ids, index, settings)
+    drawn = parameters(Recipe(order.seed, settings), epoch, ids, order.copies[:shown], index)
     about = [[f"{name} {value}" for name, value in own.items()] for own in drawn]
     return [Picture(*cell) for cell in zip(_unnormalised(pixels, settings), titles, about, strict=True)]
 

@@ -21,7 +21,7 @@ from data.draws import hash64
 from data.index import open_index
 from data.loader import TrainLoader
 from data.mixing import mix_pairs
-from data.order import SampleOrder
+from data.recipe import sample_order
 from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain import zero_state
@@ -56,7 +56,7 @@ def train(config: Config) -> int:
         raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
     if config.data.val is not None and open_index(config.data.val, config.data.cache).classes != index.classes:
         raise ValueError(f"{config.data.val} has other classes than {config.data.train}; pack it again with --classes {config.data.train}")
-    order = SampleOrder(index.shard_start, config.seed, config.global_batch, config.data.lanes, config.data.window, config.data.repeats)
+    order = sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
     total = config.steps or round(config.epochs * order.steps_per_epoch)
     evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
 

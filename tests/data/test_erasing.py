@@ -7,8 +7,9 @@ import torch
 from scipy.stats import chi2_contingency, ks_2samp, kstest
 from timm.data.random_erasing import RandomErasing
 
-from data.augment import erased_boxes
-from data.erasing import Erased, NoiseBank, noise_starts
+from data.augment import erased_boxes, noise_starts
+from data.erasing import NoiseBank
+from data.recipe import Erased
 
 DRAWS, SIZE = 100_000, 64
 UNLIKELY = 1e-5

@@ -10,6 +10,7 @@ from data.__main__ import main
 from data.index import Index, open_index
 from data.order import SampleOrder
 from data.parameters import parameters
+from data.recipe import Recipe
 from data.settings import DataConfig
 from data.synthesize import images
 from tests.data.foreign import JPEGS, write_tar
@@ -111,7 +112,8 @@ def test_order_prints_what_a_job_takes(dataset: Index, tmp_path: Path, capsys: p
     expected = []
     for step in (3, 4, 5):
         ids = order.batch(2, step)
-        for slot, (sample_id, drawn) in enumerate(zip(ids.tolist(), parameters(5, 2, ids, dataset, DataConfig()), strict=True)):
+        told = parameters(Recipe(5, DataConfig()), 2, ids, order.copies, dataset)
+        for slot, (sample_id, drawn) in enumerate(zip(ids.tolist(), told, strict=True)):
             name = dataset.classes[sample_id % 10]
             line = f"epoch=2  step={step}  slot={slot}  key={sample_id:09d}  class={name}  crop={drawn['crop']}  flip={drawn['flip']}"
             expected.append(f"{line}  mix={drawn['mix']}")

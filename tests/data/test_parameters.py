@@ -12,8 +12,11 @@ from data.index import Index
 from data.loader import Batch, TrainLoader
 from data.order import SampleOrder
 from data.parameters import parameters
+from data.randaugment import Operator
+from data.recipe import Recipe
 from data.settings import DataConfig
 from data.store import ShardStore
+from tests.data.test_operators import in_timm
 
 SEED, SIZE = 5, 64
 
@@ -27,19 +30,28 @@ def batches(index: Index, settings: DataConfig) -> list[Batch]:
         return list(loader)
 
 
+def told_of(batch: Batch, index: Index, settings: DataConfig) -> list[dict[str, str]]:
+    return parameters(Recipe(SEED, settings), batch.epoch, batch.ids, np.zeros_like(batch.ids), index)
+
+
 def redone(index: Index, sample_id: int, drawn: dict[str, str]) -> np.ndarray:
     """The picture, as told, by Pillow; float32 (SIZE, SIZE, 3)."""
     y, x, h, w = map(int, re.fullmatch(r"y (\d+) x (\d+) h (\d+) w (\d+)", drawn["crop"]).groups())  # type: ignore[union-attr]
     with ShardStore(index) as store, Image.open(io.BytesIO(store.read(sample_id).tobytes())) as image:
         picture = image.convert("RGB").crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
-    return np.asarray(ImageOps.mirror(picture) if drawn["flip"] == "yes" else picture, np.float32)
+    pixels = np.asarray(ImageOps.mirror(picture) if drawn["flip"] == "yes" else picture)
+    for operator in drawn.get("operators", "no").split(", "):
+        if operator != "no":
+            name, _, argument = operator.partition(" ")
+            pixels = in_timm(Image.fromarray(pixels), Operator[name.upper()], float(argument or 0), mirrored=False, linear=False)
+    return pixels.astype(np.float32)
 
 
 def test_crop_and_flip_are_those_of_the_batch(dataset: Index) -> None:
     settings = DataConfig(image_size=SIZE, mixup=0, cutmix=0, mean=(0, 0, 0), std=(1, 1, 1), flip=0.3, crop_area=(0.2, 0.9))
     flips = []
     for batch in batches(dataset, settings):
-        told = parameters(SEED, batch.epoch, batch.ids, dataset, settings)
+        told = told_of(batch, dataset, settings)
         pictures = 255 * batch.images.permute(0, 2, 3, 1).numpy()
         differences = np.array(
             [
@@ -57,12 +69,29 @@ def test_crop_and_flip_are_those_of_the_batch(dataset: Index) -> None:
     assert 0 < flips.count("yes") < len(flips) / 2
 
 
+def test_operators_and_what_is_erased_are_those_of_the_batch(dataset: Index) -> None:
+    settings = DataConfig(image_size=SIZE, mixup=0, cutmix=0, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5, erasing_count=2)
+    mean, std = np.array(settings.mean), np.array(settings.std)
+    seen: set[str] = set()
+    for batch in batches(dataset, settings):
+        pictures = 255 * (batch.images.permute(0, 2, 3, 1).numpy() * std + mean)
+        for sample_id, own, picture in zip(batch.ids.tolist(), told_of(batch, dataset, settings), pictures, strict=True):
+            untouched = np.ones((SIZE, SIZE), bool)
+            for y, x, h, w in (map(int, box) for box in re.findall(r"y (\d+) x (\d+) h (\d+) w (\d+)", own["erased"])):
+                untouched[y : y + h, x : x + w] = False
+            difference = np.abs(redone(dataset, sample_id, own) - picture)
+            assert difference[untouched].mean() < 8  # equalize and posterize make large differences of small ones
+            assert untouched.all() or difference[~untouched].mean() > 20
+            seen |= {name.partition(" ")[0] for name in own["operators"].split(", ")} | {"erased"} - {own["erased"]}
+    assert len(seen) > 8
+
+
 @pytest.mark.parametrize("alphas", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
 def test_mixes_are_those_of_the_batch(dataset: Index, alphas: tuple[float, float]) -> None:
     settings = DataConfig(image_size=SIZE, mixup=alphas[0], cutmix=alphas[1])
     kinds = set()
     for batch in batches(dataset, settings):
-        told = [drawn["mix"] for drawn in parameters(SEED, batch.epoch, batch.ids, dataset, settings)]
+        told = [drawn["mix"] for drawn in told_of(batch, dataset, settings)]
         assert told[::2] == told[1::2]
         assert batch.mix is not None
         for text, (y0, y1, x0, x1), share in zip(told[::2], batch.mix.box.tolist(), batch.mix.lam.tolist(), strict=True):

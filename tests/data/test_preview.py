@@ -11,6 +11,7 @@ from data.index import Index, open_index
 from data.order import SampleOrder
 from data.parameters import parameters
 from data.preview import Picture, evaluated_on, trained_on
+from data.recipe import Recipe
 from data.settings import DataConfig
 
 PLAIN = DataConfig(image_size=48, mixup=0, cutmix=0, mean=(0, 0, 0), std=(1, 1, 1), lanes=5)
@@ -48,7 +49,7 @@ def test_shares_in_the_titles_are_those_of_the_pixels(dataset: Index) -> None:
 def test_what_stands_under_a_picture_was_drawn_for_it(dataset: Index) -> None:
     settings = replace(PLAIN, mixup=0.8, cutmix=1.0)
     ids = SampleOrder(dataset.shard_start, seed=1, global_batch=20, lanes=5).batch(1, 2)
-    drawn = parameters(1, 1, ids, dataset, settings)
+    drawn = parameters(Recipe(1, settings), 1, ids, np.zeros_like(ids), dataset)
     for picture, own in zip(pictures(dataset, settings, images=20), drawn, strict=True):
         assert picture.about == [f"{name} {value}" for name, value in own.items()]
 

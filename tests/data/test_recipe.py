@@ -8,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augment import bilinear, erased_boxes, flip, random_resized_crop
-from data.erasing import Erased, NoiseBank, noise_starts
+from data.augment import bilinear, erased_boxes, flip, noise_starts, random_resized_crop
+from data.erasing import NoiseBank
 from data.index import Index
 from data.loader import Batch, TrainLoader
 from data.operators import Operator
 from data.order import SampleOrder
 from data.randaugment import Layer, color_jitter, parse_policy, rand_augment
+from data.recipe import Erased
 from data.settings import DataConfig
 from data.store import ShardStore
 from tests.data.test_operators import difference, in_timm
