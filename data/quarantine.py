@@ -59,7 +59,8 @@ class Quarantine:
 
     @property
     def count(self) -> int:
-        return len(self._known)
+        """How many bad samples all ranks know of."""
+        return len(self._shared)
 
     def stand_in(self, sample: int) -> int | None:
         """The sample if it isn't known to be bad. Else the next of its shard, cyclic, that isn't; where the shard has none left, the first

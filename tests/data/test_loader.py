@@ -283,6 +283,29 @@ def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
     assert kept.images.isfinite().all()
 
 
+def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a pass that was broken off; and between passes no thread reads."""
+    built = []
+    build = EvalLoader._build
+    monkeypatch.setattr(EvalLoader, "_build", lambda self, *args, **options: built.append(1) or build(self, *args, **options))
+    expected = list(evaluation(dataset, image_size=32))
+    built.clear()
+    before = threads()
+    settings = DataConfig(image_size=32, decode_threads=1)
+    with EvalLoader(dataset, settings, micro_batch=8, rank=0, ranks=1, device=torch.device("cpu")) as loader:
+        for _ in range(3):
+            for one, other in zip(expected, loader, strict=True):
+                assert torch.equal(one.images, other.images)
+                assert (one.ids == other.ids).all()
+            assert threads_named("read-ahead") == []
+        assert len(built) == 1
+        for batch, _ in zip(loader, range(2), strict=False):
+            assert batch.images.isfinite().all()
+        for one, other in zip(expected, loader, strict=True):
+            assert torch.equal(one.images, other.images)
+    assert threads() == before
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("start", [0, 30])
 def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_path: Path, ranks: int, start: int) -> None:
@@ -339,29 +362,6 @@ def test_a_step_is_done_with_its_last_micro_batch(dataset: Index, order: SampleO
         assert [(slots.step, slots.done) for slots in loader._work()] == [(7, 7), (7, 8), (8, 8), (8, 9)]
     with EvalLoader(dataset, settings, micro_batch=50, **place) as evaluating:
         assert [(slots.step, slots.done) for slots in evaluating._work()] == [(0, 1), (1, 2), (2, 3)]
-
-
-def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a pass that was broken off; and between passes no thread reads."""
-    built = []
-    build = EvalLoader._build
-    monkeypatch.setattr(EvalLoader, "_build", lambda self, *args, **options: built.append(1) or build(self, *args, **options))
-    expected = list(evaluation(dataset, image_size=32))
-    built.clear()
-    before = threads()
-    settings = DataConfig(image_size=32, decode_threads=1)
-    with EvalLoader(dataset, settings, micro_batch=8, rank=0, ranks=1, device=torch.device("cpu")) as loader:
-        for _ in range(3):
-            for one, other in zip(expected, loader, strict=True):
-                assert torch.equal(one.images, other.images)
-                assert (one.ids == other.ids).all()
-            assert threads_named("read-ahead") == []
-        assert len(built) == 1
-        for batch, _ in zip(loader, range(2), strict=False):
-            assert batch.images.isfinite().all()
-        for one, other in zip(expected, loader, strict=True):
-            assert torch.equal(one.images, other.images)
-    assert threads() == before
 
 
 def threads_named(name: str) -> list[str]:

@@ -92,7 +92,7 @@ def test_a_read_that_fails_is_tried_again(copy: Index, monkeypatch: pytest.Monke
         if failures < 6:
             assert store.read(3).tobytes() == whole(copy)[3]
         else:
-            with pytest.raises(OSError, match="ends early.*; 6 tries"):
+            with pytest.raises(OSError, match=r"ends early.*; 6 tries"):
                 store.read(3)
             assert store.read(3).tobytes() == whole(copy)[3]
     assert len(reads) == failures + 1
