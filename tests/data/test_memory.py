@@ -1,4 +1,4 @@
-"""Ten epochs take no more memory than three. The same with all cores: python -m benchmarks.memory"""
+"""Ten epochs take no more memory than three; at another size: python -m benchmarks.memory"""
 
 from pathlib import Path
 

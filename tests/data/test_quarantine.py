@@ -16,7 +16,7 @@ from PIL import Image
 
 from data.augment import Mix
 from data.files import checksum
-from data.images import BadImage, check_header
+from data.images import BadImage, _nvimgcodec, check_header
 from data.index import Index, open_index, write_index
 from data.loader import Batch, EvalLoader, TrainLoader, _Alone, _Loader
 from data.order import SampleOrder, bytes_at_once
@@ -25,7 +25,7 @@ from data.settings import DataConfig
 from data.shards import Sample, write_dataset
 from data.synthesize import PATTERNS, images
 from tests.data.conftest import upload
-from tests.data.corpus import corpus, encode
+from tests.data.corpus import corpus, damaged, encode
 from tests.data.damage import KINDS, damaged_copy
 from tests.data.servers import Proxy
 
@@ -363,6 +363,29 @@ def test_a_cut_jpeg_decodes_or_not_as_the_crop_has_it(clean: Index, order: Sampl
         assert {alone.decodes(epoch, 3, hurt) for epoch in range(30)} == {True, False}
     with pytest.raises(BadImage, match="cut short"):
         check_header(hurt, int(row["width"]), int(row["height"]))
+
+
+def test_what_passes_is_good_or_bad_whatever_the_crop(clean: Index, order: SampleOrder) -> None:
+    """Files hurt in a dozen ways; and none of them ends the process."""
+    outcomes = []
+    with loader_of(clean, order) as loader:
+        for encoded in damaged(300, seed=11):
+            hurt = np.frombuffer(encoded, np.uint8)
+            try:
+                stream = _nvimgcodec().CodeStream(hurt)
+                width, height = stream.width, stream.height
+                check_header(hurt, width, height)
+            except (BadImage, RuntimeError):
+                continue
+            crops = [(0, 0), (height // 2, width // 2), (0, width // 2), (height - 1, 0)]
+            outcomes.append({decodes(loader, hurt, y, x, height - y, width - x) for y, x in crops} | {decodes(loader, hurt, 0, 0, 1, 1)})
+    assert all(len(outcome) == 1 for outcome in outcomes)
+    assert min(outcomes.count({True}), outcomes.count({False})) > 20
+
+
+def decodes(loader: TrainLoader, encoded: np.ndarray, y: int, x: int, height: int, width: int) -> bool:
+    loader._parameters = lambda epoch, ids: (np.array([[y, x]], np.int32), np.array([[height, width]], np.int32), np.zeros(1, np.int32))  # type: ignore[method-assign]
+    return _Alone(loader).decodes(0, 0, encoded)
 
 
 def test_the_end_of_a_thumbnail_is_not_that_of_the_image(clean: Index) -> None:
