@@ -73,12 +73,14 @@ class Quarantine:
 
     def add(self, sample: int, reason: str) -> None:
         """A sample is bad."""
+        if sample in self._known:
+            return
+        shard = self.index.shards[self.index.shard_of(sample)].name
+        bad = BadSample(sample, _key(self.index, sample), shard, reason)
         with self._lock:
-            if sample in self._known:
-                return
-            shard = self.index.shards[self.index.shard_of(sample)].name
-            bad = self._known[sample] = BadSample(sample, _key(self.index, sample), shard, reason)
-            self._unshared.append(bad)
+            if sample not in self._known:  # by now
+                self._known[sample] = bad
+                self._unshared.append(bad)
         self._check(self._known)
 
     @property

@@ -54,10 +54,8 @@ def main() -> int:
 
 def _falls_to_us(error: ValueError) -> bool:
     """Whether this rank is the one to tell of an error: what all ranks have found is told once, what one has found by that one."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return True
     if isinstance(error, settings.ConfigError):  # all read the same settings
-        return int(os.environ["RANK"]) == 0
+        return int(os.environ.get("RANK", 0)) == 0
     from pretrain.faults import first_to_say
 
     return first_to_say(str(error))

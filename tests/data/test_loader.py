@@ -303,7 +303,7 @@ def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatc
             assert batch.images.isfinite().all()
         for one, other in zip(expected, loader, strict=True):
             assert torch.equal(one.images, other.images)
-    assert threads() == before
+    assert threads() <= before  # those of an earlier test may have ended since
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -332,12 +332,15 @@ def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_pat
 
 
 def test_evaluation_from_s3_is_the_same(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
+    """Also the second time, with no shard fetched again."""
     index = open_index("s3://bucket/train", str(tmp_path))
+    settings = DataConfig(decode_threads=1, cache_gb=0.002)
     for rank in range(3):
-        batches = zip(evaluation(many_shards, rank=rank, ranks=3), evaluation(index, rank=rank, ranks=3, cache_gb=0.002), strict=True)
-        for one, other in batches:
-            assert torch.equal(one.images, other.images)
-            assert (one.ids == other.ids).all()
+        with EvalLoader(index, settings, micro_batch=8, rank=rank, ranks=3, device=torch.device("cpu")) as loader:
+            for _ in range(2):
+                for one, other in zip(evaluation(many_shards, rank=rank, ranks=3), loader, strict=True):
+                    assert torch.equal(one.images, other.images)
+                    assert (one.ids == other.ids).all()
     assert s3.shards() == {shard.name: 1 for shard in index.shards}
 
 

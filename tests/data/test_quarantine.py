@@ -163,7 +163,7 @@ def test_bad_images_are_replaced_and_nothing_else_changes(
     before = threads()
     with loader_of(index, order) as loader:
         check(by_step(iter(loader)), undamaged, index, set(damage))
-    assert threads() == before
+    assert threads() <= before  # those of an earlier test may have ended since
     assert {bad.sample for bad in loader.quarantine.take_unshared()} == set(damage)
 
 
@@ -219,7 +219,7 @@ def test_another_failure_of_dali_is_told_as_such(clean: Index, order: SampleOrde
     before = threads()
     with pytest.raises(ValueError, match=r"DALI failed on samples \d+ to \d+, each of which it can decode alone: "):
         list(train(clean, order))
-    assert threads() == before
+    assert threads() <= before  # those of an earlier test may have ended since
 
 
 # ---------------------------------------------------------------- reading
@@ -413,7 +413,7 @@ def test_too_many_end_the_job(clean: Index, order: SampleOrder, tmp_path: Path) 
     assert str(caught.value).count("DALI can't decode it") == 4
     assert "python -m data verify --deep" in str(caught.value)
     del caught
-    assert threads() == before
+    assert threads() <= before  # those of an earlier test may have ended since
 
 
 def test_what_all_ranks_found_counts_together(clean: Index) -> None:
