@@ -361,9 +361,9 @@ def _dali_pixels(encoded: bytes) -> np.ndarray | None:
 def check_header(encoded: np.ndarray, width: int, height: int) -> None:
     """Looks, for a few microseconds, at an encoded image, uint8 (bytes,), that DALI is about to be given. For several threads at once.
 
-    Raises BadImage where the header can't be read or speaks of another size in pixels, and for a JPEG that is cut short. DALI must
-    not see the former (DALI 2.4 can end the process, without an exception), and decodes the latter as long as a crop lies above the
-    cut, so whether an image is bad would depend on the epoch.
+    Raises BadImage where the header can't be read or speaks of another size in pixels, for kinds of files with which DALI can abort the
+    process (see _FORMATS), and for a JPEG that is cut short: that decodes as long as the crop lies above the cut, so whether the
+    image is bad would depend on the epoch.
     """
     try:
         stream = _nvimgcodec().CodeStream(encoded)

@@ -59,7 +59,8 @@ class Quarantine:
 
     @property
     def count(self) -> int:
-        return len(self._known)
+        """How many bad samples all ranks know of."""
+        return len(self._shared)
 
     def stand_in(self, sample: int) -> int | None:
         """The sample if it isn't known to be bad. Else the next of its shard, cyclic, that isn't; where the shard has none left, the first
@@ -72,12 +73,14 @@ class Quarantine:
 
     def add(self, sample: int, reason: str) -> None:
         """A sample is bad."""
+        if sample in self._known:
+            return
+        shard = self.index.shards[self.index.shard_of(sample)].name
+        bad = BadSample(sample, _key(self.index, sample), shard, reason)
         with self._lock:
-            if sample in self._known:
-                return
-            shard = self.index.shards[self.index.shard_of(sample)].name
-            bad = self._known[sample] = BadSample(sample, _key(self.index, sample), shard, reason)
-            self._unshared.append(bad)
+            if sample not in self._known:  # by now
+                self._known[sample] = bad
+                self._unshared.append(bad)
         self._check(self._known)
 
     @property

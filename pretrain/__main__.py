@@ -45,10 +45,20 @@ def main() -> int:
     except ValueError as error:
         if not raised_here(error):
             raise
-        # What a user can mend: one message, from one rank, no traceback.
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # What a user can mend: a message, no traceback.
+        if _falls_to_us(error):
+            rank = int(os.environ.get("RANK", 0))
+            print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
+
+
+def _falls_to_us(error: ValueError) -> bool:
+    """Whether this rank is the one to tell of an error: what all ranks have found is told once, what one has found by that one."""
+    if isinstance(error, settings.ConfigError):  # all read the same settings
+        return int(os.environ.get("RANK", 0)) == 0
+    from pretrain.faults import first_to_say
+
+    return first_to_say(str(error))
 
 
 def raised_here(error: ValueError) -> bool:
@@ -73,6 +83,9 @@ def _train(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     import torch
 
+    from data.index import open_index
+    from data.loader import EvalLoader
+    from pretrain.damage import describe
     from pretrain.evaluate import evaluate
     from pretrain.trained import build_trained
 
@@ -80,7 +93,13 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = settings.override(config, args.overrides)
     on_gpu = torch.cuda.is_available() if config.engine.device == "auto" else config.engine.device == "cuda"
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    result = evaluate(model.to(device), config, device)
+    if config.data.val is None:
+        raise ValueError(f"{args.source}: its data.val is not set; add data.val=FOLDER")
+    index = open_index(config.data.val, config.data.cache)
+    with EvalLoader(index, config.data, micro_batch=config.engine.micro_batch, rank=0, ranks=1, device=device) as loader:
+        result = evaluate(model.to(device), loader, config.engine.precision)
+        for bad in loader.quarantine.take_unshared():
+            print(f"bad image: {describe(loader.quarantine, bad)}")
     print(
         f"{args.source} at step {trainer['step']}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
         f"loss {result['loss']:.4f} on {result['images']} images of {config.data.val}"

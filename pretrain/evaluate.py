@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pretrain.van  # noqa: F401  registers the family with timm
-from data.index import open_index
 from data.loader import EvalLoader
 from pretrain.config import Config
-from pretrain.engine import autocast, ranks_on_node
+from pretrain.engine import autocast
 
 
 def build_model(config: Config) -> nn.Module:
@@ -29,22 +28,19 @@ def fill(model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Ten
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, config: Config, device: torch.device) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy (0 to 1), mean cross-entropy and number of images. Collective where ranks are joined."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    assert config.data.val is not None
-    index = open_index(config.data.val, config.data.cache)
+def evaluate(model: nn.Module, loader: EvalLoader, precision: str) -> dict[str, Any]:
+    """Top-1 and top-5 accuracy (0 to 1), mean cross-entropy, number of images and of bad ones that were left out. Collective where
+    ranks are joined."""
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=device)  # images, right, right among five, sum of losses
-    micro_batch, on_node = config.engine.micro_batch, ranks_on_node()
-    with EvalLoader(index, config.data, micro_batch=micro_batch, rank=rank, ranks=ranks, device=device, ranks_on_node=on_node) as loader:
-        for batch in loader:
-            with autocast(device, config.engine.precision):
-                logits = model(batch.images).float()
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-            loss = F.cross_entropy(logits, batch.labels, reduction="sum")
-            totals += torch.stack([torch.ones_like(loss) * len(logits), best[:, 0].sum(), best.sum(), loss]).double()
+    totals = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, right, right among five, sum of losses
+    for batch in loader:
+        with autocast(loader.device, precision):
+            logits = model(batch.images).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        totals += torch.stack([torch.ones_like(loss) * len(logits), best[:, 0].sum(), best.sum(), loss]).double()
     if dist.is_initialized():
         dist.all_reduce(totals)
     images, top1, top5, loss_sum = totals.tolist()
-    return {"images": int(images), "top1": top1 / images, "top5": top5 / images, "loss": loss_sum / images}
+    left_out = len(loader.index) - int(images)
+    return {"images": int(images), "left_out": left_out, "top1": top1 / images, "top5": top5 / images, "loss": loss_sum / images}

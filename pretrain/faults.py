@@ -1,10 +1,13 @@
-"""How a job ends before its time: stop signals, agreed on by all ranks."""
+"""How a job ends before its time: stop signals, agreed on by all ranks, and errors, told by one of them."""
 
 import signal
+import time
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
+
+LINGER = 2.0  # seconds: ranks that fail of the same do so within these
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
@@ -49,3 +52,19 @@ class StopSignals:
         told = self.received.clone()
         self._asking = (told, dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.group, async_op=True))
         return answer
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other rank has failed with the very same message, as far as one can know: true also where ranks are not joined yet."""
+    if not dist.is_initialized():
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        said = store.add(message, 1)
+        # The store ends with rank 0, so that waits for those that are about to ask.
+        deadline = time.monotonic() + LINGER
+        while dist.get_rank() == 0 and store.add(message, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    except dist.DistError:  # rank 0 has ended, and some time ago: of something else
+        return True
+    return said == 1

@@ -8,7 +8,7 @@ when training is complete, and with 85 when it was told to stop, has saved, and 
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from data.draws import hash64
 from data.index import open_index
-from data.loader import TrainLoader
+from data.loader import EvalLoader, TrainLoader
 from data.mixing import mix_pairs
+from data.quarantine import Quarantine
 from data.recipe import sample_order
 from pretrain import config as settings
 from pretrain import engine as engines
@@ -28,6 +29,7 @@ from pretrain import zero_state
 from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints, steps
 from pretrain.config import Config
+from pretrain.damage import check_shards, tell_all
 from pretrain.evaluate import build_model, evaluate, fill
 from pretrain.exit_codes import EXIT_AGAIN
 from pretrain.faults import StopSignals
@@ -54,8 +56,12 @@ def train(config: Config) -> int:
     index = open_index(config.data.train, config.data.cache)
     if len(index.classes) != config.model.classes:
         raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
-    if config.data.val is not None and open_index(config.data.val, config.data.cache).classes != index.classes:
+    val = open_index(config.data.val, config.data.cache) if config.data.val is not None else None
+    if val is not None and val.classes != index.classes:
         raise ValueError(f"{config.data.val} has other classes than {config.data.train}; pack it again with --classes {config.data.train}")
+    check_shards([index, val] if val else [index], checksums=config.data.check == "checksums")
+    quarantine = Quarantine(index, config.data.max_bad, folder / "quarantine.jsonl")
+    val_quarantine = Quarantine(val, config.data.max_bad, folder / "quarantine.jsonl", replaces=False) if val else None
     order = sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
     total = config.steps or round(config.epochs * order.steps_per_epoch)
     evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
@@ -108,38 +114,33 @@ def train(config: Config) -> int:
         )  # fmt: skip
         log.line(f"saving step {step} in the background; training waited {time.monotonic() - began:.2f} s")
 
-    def evaluate_all() -> dict[str, Any]:
+    def evaluate_all(val_loader: EvalLoader) -> dict[str, Any]:
         """Of the weights and, where one is kept, of their moving average."""
         judge = build_model(config).to(device)
         results: dict[str, Any] = {"step": step}
         for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):
             buffers = dict(model.named_buffers())
             fill(judge, zero_state.whole_tensors(engine, kind), buffers | stats.averages if kind == "ema" else buffers)
-            results[kind] = evaluate(judge, config, device)
+            found = results[kind] = evaluate(judge, val_loader, config.engine.precision)
+            if found["left_out"]:
+                tell_all(val_loader.quarantine, step, log)
             log.line(
-                f"evaluation at step {step} ({'moving average' if kind == 'ema' else 'weights'}): top-1 {results[kind]['top1']:.2%}, "
-                f"top-5 {results[kind]['top5']:.2%}, loss {results[kind]['loss']:.4f} on {results[kind]['images']} images"
+                f"evaluation at step {step} ({'moving average' if kind == 'ema' else 'weights'}): top-1 {found['top1']:.2%}, "
+                f"top-5 {found['top5']:.2%}, loss {found['loss']:.4f} on {found['images']} images"
+                + (f"; {found['left_out']} bad ones left out" if found["left_out"] else "")
             )
         log.record("evaluation", **results)
         return results
 
     # ---------------------------------------------------------------- the loop
-    loader = TrainLoader(
-        index,
-        order,
-        config.data,
-        micro_batch=config.engine.micro_batch,
-        rank=rank,
-        ranks=ranks,
-        device=device,
-        start=step,
-        end=total,
-        ranks_on_node=engines.ranks_on_node(),
-    )
+    place: dict[str, Any] = {"micro_batch": config.engine.micro_batch, "rank": rank, "ranks": ranks, "device": device}
+    place["ranks_on_node"] = engines.ranks_on_node()
+    loader = TrainLoader(index, order, config.data, start=step, end=total, quarantine=quarantine, **place)
+    val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **place) if val else None
     interval = Interval(device)
     stopping = False
     log.start_progress(step, total)
-    with loader, StopSignals() as stop:
+    with loader, val_loader or nullcontext(), StopSignals() as stop:
         batches = iter(loader)
         engine.train()
         while step < total and not stopping:
@@ -164,17 +165,21 @@ def train(config: Config) -> int:
             step += 1
             log.advance()
 
-            if step % config.run.log_every == 0 or step == total:
-                values = interval.close(step, total, config.global_batch, accumulation)
+            stopping = stop.agreed()
+            if step % config.run.log_every == 0 or step == total or stopping:
+                values, news = interval.close(step, total, config.global_batch, accumulation, quarantine.unshared)
+                if news:
+                    tell_all(quarantine, step, log)
                 log.line(
                     f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
                     f"{values['images_per_s']:.0f} images/s  waiting for data {values['data_wait']:.0%}  {duration(values['left_s'])} left"
+                    + (f"  bad images {quarantine.count}" if quarantine.count else "")
                 )
-                log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values)
-            stopping = stop.agreed()
+                bad = {"bad_images": quarantine.count} if quarantine.count else {}
+                log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values, **bad)
             with interval.pausing():
-                if config.data.val is not None and (step % evaluate_every == 0 or step == total):
-                    evaluation = evaluate_all()
+                if val_loader is not None and (step % evaluate_every == 0 or step == total):
+                    evaluation = evaluate_all(val_loader)
                 if stopping or step % config.run.save_every == 0 or step == total:
                     save()
         checkpoints.wait()
@@ -207,7 +212,8 @@ class Interval:
     """Loss, speed and waiting of the steps since the last log line; reads the device only when it is closed."""
 
     def __init__(self, device: torch.device):
-        self.loss_sum = torch.zeros((), device=device)
+        self.sums = torch.zeros(2, device=device)
+        self.loss_sum = self.sums[0]
         self.micro_steps, self.waited, self.began = 0, 0.0, time.monotonic()
 
     @contextmanager
@@ -228,10 +234,13 @@ class Interval:
         self.loss_sum += loss.detach()
         self.micro_steps += 1
 
-    def close(self, step: int, total: int, global_batch: int, accumulation: int) -> dict[str, float]:
-        """The interval's means over all ranks; begins the next. Collective, and waits for the device."""
-        dist.all_reduce(self.loss_sum)
-        loss = self.loss_sum.item() / (self.micro_steps * dist.get_world_size())
+    def close(self, step: int, total: int, global_batch: int, accumulation: int, news: int) -> tuple[dict[str, float], bool]:
+        """The interval's means over all ranks, and whether any rank has `news` of bad images; begins the next. Collective, and waits for
+        the device."""
+        self.sums[1] = news
+        dist.all_reduce(self.sums)
+        loss_sum, any_news = self.sums.tolist()
+        loss = loss_sum / (self.micro_steps * dist.get_world_size())
         seconds = time.monotonic() - self.began
         steps = self.micro_steps // accumulation
         values = {
@@ -240,6 +249,6 @@ class Interval:
             "data_wait": self.waited / seconds,
             "left_s": (total - step) * seconds / steps,
         }
-        self.loss_sum.zero_()
+        self.sums.zero_()
         self.micro_steps, self.waited, self.began = 0, 0.0, time.monotonic()
-        return values
+        return values, any_news > 0
