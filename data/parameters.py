@@ -8,7 +8,13 @@ import numpy as np
 
 from data.augment import flip, mix_parameters, random_resized_crop
 from data.index import Index, key
-from data.settings import DataConfig
+from data.order import SampleOrder
+from data.settings import DataConfig, JobData
+
+
+def job_order(job: JobData, index: Index) -> SampleOrder:
+    """The order in which a job takes the samples of its training set."""
+    return SampleOrder(index.shard_start, job.seed, job.global_batch, job.data.lanes, job.data.window)
 
 
 def parameters(seed: int, epoch: int, ids: np.ndarray, index: Index, settings: DataConfig) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from data.index import Index, open_index
 from data.loader import EvalLoader, TrainLoader, resized_shape
 from data.mixing import mix_pairs
 from data.order import SampleOrder
-from data.parameters import parameters
+from data.parameters import job_order, parameters
 from data.report import saved, short
 from data.settings import DataConfig, JobData
 
@@ -50,7 +50,7 @@ def preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], images
     if out.suffix != ".png":
         raise ValueError(f"{out}: a preview is a .png")
     index = open_index(job.data.train, job.data.cache)
-    order = SampleOrder(index.shard_start, job.seed, job.global_batch, job.data.lanes, job.data.window)
+    order = job_order(job, index)
     sections = {}
     for step in steps:
         pictures = trained_on(index, order, job.data, epoch, step, images)
