@@ -6,6 +6,7 @@
     python -m data verify FOLDER                        a line for each fault; exit status 1 if there is one
     python -m data stats FOLDER                         samples, classes, sizes, bytes; with --out plots and a contact sheet
     python -m data bench --simulate                     what an index of ImageNet-22K's size costs, beside what is promised
+    python -m data bench CONFIG --against timm          how fast a job's images are decoded and augmented, beside timm's loader
     python -m data order CONFIG --epoch 3 --steps 0:4   what a job takes in these steps, and what is drawn for it: a line a sample
     python -m data preview CONFIG --out grid.png        pictures of what a job's network is given
 
@@ -14,6 +15,7 @@ What can't work ends with one line on stderr and exit status 2.
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -68,10 +70,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, metavar="FILE", help="a .png or .html with plots and a contact sheet of random samples")
     command.add_argument("--seed", type=int, default=0, help="of the random samples")
 
-    command = commands.add_parser("bench", help="measure what is promised; exit status 1 if a promise is broken")
-    command.add_argument("--simulate", action="store_true", required=True, help="of a real index over shards that are holes")
-    command.add_argument("--samples", type=int, default=SAMPLES, help="(%(default)s)")
-    command.add_argument("--shards", type=int, default=SHARDS, help="(%(default)s)")
+    command = commands.add_parser("bench", help="measure rates, and what is promised; exit status 1 if a promise is broken")
+    what = command.add_mutually_exclusive_group(required=True)
+    what.add_argument("--simulate", action="store_true", help="of a real index over shards that are holes, as large as ImageNet-22K's")
+    what.add_argument("--against", choices=["timm"], help="a job's batches by its loader and by another, and decoding alone")
+    what.add_argument("--gpu-sweep", action="store_true", help="a job's batches by the load of a GPU's JPEG decoder, and by threads")
+    command.add_argument("overrides", nargs="*", metavar="CONFIG key=value", help="a job's settings, but with --simulate")
+    command.add_argument("--samples", type=int, default=SAMPLES, help="to simulate (%(default)s)")
+    command.add_argument("--shards", type=int, default=SHARDS, help="to simulate (%(default)s)")
+    command.add_argument("--images", type=int, default=2048, help="to measure each way on, a round (%(default)s)")
+    command.add_argument("--batch", type=int, help="images of a batch (the job's micro-batch)")
+    command.add_argument("--rounds", type=int, default=3, help="in which all ways take turns (%(default)s)")
     command.add_argument("--out", type=Path, metavar="FILE", help="keep the figures in this list of results, in JSON")
 
     command = commands.add_parser("order", help="print what a job takes in each step and what is drawn for it: a line a sample")
@@ -181,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if given.out:
                     write_report(index, given.out, seed=given.seed)
             case "bench":
-                return _simulate(given)
+                return _simulate(given) if given.simulate else _bench(given)
             case "order":
                 _print_order(given)
             case "preview":
@@ -251,6 +260,25 @@ def _simulate(given: argparse.Namespace) -> int:
         shuffle = {title: [asdict(row) for row in rows] for title, rows in tables.items()}
         record(given.out, command, ["numpy"], rows=[asdict(figure) for figure in figures], shuffle=shuffle)
     return 0 if all(figure.kept for figure in figures) else 1
+
+
+def _bench(given: argparse.Namespace) -> int:
+    """Reads CONFIG from the first of what is no option."""
+    if not given.overrides:
+        raise ValueError("--against and --gpu-sweep measure a job: python -m data bench CONFIG …")
+    given.config, *given.overrides = given.overrides
+    job = _job(given)
+    from data import bench as rates
+
+    batch = given.batch or job.engine.micro_batch
+    compare = rates.gpu_sweep if given.gpu_sweep else rates.against_timm
+    found = compare(job, images=given.images, batch=batch, rounds=given.rounds)
+    print(*rates.table(found), sep="\n")
+    if given.out:
+        what = "--gpu-sweep" if given.gpu_sweep else f"--against {given.against}"
+        command = f"python -m data bench {given.config} {what} --images {given.images} --batch {batch} --rounds {given.rounds}"
+        record(given.out, shlex.join([*command.split(), *given.overrides]), rates.PACKAGES, **rates.as_result(found, rates.job_device(job)))
+    return 0
 
 
 def _print_order(given: argparse.Namespace) -> None:
