@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from data.index import Index
-from data.loader import Batch, EvalLoader, TrainLoader
+from data.loader import EvalLoader, TrainLoader
 from data.order import SampleOrder
+from data.pipeline import Batch
 from data.settings import DataConfig
 from data.synthesize import synthesize
 

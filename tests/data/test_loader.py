@@ -15,8 +15,9 @@ from timm.data import create_transform
 
 from data.augment import flip, random_resized_crop
 from data.index import Index, open_index
-from data.loader import Batch, EvalLoader, TrainLoader, resized_shape
+from data.loader import EvalLoader, TrainLoader, resized_shape
 from data.order import SampleOrder, bytes_at_once, rank_slice, shard_uses
+from data.pipeline import Batch
 from data.settings import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from data.shards import Sample, write_dataset
 from data.store import ShardStore

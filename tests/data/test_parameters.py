@@ -9,9 +9,10 @@ import torch
 from PIL import Image, ImageOps
 
 from data.index import Index
-from data.loader import Batch, TrainLoader
+from data.loader import TrainLoader
 from data.order import SampleOrder
 from data.parameters import parameters
+from data.pipeline import Batch
 from data.randaugment import Operator
 from data.recipe import Recipe
 from data.settings import DataConfig
@@ -80,7 +81,8 @@ def test_operators_and_what_is_erased_are_those_of_the_batch(dataset: Index) -> 
             for y, x, h, w in (map(int, box) for box in re.findall(r"y (\d+) x (\d+) h (\d+) w (\d+)", own["erased"])):
                 untouched[y : y + h, x : x + w] = False
             difference = np.abs(redone(dataset, sample_id, own) - picture)
-            assert difference[untouched].mean() < 8  # equalize and posterize make large differences of small ones
+            # Of so few pixels Pillow's equalize, in whole numbers, makes a coarse table; at full size it is DALI's (test_operators.py).
+            assert "equalize" in own["operators"] or difference[untouched].mean() < 4
             assert untouched.all() or difference[~untouched].mean() > 20
             seen |= {name.partition(" ")[0] for name in own["operators"].split(", ")} | {"erased"} - {own["erased"]}
     assert len(seen) > 8

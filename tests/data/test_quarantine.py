@@ -18,8 +18,9 @@ from data.augment import Mix
 from data.files import checksum
 from data.images import BadImage, _nvimgcodec, check_header
 from data.index import Index, open_index, write_index
-from data.loader import Batch, EvalLoader, TrainLoader, _Alone, _Loader
+from data.loader import EvalLoader, TrainLoader
 from data.order import SampleOrder, bytes_at_once
+from data.pipeline import Alone, Batch, Loader
 from data.quarantine import Quarantine
 from data.settings import DataConfig
 from data.shards import Sample, write_dataset
@@ -199,10 +200,10 @@ def test_a_pipeline_that_raised_is_not_used_again(
     """Without what takes the bad images out, the job ends: control of the tests above."""
     index = damaged_copy(clean, tmp_path / "copy", {20: "no tables"})
 
-    def give_up(self: _Loader, error: RuntimeError) -> None:
+    def give_up(self: Loader, error: RuntimeError) -> None:
         raise error
 
-    monkeypatch.setattr(_Loader, "_take_out_bad", give_up)
+    monkeypatch.setattr(Loader, "_take_out_bad", give_up)
     with pytest.raises(RuntimeError, match="Failed to decode"):
         list(train(index, order))
 
@@ -211,9 +212,9 @@ def test_another_failure_of_dali_is_told_as_such(clean: Index, order: SampleOrde
     """Crops that lie outside of their image for whole batches only."""
     parameters = TrainLoader._parameters
 
-    def broken(self: TrainLoader, epoch: int, ids: np.ndarray) -> tuple[np.ndarray, ...]:
-        start, shape, mirror = parameters(self, epoch, ids)
-        return start + (100_000 if len(ids) > 1 else 0), shape, mirror
+    def broken(self: TrainLoader, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Any:
+        (start, *others), erased = parameters(self, epoch, ids, copies)
+        return (start + (100_000 if len(ids) > 1 else 0), *others), erased
 
     monkeypatch.setattr(TrainLoader, "_parameters", broken)
     before = threads()
@@ -359,8 +360,8 @@ def test_a_cut_jpeg_decodes_or_not_as_the_crop_has_it(clean: Index, order: Sampl
     encoded = store_path.read_bytes()[row["offset"] : row["offset"] + row["size"]]
     hurt = np.frombuffer(KINDS["cut"](encoded), np.uint8)
     with loader_of(clean, order, crop_area=(0.05, 0.1)) as loader:
-        alone = _Alone(loader)
-        assert {alone.decodes(epoch, 3, hurt) for epoch in range(30)} == {True, False}
+        alone = Alone(loader)
+        assert {alone.decodes(epoch, 3, 0, hurt) for epoch in range(30)} == {True, False}
     with pytest.raises(BadImage, match="cut short"):
         check_header(hurt, int(row["width"]), int(row["height"]))
 
@@ -384,8 +385,14 @@ def test_what_passes_is_good_or_bad_whatever_the_crop(clean: Index, order: Sampl
 
 
 def decodes(loader: TrainLoader, encoded: np.ndarray, y: int, x: int, height: int, width: int) -> bool:
-    loader._parameters = lambda epoch, ids: (np.array([[y, x]], np.int32), np.array([[height, width]], np.int32), np.zeros(1, np.int32))  # type: ignore[method-assign]
-    return _Alone(loader).decodes(0, 0, encoded)
+    parameters = TrainLoader._parameters
+
+    def cropped(epoch: int, ids: np.ndarray, copies: np.ndarray) -> Any:
+        (_, _, *others), erased = parameters(loader, epoch, ids, copies)
+        return (np.array([[y, x]], np.int32), np.array([[height, width]], np.int32), *others), erased
+
+    loader._parameters = cropped  # type: ignore[method-assign]
+    return Alone(loader).decodes(0, 0, 0, encoded)
 
 
 def test_the_end_of_a_thumbnail_is_not_that_of_the_image(clean: Index) -> None:

@@ -11,9 +11,10 @@ from PIL import Image
 from data.augment import bilinear, erased_boxes, flip, noise_starts, random_resized_crop
 from data.erasing import NoiseBank
 from data.index import Index
-from data.loader import Batch, TrainLoader
+from data.loader import TrainLoader
 from data.operators import Operator
 from data.order import SampleOrder
+from data.pipeline import Batch
 from data.randaugment import Layer, color_jitter, parse_policy, rand_augment
 from data.recipe import Erased
 from data.settings import DataConfig
