@@ -243,6 +243,10 @@ def test_reads_that_fail_for_a_while_change_nothing(
         check(by_step(iter(loader)), undamaged, clean, set())
     assert failed[0] > 20
     assert loader.quarantine.unshared == 0
+    monkeypatch.setattr("data.store.READ_TRIES", 1)
+    with loader_of(clean, order, max_bad=0.99) as loader:  # control: who asks once takes them for bad
+        next(iter(loader))
+    assert loader.quarantine.unshared > 0
 
 
 def test_a_region_that_stays_unreadable(
