@@ -26,9 +26,9 @@ from timm.data.auto_augment import rand_augment_transform
 
 from data.augment import random_resized_crop
 from data.operators import CpuResizer, apply_layer, operator_inputs, resize
+from data.packing.synthesize import PHOTOGRAPH, images
 from data.randaugment import Layer, Operator, parse_policy, rand_augment
 from data.results import record
-from data.synthesize import PHOTOGRAPH, images
 
 RESULT = Path(__file__).parent / "results" / "augmentation_cpu.json"
 ROUNDS, SIZE, BATCH = 5, 224, 64

@@ -20,9 +20,9 @@ import torch
 from data.index import Index
 from data.loader import EvalLoader, TrainLoader
 from data.order import SampleOrder
+from data.packing.synthesize import synthesize
 from data.pipeline import Batch
 from data.settings import DataConfig
-from data.synthesize import synthesize
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
 EPOCHS = 10

@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import data.plan
+import data.packing.plan
 from data.files import sync
 from data.images import ImageRules, stored_image
-from data.pack import pack
-from data.plan import Settings, open_plan, write_plan
+from data.packing.pack import pack
+from data.packing.plan import Settings, open_plan, write_plan
+from data.packing.sources import Container, Part, Source, encoded_key, part_of
+from data.packing.synthesize import PATTERNS, draw_image
+from data.packing.workers import workers
 from data.results import record
-from data.sources import Container, Part, Source, encoded_key, part_of
-from data.synthesize import PATTERNS, draw_image
-from data.workers import workers
 
 RESULT = Path(__file__).parent / "results" / "packing.json"
 CLASSES, FILES = 21_841, 14_197_122  # ImageNet-22K
@@ -160,8 +160,8 @@ def simulate() -> dict[str, Any]:
     """Time and memory of a plan; what a worker's part in it takes."""
     classes = tuple(f"n{number:08d}" for number in range(CLASSES))
     source = Drawn("class tars", Path("/nowhere"), tuple(Container(f"{name}.tar", name) for name in classes), classes)
-    data.plan.stored_share = lambda plan: 1.0  # there are no images to measure it on
-    listing, listed = data.plan.write_listing, 0.0
+    data.packing.plan.stored_share = lambda plan: 1.0  # there are no images to measure it on
+    listing, listed = data.packing.plan.write_listing, 0.0
 
     def timed(*arguments: Any, **options: Any) -> Any:
         nonlocal listed
@@ -169,7 +169,7 @@ def simulate() -> dict[str, Any]:
         listed = time.perf_counter()
         return found
 
-    data.plan.write_listing = timed
+    data.packing.plan.write_listing = timed
     before = private_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -26,10 +26,10 @@ import torch
 from data.index import Index, open_index
 from data.loader import TrainLoader
 from data.order import SampleOrder
+from data.packing.synthesize import PATTERNS, images
 from data.results import record
 from data.settings import DataConfig
 from data.shards import Sample, write_dataset
-from data.synthesize import PATTERNS, images
 
 RESULT = Path(__file__).parent / "results" / "remote.json"
 URL = "s3://bucket/train"

@@ -20,21 +20,21 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from data.adopt import index_shards
 from data.images import MAX_PIXELS, ImageRules
 from data.index import Index, open_index
-from data.pack import MAX_REJECTED, pack
-from data.parameters import lines, parameters
-from data.plan import Settings
+from data.inspect.parameters import lines, parameters
+from data.inspect.report import stats, write_report
+from data.inspect.shuffle import table
+from data.inspect.simulate import SAMPLES, SHARDS, bench, sorted_shards
+from data.packing.adopt import index_shards
+from data.packing.pack import MAX_REJECTED, pack
+from data.packing.plan import Settings
+from data.packing.sources import read_classes
+from data.packing.synthesize import synthesize
+from data.packing.verify import verify
 from data.recipe import Recipe, sample_order
-from data.report import stats, write_report
 from data.results import record
 from data.settings import JobData, invalid_data
-from data.shuffle import table
-from data.simulate import SAMPLES, SHARDS, bench, sorted_shards
-from data.sources import read_classes
-from data.synthesize import synthesize
-from data.verify import verify
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "order":
                 _print_order(given)
             case "preview":
-                from data.preview import preview
+                from data.inspect.preview import preview
 
                 preview(_job(given), given.out, epoch=given.epoch, steps=given.steps, images=given.images)
     except BrokenPipeError:  # the reader of the output, such as head, has seen enough
@@ -268,7 +268,7 @@ def _bench(given: argparse.Namespace) -> int:
         raise ValueError("--against and --gpu-sweep measure a job: python -m data bench CONFIG …")
     given.config, *given.overrides = given.overrides
     job = _job(given)
-    from data import bench as rates
+    from data.inspect import bench as rates
 
     batch = given.batch or job.engine.micro_batch
     compare = rates.gpu_sweep if given.gpu_sweep else rates.against_timm

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.synthesize import synthesize
+from data.packing.synthesize import synthesize
 
 
 @pytest.fixture(scope="session")

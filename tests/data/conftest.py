@@ -8,9 +8,9 @@ import fsspec
 import pytest
 
 from data.index import Index
+from data.packing.synthesize import PATTERNS, images
 from data.shards import Sample, write_dataset
-from data.synthesize import PATTERNS, images
-from tests.data.packing import HOLDOUT, quietly, tree, write_tree
+from tests.data.packs import HOLDOUT, quietly, tree, write_tree
 from tests.data.servers import Proxy, s3_server
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.synthesize import images
+from data.packing.synthesize import images
 
 JPEGS = [encoded for encoded, _ in images(10, 20, 3, 0)]
 

@@ -9,8 +9,8 @@ from omegaconf import MISSING
 
 from data import config_files
 from data.config_files import ConfigError
+from data.packing.synthesize import synthesize
 from data.settings import JobData, invalid_data
-from data.synthesize import synthesize
 
 
 @dataclass

@@ -8,11 +8,11 @@ import pytest
 
 from data.__main__ import main
 from data.index import Index, open_index
+from data.inspect.parameters import parameters
 from data.order import SampleOrder
-from data.parameters import parameters
+from data.packing.synthesize import images
 from data.recipe import Recipe
 from data.settings import DataConfig
-from data.synthesize import images
 from tests.data.foreign import JPEGS, write_tar
 
 

@@ -20,11 +20,11 @@ from data.images import BadImage, _nvimgcodec, check_header
 from data.index import Index, open_index, write_index
 from data.loader import EvalLoader, TrainLoader
 from data.order import SampleOrder, bytes_at_once
+from data.packing.synthesize import PATTERNS, images
 from data.pipeline import Alone, Batch, Loader
 from data.quarantine import Quarantine
 from data.settings import DataConfig
 from data.shards import Sample, write_dataset
-from data.synthesize import PATTERNS, images
 from tests.data.conftest import upload
 from tests.data.corpus import corpus, damaged, encode
 from tests.data.damage import KINDS, damaged_copy

@@ -11,8 +11,8 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 
 from data.index import Index
+from data.packing.synthesize import images
 from data.shards import Sample, image_size, read_shard, write_idx, write_shard
-from data.synthesize import images
 from tests.data.foreign import JPEGS, as_format, write_tar
 
 # Names that tars may hold and that a .idx, whose fields end at blanks, can't hold as they are.

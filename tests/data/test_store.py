@@ -20,9 +20,9 @@ from data.__main__ import main
 from data.cache import Cache, release
 from data.index import Index, key, open_index
 from data.order import ShardUse, evaluation_bytes_at_once, evaluation_uses
+from data.packing.verify import verify
 from data.remote import Stopped
 from data.store import FetchedShards, ShardStore, fetch
-from data.verify import verify
 from tests.data.conftest import upload
 from tests.data.servers import Proxy, web_server
 

@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from data.config_files import keys
+from data.packing.synthesize import synthesize
 from data.settings import JobData
-from data.synthesize import synthesize
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError, accumulation, as_dict, from_dict, load, save
 

@@ -142,7 +142,7 @@ def test_golden_losses(undisturbed: dict[int, Path], stage: int) -> None:
 if __name__ == "__main__":
     import tempfile
 
-    from data.synthesize import synthesize
+    from data.packing.synthesize import synthesize
 
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from data.index import open_index
-from data.pack import pack
-from data.plan import Settings
-from data.synthesize import images
+from data.packing.pack import pack
+from data.packing.plan import Settings
+from data.packing.synthesize import images
 from tests.slurm.cluster import Cluster, processes
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

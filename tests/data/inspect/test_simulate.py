@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.simulate
+import data.inspect.simulate
 from data.__main__ import main
 from data.index import Index, open_index
-from data.shuffle import Quality, Row
-from data.simulate import Figure, bench, bytes_on_disk, private_bytes, ranks_of_a_node, simulate, slowest_step
+from data.inspect.shuffle import Quality, Row
+from data.inspect.simulate import Figure, bench, bytes_on_disk, private_bytes, ranks_of_a_node, simulate, slowest_step
 
 PROMISES = [32, 1000, None, 20, 100, None, 0.1, 5]
 
@@ -68,7 +68,7 @@ def test_the_slowest_step_is_the_slowest(simulated: Path, monkeypatch: pytest.Mo
     from data.order import SampleOrder
 
     index = open_index(simulated)
-    monkeypatch.setattr(data.simulate, "_ROUNDS", 1)
+    monkeypatch.setattr(data.inspect.simulate, "_ROUNDS", 1)
     steps = []
     real = SampleOrder.batch
 

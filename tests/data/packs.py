@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from data.index import Index, key
-from data.pack import pack
-from data.plan import Settings
+from data.packing.pack import pack
+from data.packing.plan import Settings
+from data.packing.synthesize import images
 from data.store import ShardStore
-from data.synthesize import images
 
 DRAWN = [(encoded, label) for encoded, label in images(4, 60, 0, 0)]
 SMALL = Settings(name="in", shard_bytes=60_000)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from data.__main__ import main
-from data.bench import (
+from data.index import Index
+from data.inspect.bench import (
     OWN,
     OWN_DECODING,
     TIMM,
@@ -36,7 +37,6 @@ from data.bench import (
     timm_batches,
     timm_recipe,
 )
-from data.index import Index
 from data.settings import DataConfig
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.workers import workers
+from data.packing.workers import workers
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -79,8 +79,8 @@ def test_workers_that_are_busy_are_ended_at_once() -> None:
 
 
 PARENT = """
-from data.workers import workers
-from tests.data.test_workers import sleeps
+from data.packing.workers import workers
+from tests.data.packing.test_workers import sleeps
 if __name__ == "__main__":
     with workers(2) as run:
         results = run(sleeps, [0, 0, 60, 60])

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data.index import Index
+from data.packing.synthesize import PATTERNS, images, synthesize
 from data.store import ShardStore
-from data.synthesize import PATTERNS, images, synthesize
 
 
 def test_synthesize(tmp_path: Path) -> None:

@@ -38,12 +38,12 @@ import xxhash
 from data.files import publish, sync
 from data.images import BadImage
 from data.index import DTYPE, Index, Shard, open_index, write_index
-from data.plan import HELD_OUT, Plan, Settings, open_plan, write_plan
+from data.packing.plan import HELD_OUT, Plan, Settings, open_plan, write_plan
+from data.packing.sources import read_classes, recognise, shown
+from data.packing.workers import Run
+from data.packing.workers import workers as pool
 from data.progress import progress
 from data.shards import Sample, write_shard
-from data.sources import read_classes, recognise, shown
-from data.workers import Run
-from data.workers import workers as pool
 
 MAX_REJECTED = 0.01
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from data.index import DTYPE, Index, Shard, open_index, write_index
+from data.inspect.report import stats
+from data.inspect.shuffle import Row, compare
 from data.order import SampleOrder, rank_slice
-from data.report import stats
 from data.settings import DataConfig
-from data.shuffle import Row, compare
 
 SAMPLES, SHARDS, CLASSES = 14_197_122, 4096, 21_841  # of ImageNet-22K
 GLOBAL_BATCH = 8192

@@ -27,9 +27,9 @@ import numpy as np
 from data.draws import Draw, hash64
 from data.files import sync
 from data.images import BadImage, ImageRules, Stored, stored_image
+from data.packing.sources import ENTRY, Container, Source, read, shown
+from data.packing.workers import Run
 from data.progress import progress
-from data.sources import ENTRY, Container, Source, read, shown
-from data.workers import Run
 
 HELD_OUT = "val"
 _TRIED = 256  # entries whose stored size is measured

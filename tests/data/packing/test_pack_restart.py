@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-import data.pack
+import data.packing.pack
 from data.index import open_index
-from data.pack import pack_shard
-from tests.data.packing import DRAWN, HOLDOUT, files_of, quietly, tree, write_tree
-from tests.data.test_workers import in_session
+from data.packing.pack import pack_shard
+from tests.data.packing.test_workers import in_session
+from tests.data.packs import DRAWN, HOLDOUT, files_of, quietly, tree, write_tree
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -87,9 +87,9 @@ def test_killed_at_twenty_moments(source: Path, packed: Path, tmp_path: Path) ->
 CRASH = """
 import os, sys
 from pathlib import Path
-import data.pack
-from data.pack import pack
-from data.plan import Settings
+import data.packing.pack
+from data.packing.pack import pack
+from data.packing.plan import Settings
 
 source, out, first, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 settings = Settings(name="in", shard_bytes=60_000, holdout=3)
@@ -239,15 +239,15 @@ def test_one_process_or_three_and_parts_make_the_same(source: Path, packed: Path
 
 WITHOUT_LOCKS = """
 import errno, fcntl, os, sys, time
-import data.pack
-from data import plan
+import data.packing.pack
+from data.packing import plan
 from data.__main__ import main
 
 def lockf(file, flags):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 write, fcntl.lockf = plan.write_plan, lockf
-data.pack.write_plan = lambda *arguments: (write(*arguments), time.sleep(1))  # until all have made one
+data.packing.pack.write_plan = lambda *arguments: (write(*arguments), time.sleep(1))  # until all have made one
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -265,7 +265,7 @@ def test_another_process_is_done_first(
     source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
 ) -> None:
     """It packs, merges and removes the folder of the work just before or after a step of this one: all is well, and nothing is left."""
-    out, real = tmp_path / "in", getattr(data.pack, step)
+    out, real = tmp_path / "in", getattr(data.packing.pack, step)
 
     def overtaken(*arguments: Any, **options: Any) -> Any:
         monkeypatch.undo()
@@ -278,7 +278,7 @@ def test_another_process_is_done_first(
 
     if step == "open_plan":
         overtaken.cache_clear = real.cache_clear  # type: ignore[attr-defined]
-    monkeypatch.setattr(data.pack, step, overtaken)
+    monkeypatch.setattr(data.packing.pack, step, overtaken)
     assert [len(index) for index in quietly(source, out, HOLDOUT)] == [len(open_index(packed / split)) for split in ("train", "val")]
     assert files_of(out) == files_of(packed)
 

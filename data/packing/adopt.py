@@ -20,9 +20,9 @@ import xxhash
 
 from data.files import publish
 from data.index import Index, Shard, fingerprint, open_index, write_index
+from data.packing.workers import workers
 from data.progress import progress
 from data.shards import Member, image_of, image_size, label_of, read_shard, write_idx
-from data.workers import workers
 
 MAX_CLASSES = 1 << 20  # a greater label is an identifier of something, not a position in a list of classes
 _FAULTS_SHOWN = 5

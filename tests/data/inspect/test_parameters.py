@@ -9,9 +9,9 @@ import torch
 from PIL import Image, ImageOps
 
 from data.index import Index
+from data.inspect.parameters import parameters
 from data.loader import TrainLoader
 from data.order import SampleOrder
-from data.parameters import parameters
 from data.pipeline import Batch
 from data.randaugment import Operator
 from data.recipe import Recipe

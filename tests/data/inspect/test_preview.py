@@ -8,9 +8,9 @@ from PIL import Image
 
 from data.__main__ import main
 from data.index import Index, open_index
+from data.inspect.parameters import parameters
+from data.inspect.preview import Picture, evaluated_on, trained_on
 from data.order import SampleOrder
-from data.parameters import parameters
-from data.preview import Picture, evaluated_on, trained_on
 from data.recipe import Recipe
 from data.settings import DataConfig
 

@@ -17,12 +17,12 @@ import torch
 from matplotlib.figure import Figure
 
 from data.index import Index, open_index
+from data.inspect.parameters import parameters
+from data.inspect.report import saved, short
 from data.loader import EvalLoader, TrainLoader, resized_shape
 from data.mixing import mix_pairs
 from data.order import SampleOrder
-from data.parameters import parameters
 from data.recipe import Recipe, sample_order
-from data.report import saved, short
 from data.settings import DataConfig, JobData
 
 IMAGES = 16  # of a step

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import xxhash
 
-from data.plan import cuts, drawn_order, held_out
+from data.packing.plan import cuts, drawn_order, held_out
 
 
 def test_any_prefix_of_the_shards_is_an_unbiased_draw() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.index import DTYPE, Index, key, open_index
-from data.report import bars, binned, draw, stats, write_report
+from data.inspect.report import bars, binned, draw, stats, write_report
 from data.shards import Sample, write_dataset
 from tests.data.foreign import JPEGS
 

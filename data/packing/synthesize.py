@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.draws import Draw, hash64
 from data.index import Index
-from data.pack import make_empty
+from data.packing.pack import make_empty
 from data.progress import progress
 from data.shards import Sample, write_dataset
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import webdataset
 
-import data.adopt
-from data.adopt import index_shards
+import data.packing.adopt
 from data.index import DTYPE, Index, key, open_index
+from data.packing.adopt import index_shards
 from data.store import ShardStore
 from tests.data.foreign import JPEGS, as_format, write_tar
 
@@ -192,7 +192,7 @@ def test_a_dataset_stays_what_it_is(dataset: Index, tmp_path: Path) -> None:
 def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_img2dataset(tmp_path, shards=4)
     read: list[str] = []
-    real = data.adopt.read_shard
+    real = data.packing.adopt.read_shard
 
     def interrupted(path: Path, describe: object) -> object:
         if len(read) == 2:
@@ -200,7 +200,7 @@ def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
         read.append(path.name)
         return real(path, describe)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(data.adopt, "read_shard", interrupted)
+    monkeypatch.setattr(data.packing.adopt, "read_shard", interrupted)
     with pytest.raises(KeyboardInterrupt):
         index_shards(tmp_path, field="breed")
     assert not list(tmp_path.glob("*.idx"))
@@ -208,7 +208,7 @@ def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
 
     os.utime(tmp_path / "00001.tar")  # changed since
     read.clear()
-    monkeypatch.setattr(data.adopt, "read_shard", lambda path, describe: read.append(path.name) or real(path, describe))
+    monkeypatch.setattr(data.packing.adopt, "read_shard", lambda path, describe: read.append(path.name) or real(path, describe))
     index = index_shards(tmp_path, field="breed")
     assert read == ["00001.tar", "00002.tar", "00003.tar"]
     assert len(index) == 16

@@ -14,14 +14,14 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-import data.pack
+import data.packing.pack
 from data.__main__ import main
 from data.images import ImageRules
 from data.index import key, open_index
-from data.pack import pack
-from data.plan import Settings
-from data.sources import encoded_key
-from tests.data.packing import BROKEN, DRAWN, HOLDOUT, ODD_NAMES, SMALL, contents, files_of, quietly, rejected, tar_of, tree, write_tree
+from data.packing.pack import pack
+from data.packing.plan import Settings
+from data.packing.sources import encoded_key
+from tests.data.packs import BROKEN, DRAWN, HOLDOUT, ODD_NAMES, SMALL, contents, files_of, quietly, rejected, tar_of, tree, write_tree
 
 
 def test_what_ends_where(source: Path, tmp_path: Path) -> None:
@@ -275,11 +275,11 @@ def test_versions_that_differ_matter_while_packing(source: Path, tmp_path: Path,
     out = tmp_path / "in"
     quietly(source, out, part=(0, 2))
     with monkeypatch.context() as patch:
-        patch.setattr(data.pack, "version", lambda name: "0.0")
+        patch.setattr(data.packing.pack, "version", lambda name: "0.0")
         with pytest.raises(ValueError, match=r"versions \{'pillow'.* instead of \{'pillow': '0\.0'"):
             quietly(source, out)
     quietly(source, out)
-    monkeypatch.setattr(data.pack, "version", lambda name: "0.0")
+    monkeypatch.setattr(data.packing.pack, "version", lambda name: "0.0")
     assert len(quietly(source, out)) == 1
 
 

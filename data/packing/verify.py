@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from data.adopt import Labels
 from data.files import checksum
 from data.images import DALI_PIXELS, BadImage, ImageRules, stored_image
 from data.index import Index, fingerprint, open_index
+from data.packing.adopt import Labels
+from data.packing.workers import workers
 from data.progress import progress
 from data.shards import Describe, Member, image_of, label_of, read_shard
 from data.store import whole_shard
-from data.workers import workers
 
 _AS_IT_IS = ImageRules(keep_original=True, max_pixels=DALI_PIXELS)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.adopt import index_shards
 from data.index import Index, write_index
-from data.verify import verify
+from data.packing.adopt import index_shards
+from data.packing.verify import verify
 from tests.data.corpus import corpus
 from tests.data.foreign import JPEGS, write_tar
 

@@ -1,0 +1,1 @@
+"""Makes datasets: of images, of shards by others, of nothing; and checks them."""
