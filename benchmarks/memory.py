@@ -1,4 +1,4 @@
-"""Memory of one process after each of ten epochs of training data, with an evaluation in between: it must not grow.
+"""Memory of one process after each of ten epochs of the full recipe's data, with an evaluation in between: it must not grow.
 
     python -m benchmarks.memory [--images 512] [--image-size 224] [--micro-batch 64]
 
@@ -7,9 +7,6 @@ buffers that never shrink; what counts is growth after them. The result goes to 
 """
 
 import argparse
-import json
-import os
-import platform
 import resource
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from data.loader import EvalLoader, TrainLoader
 from data.order import SampleOrder
 from data.packing.synthesize import synthesize
 from data.pipeline import Batch
+from data.results import record
 from data.settings import DataConfig
 
 RESULT = Path(__file__).parent / "results" / "memory.json"
@@ -37,7 +35,8 @@ def epochs(
 ) -> Iterator[int]:
     """Resident bytes after each epoch and the evaluation that follows it. `use` is given every batch of training."""
     order = SampleOrder(train.shard_start, seed=0, global_batch=micro_batch)
-    settings = DataConfig(image_size=image_size, decode_threads=1, read_threads=2)
+    recipe = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
+    settings = DataConfig(image_size=image_size, decode_threads=1, read_threads=2, **recipe)
     place = {"micro_batch": micro_batch, "rank": 0, "ranks": 1, "device": torch.device("cpu")}
     with (
         TrainLoader(train, order, settings, end=EPOCHS * order.steps_per_epoch, **place) as loader,
@@ -67,8 +66,7 @@ def main() -> None:
     batch_mb = args.micro_batch * 3 * args.image_size**2 * 4 / 1e6
     print(f"growth from epoch 3 to {EPOCHS}: {sizes[-1] - sizes[2]:.1f} MB; one batch is {batch_mb:.1f} MB")
     command = f"python -m benchmarks.memory --images {args.images} --image-size {args.image_size} --micro-batch {args.micro_batch}"
-    result = {"command": command, "machine": platform.machine(), "cores": os.cpu_count(), "batch_mb": batch_mb, "epochs_mb": sizes}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    record(RESULT, command, ["torch", "nvidia-dali-cuda130"], batch_mb=batch_mb, epochs_mb=sizes)
 
 
 if __name__ == "__main__":

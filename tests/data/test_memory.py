@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.memory import epochs
 from data.index import open_index
-from data.loader import Batch
+from data.pipeline import Batch
 
 IMAGE_SIZE, MICRO_BATCH = 224, 40
 BATCH_BYTES = MICRO_BATCH * 3 * IMAGE_SIZE**2 * 4
