@@ -140,7 +140,7 @@ class ShardStore:
 class _Held:
     """A shard that is wanted: how many uses want it, and what came of fetching it, when that has ended."""
 
-    uses: int = 0
+    uses: int
     result: _PinnedShard | Exception | None = None
 
 
@@ -184,24 +184,29 @@ class FetchedShards(ShardStore):
             pass
 
     def _fetch_next(self) -> bool:
-        """Fetches a shard; False when there is none left to fetch. (What a frame refers to stays pinned, so it ends with each.)"""
-        booked = self._book()
-        if booked is None:
+        """Fetches a shard; False when there is none left to fetch.
+
+        Refers to no shard itself: a library that keeps the exception of a failed try in a cycle keeps this frame too, until a
+        collection, and what a frame refers to stays pinned.
+        """
+        shard = self._book()
+        if shard is None:
             return False
-        shard, held = booked
-        result: _PinnedShard | Exception
         try:
-            result = _PinnedShard(fetch(self._cache, self.index, shard, self._stop))
+            self._give(shard, _PinnedShard(fetch(self._cache, self.index, shard, self._stop)))
         except Stopped:
             return False
         except Exception as error:  # is raised when the shard is read
-            result = error
-        with self._changed:
-            held.result = result
-            self._changed.notify_all()
+            self._give(shard, error)
         return True
 
-    def _book(self) -> tuple[int, _Held] | None:
+    def _give(self, shard: int, result: _PinnedShard | Exception) -> None:
+        with self._changed:
+            if shard in self._held:
+                self._held[shard].result = result
+            self._changed.notify_all()
+
+    def _book(self) -> int | None:
         """Books uses, each as soon as there is room for it, until one is of a shard that is not held: that is to be fetched.
         None when there are no more."""
         with self._next_lock:
@@ -213,11 +218,12 @@ class FetchedShards(ShardStore):
                     if self._stop.is_set():
                         return None
                     self._booked.append(use)
-                    held = self._held.setdefault(use.shard, _Held())
-                    held.uses += 1
-                    if held.uses == 1:
-                        self._held_bytes += size
-                        return use.shard, held
+                    if use.shard in self._held:
+                        self._held[use.shard].uses += 1
+                        continue
+                    self._held[use.shard] = _Held(uses=1)
+                    self._held_bytes += size
+                    return use.shard
         return None
 
     def _bytes(self, shard: int, size: int, offset: int, planned: bool) -> bytes:
