@@ -16,7 +16,7 @@ from data.packing.adopt import index_shards
 from data.store import ShardStore
 from tests.data.foreign import JPEGS, as_format, write_tar
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -222,6 +222,7 @@ def test_killed_and_started_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "data", "index", str(tmp_path), "--label", "breed", "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     while len(list((tmp_path / ".index").glob("*.npz"))) < 5:
+        assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()

@@ -21,7 +21,7 @@ from data.packing.pack import pack_shard
 from tests.data.packing.test_workers import in_session
 from tests.data.packs import DRAWN, HOLDOUT, files_of, quietly, tree, write_tree
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def command(source: Path, out: Path, *options: str) -> list[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from data.packing.workers import workers
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
 
 
 def square(number: int) -> int:
