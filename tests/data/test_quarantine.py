@@ -29,6 +29,7 @@ from tests.data.conftest import upload
 from tests.data.corpus import corpus, damaged, encode
 from tests.data.damage import KINDS, damaged_copy
 from tests.data.servers import Proxy
+from tests.data.test_loader import only
 
 GLOBAL_BATCH, SAMPLES = 16, 64  # every sample is used in every epoch
 STEPS = 2 * SAMPLES // GLOBAL_BATCH
@@ -164,7 +165,7 @@ def test_bad_images_are_replaced_and_nothing_else_changes(
     before = threads()
     with loader_of(index, order) as loader:
         check(by_step(iter(loader)), undamaged, index, set(damage))
-    assert threads() <= before  # those of an earlier test may have ended since
+    assert only(before)
     assert {bad.sample for bad in loader.quarantine.take_unshared()} == set(damage)
 
 
@@ -220,7 +221,7 @@ def test_another_failure_of_dali_is_told_as_such(clean: Index, order: SampleOrde
     before = threads()
     with pytest.raises(ValueError, match=r"DALI failed on samples \d+ to \d+, each of which it can decode alone: "):
         list(train(clean, order))
-    assert threads() <= before  # those of an earlier test may have ended since
+    assert only(before)
 
 
 # ---------------------------------------------------------------- reading
@@ -424,7 +425,7 @@ def test_too_many_end_the_job(clean: Index, order: SampleOrder, tmp_path: Path) 
     assert str(caught.value).count("DALI can't decode it") == 4
     assert "python -m data verify --deep" in str(caught.value)
     del caught
-    assert threads() <= before  # those of an earlier test may have ended since
+    assert only(before)
 
 
 def test_what_all_ranks_found_counts_together(clean: Index) -> None:
