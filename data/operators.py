@@ -5,7 +5,7 @@
     images = apply_layer(images, group, matrix, value, fill)
 
 All is the same on a CPU and on a GPU but the resize: on a CPU DALI's takes as long as all else together, and torch's, which works on
-uint8 with vector instructions and gives Pillow's pixels, an eighth of that (`python -m benchmarks.augmentation_cpu`).
+uint8 with vector instructions and gives Pillow's pixels, less than a third of that (`python -m benchmarks.augmentation_cpu`).
 
 DALI's own auto_aug lacks some of timm's operators and its noise on magnitudes, and draws by itself; on a CPU it spends most of its
 time in warp_affine. Here each sample takes the one branch that its operator needs. Operators that are the same arithmetic share a
