@@ -75,11 +75,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     from pretrain.evaluate import evaluate
     from pretrain.trained import build_trained
+    from pretrain.van import use_kernels
 
     model, config, trainer = build_trained(args.source, average=args.weights == "ema")
     config = settings.override(config, args.overrides)
     on_gpu = torch.cuda.is_available() if config.engine.device == "auto" else config.engine.device == "cuda"
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    print(use_kernels(model, config.model.kernels, device))
     result = evaluate(model.to(device), config, device)
     print(
         f"{args.source} at step {trainer['step']}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "

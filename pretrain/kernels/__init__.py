@@ -6,31 +6,25 @@
 Both are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
 work over them. Layers choose them through `pretrain.van.use_kernels`.
 
-    depthwise.py    the kernels of the convolution, and what launches them
     tiling.py       how the work is cut, as pure functions of its shape
-    operators.py    the convolution as an operator
-    residual.py     x + keep * scale * branch: kernels and operator
+    device.py       what runs on the GPU
+    depthwise.py    the convolution: launches and operators
+    residual.py     x + keep * scale * branch, likewise
 
 `python -m benchmarks.kernel_resources` compiles them for GPUs that need not be there and reads off registers and spills;
 `python -m pretrain bench --gpu` times them on one that is. docs/performance.md has the reasons, in bytes and multiply-adds.
 """
 
 import torch
-from triton import knobs
 
-from pretrain.kernels.operators import depthwise_conv2d
+from pretrain.kernels.depthwise import depthwise_conv2d
 from pretrain.kernels.residual import scaled_residual
 
 __all__ = ["depthwise_conv2d", "scaled_residual", "unusable"]
 
 
 def unusable(device: torch.device) -> str | None:
-    """Why Triton's kernels can't run on a device; None where they can.
-
-    Under TRITON_INTERPRET=1 they run anywhere, thousands of times slower, for tests.
-    """
-    if knobs.runtime.interpret:
-        return None
+    """Why the kernels can't run on a device; None where they can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
