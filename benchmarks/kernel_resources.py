@@ -54,6 +54,7 @@ def kernels(activations: str, image_sizes: Sequence[int] = (224, 384)) -> list[K
 
 
 def _uses(x: str, image_sizes: Sequence[int]) -> Iterator[tuple[str, int, Kernel]]:
+    options = depthwise.launch_options(4 if x == "*fp32" else 2)
     for size in sorted((image_size // stride for image_size in image_sizes for stride in STRIDES), reverse=True):
         for k, dilation in LAYERS:
             name = f"{k}x{k}" + (f" dilation {dilation}" if dilation > 1 else "")
@@ -66,10 +67,10 @@ def _uses(x: str, image_sizes: Sequence[int]) -> Iterator[tuple[str, int, Kernel
             ):
                 if part != "gradient of GELU" or derivative:
                     constants = depthwise.conv_constants(size, k, dilation, **changes)  # type: ignore[arg-type]
-                    yield f"{name} {part}", size, Kernel(device.conv_kernel, constants, forward | pointers, depthwise.LAUNCH)
+                    yield f"{name} {part}", size, Kernel(device.conv_kernel, constants, forward | pointers, options)
             constants = depthwise.weight_gradient_constants(size, k, dilation)
             pointers = {"x": x, "grad": x, "partial": "*fp32"}
-            yield f"{name} weight gradient", size, Kernel(device.weight_gradient_kernel, constants, pointers, depthwise.LAUNCH)
+            yield f"{name} weight gradient", size, Kernel(device.weight_gradient_kernel, constants, pointers, options)
         tile = {name: value for name, value in TILE.items() if name.isupper()}
         both = {"branch": x, "scale": "*fp32", "keep": "*fp32"}
         forward, backward = {"x": "*fp32", "y": "*fp32"}, {"grad": "*fp32", "branch_grad": x, "partial": "*fp32"}

@@ -22,6 +22,7 @@ from pretrain.kernels.tiling import (
     LANES,
     MOST_ROWS,
     MOST_ROWS_WEIGHT_GRADIENT,
+    PROGRAMS_PER_MULTIPROCESSOR,
     REGISTERS,
     WARPS,
     column_lanes,
@@ -29,7 +30,6 @@ from pretrain.kernels.tiling import (
     strips,
 )
 
-LAUNCH = {"num_warps": WARPS, "maxnreg": REGISTERS}
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -100,6 +100,11 @@ def by_taps(weight: Tensor) -> Tensor:
     return weight.flatten(1).t().float().contiguous()
 
 
+def launch_options(bytes_per_value: int) -> dict[str, int]:
+    """Of `conv_kernel` and `weight_gradient_kernel`, for activations of that size."""
+    return {"num_warps": WARPS, "maxnreg": REGISTERS[bytes_per_value]}
+
+
 def conv_constants(height: int, k: int, dilation: int, flip: bool = False, gelu: str = "") -> dict[str, Any]:
     """What `conv_kernel` is compiled for."""
     cut = strips(height, dilation, MOST_ROWS[k])
@@ -125,7 +130,7 @@ def conv(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     conv_kernel[(triton.cdiv(total, LANES) * triton.cdiv(channels, CHANNELS),)](
         x, taps, bias, grad, y, total, height, width, channels, count, min(k // 2, (width - 1) // dilation),
-        **conv_constants(height, k, dilation, flip, gelu), **LAUNCH,
+        **conv_constants(height, k, dilation, flip, gelu), **launch_options(x.element_size()),
     )  # fmt: skip
     return y
 
@@ -136,12 +141,13 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> t
     k = weight.shape[-1]
     count = strips(height, dilation, MOST_ROWS_WEIGHT_GRADIENT[k]).strips
     total = n * count * dilation * width
-    runs, per_run = splits(total, channels, k, multiprocessors(x.device))
+    runs, per_run = splits(total, channels, k, PROGRAMS_PER_MULTIPROCESSOR[x.element_size()] * multiprocessors(x.device))
     channel_tiles = triton.cdiv(channels, CHANNELS)
     partial = torch.empty(runs, k * k + 1, channels, dtype=torch.float32, device=x.device)
     weight_gradient_kernel[(runs * channel_tiles,)](
-        x, grad, partial, total, per_run, height, width, channels, count, **weight_gradient_constants(height, k, dilation), **LAUNCH
-    )
+        x, grad, partial, total, per_run, height, width, channels, count,
+        **weight_gradient_constants(height, k, dilation), **launch_options(x.element_size()),
+    )  # fmt: skip
     weight_grad, bias_grad = torch.empty_like(weight), weight.new_empty(channels)
     sum_runs_kernel[(k * k + 1, channel_tiles)](
         partial, weight_grad, bias_grad, runs, channels, TAPS=k * k, RUNS=32, CHANNELS=CHANNELS, num_warps=WARPS

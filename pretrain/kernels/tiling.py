@@ -18,9 +18,10 @@ from dataclasses import dataclass
 LANES = 32  # strips (weight gradient: strips times kernel columns) in a tile, beside each other in memory where they can be
 CHANNELS = 32  # channels in a tile. All widths of VAN are multiples; 64 bytes of bf16, two sectors of a cache line
 WARPS = 4  # LANES * CHANNELS / (32 * WARPS) = 8 values a thread: 16 bytes of bf16
-# Registers a thread may use. 65,536 / (168 * 128 threads) lets three programs share a multiprocessor, twelve warps.
-REGISTERS = 168
-PROGRAMS_PER_MULTIPROCESSOR = 3
+# Registers a thread may use, by bytes of a value. 65,536 / (168 * 128 threads) lets three programs share a multiprocessor: twelve warps.
+# In fp32 what was loaded takes twice the registers until it is used; 168 would spill, and any number above lets two programs share.
+REGISTERS = {2: 168, 4: 255}
+PROGRAMS_PER_MULTIPROCESSOR = {2: 3, 4: 2}
 
 # The most rows of a strip, for which nothing spills with REGISTERS (tests/pretrain/kernels/test_resources.py). A thread holds a sum for
 # each of its rows and the kernel's column, eight channels of each: 8 * (rows + kernel size) registers.
@@ -53,16 +54,16 @@ def column_lanes(kernel_size: int) -> int:
     return 1 << (kernel_size - 1).bit_length()
 
 
-def splits(total: int, channels: int, kernel_size: int, multiprocessors: int) -> tuple[int, int]:
+def splits(total: int, channels: int, kernel_size: int, programs: int) -> tuple[int, int]:
     """Into how many runs the weight gradient cuts `total` strips, and how many each run has.
 
     One program takes a run and a tile of channels and leaves one partial sum, so that the sum's order, and with it every bit, follows from
-    the shape and the kind of GPU. As many programs as fit on the GPU at once, because a program more would wait for a whole other; but at
-    least eight tiles of strips each, so that a program's sums are worth what it costs to add them up.
+    the shape and the kind of GPU. `programs` is how many the GPU runs at once: one more would wait for a whole other to end. A run is at
+    least eight tiles of strips, so that its sums are worth what it costs to add them up.
     """
     at_once = LANES // column_lanes(kernel_size)
     tiles = -(-total // at_once)
     channel_tiles = -(-channels // CHANNELS)
-    runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors // channel_tiles, tiles // 8))
+    runs = max(1, min(programs // channel_tiles, tiles // 8))
     per_run = -(-tiles // runs) * at_once
     return -(-total // per_run), per_run

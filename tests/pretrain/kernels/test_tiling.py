@@ -13,7 +13,6 @@ from pretrain.kernels.tiling import (
     LANES,
     MOST_ROWS,
     MOST_ROWS_WEIGHT_GRADIENT,
-    PROGRAMS_PER_MULTIPROCESSOR,
     Strips,
     column_lanes,
     splits,
@@ -51,14 +50,14 @@ def test_columns_of_the_kernel_divide_the_lanes() -> None:
 
 @pytest.mark.parametrize("k", [3, 5, 7])
 def test_splits_cover_all_strips_in_one_wave_of_programs(k: int) -> None:
-    for total, channels, multiprocessors in itertools.product((1, 7, 100, 1344, 64512, 10**7), (3, 64, 96, 320, 3072), (4, 108, 132)):
-        runs, per_run = splits(total, channels, k, multiprocessors)
+    for total, channels, at_once in itertools.product((1, 7, 100, 1344, 64512, 10**7), (3, 64, 96, 320, 3072), (12, 216, 396)):
+        runs, per_run = splits(total, channels, k, at_once)
         assert (runs - 1) * per_run < total <= runs * per_run
         programs = runs * -(-channels // CHANNELS)
-        assert runs == 1 or programs <= PROGRAMS_PER_MULTIPROCESSOR * multiprocessors
+        assert runs == 1 or programs <= at_once
         assert per_run % (LANES // column_lanes(k)) == 0
-    # A stage of VAN-B3 at a micro-batch of 64 fills the GPU.
-    assert splits(64 * 3 * 3 * 56, 64, 7, 132)[0] * 2 > 0.9 * 3 * 132
+    # The first stage of VAN-B3 at a micro-batch of 64 fills a GPU that runs 396.
+    assert splits(64 * 3 * 3 * 56, 64, 7, 396)[0] * 2 > 0.9 * 396
 
 
 @triton.jit
