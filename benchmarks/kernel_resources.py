@@ -1,9 +1,9 @@
 """Registers, spills, shared memory and loads of the Triton kernels, compiled for GPUs that need not be there.
 
-    python -m benchmarks.kernel_resources [--capability 80 90 100] [--type bf16 fp16 fp32] [--image-size 224 384]
+    python -m benchmarks.kernel_resources [--model van_b3 …] [--image-size 224] [--type bf16 …] [--capability 80 90 100]
 
-Compiles what every shape of VAN-B3 to B6 takes, and reads it off the machine code with the cuobjdump that comes with
-Triton. Shapes that share a kernel are one row. The result goes to benchmarks/results/kernel_resources.json.
+Compiles what every layer of the models takes (VAN-B3 to B6 unless some are named), each shape once, and reads it off the machine code with
+the cuobjdump that comes with Triton. The result goes to benchmarks/results/kernel_resources.json.
 """
 
 import argparse
@@ -11,9 +11,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,64 +19,55 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pretrain.kernels import depthwise, device
+from pretrain.bench import Layer, layers
+from pretrain.kernels import device
+from pretrain.kernels.depthwise import conv_constants, launch_options, weight_gradient_constants
 from pretrain.kernels.residual import TILE
 from pretrain.kernels.tiling import WARPS
 
 RESULT = Path(__file__).parent / "results" / "kernel_resources.json"
+# A line of a listing: address, name behind a predicate, operands.
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
+Code = list[tuple[int, str, str]]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-STRIDES = (4, 8, 16, 32)  # of the stages
-LAYERS = ((3, 1), (5, 1), (7, 3))  # kernel size and dilation
 
 
 @dataclass
 class Kernel:
-    """One compilation: a kernel with its constants, and the layers and maps that take it."""
+    """One compilation: a kernel with its constants."""
 
+    part: str
     function: Any
     constants: dict[str, Any]
     pointers: dict[str, str]  # of each pointer argument, "*bf16" and the like; "" for None
     options: dict[str, Any]
-    layers: list[str] = field(default_factory=list)
-    maps: list[int] = field(default_factory=list)
 
 
-def kernels(activations: str, image_sizes: Sequence[int] = (224, 384)) -> list[Kernel]:
-    """All that the models take, for activations of one type; each once."""
-    found: dict[str, Kernel] = {}
-    for layer, size, kernel in _uses(f"*{activations}", image_sizes):
-        known = found.setdefault(repr((kernel.function, kernel.constants, kernel.pointers)), kernel)
-        known.layers += [layer] * (layer not in known.layers)
-        known.maps += [size] * (size not in known.maps)
-    return list(found.values())
-
-
-def _uses(x: str, image_sizes: Sequence[int]) -> Iterator[tuple[str, int, Kernel]]:
-    options = depthwise.launch_options(4 if x == "*fp32" else 2)
-    for size in sorted((image_size // stride for image_size in image_sizes for stride in STRIDES), reverse=True):
-        for k, dilation in LAYERS:
-            name = f"{k}x{k}" + (f" dilation {dilation}" if dilation > 1 else "")
-            forward = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "y": x}
-            after, derivative = ("after", "derivative") if k == 3 else ("", "")
-            for part, changes, pointers in (
-                ("forward" + (", GELU" if k == 3 else ""), {"gelu": after}, {}),
-                ("input gradient", {"flip": True}, {"bias": ""}),
-                ("gradient of GELU", {"gelu": derivative}, {"grad": x}),
-            ):
-                if part != "gradient of GELU" or derivative:
-                    constants = depthwise.conv_constants(size, k, dilation, **changes)  # type: ignore[arg-type]
-                    yield f"{name} {part}", size, Kernel(device.conv_kernel, constants, forward | pointers, options)
-            constants = depthwise.weight_gradient_constants(size, k, dilation)
-            pointers = {"x": x, "grad": x, "partial": "*fp32"}
-            yield f"{name} weight gradient", size, Kernel(device.weight_gradient_kernel, constants, pointers, options)
+def kernels(layer: Layer, activations: str) -> list[Kernel]:
+    """All that a training step compiles for a layer."""
+    x = f"*{activations}"
+    if not layer.kernel_size:
         tile = {name: value for name, value in TILE.items() if name.isupper()}
         both = {"branch": x, "scale": "*fp32", "keep": "*fp32"}
         forward, backward = {"x": "*fp32", "y": "*fp32"}, {"grad": "*fp32", "branch_grad": x, "partial": "*fp32"}
-        for part, function, pointers in (
-            ("forward", device.residual_kernel, both | forward),
-            ("backward", device.residual_backward_kernel, both | backward),
-        ):
-            yield f"shortcut {part}", size, Kernel(function, tile, pointers, {"num_warps": WARPS})
+        return [
+            Kernel("forward", device.residual_kernel, tile, both | forward, {"num_warps": WARPS}),
+            Kernel("backward", device.residual_backward_kernel, tile, both | backward, {"num_warps": WARPS}),
+        ]
+    shape, options = (layer.channels, layer.size, layer.size), launch_options(4 if activations == "fp32" else 2)
+    pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "y": x}
+
+    def conv(part: str, changed: dict[str, str], **how: Any) -> Kernel:
+        constants = conv_constants(shape, layer.kernel_size, layer.dilation, **how)
+        return Kernel(part, device.conv_kernel, constants, pointers | changed, options)
+
+    found = [conv("forward, GELU", {}, gelu="after"), conv("gradient of GELU", {"grad": x}, gelu="derivative")]
+    if not layer.gelu:
+        found = [conv("forward", {})]
+    found.append(conv("input gradient", {"bias": ""}, flip=True))
+    constants = weight_gradient_constants(shape, layer.kernel_size, layer.dilation)
+    found.append(Kernel("weight gradient", device.weight_gradient_kernel, constants, {"x": x, "grad": x, "partial": "*fp32"}, options))
+    return found
 
 
 def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
@@ -93,46 +82,74 @@ def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage, code = (_output(CUOBJDUMP, option, cubin.name) for option in ("-res-usage", "-sass"))
+        usage, listing = (_output(CUOBJDUMP, option, cubin.name) for option in ("-res-usage", "-sass"))
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))  # type: ignore[union-attr]
-    count = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)", code, flags=re.MULTILINE))
-    loads = {width: sum(n for op, n in count.items() if op.startswith("LDG") and f".{width}" in op) for width in (64, 128)}
+    code = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(listing)]
+    loop = _loop(code)
     return {
         "registers": registers,
         "stack_bytes": stack,
-        "spills": sum(n for op, n in count.items() if op.split(".")[0] in ("LDL", "STL")),
-        "atomics": sum(n for op, n in count.items() if op.startswith(("ATOM", "RED"))),
         "shared_bytes": compiled.metadata.shared,
-        "loads": sum(n for op, n in count.items() if op.startswith("LDG")),
-        "loads_128_bit": loads[128],
-        "multiply_adds": sum(n * (2 if op.startswith("FFMA2") else 1) for op, n in count.items() if op.startswith("FFMA")),
-        "instructions": sum(count.values()),
+        "spills": _count(code, r"LDL|STL"),
+        "atomics": _count(code, r"ATOM|RED"),
+        "loads": _count(code, "LDG"),
+        "loads_128_bit": _count(code, r"LDG.*\.128"),
+        "instructions": len(code),
+        "multiply_adds": _multiply_adds(code),
+        "loop_instructions": len(loop),
+        "loop_multiply_adds": _multiply_adds(loop),
     }
+
+
+def _loop(code: Code) -> Code:
+    """The instructions of the loop that multiplies and adds most; none where all was unrolled."""
+    places = {at: i for i, (at, _, _) in enumerate(code)}
+    loops: list[Code] = [[]]
+    for i, (_, name, rest) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target and places.get(int(target.group(1), 16), i) < i:
+            loops.append(code[places[int(target.group(1), 16)] : i + 1])
+    return max(loops, key=_multiply_adds)
+
+
+def _count(code: Code, names: str) -> int:
+    return sum(re.match(names, name) is not None for _, name, _ in code)
+
+
+def _multiply_adds(code: Code) -> int:
+    return _count(code, "FFMA") + _count(code, "FFMA2")  # the latter, of Blackwell, does two
 
 
 def _output(*command: object) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
 
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['registers']:3} registers  {row['spills']} spills  {row['shared_bytes']:4} B shared  "
+        f"{row['loads_128_bit']} of {row['loads']} loads of 16 B  "
+        f"{row['loop_multiply_adds']} multiply-adds in the loop's {row['loop_instructions']} instructions"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--model", nargs="+", default=["van_b3", "van_b4", "van_b5", "van_b6"])
+    parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--type", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16"])
-    parser.add_argument("--image-size", type=int, nargs="+", default=[224, 384])
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
+    chosen = [replace(layer, count=1) for model in args.model for layer in layers(model, args.image_size)]
     rows = []
-    for activations in args.type:
-        for kernel in kernels(activations, args.image_size):
-            for capability in args.capability:
-                found = resources(kernel, capability)
-                rows.append({"layers": kernel.layers, "maps": kernel.maps, "type": activations, "capability": capability, **found})
-                print(
-                    f"sm_{capability} {activations} {' / '.join(kernel.layers):36} {kernel.maps!s:24} {found['registers']:3} registers  "
-                    f"{found['spills']} spills  {found['shared_bytes']:5} B shared  "
-                    f"{found['loads_128_bit']} of {found['loads']} loads of 16 B",
-                    flush=True,
-                )
+    for layer in dict.fromkeys(chosen):
+        for activations in args.type:
+            for kernel in kernels(layer, activations):
+                for capability in args.capability:
+                    row = {**asdict(layer), "part": kernel.part, "type": activations, "capability": capability}
+                    row |= resources(kernel, capability)
+                    rows.append(row)
+                    print(f"{layer!s:38} {kernel.part:16} {activations} sm_{capability:3}  {_line(row)}", flush=True)
     args.out.write_text(json.dumps({"triton": triton.__version__, "threads": 32 * WARPS, "rows": rows}, indent=1) + "\n")
 
 

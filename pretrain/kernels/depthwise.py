@@ -10,6 +10,7 @@ VAN-B3 at 224 px has 15.9 M such values an image: 64 MB of traffic and 32 MB of 
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -105,49 +106,45 @@ def launch_options(bytes_per_value: int) -> dict[str, int]:
     return {"num_warps": WARPS, "maxnreg": REGISTERS[bytes_per_value]}
 
 
-def conv_constants(height: int, k: int, dilation: int, flip: bool = False, gelu: str = "") -> dict[str, Any]:
-    """What `conv_kernel` is compiled for."""
-    cut = strips(height, dilation, MOST_ROWS[k])
-    constants = {"K": k, "D": dilation, "R": cut.rows, "WHOLE": cut.strips == 1, "FLIP": flip, "GELU": gelu}
+def conv_constants(shape: Sequence[int], k: int, dilation: int, flip: bool = False, gelu: str = "") -> dict[str, Any]:
+    """What `conv_kernel` is compiled for; shape: (C, H, W)."""
+    return _constants(shape, k, dilation, MOST_ROWS[k]) | {"FLIP": flip, "GELU": gelu}
+
+
+def weight_gradient_constants(shape: Sequence[int], k: int, dilation: int) -> dict[str, Any]:
+    """What `weight_gradient_kernel` is compiled for; shape: (C, H, W)."""
+    return _constants(shape, k, dilation, MOST_ROWS_WEIGHT_GRADIENT[k]) | {"COLUMNS": column_lanes(k)}
+
+
+def _constants(shape: Sequence[int], k: int, dilation: int, most_rows: int) -> dict[str, Any]:
+    channels, height, width = shape
+    cut = strips(height, dilation, most_rows)
+    constants = {"H": height, "W": width, "C": channels, "K": k, "D": dilation, "R": cut.rows, "STRIPS": cut.strips}
     return constants | {"LANES": LANES, "CHANNELS": CHANNELS}
-
-
-def weight_gradient_constants(height: int, k: int, dilation: int) -> dict[str, Any]:
-    """What `weight_gradient_kernel` is compiled for."""
-    cut = strips(height, dilation, MOST_ROWS_WEIGHT_GRADIENT[k])
-    constants = {"K": k, "D": dilation, "R": cut.rows, "WHOLE": cut.strips == 1}
-    return constants | {"LANES": LANES, "CHANNELS": CHANNELS, "COLUMNS": column_lanes(k)}
 
 
 def conv(
     x: Tensor, taps: Tensor, bias: Tensor | None, dilation: int, *, flip: bool = False, gelu: str = "", grad: Tensor | None = None
 ) -> Tensor:
     """(N, C, H, W) to the same, channels-last. taps: (K * K, C) of `by_taps`; `flip`, `gelu` and `grad` as in `conv_kernel`."""
-    n, channels, height, width = x.shape
-    k = math.isqrt(taps.shape[0])
-    count = strips(height, dilation, MOST_ROWS[k]).strips
-    total = n * count * dilation * width
+    constants = conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation, flip, gelu)
+    total = len(x) * constants["STRIPS"] * dilation * constants["W"]
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    conv_kernel[(triton.cdiv(total, LANES) * triton.cdiv(channels, CHANNELS),)](
-        x, taps, bias, grad, y, total, height, width, channels, count, min(k // 2, (width - 1) // dilation),
-        **conv_constants(height, k, dilation, flip, gelu), **launch_options(x.element_size()),
-    )  # fmt: skip
+    grid = (triton.cdiv(total, LANES) * triton.cdiv(constants["C"], CHANNELS),)
+    conv_kernel[grid](x, taps, bias, grad, y, total, **constants, **launch_options(x.element_size()))
     return y
 
 
 def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
     """Gradients of weight (C, 1, K, K) and bias (C,), in the weight's type. x and grad: (N, C, H, W), channels-last."""
-    n, channels, height, width = x.shape
-    k = weight.shape[-1]
-    count = strips(height, dilation, MOST_ROWS_WEIGHT_GRADIENT[k]).strips
-    total = n * count * dilation * width
+    channels, k = x.shape[1], weight.shape[-1]
+    constants = weight_gradient_constants(x.shape[1:], k, dilation)
+    total = len(x) * constants["STRIPS"] * dilation * constants["W"]
     runs, per_run = splits(total, channels, k, PROGRAMS_PER_MULTIPROCESSOR[x.element_size()] * multiprocessors(x.device))
     channel_tiles = triton.cdiv(channels, CHANNELS)
     partial = torch.empty(runs, k * k + 1, channels, dtype=torch.float32, device=x.device)
-    weight_gradient_kernel[(runs * channel_tiles,)](
-        x, grad, partial, total, per_run, height, width, channels, count,
-        **weight_gradient_constants(height, k, dilation), **launch_options(x.element_size()),
-    )  # fmt: skip
+    options = launch_options(x.element_size())
+    weight_gradient_kernel[(runs * channel_tiles,)](x, grad, partial, total, per_run, **constants, **options)
     weight_grad, bias_grad = torch.empty_like(weight), weight.new_empty(channels)
     sum_runs_kernel[(k * k + 1, channel_tiles)](
         partial, weight_grad, bias_grad, runs, channels, TAPS=k * k, RUNS=32, CHANNELS=CHANNELS, num_warps=WARPS

@@ -112,7 +112,7 @@ def test_any_memory_layout_gives_the_same() -> None:
 
 
 def test_weight_gradient_is_the_same_to_the_bit_every_time() -> None:
-    x, weight, _, grad = drawn((3, 33, 9, 8), 5, torch.bfloat16)
+    x, weight, _, grad = drawn((3, 8, 9, 8), 5, torch.bfloat16)
     runs = [weight_gradient(x, grad, weight, 1) for _ in range(3)]
     for later in runs[1:]:
         assert all(torch.equal(*pair) for pair in zip(runs[0], later, strict=True))

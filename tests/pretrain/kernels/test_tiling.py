@@ -61,9 +61,9 @@ def test_splits_cover_all_strips_in_one_wave_of_programs(k: int) -> None:
 
 
 @triton.jit
-def _places(found, strip, height, width, strips, D: tl.constexpr, R: tl.constexpr):  # type: ignore[no-untyped-def]
+def _places(found, strip, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, 16)
-    pixel, top, column = _place(strip + at, height, width, strips, D, R)
+    pixel, top, column = _place(strip + at, H, W, D, R, STRIPS)
     tl.store(found + at, pixel)
     tl.store(found + 16 + at, top.to(tl.int64))
     tl.store(found + 32 + at, column.to(tl.int64))
@@ -76,7 +76,7 @@ def test_places_of_strips(image: int) -> None:
     first = (image * cut.strips * dilation) * width + 160
     device = "cpu" if triton.knobs.runtime.interpret else "cuda"
     found = torch.zeros(3, 16, dtype=torch.int64, device=device)
-    _places[(1,)](found, first, height, width, cut.strips, D=dilation, R=cut.rows)
+    _places[(1,)](found, first, H=height, W=width, D=dilation, R=cut.rows, STRIPS=cut.strips)
     for i in range(16):
         rest, column = divmod(first + i, width)
         rest, phase = divmod(rest, dilation)
