@@ -98,7 +98,24 @@ def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
         "multiply_adds": _multiply_adds(code),
         "loop_instructions": len(loop),
         "loop_multiply_adds": _multiply_adds(loop),
+        "instructions_a_value": _per_value(kernel.constants, len(loop), len(code)),
     }
+
+
+def _per_value(constants: dict[str, Any], loop: int, code: int) -> float | None:
+    """Instructions that a convolution runs for a value of the map, on one lane of one warp; eight channels share each.
+
+    The loop runs once for each of the kernel's columns: in one lane, or in the weight gradient, where what stands outside of the loop is
+    run once for many strips, on lanes beside each other.
+    """
+    if "R" not in constants:
+        return None
+    h, w, k, d, rows = (constants[name] for name in "HWKDR")
+    computed = rows * constants["STRIPS"] * d / h  # rows, those beyond the map too
+    if "COLUMNS" in constants:
+        return computed * loop * constants["COLUMNS"] / (8 * rows)
+    columns = 2 * min(k // 2, (w - 1) // d) + 1
+    return computed * (loop * columns + code - loop) / (8 * rows)
 
 
 def _loop(code: Code) -> Code:
@@ -150,7 +167,8 @@ def main() -> None:
                     row |= resources(kernel, capability)
                     rows.append(row)
                     print(f"{layer!s:38} {kernel.part:16} {activations} sm_{capability:3}  {_line(row)}", flush=True)
-    args.out.write_text(json.dumps({"triton": triton.__version__, "threads": 32 * WARPS, "rows": rows}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    args.out.write_text(f'{{"triton": "{triton.__version__}", "threads": {32 * WARPS}, "rows": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

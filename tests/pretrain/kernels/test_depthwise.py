@@ -15,8 +15,7 @@ from pretrain.kernels import depthwise_conv2d
 from pretrain.kernels.depthwise import weight_gradient
 
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
-# Largest error over largest value, of what is stored in a type; sums are fp32 whatever the type.
-BOUND = {torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of a value stored in this type; sums are fp32
 LAYERS = [(3, 1), (5, 1), (7, 3)]  # VAN's kernel sizes and dilations
 # N, C, H, W: a map of one pixel; prime sizes, C no multiple of a tile; one row; several strips to a phase; VAN-B3's last stage
 SHAPES = [(3, 5, 1, 1), (1, 33, 13, 7), (1, 1, 1, 23), (1, 8, 37, 5), (2, 64, 7, 7)]
@@ -63,11 +62,15 @@ def check(shape: tuple[int, ...], k: int, dilation: int, dtype: torch.dtype, gel
     found, exact = (outcome(inputs, dilation, gelu, exact) for exact in (False, True))
     assert [t.dtype for t in found] == [dtype, dtype, torch.float32, torch.float32]
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in found[:2])
-    # The gradient behind GELU is stored in the activations' type before it is summed over; without GELU all sums are of exact products.
-    bounds = [BOUND[dtype]] * 4 if gelu else [BOUND[dtype]] * 2 + [BOUND[torch.float32]] * 2
-    for name, one, other, bound in zip(("output", "input gradient", "weight gradient", "bias gradient"), found, exact, bounds, strict=True):
-        error = (one.double() - other).abs().max() / other.abs().max()
-        assert error <= bound, f"{name}: {error:.1e}"  # false for NaN too
+    # Sums may cancel out: their rounding is measured by the same sums of absolute values.
+    magnitudes = outcome(tuple(t.abs() for t in inputs), dilation, gelu=False, exact=True)
+    # How often a value is rounded to the activations' type. The gradient behind GELU is, before it is summed over.
+    roundings = [1, 2, 1, 1] if gelu else [1, 1, 0, 0]
+    names = ("output", "input gradient", "weight gradient", "bias gradient")
+    for name, one, other, magnitude, times in zip(names, found, exact, magnitudes, roundings, strict=True):
+        error = (one.double() - other).abs().max()
+        bound = times * ROUNDING[dtype] * other.abs().max() + 1e-6 * magnitude.max()
+        assert error <= bound, f"{name}: {error:.1e} of {other.abs().max():.1e}"  # false for NaN too
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -83,11 +86,9 @@ def test_values_and_gradients_in_16_bits(dtype: torch.dtype, k: int, dilation: i
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("channels", [1, 24, 96, 130])
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 1), (torch.bfloat16, 24), (torch.float16, 130)])
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2), (7, 7), (14, 14), (23, 19), (29, 28), (56, 8)])
-@pytest.mark.parametrize(("k", "dilation"), [(k, d) for k in (3, 5, 7) for d in (1, 3)])
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("k", "dilation", "gelu"), [(3, 1, True), *((k, d, False) for k in (3, 5, 7) for d in (1, 3))])
 def test_values_and_gradients_everywhere(
     dtype: torch.dtype, channels: int, size: tuple[int, int], k: int, dilation: int, gelu: bool
 ) -> None:
