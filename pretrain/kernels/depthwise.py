@@ -129,9 +129,10 @@ def conv(
     """(N, C, H, W) to the same, channels-last. taps: (K * K, C) of `by_taps`; `flip`, `gelu` and `grad` as in `conv_kernel`."""
     constants = conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation, flip, gelu)
     total = len(x) * constants["STRIPS"] * dilation * constants["W"]
+    reach = min(constants["K"] // 2, (constants["W"] - 1) // dilation)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     grid = (triton.cdiv(total, LANES) * triton.cdiv(constants["C"], CHANNELS),)
-    conv_kernel[grid](x, taps, bias, grad, y, total, **constants, **launch_options(x.element_size()))
+    conv_kernel[grid](x, taps, bias, grad, y, total, reach, **constants, **launch_options(x.element_size()))
     return y
 
 

@@ -52,16 +52,17 @@ def _gelu_derivative(z):
     return below + z * bell * 0.3989422804014327
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "reach"])
 def conv_kernel(
-    x, taps, bias, grad, y, total,
+    x, taps, bias, grad, y, total, reach,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr,
     FLIP: tl.constexpr, GELU: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile of strips of the output.
 
     x and y: (N, H, W, C); taps: (K * K, C) fp32; bias: (C,) or None. FLIP turns the kernel round. GELU "after" applies it to the
-    sums; "derivative" multiplies `grad`, which lies as y, by its derivative at the sums. `total` is the number of strips.
+    sums; "derivative" multiplies `grad`, which lies as y, by its derivative at the sums. `total` is the number of strips; `reach`,
+    of the kernel's columns on either side of its middle that meet the map at all.
     """
     # Programs that follow one another take the channels of the same pixels, which lie in the same pages of memory.
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
@@ -74,12 +75,12 @@ def conv_kernel(
     inside = (strip < total)[:, None]
     if C % CHANNELS != 0:
         inside = inside & some_channel[None, :]
-    # Of the kernel's columns those that meet the map at all; of the rows, where a strip covers its phase, those that it holds itself.
-    reach: tl.constexpr = min(K // 2, (W - 1) // D)
+    # Where a strip covers its phase, it meets no rows but its own.
     first_row: tl.constexpr = K // 2 if STRIPS == 1 else 0
     rows: tl.constexpr = R if STRIPS == 1 else R + K - 1
 
     sums = (tl.zeros((LANES, CHANNELS), tl.float32),) * R
+    # `reach` follows from K, W and D, but as a constant it would have the compiler unroll this loop, and run out of registers.
     for j in range(K // 2 - reach, K // 2 + reach + 1):
         weights = ()
         for i in tl.static_range(K):

@@ -87,7 +87,7 @@ def test_values_and_gradients_in_16_bits(dtype: torch.dtype, k: int, dilation: i
 
 @pytest.mark.full
 @pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 1), (torch.bfloat16, 24), (torch.float16, 130)])
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2), (7, 7), (14, 14), (23, 19), (29, 28), (56, 8)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (5, 2), (7, 7), (14, 14), (23, 9), (29, 10), (56, 4)])
 @pytest.mark.parametrize(("k", "dilation", "gelu"), [(3, 1, True), *((k, d, False) for k in (3, 5, 7) for d in (1, 3))])
 def test_values_and_gradients_everywhere(
     dtype: torch.dtype, channels: int, size: tuple[int, int], k: int, dilation: int, gelu: bool
