@@ -1,13 +1,16 @@
-"""One process of a job, or what a run made: train, evaluate, export.
+"""One process of a job, or what a run made: train, evaluate, export; or how fast a GPU is: bench.
 
 python -m pretrain train CONFIG key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
 python -m pretrain evaluate RUN_OR_CHECKPOINT [--weights raw|ema] [key=value …]
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
     [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
+python -m pretrain bench --gpu [--model van_b3] [--image-size 224] [--batch 64] [--precision bf16|fp16|fp32] [--out FILE.json]
+    the depth-wise layers of a model on this machine's GPU: Triton's kernels beside PyTorch's operator
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -39,9 +42,16 @@ def main() -> int:
     export_parser.add_argument("--force", action="store_true", help="replace what is there")
     for sub in (evaluate_parser, export_parser):
         sub.add_argument("--weights", choices=("raw", "ema"), default="raw", help="the weights, or their moving average")
+    bench_parser = commands.add_parser("bench", help="times of a model's layers on this machine")
+    bench_parser.add_argument("--gpu", action="store_true", required=True, help="the depth-wise layers, by Triton and by PyTorch")
+    bench_parser.add_argument("--model", choices=[f"van_b{n}" for n in range(7)], default="van_b3")
+    bench_parser.add_argument("--image-size", type=int, default=224)
+    bench_parser.add_argument("--batch", type=int, default=64)
+    bench_parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
+    bench_parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     try:
-        return {"train": _train, "evaluate": _evaluate, "export": _export}[args.command](args)
+        return {"train": _train, "evaluate": _evaluate, "export": _export, "bench": _bench}[args.command](args)
     except ValueError as error:
         if not raised_here(error):
             raise
@@ -88,6 +98,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from pretrain.damage import describe
     from pretrain.evaluate import evaluate
     from pretrain.trained import build_trained
+    from pretrain.van import use_kernels
 
     model, config, trainer = build_trained(args.source, average=args.weights == "ema")
     config = settings.override(config, args.overrides)
@@ -96,6 +107,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if config.data.val is None:
         raise ValueError(f"{args.source}: its data.val is not set; add data.val=FOLDER")
     index = open_index(config.data.val, config.data.cache)
+    print(use_kernels(model, config.model.kernels, device))
     with EvalLoader(index, config.data, micro_batch=config.engine.micro_batch, rank=0, ranks=1, device=device) as loader:
         result = evaluate(model.to(device), loader, config.engine.precision)
         for bad in loader.quarantine.take_unshared():
@@ -112,6 +124,15 @@ def _export(args: argparse.Namespace) -> int:
 
     options = {"dtype": args.dtype, "features_only": args.features_only, "licence": args.licence, "force": args.force}
     print(export(args.source, args.format, args.out, average=args.weights == "ema", **options))
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from pretrain.bench import bench_gpu
+
+    figures = bench_gpu(args.model, args.image_size, args.batch, args.precision)
+    if args.out is not None:
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Depth-wise convolution that trains fast on a CPU.
+"""Depth-wise convolution: PyTorch's operator where that is fast, and other ways where it is not.
 
 VAN spends most of a training step in depth-wise convolutions, and oneDNN, behind PyTorch's operator on a CPU, is slow in three of
 their parts: dilation, the weight gradient in bf16, and maps that are smaller than the kernel's reach. DepthwiseConv2d is nn.Conv2d
-(same names, same values) with these three done otherwise when it trains on a CPU; elsewhere it is PyTorch's operator.
+(same names, same values) with these three done otherwise when it trains on a CPU. On a GPU it is PyTorch's operator, or the Triton
+kernel of `pretrain.kernels` where `pretrain.van.use_kernels` chose that.
 
 - **Dilation d as d * d plain convolutions.** Positions of equal (row mod d, column mod d) form a smaller map, a phase, on which the
   dilated kernel is a plain one. The phases are laid side by side in the batch dimension. The sums are the same, bit for bit.
@@ -10,7 +11,7 @@ their parts: dilation, the weight gradient in bf16, and maps that are smaller th
 - **The weight gradient in fp32**; and where the kernel reaches across the whole map, as a product and a sum for each tap, over the
   positions at which it meets the map at all.
 
-`python -m benchmarks.depthwise_cpu` measures it beside PyTorch's operator.
+`python -m benchmarks.depthwise_cpu` measures this beside PyTorch's operator.
 """
 
 from typing import Any
@@ -19,22 +20,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.kernels import depthwise_conv2d
+
+# Kernel sizes and dilations that the Triton kernels are tuned and tested for.
+_TRITON_SIZES = ((3, 5, 7), (1, 3))
+
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A convolution of each channel with a kernel of its own, odd and square, with padding that keeps the map's size."""
+    """A convolution of each channel with a kernel of its own, odd and square, with padding that keeps the map's size.
 
-    def __init__(self, dim: int, kernel_size: int, dilation: int = 1) -> None:
+    With `gelu`, GELU follows: the Triton kernel does both at once.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, dilation: int = 1, gelu: bool = False) -> None:
         super().__init__(dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim)
+        self.gelu = gelu
+        self.triton = False
+        self.has_triton = kernel_size in _TRITON_SIZES[0] and dilation in _TRITON_SIZES[1]
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
         if torch.jit.is_scripting():
-            return self._conv_forward(x, self.weight, self.bias)
+            y = self._conv_forward(x, self.weight, self.bias)
         else:  # TorchScript leaves out only what stands in the other branch
+            if self.triton:
+                return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0], self.gelu)
             # A 3x3 is only slow on maps that it reaches across.
             if self.training and x.device.type == "cpu" and (self.kernel_size[0] > 3 or min(x.shape[2:]) <= self.kernel_size[0] - 1):
-                return _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])
-            return super().forward(x)
+                y = _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])
+            else:
+                y = super().forward(x)
+        return F.gelu(y) if self.gelu else y
 
 
 class _TrainedOnCpu(torch.autograd.Function):

@@ -37,6 +37,7 @@ from pretrain.initial_weights import start_from
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate
 from pretrain.provenance import provenance
+from pretrain.van import use_kernels
 
 
 def train(config: Config) -> int:
@@ -73,6 +74,7 @@ def train(config: Config) -> int:
     if config.model.init_from and not steps(folder / "checkpoints"):
         for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
             log.line(line)
+    log.line(use_kernels(model, config.model.kernels, device))
     parameters = sum(p.numel() for p in model.parameters())
     engine = engines.build(config, model, accumulation)
     stats = BatchStats(model, config.engine.ema_decay)
@@ -117,6 +119,7 @@ def train(config: Config) -> int:
     def evaluate_all(val_loader: EvalLoader) -> dict[str, Any]:
         """Of the weights and, where one is kept, of their moving average."""
         judge = build_model(config).to(device)
+        use_kernels(judge, config.model.kernels, device)
         results: dict[str, Any] = {"step": step}
         for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):
             buffers = dict(model.named_buffers())

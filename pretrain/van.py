@@ -42,9 +42,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.depthwise import DepthwiseConv2d
+from pretrain.kernels import scaled_residual, unusable
 from pretrain.lka import LKA
 
-__all__ = ["VAN", "ChannelsLastConv2d"]
+__all__ = ["VAN", "ChannelsLastConv2d", "use_kernels"]
 
 # How it computes depends on the input's size and device, which tracing does not know; timm's feature extraction keeps it whole.
 register_notrace_module(DepthwiseConv2d)
@@ -118,15 +119,14 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
-        self.dwconv = DepthwiseConv2d(hidden_dim, 3)
-        self.act = nn.GELU()
+        self.dwconv = DepthwiseConv2d(hidden_dim, 3, gelu=True)
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
-        hidden = self.drop1(self.act(self.dwconv(self.fc1(x))))
+        hidden = self.drop1(self.dwconv(self.fc1(x)))
         return self.drop2(self.fc2(hidden))
 
 
@@ -142,12 +142,25 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, dim * mlp_ratio, drop)
         self.layer_scale_2 = nn.Parameter(torch.full((dim,), 1e-2))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.triton = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
-        x = x + self.drop_path(self.layer_scale_1[:, None, None] * self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.layer_scale_2[:, None, None] * self.mlp(self.norm2(x)))
-        return x
+        x = self._add(x, self.attn(self.norm1(x)), self.layer_scale_1)
+        return self._add(x, self.mlp(self.norm2(x)), self.layer_scale_2)
+
+    def _add(self, x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if self.triton and not torch.jit.is_scripting():
+            return scaled_residual(x, branch, scale, _kept(self.drop_path, x))
+        return x + self.drop_path(scale[:, None, None] * branch)
+
+
+def _kept(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """What DropPath multiplies each sample by, (N,); None where that is 1. Draws the numbers that it would draw."""
+    if not (isinstance(drop_path, DropPath) and drop_path.training):
+        return None
+    keep = 1 - drop_path.drop_prob
+    return torch.empty(len(x), device=x.device).bernoulli_(keep).div_(keep)
 
 
 class VANStage(nn.Module):
@@ -350,6 +363,33 @@ class VAN(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters to leave undecayed besides biases and norms: the layer scales."""
         return {name for name, _ in self.named_parameters() if "layer_scale" in name}
+
+
+def use_kernels(model: nn.Module, choice: str, device: torch.device) -> str:
+    """Chooses, layer by layer, between the Triton kernels and PyTorch's operators for a model that will run on `device`; returns a line
+    for the log.
+
+    `choice` is `model.kernels` of the settings: "torch"; "auto", Triton where it runs; "triton", which is an error where it doesn't.
+
+    Raises:
+        ValueError: "triton", and the device or a layer can't.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, DepthwiseConv2d)]
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    reason = "as model.kernels=torch asks" if choice == "torch" else unusable(device)
+    for convolution in convolutions:
+        convolution.triton = reason is None and convolution.has_triton
+    for block in blocks:
+        block.triton = reason is None
+    by_triton = sum(convolution.triton for convolution in convolutions)
+    if choice == "triton" and by_triton < len(convolutions):
+        raise ValueError(
+            f"model.kernels=triton can't be: {reason or f'{len(convolutions) - by_triton} convolutions have no such kernel'}; "
+            "model.kernels=auto takes Triton where it runs"
+        )
+    if reason is not None:
+        return f"kernels: PyTorch's, {reason}"
+    return f"kernels: Triton for {by_triton} of {len(convolutions)} depth-wise convolutions, and for {2 * len(blocks)} shortcuts"
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -160,7 +160,8 @@ def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
         "'epochs' (command line): not of the form key=value",
         f"epochs = many ({recipe}): must be a number",
         f"optim.beta = 3 ({recipe}): unknown key; did you mean optim.betas?",
-        f"model = van_b0 ({path}): is a section; set one of model.name, model.classes, model.drop_path, model.init_from, model.head_init",
+        f"model = van_b0 ({path}): is a section; set one of model.name, model.classes, model.drop_path, model.init_from, model.head_init, "
+        "model.kernels",
         "engine.micro_batch = x (command line): must be a whole number",
         "global_batch = none (command line): must be a whole number",
         f"model.classes: no value; set it in {path} or as model.classes=…",

@@ -1,0 +1,31 @@
+"""Triton kernels behind VAN's layers, for channels-last activations on a GPU: depth-wise convolution, and the end of a block's branch.
+
+    y = depthwise_conv2d(x, weight, bias, dilation=3)              # also: gelu=True
+    x = scaled_residual(x, branch, scale, keep)
+
+Both are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
+work over them. Layers choose them through `pretrain.van.use_kernels`.
+
+    tiling.py       how the work is cut, as pure functions of its shape
+    device.py       what runs on the GPU
+    depthwise.py    the convolution: launches and operators
+    residual.py     x + keep * scale * branch, likewise
+
+`python -m benchmarks.kernel_resources` compiles them for GPUs that need not be there and reads off registers and spills;
+`python -m pretrain bench --gpu` times them on one that is. docs/performance.md has the reasons, in bytes and multiply-adds.
+"""
+
+import torch
+
+from pretrain.kernels.depthwise import depthwise_conv2d
+from pretrain.kernels.residual import scaled_residual
+
+__all__ = ["depthwise_conv2d", "scaled_residual", "unusable"]
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why the kernels can't run on a device; None where they can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0, which bf16 needs"

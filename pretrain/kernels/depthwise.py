@@ -1,0 +1,162 @@
+"""Depth-wise convolution on the kernels of `device.py`: what launches them, and the operators of torch.library over that.
+
+`van::depthwise_conv2d` has `van::depthwise_conv2d_backward` for its derivative, and both know their outputs' shapes, so autograd and
+torch.compile take them whole. With `gelu` the operator is GELU of the convolution, and keeps nothing of what lies between: the backward
+pass computes that again, nine multiply-adds for a 3x3, from the input that it reads anyway.
+
+What that saves, for a value of the MLP's hidden map in bf16: forward, 4 of 8 bytes of traffic (the convolution's output is neither
+written nor read) and 2 bytes held until backward; backward, nothing (it reads x where it would read the convolution's output). A
+VAN-B3 at 224 px has 15.9 M such values an image: 64 MB of traffic and 32 MB of memory.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pretrain.kernels.device import conv_kernel, sum_runs_kernel, weight_gradient_kernel
+from pretrain.kernels.tiling import (
+    CHANNELS,
+    LANES,
+    MOST_ROWS,
+    MOST_ROWS_WEIGHT_GRADIENT,
+    PROGRAMS_PER_MULTIPROCESSOR,
+    REGISTERS,
+    WARPS,
+    column_lanes,
+    splits,
+    strips,
+)
+
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1, gelu: bool = False) -> Tensor:
+    """Convolution of each channel with a kernel of its own, with padding that keeps the map's size; with `gelu`, GELU of that.
+
+    Under autocast the activations, and so the output, take its type; weight and bias are read as they are stored, and sums are fp32.
+
+    Args:
+        x: (N, C, H, W); copied unless it is channels-last.
+        weight: (C, 1, K, K), K odd.
+        bias: (C,).
+
+    Raises:
+        TypeError: `x` is neither bf16, fp16 nor fp32.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.dtype not in TYPES:
+        raise TypeError(f"the Triton kernels take bf16, fp16 or fp32, not {x.dtype}; set model.kernels=torch")
+    return _operator(x, weight, bias, dilation, gelu)
+
+
+@torch.library.custom_op("van::depthwise_conv2d", mutates_args=())
+def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> Tensor:
+    return conv(channels_last(x), by_taps(weight), bias, dilation, gelu="after" if gelu else "")
+
+
+@torch.library.custom_op("van::depthwise_conv2d_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x, taps = channels_last(grad), channels_last(x), by_taps(weight)
+    if gelu:
+        grad = conv(x, taps, bias, dilation, gelu="derivative", grad=grad)
+    return conv(grad, taps, None, dilation, flip=True), *weight_gradient(x, grad, weight, dilation)
+
+
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+@_backward_operator.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight), weight.new_empty(x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, bias, ctx.dilation, ctx.gelu = inputs
+    ctx.save_for_backward(x, weight, bias)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    grads = _backward_operator(grad, x, weight, bias, ctx.dilation, ctx.gelu)
+    return *grads[:2], grads[2] if bias is not None else None, None, None
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+def by_taps(weight: Tensor) -> Tensor:
+    """(C, 1, K, K), as the model stores it, to (K * K, C) in fp32, as the kernel reads it: a tap of eight channels is 32 bytes in a row.
+
+    Taken from the model's layout, each of them would be a line of the cache of its own, 4 bytes used of 128.
+    """
+    return weight.flatten(1).t().float().contiguous()
+
+
+def launch_options(bytes_per_value: int) -> dict[str, int]:
+    """Of `conv_kernel` and `weight_gradient_kernel`, for activations of that size."""
+    return {"num_warps": WARPS, "maxnreg": REGISTERS[bytes_per_value]}
+
+
+def conv_constants(shape: Sequence[int], k: int, dilation: int, flip: bool = False, gelu: str = "") -> dict[str, Any]:
+    """What `conv_kernel` is compiled for; shape: (C, H, W)."""
+    return _constants(shape, k, dilation, MOST_ROWS[k]) | {"FLIP": flip, "GELU": gelu}
+
+
+def weight_gradient_constants(shape: Sequence[int], k: int, dilation: int) -> dict[str, Any]:
+    """What `weight_gradient_kernel` is compiled for; shape: (C, H, W)."""
+    return _constants(shape, k, dilation, MOST_ROWS_WEIGHT_GRADIENT[k]) | {"COLUMNS": column_lanes(k)}
+
+
+def _constants(shape: Sequence[int], k: int, dilation: int, most_rows: int) -> dict[str, Any]:
+    channels, height, width = shape
+    cut = strips(height, dilation, most_rows)
+    constants = {"H": height, "W": width, "C": channels, "K": k, "D": dilation, "R": cut.rows, "STRIPS": cut.strips}
+    return constants | {"LANES": LANES, "CHANNELS": CHANNELS}
+
+
+def conv(
+    x: Tensor, taps: Tensor, bias: Tensor | None, dilation: int, *, flip: bool = False, gelu: str = "", grad: Tensor | None = None
+) -> Tensor:
+    """(N, C, H, W) to the same, channels-last. taps: (K * K, C) of `by_taps`; `flip`, `gelu` and `grad` as in `conv_kernel`."""
+    constants = conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation, flip, gelu)
+    total = len(x) * constants["STRIPS"] * dilation * constants["W"]
+    reach = min(constants["K"] // 2, (constants["W"] - 1) // dilation)
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    grid = (triton.cdiv(total, LANES) * triton.cdiv(constants["C"], CHANNELS),)
+    conv_kernel[grid](x, taps, bias, grad, y, total, reach, **constants, **launch_options(x.element_size()))
+    return y
+
+
+def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
+    """Gradients of weight (C, 1, K, K) and bias (C,), in the weight's type. x and grad: (N, C, H, W), channels-last."""
+    channels, k = x.shape[1], weight.shape[-1]
+    constants = weight_gradient_constants(x.shape[1:], k, dilation)
+    total = len(x) * constants["STRIPS"] * dilation * constants["W"]
+    runs, per_run = splits(total, channels, k, PROGRAMS_PER_MULTIPROCESSOR[x.element_size()] * multiprocessors(x.device))
+    channel_tiles = triton.cdiv(channels, CHANNELS)
+    partial = torch.empty(runs, k * k + 1, channels, dtype=torch.float32, device=x.device)
+    options = launch_options(x.element_size())
+    weight_gradient_kernel[(runs * channel_tiles,)](x, grad, partial, total, per_run, **constants, **options)
+    weight_grad, bias_grad = torch.empty_like(weight), weight.new_empty(channels)
+    sum_runs_kernel[(k * k + 1, channel_tiles)](
+        partial, weight_grad, bias_grad, runs, channels, TAPS=k * k, RUNS=32, CHANNELS=CHANNELS, num_warps=WARPS
+    )
+    return weight_grad, bias_grad
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; on a CPU, where only the interpreter runs, a few that make several runs of small maps."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,240 @@
+"""What runs on the GPU, in Triton's dialect of Python: not called from here, nor checked by mypy (see pyproject.toml).
+
+Depth-wise convolution: output and input gradient by one kernel, weight and bias gradient by two. Padding keeps the map's size; kernels are
+odd and square. `tiling.py` says how the work is cut. Nothing goes through shared memory but the last sums of the weight gradient: what
+neighbouring strips share comes from the L1 cache.
+
+Activations are (N, H, W, C) in bf16, fp16 or fp32, of any size; sums are fp32. Pixels are counted in 64 bits, as a batch may hold more than
+2**31 values; steps within an image are 32 bits. Tuples hold what must stay in registers, so loops over them are unrolled.
+
+H, W and C are constants: a kernel is compiled for each shape of layer, and not for the batch. Rows then lie at fixed distances, which the
+loads take as part of the instruction; computed, they cost as many instructions as the conversion of what is loaded.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(strip, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr):
+    """The first pixel of a strip in its batch (64 bits), and that pixel's row and column."""
+    column = strip % W
+    rest = strip // W
+    phase = rest % D
+    rest = rest // D
+    top = rest % STRIPS * (R * D) + phase
+    image = (rest // STRIPS).to(tl.int64)
+    return (image * H + top) * W + column, top, column
+
+
+@triton.jit
+def _normal(z):
+    """Of the normal distribution: its cumulative function at z, and exp(-z * z / 2).
+
+    By formula 7.1.26 of Abramowitz and Stegun, to within 1e-7, with its factors taken together. libdevice's erf takes twice the
+    instructions, which would then bound a kernel that should be bound by memory.
+    """
+    bell = tl.exp2(z * z * -0.7213475204444817)
+    v = 1.0 + 0.23164188826 * tl.abs(z)
+    t = tl.rsqrt(v * v)  # 1 / v in fewer instructions than a division, which first scales its operands
+    tail = bell * t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
+    return tl.where(z < 0, tail, 1.0 - tail), bell
+
+
+@triton.jit
+def _gelu(z):
+    return z * _normal(z)[0]
+
+
+@triton.jit
+def _gelu_derivative(z):
+    below, bell = _normal(z)
+    return below + z * bell * 0.3989422804014327
+
+
+@triton.jit(do_not_specialize=["total", "reach"])
+def conv_kernel(
+    x, taps, bias, grad, y, total, reach,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr,
+    FLIP: tl.constexpr, GELU: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """A tile of strips of the output.
+
+    x and y: (N, H, W, C); taps: (K * K, C) fp32; bias: (C,) or None. FLIP turns the kernel round. GELU "after" applies it to the
+    sums; "derivative" multiplies `grad`, which lies as y, by its derivative at the sums. `total` is the number of strips; `reach`,
+    of the kernel's columns on either side of its middle that meet the map at all.
+    """
+    # Programs that follow one another take the channels of the same pixels, which lie in the same pages of memory.
+    channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0)
+    c = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    strip = tile // channel_tiles * LANES + tl.arange(0, LANES)
+    pixel, top, column = _place(strip, H, W, D, R, STRIPS)
+    at = (pixel * C)[:, None] + c[None, :]
+    some_channel = c < C
+    inside = (strip < total)[:, None]
+    if C % CHANNELS != 0:
+        inside = inside & some_channel[None, :]
+    # Where a strip covers its phase, it meets no rows but its own.
+    first_row: tl.constexpr = K // 2 if STRIPS == 1 else 0
+    rows: tl.constexpr = R if STRIPS == 1 else R + K - 1
+
+    sums = (tl.zeros((LANES, CHANNELS), tl.float32),) * R
+    # `reach` follows from K, W and D, but as a constant it would have the compiler unroll this loop, and run out of registers.
+    for j in range(K // 2 - reach, K // 2 + reach + 1):
+        weights = ()
+        for i in tl.static_range(K):
+            tap = K * K - 1 - (i * K + j) if FLIP else i * K + j
+            weights = weights + (tl.load(taps + tap * C + c, mask=some_channel)[None, :],)
+        shift = (j - K // 2) * D
+        shifted = x + at + shift * C
+        some_column = inside & ((column + shift >= 0) & (column + shift < W))[:, None]
+        for t in tl.static_range(first_row, first_row + rows):
+            row = top + (t - K // 2) * D
+            here = some_column & ((row >= 0) & (row < H))[:, None]
+            values = tl.load(shifted + (t - K // 2) * D * W * C, mask=here, other=0.0).to(tl.float32)
+            added = ()
+            for r in tl.static_range(R):
+                if (r <= t) and (t < r + K):
+                    added = added + (sums[r] + values * weights[t - r],)
+                else:
+                    added = added + (sums[r],)
+            sums = added
+
+    offset = tl.zeros((1, CHANNELS), tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + c, mask=some_channel).to(tl.float32)[None, :]
+    for r in tl.static_range(R):
+        here = inside & (top + r * D < H)[:, None]
+        result = sums[r] + offset
+        if GELU == "after":
+            result = _gelu(result)
+        elif GELU == "derivative":
+            result = tl.load(grad + at + r * D * W * C, mask=here).to(tl.float32) * _gelu_derivative(result)
+        tl.store(y + at + r * D * W * C, result.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["total", "per_run"])
+def weight_gradient_kernel(
+    x, grad, partial, total, per_run,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr,
+    LANES: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The sums of one run of strips, for a tile of channels.
+
+    x and grad (of the output): (N, H, W, C). partial: (runs, K * K + 1, C) fp32, of which the last row is the bias's. A lane is a
+    strip and a column of the kernel (COLUMNS of them, the last ones idle), and keeps a sum for each row of the kernel.
+    """
+    channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
+    tile = tl.program_id(0)
+    c = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    run = tile // channel_tiles
+    lane = tl.arange(0, LANES)
+    kernel_column = lane % COLUMNS
+    shift = (kernel_column - K // 2) * D
+    some_channel = (c < C)[None, :]
+    used = (kernel_column < K)[:, None]
+    if C % CHANNELS != 0:
+        used = used & some_channel
+    first_row: tl.constexpr = K // 2 if STRIPS == 1 else 0
+    rows: tl.constexpr = R if STRIPS == 1 else R + K - 1
+
+    sums = (tl.zeros((LANES, CHANNELS), tl.float32),) * K
+    bias_sum = tl.zeros((LANES, CHANNELS), tl.float32)
+    end = tl.minimum((run + 1) * per_run, total)
+    for first in range(run * per_run, end, LANES // COLUMNS):
+        strip = first + lane // COLUMNS
+        pixel, top, column = _place(strip, H, W, D, R, STRIPS)
+        at = (pixel * C)[:, None] + c[None, :]
+        inside = used & (strip < end)[:, None]
+        gradients = ()
+        for r in tl.static_range(R):
+            here = inside & (top + r * D < H)[:, None]
+            gradients = gradients + (tl.load(grad + at + r * D * W * C, mask=here, other=0.0).to(tl.float32),)
+            bias_sum += gradients[r]
+        shifted = x + at + (shift * C)[:, None]
+        some_column = inside & ((column + shift >= 0) & (column + shift < W))[:, None]
+        for t in tl.static_range(first_row, first_row + rows):
+            row = top + (t - K // 2) * D
+            here = some_column & ((row >= 0) & (row < H))[:, None]
+            values = tl.load(shifted + (t - K // 2) * D * W * C, mask=here, other=0.0).to(tl.float32)
+            added = ()
+            for i in tl.static_range(K):
+                if (i <= t) and (t < i + R):
+                    added = added + (sums[i] + values * gradients[t - i],)
+                else:
+                    added = added + (sums[i],)
+            sums = added
+
+    j = tl.arange(0, COLUMNS)
+    out = partial + run * (K * K + 1) * C + c[None, :]
+    some_tap = (j < K)[:, None] & some_channel
+    for i in tl.static_range(K):
+        over_strips = tl.sum(tl.reshape(sums[i], (LANES // COLUMNS, COLUMNS, CHANNELS)), 0)
+        tl.store(out + (i * K + j)[:, None] * C, over_strips, mask=some_tap)
+    # Every column of the kernel added up the same gradients; one is kept.
+    over_strips = tl.sum(tl.reshape(bias_sum, (LANES // COLUMNS, COLUMNS, CHANNELS)), 0)
+    tl.store(out + (K * K + j)[:, None] * C, over_strips, mask=some_tap & (j == 0)[:, None])
+
+
+@triton.jit(do_not_specialize=["runs"])
+def sum_runs_kernel(
+    partial, weight_grad, bias_grad, runs, channels, TAPS: tl.constexpr, RUNS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """Adds up partial (runs, TAPS + 1, C), in the order of the runs, into weight_grad (C, TAPS) and bias_grad (C,)."""
+    tap = tl.program_id(0)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    some_channel = c < channels
+    sums = tl.zeros((RUNS, CHANNELS), tl.float32)
+    for first in range(0, runs, RUNS):
+        run = first + tl.arange(0, RUNS)
+        at = (run * (TAPS + 1) + tap)[:, None] * channels + c[None, :]
+        sums += tl.load(partial + at, mask=(run < runs)[:, None] & some_channel[None, :], other=0.0)
+    total = tl.sum(sums, 0)
+    if tap < TAPS:
+        tl.store(weight_grad + c * TAPS + tap, total.to(weight_grad.dtype.element_ty), mask=some_channel)
+    else:
+        tl.store(bias_grad + c, total.to(bias_grad.dtype.element_ty), mask=some_channel)
+
+
+@triton.jit(do_not_specialize=["pixels", "map_pixels"])
+def residual_kernel(
+    x, branch, scale, keep, y, pixels, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """y = x + keep * scale * branch. x, branch and y: (N * H * W, C); scale: (C,); keep: (N,) or None. map_pixels: H * W."""
+    channel_tiles = tl.cdiv(channels, CHANNELS)
+    tile = tl.program_id(0)
+    c = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    pixel = tile // channel_tiles * PIXELS + tl.arange(0, PIXELS)
+    here = (pixel < pixels)[:, None] & (c < channels)[None, :]
+    at = (pixel.to(tl.int64) * channels)[:, None] + c[None, :]
+    added = tl.load(branch + at, mask=here).to(tl.float32) * tl.load(scale + c, mask=c < channels).to(tl.float32)[None, :]
+    if keep is not None:
+        added *= tl.load(keep + pixel // map_pixels, mask=pixel < pixels)[:, None]
+    total = tl.load(x + at, mask=here).to(tl.float32) + added
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"])
+def residual_backward_kernel(
+    grad, branch, scale, keep, branch_grad, partial, pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """branch_grad = keep * scale * grad, and one run of pixels' part of the scale's gradient: partial (runs, C) in fp32."""
+    channel_tiles = tl.cdiv(channels, CHANNELS)
+    tile = tl.program_id(0)
+    c = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
+    run = tile // channel_tiles
+    some_channel = c < channels
+    scales = tl.load(scale + c, mask=some_channel).to(tl.float32)[None, :]
+    sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    end = tl.minimum((run + 1) * per_run, pixels)
+    for first in range(run * per_run, end, PIXELS):
+        pixel = first + tl.arange(0, PIXELS)
+        here = (pixel < end)[:, None] & some_channel[None, :]
+        at = (pixel.to(tl.int64) * channels)[:, None] + c[None, :]
+        kept = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
+        if keep is not None:
+            kept *= tl.load(keep + pixel // map_pixels, mask=pixel < end, other=0.0)[:, None]
+        sums += kept * tl.load(branch + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(branch_grad + at, (kept * scales).to(branch_grad.dtype.element_ty), mask=here)
+    tl.store(partial + run * channels + c, tl.sum(sums, 0), mask=some_channel)
