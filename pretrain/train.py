@@ -26,7 +26,7 @@ from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain import zero_state
 from pretrain.batch_stats import BatchStats
-from pretrain.checkpoint import Checkpoints, steps
+from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
 from pretrain.evaluate import build_model, evaluate, fill
 from pretrain.exit_codes import EXIT_AGAIN
@@ -49,6 +49,7 @@ def train(config: Config) -> int:
     accumulation = settings.accumulation(config, ranks)
     folder = Path(config.run.dir)
     log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
+    lock = hold(folder, log.line)
 
     # ---------------------------------------------------------------- data
     index = open_index(config.data.train, config.data.cache)
@@ -82,8 +83,9 @@ def train(config: Config) -> int:
         "model": config.model.name, "classes": config.model.classes, "seed": config.seed, "steps": total,
         "global_batch": config.global_batch, "lanes": order.lanes, "window": order.window, "data": index.fingerprint,
     }  # fmt: skip
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.run.keep, log=log.line)
-    resumed = checkpoints.load(engine, stats, identity)
+    retention = Retention(config.run.keep, round(config.run.keep_every * order.steps_per_epoch), config.run.keep_best)
+    checkpoints = Checkpoints(folder / "checkpoints", engine, stats, retention=retention, lock=lock, log=log)
+    resumed = checkpoints.load(identity)
     step, evaluation = (resumed["step"], resumed["evaluation"]) if resumed else (0, None)
     if resumed:
         log.line(f"resumed at step {step} of {total} from a checkpoint of {resumed['ranks']} ranks, ZeRO-{resumed['zero_stage']}")
@@ -95,17 +97,13 @@ def train(config: Config) -> int:
         return 0
 
     def save() -> None:
-        began = time.monotonic()
         checkpoints.save(
-            engine,
-            stats,
             {
-                "step": step, "epoch": step / order.steps_per_epoch, "optimizer_steps": zero_state.optimizer_steps(engine),
-                "identity": identity, "ranks": ranks, "zero_stage": config.engine.zero_stage, "classes": list(index.classes),
-                "evaluation": evaluation, "config": settings.as_dict(config), **made,
-            },
+                "step": step, "epoch": step / order.steps_per_epoch, "identity": identity, "ranks": ranks,
+                "zero_stage": config.engine.zero_stage, "classes": list(index.classes), "evaluation": evaluation,
+                "config": settings.as_dict(config), **made,
+            }
         )  # fmt: skip
-        log.line(f"saving step {step} in the background; training waited {time.monotonic() - began:.2f} s")
 
     def evaluate_all() -> dict[str, Any]:
         """Of the weights and, where one is kept, of their moving average."""
@@ -157,6 +155,7 @@ def train(config: Config) -> int:
                 engine.backward(loss)
                 if micro_step + 1 == accumulation:
                     stats.start_averaging()  # beside the optimizer's step
+                    checkpoints.before_update()
                 engine.step()
                 interval.add(loss)
             stats.finish()
@@ -172,11 +171,11 @@ def train(config: Config) -> int:
                 log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values)
             stopping = stop.agreed()
             with interval.pausing():
-                if config.data.val is not None and (step % evaluate_every == 0 or step == total):
+                if evaluated := config.data.val is not None and (step % evaluate_every == 0 or step == total):
                     evaluation = evaluate_all()
-                if stopping or step % config.run.save_every == 0 or step == total:
+                if stopping or step % config.run.save_every == 0 or step == total or retention.due(step, evaluated):
                     save()
-        checkpoints.wait()
+        checkpoints.close()
     log.close()
     if step == total:
         log.line(f"complete after {total} steps; weights: python -m pretrain export {folder} --format official --out {config.name}.pth")

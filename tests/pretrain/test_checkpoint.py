@@ -9,7 +9,24 @@ import pytest
 import torch
 
 from pretrain import checkpoint
+from pretrain.metrics import RunLog
 from tests.ranks import run_on_ranks
+
+
+class Lines(RunLog):
+    """A run's log in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[str] = []
+        self.records: list[dict[str, Any]] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def record(self, kind: str, **values: Any) -> None:
+        self.records.append({"kind": kind, **values})
+
 
 CONFIG = {
     "name": "tiny",
@@ -42,9 +59,10 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     model = build_model(config)
     engine = engines.build(config, model, settings.accumulation(config, ranks))
     stats = BatchStats(model, config.engine.ema_decay)
-    lines: list[str] = []
-    checkpoints = checkpoint.Checkpoints(Path(folder), keep=3, log=lines.append)
-    trainer = checkpoints.load(engine, stats, {}) if load else None
+    log = Lines()
+    lock = checkpoint.hold(Path(f"{folder}-lock"), log.line)
+    checkpoints = checkpoint.Checkpoints(Path(folder), engine, stats, retention=checkpoint.Retention(3), lock=lock, log=log)
+    trainer = checkpoints.load({}) if load else None
     step = trainer["step"] if trainer else 0
     for _ in range(steps):
         images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(step)).to(memory_format=torch.channels_last)
@@ -59,12 +77,8 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
         stats.finish()
         step += 1
     if save:
-        checkpoints.save(
-            engine,
-            stats,
-            {"step": step, "optimizer_steps": zero_state.optimizer_steps(engine), "identity": {}, "config": settings.as_dict(config)},
-        )
-        checkpoints.wait()
+        checkpoints.save({"step": step, "identity": {}, "evaluation": None, "config": settings.as_dict(config)})
+        checkpoints.close()
     # Computing with the weights shows that what was loaded reached the tensors that the model computes with.
     model.eval()
     with torch.no_grad():
@@ -74,9 +88,9 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
         state = {f"{key}/{name}": tensor.flatten().clone() for key, tensors in whole.items() for name, tensor in tensors.items()}
         state |= {f"buffer/{name}": buffer.clone() for name, buffer in model.named_buffers()}
         state |= {f"buffer_ema/{name}": average.clone() for name, average in stats.averages.items()}
-        torch.save({"state": state, "output": output, "steps": zero_state.optimizer_steps(engine)}, Path(folder, "state.pt"))
+        torch.save({"state": state, "output": output, "steps": int(zero_state.step_counter(engine))}, Path(folder, "state.pt"))
     engines.stop()
-    return {"step": step, "lines": lines}
+    return {"step": step, "lines": log.lines}
 
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
