@@ -1,0 +1,44 @@
+"""A job that is hit anywhere goes on from the last save and ends bit for bit as one that was left alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.synthesize import synthesize
+from tests.faults import jobs
+from tests.faults.sweep import Case, cases, play
+
+pytestmark = pytest.mark.slow
+
+# Each signal, in and beside the save, in one ZeRO stage: they share what they are compared with. The whole sweep takes long.
+FEW = ("SIGTERM, optimizer's step", "SIGKILL, before the manifest", "SIGSTOP, before the pointer", "SIGKILL, pruning")
+ALL = [pytest.param(case, id=str(case), marks=() if str(case).startswith(FEW) else pytest.mark.full) for case in cases()]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    synthesize(folder, classes=4, train=32, val=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[int], Path]:
+    """The folder of a job that was left alone, by ZeRO stage."""
+    folders: dict[int, Path] = {}
+
+    def of_stage(stage: int) -> Path:
+        if stage not in folders:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{stage}")
+            ended = jobs.run(folder, images, f"engine.zero_stage={stage}")
+            assert ended.codes == [0, 0], jobs.log_of(folder)
+            folders[stage] = folder
+        return folders[stage]
+
+    return of_stage
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_job_that_is_hit_ends_as_one_that_is_not(case: Case, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]) -> None:
+    play(case, tmp_path, images, undisturbed(case.stage))
