@@ -37,7 +37,7 @@ def main() -> None:
     minutes = (time.monotonic() - began) / 60
     table = "\n".join(
         [
-            f"`python -m tests.faults --write` on {date.today()}, {os.cpu_count()} cores, torch {torch.__version__}, in {minutes:.0f} minutes:",
+            f"`python -m tests.faults --write`, {date.today()}, {os.cpu_count()} cores, torch {torch.__version__}, {minutes:.0f} minutes:",
             "",
             "| signal to one rank of two | at | ZeRO | the job | made | goes on from | lost | same end |",
             "|---|---|---|---|---|---|---|---|",
