@@ -1,10 +1,12 @@
-"""One process of a job, or what a run made: train, evaluate, export.
+"""One process of a job, or what a run made: train, evaluate, export, checkpoints.
 
 python -m pretrain train CONFIG key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
 python -m pretrain evaluate RUN_OR_CHECKPOINT [--weights raw|ema] [key=value …]
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
     [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
+python -m pretrain checkpoints RUN [--verify | --compare A B | --prune KEEP]
+    lists a run's checkpoints; reads every byte; compares two bit by bit; removes those that need not stay
 """
 
 import argparse
@@ -39,9 +41,19 @@ def main() -> int:
     export_parser.add_argument("--force", action="store_true", help="replace what is there")
     for sub in (evaluate_parser, export_parser):
         sub.add_argument("--weights", choices=("raw", "ema"), default="raw", help="the weights, or their moving average")
+    checkpoints_parser = commands.add_parser("checkpoints", help="lists, verifies, compares and prunes a run's checkpoints")
+    checkpoints_parser.add_argument("run", type=Path, metavar="RUN")
+    wish = checkpoints_parser.add_mutually_exclusive_group()
+    wish.add_argument("--verify", action="store_true", help="read every byte; exit code 1 where one is damaged")
+    wish.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="each a step of RUN or a checkpoint's directory; exit code 1 where they differ"
+    )
+    wish.add_argument(
+        "--prune", type=int, metavar="KEEP", help="keep so many of the newest, and those that the run's settings keep for good"
+    )
     args = parser.parse_args()
     try:
-        return {"train": _train, "evaluate": _evaluate, "export": _export}[args.command](args)
+        return {"train": _train, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints}[args.command](args)
     except ValueError as error:
         if not raised_here(error):
             raise
@@ -94,6 +106,12 @@ def _export(args: argparse.Namespace) -> int:
     options = {"dtype": args.dtype, "features_only": args.features_only, "licence": args.licence, "force": args.force}
     print(export(args.source, args.format, args.out, average=args.weights == "ema", **options))
     return 0
+
+
+def _checkpoints(args: argparse.Namespace) -> int:
+    from pretrain.checkpoint import command
+
+    return command.run(args.run, args.verify, args.compare, args.prune)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,9 @@ def _number(path: Path) -> int:
 def _must_be_gone(path: Path, log: Callable[[str], None]) -> None:
     """Raises ValueError when the lock's holder lives."""
     holder = _holder(path)
+    if holder is None:  # made in this moment
+        time.sleep(min(1.0, PATIENCE_S / 10))
+        holder = _holder(path)
     who = (
         f"{path.parent} is in use by job {holder['job'] or 'without a number'}, process {holder['pid']} on {holder['host']}, "
         f"since {holder['since']}"

@@ -116,9 +116,19 @@ def _all_reduce(hit: Callable[[], None]) -> None:
 
 
 def _optimizer(hit: Callable[[], None]) -> None:
+    """After the update of the first group's weights, before that of their moving average."""
     import torch
 
-    _wrap(torch, "_foreach_lerp_", 4, hit)  # the weights are updated, their moving average is not
+    from pretrain import train
+
+    original, steps = train.learning_rate, []
+
+    def learning_rate(step: int, *args: Any) -> float:
+        steps.append(step)
+        return original(step, *args)
+
+    train.learning_rate = learning_rate
+    _wrap(torch, "_foreach_lerp_", 0, hit, only=lambda *args: steps[-1] == 4)
 
 
 def _staging(hit: Callable[[], None]) -> None:
