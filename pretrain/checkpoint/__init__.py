@@ -1,6 +1,6 @@
 """Sharded checkpoints: written whole or not at all, read by any number of ranks, in any ZeRO stage, or by one process.
 
-    RUN/checkpoints/step-000012500/   __RANK_0.distcp      a rank's pieces, raw bytes end to end
+    RUN/checkpoints/step-000012500/   __RANK_0.distcp      a rank's pieces: raw bytes
                                       .metadata            where in which file each piece lies (torch.distributed.checkpoint)
                                       trainer.json         step, settings, evaluation
                                       MANIFEST.json        every file's size and checksum; written last

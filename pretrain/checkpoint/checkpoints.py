@@ -11,13 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from pretrain import zero_state
 from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import files
 from pretrain.checkpoint.lock import RunLock
-from pretrain.checkpoint.pieces import PieceTensor, ShardReader, ShardWriter, kind_of, load_planner, save_planner, saved_tensors
+from pretrain.checkpoint.pieces import METADATA, PieceTensor, ShardReader, file_of, kind_of, load_planner, plan, saved_tensors
 from pretrain.checkpoint.retention import Retention, saved_in
 from pretrain.checkpoint.staging import Staging
 from pretrain.engine import from_rank_0
@@ -65,8 +64,8 @@ class Checkpoints:
         updated = {name: piece.piece for name, piece in pieces.items()} | {_COUNTER: zero_state.step_counter(engine)}
         self.staging = Staging(updated, buffers, engine.device)
         host = self.staging.host
-        self._saved: dict[str, torch.Tensor] = {name: PieceTensor(host[name], p.start, p.numel()) for name, p in pieces.items()}
-        self._saved |= {name: host[name] for name in buffers}
+        state: dict[str, torch.Tensor] = {name: PieceTensor(host[name], p.start, p.numel()) for name, p in pieces.items()}
+        self._metadata = plan(state | {name: host[name] for name in buffers}, self.staging.offsets, self.group)
         size = torch.tensor(self.staging.bytes)
         dist.all_reduce(size, group=self.group)
         self.bytes = int(size)
@@ -130,8 +129,8 @@ class Checkpoints:
         partial = files.temporary(self.folder, "partial", files.name_of(step))
         try:
             partial = from_rank_0(lambda: self._begin(partial), self.group)
-            entries = self._write_shards(partial)
-            written = from_rank_0(lambda: self._commit(partial, trainer, entries), self.group)
+            outcomes = self._write_shards(partial)
+            written = from_rank_0(lambda: self._commit(partial, trainer, outcomes), self.group)
         except OSError as error:  # the same one on every rank
             self._unsaved = str(error)
             if self.rank == 0:
@@ -150,23 +149,27 @@ class Checkpoints:
         partial.mkdir()
         return partial
 
-    def _write_shards(self, partial: Path) -> dict[str, files.Entry]:
-        """Writes all ranks' files; returns, on rank 0, what the manifest says of them. Raises OSError on all ranks when one has it."""
-        writer = ShardWriter(partial)
+    def _write_shards(self, partial: Path) -> list[Any]:
+        """Writes each rank's file; returns, on rank 0, what the manifest says of each, or the error that its rank had."""
         try:
-            dcp.save(self._saved, storage_writer=writer, planner=save_planner(), process_group=self.group)
-        except CheckpointException as failed:
-            for rank, (error, _) in failed.failures.items():
-                if isinstance(error, OSError):
-                    raise OSError(error.errno, f"rank {rank}: {error.strerror}", error.filename) from None
-            raise
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(writer.entries, of_ranks if self.rank == 0 else None, group=self.group)
-        return {name: entry for entries in of_ranks if entries for name, entry in entries.items()}
+            with files.create(partial / file_of(self.rank)) as file:
+                file.write(self.staging.memory.numpy())
+            outcome: files.Entry | OSError = file.entry
+        except OSError as error:
+            outcome = error
+        outcomes: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(outcome, outcomes if self.rank == 0 else None, group=self.group)
+        return outcomes
 
-    def _commit(self, partial: Path, trainer: dict[str, Any], entries: dict[str, files.Entry]) -> int:
+    def _commit(self, partial: Path, trainer: dict[str, Any], outcomes: list[Any]) -> int:
         """Returns the checkpoint's size in bytes."""
-        entries[files.TRAINER] = files.write_text(partial / files.TRAINER, json.dumps(trainer, indent=1))
+        for rank, outcome in enumerate(outcomes):
+            if isinstance(outcome, OSError):
+                raise OSError(outcome.errno, f"rank {rank}: {outcome.strerror}", outcome.filename)
+        assert self._metadata is not None
+        entries = {file_of(rank): entry for rank, entry in enumerate(outcomes)}
+        entries[METADATA] = files.write(partial / METADATA, self._metadata)
+        entries[files.TRAINER] = files.write(partial / files.TRAINER, json.dumps(trainer, indent=1).encode())
         self.lock.check()
         files.commit(partial, self.folder / files.name_of(trainer["step"]), entries)
         return sum(entry["bytes"] for entry in entries.values())

@@ -20,7 +20,7 @@ from data.files import checksum, sync
 FORMAT = 2
 MANIFEST, TRAINER, LATEST = "MANIFEST.json", "trainer.json", "latest"
 Entry = dict[str, Any]  # {"bytes": size, "xxh3_128": checksum in hex} of a file
-_BLOCK_BYTES = 4 << 20  # a block is hashed while the processor's cache still holds it from writing
+_BLOCK_BYTES = 8 << 20  # large: after each the thread has to get the interpreter's lock back from training
 _VERIFY_THREADS = 8
 
 
@@ -30,22 +30,14 @@ class HashedFile:
     def __init__(self, descriptor: int):
         self._descriptor, self._bytes, self._digest = descriptor, 0, xxhash.xxh3_128()
 
-    def write(self, data: Any) -> int:
-        """Writes all of a buffer; returns its size in bytes."""
+    def write(self, data: Any) -> None:
+        """Writes all of a buffer."""
         rest = memoryview(data).cast("B")
-        size = len(rest)
         while rest:
             written = rest[: os.write(self._descriptor, rest[:_BLOCK_BYTES])]
             self._digest.update(written)
+            self._bytes += len(written)
             rest = rest[len(written) :]
-        self._bytes += size
-        return size
-
-    def tell(self) -> int:
-        return self._bytes
-
-    def fileno(self) -> int:
-        return self._descriptor
 
     @property
     def entry(self) -> Entry:
@@ -63,9 +55,10 @@ def create(path: Path) -> Iterator[HashedFile]:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> Entry:
+def write(path: Path, content: bytes) -> Entry:
+    """Writes a whole file, durably."""
     with create(path) as file:
-        file.write(text.encode())
+        file.write(content)
     return file.entry
 
 
@@ -89,7 +82,7 @@ def commit(partial: Path, final: Path, files: dict[str, Entry]) -> None:
         files: what the manifest says of each file.
     """
     body = {"format": FORMAT, "files": files}
-    write_text(partial / MANIFEST, json.dumps(body | {"xxh3_128": _seal(body)}, indent=1))
+    write(partial / MANIFEST, json.dumps(body | {"xxh3_128": _seal(body)}, indent=1).encode())
     sync(partial)
     if final.exists():
         remove(final)
@@ -101,7 +94,7 @@ def commit(partial: Path, final: Path, files: dict[str, Entry]) -> None:
 def point(path: Path) -> None:
     """Makes `latest` name this checkpoint."""
     pending = path.parent / f".{LATEST}"
-    write_text(pending, path.name)
+    write(pending, path.name.encode())
     pending.replace(path.parent / LATEST)
     sync(path.parent)
 

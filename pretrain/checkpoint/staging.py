@@ -3,7 +3,7 @@
     staging = Staging(updated, running, device)      once: allocates, and finds what lies end to end
     staging.copy()                                   at a step's end; on a GPU it only queues the copies
     staging.before_update()                          before the next update of the weights
-    staging.wait()                                   in the writing thread, before it reads staging.host
+    staging.wait()                                   in the writing thread, before it writes staging.memory
 
 The memory, page-locked on a GPU, is allocated once and used by every save: one save is in flight at a time, so however slow the disk
 is, it takes no more. ZeRO's flat buffers are copied as the few long stretches that they are, not parameter by parameter.
@@ -16,7 +16,7 @@ _ALIGNMENT = 64  # bytes; any element type may begin there
 
 
 class Staging:
-    """Copies tensors to `host`, which holds one for each name.
+    """Copies tensors to `memory` (bytes), in which `host` holds one for each name and `offsets` says where it begins.
 
     Args:
         updated: contiguous tensors that change in the optimizer's step alone: weights and their states. On a GPU they are copied
@@ -34,20 +34,22 @@ class Staging:
         stretches += [(stretch, parts, self._stream is not None) for stretch, parts in _stretches(running)]
         self.bytes = sum(_padded(stretch.nbytes) for stretch, _, _ in stretches)
         # Filled now: the pages of fresh memory are found when they are first written, which the first save would wait for.
-        memory = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=self._stream is not None).fill_(0)
+        self.memory = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=self._stream is not None).fill_(0)
         self._snapshots: list[tuple[Tensor, Tensor]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         self.host: dict[str, Tensor] = {}
+        self.offsets: dict[str, int] = {}
         offset = 0
         for stretch, parts, by_snapshot in stretches:
             if by_snapshot:
                 self._snapshots.append((stretch, torch.empty_like(stretch)))
                 stretch = self._snapshots[-1][1]
-            place = memory.narrow(0, offset, stretch.nbytes).view(stretch.dtype)
+            place = self.memory.narrow(0, offset, stretch.nbytes).view(stretch.dtype)
             self._copies.append((stretch, place))
             begin = 0
             for name, tensor in parts:
                 self.host[name] = place.narrow(0, begin, tensor.numel()).view(tensor.shape)
+                self.offsets[name] = offset + begin * tensor.itemsize
                 begin += tensor.numel()
             offset += _padded(stretch.nbytes)
 
@@ -74,7 +76,7 @@ class Staging:
             self._copied = None
 
     def wait(self) -> None:
-        """Returns when `host` holds all of the last copy."""
+        """Returns when `memory` holds all of the last copy."""
         if self._stream is not None:
             self._stream.synchronize()
 

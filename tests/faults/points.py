@@ -147,16 +147,18 @@ def _staging(hit: Callable[[], None]) -> None:
 
 
 def _shard(hit: Callable[[], None]) -> None:
-    from pretrain.checkpoint.pieces import ShardWriter
+    from pretrain.checkpoint.files import HashedFile
 
-    original, calls = ShardWriter.write_data, itertools.count()
+    original, shards = HashedFile.write, itertools.count()
 
-    def write(self: Any, plan: Any, planner: Any) -> Any:
-        if next(calls) == SECOND_SAVE:
-            _wrap(planner, "resolve_data", len(plan.items) // 2, hit)
-        return original(self, plan, planner)
+    def write(self: Any, data: Any) -> None:
+        if len(data) > 1_000_000 and next(shards) == SECOND_SAVE:
+            original(self, data[: len(data) // 2])
+            hit()
+            data = data[len(data) // 2 :]
+        original(self, data)
 
-    ShardWriter.write_data = write  # type: ignore[method-assign]
+    HashedFile.write = write  # type: ignore[method-assign]
 
 
 def _in_files(name: str, after: bool = False, only: Callable[..., bool] | None = None) -> Callable[[Callable[[], None]], None]:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from pretrain import checkpoint
-from pretrain.checkpoint import files, pieces, staging
+from pretrain.checkpoint import files, staging
 from tests.faults.disk import Dies, FailsOnce, ReadOnly, Slow, Watched, disk
 from tests.faults.session import KINDS, Session, different, everywhere, hidden
 from tests.ranks import run_on_ranks
@@ -28,6 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 def every_call_fails(folder: str, victim: int, code: int) -> int:
+    files._BLOCK_BYTES = 1000  # many writes a file
     session = Session(folder)
     session.save()
     session.kinds()
@@ -71,6 +72,7 @@ def killed_at_every_call(folder: str, unprotected: bool) -> int:
     if unprotected:  # files are written under their final name, and whatever is there is taken for whole
         files.temporary = lambda folder, why, name: folder / (name if why == "partial" else f".{why}-{name}")
         files.verify = lambda path: []
+    files._BLOCK_BYTES = 1000
     session = Session(folder)
     session.save()
     call = 0
@@ -114,7 +116,7 @@ def unsafe_moments(folder: str, unprotected: str | None) -> list[str]:
             yield files.HashedFile(descriptor)
             os.close(descriptor)
 
-        files.create = pieces.create = create
+        files.create = create
     elif unprotected == "folders":
         files.sync = lambda path: None
     session = Session(folder, keep=1)
@@ -138,12 +140,13 @@ def test_control_without_syncing_it_is(tmp_path: Path, unprotected: str) -> None
 
 
 def saves_on_a_slow_disk(folder: str, unprotected: str | None) -> dict[str, Any]:
-    if unprotected == "staging":  # what is written is the training's own memory
+    if unprotected == "staging":  # the writing thread copies when it gets to it, while training goes on
         copied = staging.Staging.__init__
 
         def shared(self: staging.Staging, updated: Any, running: Any, device: Any) -> None:
             copied(self, updated, running, device)
-            self.host = updated | running
+            self._copies, later = [], self._copies
+            self.wait = lambda: (time.sleep(0.5), [host.copy_(live) for live, host in later])  # type: ignore[method-assign,assignment]
 
         staging.Staging.__init__ = shared  # type: ignore[method-assign]
     elif unprotected == "back-pressure":
