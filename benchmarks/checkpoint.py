@@ -1,6 +1,6 @@
 """What a save costs: training's wait beside a plain copy of the same bytes, the background write beside a plain sequential write of them.
 
-    python -m benchmarks.checkpoint [--model van_b6] [--rounds 5] [--folder FOLDER]
+    python -m benchmarks.checkpoint [--model van_b6] [--rounds 8] [--folder FOLDER]
 
 One rank, ZeRO-1, fp32 weights and both moments, on the CPU; FOLDER (default: a temporary one) decides which disk is measured. The
 ways run in turn, each ends with its bytes synced to the disk, and every file is removed again. A round's ratio compares what ran one
@@ -28,7 +28,7 @@ from pretrain.evaluate import build_model
 from pretrain.metrics import RunLog
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
-BLOCK = 4 << 20
+BLOCK = 8 << 20
 
 
 class Records(RunLog):
@@ -50,6 +50,7 @@ def plain_copy(source: torch.Tensor, target: torch.Tensor) -> float:
 
 def plain_write(path: Path, content: torch.Tensor) -> float:
     """Seconds of writing one file, block after block, and syncing it."""
+    os.sync()
     view = content.numpy().data
     began = time.monotonic()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
@@ -60,15 +61,6 @@ def plain_write(path: Path, content: torch.Tensor) -> float:
     seconds = time.monotonic() - began
     path.unlink()
     return seconds
-
-
-def interpreter_speed(seconds: float) -> float:
-    """Iterations a second of a loop that needs the interpreter's lock all the time, as launching a GPU's kernels does."""
-    began, count = time.monotonic(), 0
-    while time.monotonic() - began < seconds:
-        for _ in range(1000):
-            count += 1
-    return count / (time.monotonic() - began)
 
 
 def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
@@ -91,6 +83,7 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     target = torch.empty_like(source).fill_(0)
 
     def save(step: int) -> dict[str, Any]:
+        os.sync()
         checkpoints.save({"step": step, "identity": {}, "evaluation": None})
         checkpoints.close()
         shutil.rmtree(folder / "run" / "checkpoints" / f"step-{step:09d}")
@@ -99,8 +92,13 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     rows: list[dict[str, float]] = []
     for turn in range(rounds + 1):
         copy_s = plain_copy(source, target)
-        write_s = plain_write(folder / "plain", source)
-        saved = save(turn)
+        # By turns first, so that neither always meets what the other has left the disk to do.
+        if turn % 2:
+            write_s = plain_write(folder / "plain", source)
+            saved = save(turn)
+        else:
+            saved = save(turn)
+            write_s = plain_write(folder / "plain", source)
         if turn == 0:  # the first warms up
             continue
         rows.append(
@@ -122,7 +120,7 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="van_b6")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--folder", type=Path, help="on the disk to measure")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

@@ -41,8 +41,8 @@ class Checkpoints:
         engine, stats: whose state is saved and loaded.
         retention: which checkpoints to keep.
         lock: of the run directory.
-        log: gets lines for people, and a record of each save: {"kind": "checkpoint", "step", "bytes", "blocked_s", "total_s", "mb_per_s"}
-            or {"kind": "save_failed", "step", "reason"}.
+        log: gets lines for people, and a record of each save: {"kind": "checkpoint", "step", "bytes", "blocked_s", "total_s", "mb_per_s"},
+            where training waited blocked_s for an earlier save and for the copy, and the last is the speed of writing; or {"kind": "save_failed", "step", "reason"}.
     """
 
     def __init__(self, folder: Path, engine: Any, stats: BatchStats, *, retention: Retention, lock: RunLock, log: RunLog):
@@ -124,6 +124,7 @@ class Checkpoints:
 
     def _write(self, trainer: dict[str, Any], began: float, blocked: float) -> None:
         self.staging.wait()
+        copied = time.monotonic()
         step = trainer["step"]
         trainer = trainer | {_COUNTER: int(self.staging.host[_COUNTER])}
         partial = files.temporary(self.folder, "partial", files.name_of(step))
@@ -138,7 +139,12 @@ class Checkpoints:
             return
         self._unsaved = None
         if self.rank == 0:
-            self._report(step, written, time.monotonic() - began, blocked)
+            now = time.monotonic()
+            speed = written / 1e6 / (now - copied)
+            self.log.line(
+                f"saved step {step}: {written / 1e6:.1f} MB in {now - began:.2f} s ({speed:.0f} MB/s to disk); training waited {blocked:.2f} s"
+            )
+            self.log.record("checkpoint", step=step, bytes=written, blocked_s=blocked, total_s=now - began, mb_per_s=speed)
             self._prune(step)
 
     def _begin(self, partial: Path) -> Path:
@@ -173,13 +179,6 @@ class Checkpoints:
         self.lock.check()
         files.commit(partial, self.folder / files.name_of(trainer["step"]), entries)
         return sum(entry["bytes"] for entry in entries.values())
-
-    def _report(self, step: int, size: int, seconds: float, blocked: float) -> None:
-        self.log.line(
-            f"saved step {step}: {size / 1e6:.1f} MB in {seconds:.2f} s ({size / 1e6 / seconds:.0f} MB/s); training waited {blocked:.2f} s"
-        )
-        values = {"bytes": size, "blocked_s": blocked, "total_s": seconds, "mb_per_s": size / 1e6 / seconds}
-        self.log.record("checkpoint", step=step, **values)
 
     def _give_up(self, partial: Path, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)

@@ -180,7 +180,8 @@ def check_slow_disk(folder: Path, unprotected: str | None) -> None:
     for record, blocked in zip(found["records"], found["blocked"], strict=True):
         assert record["bytes"] > 5000
         assert record["total_s"] > 0.1
-        assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"])
+        assert record["mb_per_s"] >= record["bytes"] / 1e6 / record["total_s"]  # a little more: without the copy
+        assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"], rel=0.3)
         assert record["blocked_s"] <= blocked
     assert max(record["blocked_s"] for record in found["records"][1:]) > 0.05  # the others for the one before
 
