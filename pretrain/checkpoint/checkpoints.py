@@ -41,8 +41,8 @@ class Checkpoints:
         engine, stats: whose state is saved and loaded.
         retention: which checkpoints to keep.
         lock: of the run directory.
-        log: gets lines for people, and a record of each save: {"kind": "checkpoint", "step", "bytes", "blocked_s", "total_s", "mb_per_s"},
-            where training waited blocked_s for an earlier save and for the copy, and the last is the speed of writing; or {"kind": "save_failed", "step", "reason"}.
+        log: gets lines for people, and a record of each save: "checkpoint" with step, bytes, blocked_s (training's wait for an earlier
+            save and for the copy), total_s (from the copy's begin) and mb_per_s (of writing); or "save_failed" with step and reason.
     """
 
     def __init__(self, folder: Path, engine: Any, stats: BatchStats, *, retention: Retention, lock: RunLock, log: RunLog):
@@ -142,7 +142,7 @@ class Checkpoints:
             now = time.monotonic()
             speed = written / 1e6 / (now - copied)
             self.log.line(
-                f"saved step {step}: {written / 1e6:.1f} MB in {now - began:.2f} s ({speed:.0f} MB/s to disk); training waited {blocked:.2f} s"
+                f"saved step {step}: {written / 1e6:.1f} MB in {now - began:.2f} s, written at {speed:.0f} MB/s; training waited {blocked:.2f} s"
             )
             self.log.record("checkpoint", step=step, bytes=written, blocked_s=blocked, total_s=now - began, mb_per_s=speed)
             self._prune(step)
