@@ -55,11 +55,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._unsaved: str | None = None  # why the last save is not on disk
 
-        pieces = {
-            f"{key}/{piece.name}": PieceTensor(tensor, piece.start, piece.numel)
-            for piece in zero_state.saved_pieces(engine)
-            for key, tensor in piece.tensors.items()
-        }
+        pieces = _named(zero_state.saved_pieces(engine))
         buffers = _buffers(engine, stats) if self.rank == 0 else {}  # equal on all ranks
         updated = {name: piece.piece for name, piece in pieces.items()} | {_COUNTER: zero_state.step_counter(engine)}
         self.staging = Staging(updated, buffers, engine.device)
@@ -142,7 +138,7 @@ class Checkpoints:
             now = time.monotonic()
             speed = written / 1e6 / (now - copied)
             self.log.line(
-                f"saved step {step}: {written / 1e6:.1f} MB in {now - began:.2f} s, written at {speed:.0f} MB/s; training waited {blocked:.2f} s"
+                f"saved step {step}: {written / 1e6:.1f} MB in {now - began:.2f} s, {speed:.0f} MB/s; training waited {blocked:.2f} s"
             )
             self.log.record("checkpoint", step=step, bytes=written, blocked_s=blocked, total_s=now - began, mb_per_s=speed)
             self._prune(step)
@@ -218,11 +214,7 @@ class Checkpoints:
         changed = [f"{key} was {before.get(key)}, is {value}" for key, value in identity.items() if before.get(key) != value]
         if changed:
             raise ValueError(f"{self.folder.parent} belongs to another job: {'; '.join(changed)}; give this one its own name or run.dir")
-        state = {
-            f"{key}/{piece.name}": PieceTensor(tensor, piece.start, piece.numel)
-            for piece in zero_state.local_pieces(self.engine)
-            for key, tensor in piece.tensors.items()
-        } | _buffers(self.engine, self.stats)
+        state = _named(zero_state.local_pieces(self.engine)) | _buffers(self.engine, self.stats)
         # Each kind of state is whole in a checkpoint or absent.
         kept, found = ({kind_of(name) for name in names} for names in (state, saved_tensors(path)))
         absent = kept - found
@@ -252,6 +244,11 @@ class Checkpoints:
             self.log.line(f"{self.folder / files.LATEST} did not name {path.name}, the newest whole checkpoint; now it does")
             files.point(path)
         return path, json.loads((path / files.TRAINER).read_bytes())
+
+
+def _named(pieces: list[zero_state.Piece]) -> dict[str, PieceTensor]:
+    """Live views of weights and their states, by the name that they are saved under."""
+    return {f"{key}/{one.name}": PieceTensor(tensor, one.start, one.numel) for one in pieces for key, tensor in one.tensors.items()}
 
 
 def _buffers(engine: Any, stats: BatchStats) -> dict[str, torch.Tensor]:

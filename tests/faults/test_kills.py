@@ -1,12 +1,17 @@
 """A job that is hit anywhere goes on from the last save and ends bit for bit as one that was left alone."""
 
+import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data.synthesize import synthesize
 from tests.faults import jobs
+from tests.faults.points import Fault
 from tests.faults.sweep import Case, cases, play
 
 pytestmark = pytest.mark.slow
@@ -42,3 +47,27 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Calla
 @pytest.mark.parametrize("case", ALL)
 def test_a_job_that_is_hit_ends_as_one_that_is_not(case: Case, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]) -> None:
     play(case, tmp_path, images, undisturbed(case.stage))
+
+
+def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
+    tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    """The first job is stopped in the middle of a step: it lives, and may go on."""
+    option = "engine.zero_stage=2"
+    first = jobs.start(tmp_path, images, option, fault=Fault("forward", signal.SIGSTOP, tmp_path / "run"), job="17")
+    try:
+        deadline = time.monotonic() + jobs.PATIENCE_S
+        while psutil.Process(first[1].pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        second = jobs.run(tmp_path, images, option)
+        assert second.codes[0] == 2
+        assert re.search(rf"error: {tmp_path / 'run'} is in use by job 17, process {first[0].pid} on ", jobs.log_of(tmp_path))
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    finally:
+        jobs.kill(first)
+    assert jobs.run(tmp_path, images, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
+    assert "runs no more: taking over" in jobs.log_of(tmp_path)
+    assert jobs.resumed_steps(tmp_path) == [4]
+    assert jobs.same_end(tmp_path, undisturbed(2))
