@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ optim: {lr: 1e-3, warmup_epochs: 0.5}
 engine: {device: cpu, micro_batch: 2, ema_decay: 0.9}
 run: {log_every: 1, save_every: 2, eval_every: 0.75, keep: 1}
 """
+Change = Callable[[], None]
 STEPS, RANKS = 7, 2
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 PATIENCE_S, LEAVE_S = 240, 5
@@ -47,8 +49,14 @@ class Ended:
     stopped: bool
 
 
-def start(folder: Path, dataset: Path, *overrides: str, fault: Fault | None = None, job: str = "1") -> list[multiprocessing.Process]:
-    """Starts a job whose run directory is `folder`/run; output goes to `folder`/log, appended."""
+def start(
+    folder: Path, dataset: Path, *overrides: str, fault: Fault | None = None, change: Change | None = None, job: str = "1"
+) -> list[multiprocessing.Process]:
+    """Starts a job whose run directory is `folder`/run; output goes to `folder`/log, appended.
+
+    Args:
+        change: is called in every rank's process before anything else, to switch something off.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fault.yaml").write_text(CONFIG)
     arguments = [str(folder / "fault.yaml"), f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", f"run.dir={folder / 'run'}"]
@@ -59,18 +67,20 @@ def start(folder: Path, dataset: Path, *overrides: str, fault: Fault | None = No
     for rank in range(RANKS):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         own = fault if fault is not None and POINTS[fault.point].rank == rank else None
-        processes.append(context.Process(target=_be_rank, args=(folder, [*arguments, *overrides], environment, own), daemon=True))
+        processes.append(context.Process(target=_be_rank, args=(folder, [*arguments, *overrides], environment, own, change), daemon=True))
         processes[-1].start()
     return processes
 
 
-def _be_rank(folder: Path, arguments: list[str], environment: dict[str, str], fault: Fault | None) -> None:
+def _be_rank(folder: Path, arguments: list[str], environment: dict[str, str], fault: Fault | None, change: Change | None) -> None:
     os.environ |= environment
     with (folder / "log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     if fault is not None:
         inject(fault)
+    if change is not None:
+        change()
     sys.argv = ["pretrain", "train", *arguments]
     from pretrain.__main__ import main
 
@@ -112,8 +122,8 @@ def _is_stopped(process: multiprocessing.Process) -> bool:
         return False
 
 
-def run(folder: Path, dataset: Path, *overrides: str, fault: Fault | None = None) -> Ended:
-    return wait(start(folder, dataset, *overrides, fault=fault))
+def run(folder: Path, dataset: Path, *overrides: str, fault: Fault | None = None, change: Change | None = None) -> Ended:
+    return wait(start(folder, dataset, *overrides, fault=fault, change=change))
 
 
 def log_of(folder: Path) -> str:

@@ -1,10 +1,13 @@
 """A job that is hit anywhere goes on from the last save and ends bit for bit as one that was left alone."""
 
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -47,6 +50,46 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Calla
 @pytest.mark.parametrize("case", ALL)
 def test_a_job_that_is_hit_ends_as_one_that_is_not(case: Case, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]) -> None:
     play(case, tmp_path, images, undisturbed(case.stage))
+
+
+def not_restored(kind: str) -> None:
+    """Leaves a part of the state out when a job resumes."""
+    import torch.distributed.checkpoint as dcp
+
+    from pretrain import zero_state
+
+    if kind == "optimizer_steps":
+        zero_state.set_optimizer_steps = lambda engine, steps: None
+        return
+    original = dcp.load
+
+    def load(state: dict[str, Any], **kwargs: Any) -> None:
+        original({name: tensor for name, tensor in state.items() if not name.startswith(f"{kind}/")}, **kwargs)
+
+    dcp.load = load
+
+
+@pytest.fixture(scope="module")
+def in_mid_course(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """The folder of a job that was killed after step 4; to be copied."""
+    folder = tmp_path_factory.mktemp("in-mid-course")
+    fault = Fault("backward", signal.SIGKILL, folder / "run")
+    assert jobs.run(folder, images, "engine.zero_stage=2", fault=fault).codes[1] == -signal.SIGKILL
+    return folder
+
+
+PARTS = ["buffer", *(pytest.param(kind, marks=pytest.mark.full) for kind in (*jobs.KINDS, "optimizer_steps") if kind != "buffer")]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_control_what_is_not_restored_shows(
+    kind: str, tmp_path: Path, images: Path, in_mid_course: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    folder = shutil.copytree(in_mid_course, tmp_path / "job")
+    ended = jobs.run(folder, images, "engine.zero_stage=2", change=partial(not_restored, kind))
+    assert ended.codes == [0, 0], jobs.log_of(folder)
+    assert jobs.resumed_steps(folder) == [4]
+    assert not jobs.same_end(folder, undisturbed(2))
 
 
 def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(

@@ -51,6 +51,12 @@ def test_the_last_whole_one_always_stays_and_what_claims_to_be_newer_is_left_alo
                     assert len([step for step in stays if step <= whole]) == min(last, len([step for step in present if step <= whole]))
 
 
+def test_control_by_names_alone_the_last_whole_one_would_go() -> None:
+    """Steps 4 and 5 are damaged; to take the newest name for whole keeps just these."""
+    assert kept(Retention(2), saved(1, 2, 3, 4, 5), whole=3) == [2, 3, 4, 5]
+    assert 3 not in kept(Retention(2), saved(1, 2, 3, 4, 5), whole=5)
+
+
 def test_a_save_is_due_where_it_would_stay_for_good() -> None:
     assert [step for step in range(1, 25) if Retention(1, every=10).due(step, evaluated=True)] == [10, 20]
     assert Retention(1, best="top1").due(7, evaluated=True)
