@@ -1,10 +1,12 @@
-"""One process of a job, or what a run made: train, evaluate, export; or how fast a GPU is: bench.
+"""One process of a job, or what a run made: train, evaluate, export, checkpoints; or how fast a GPU is: bench.
 
 python -m pretrain train CONFIG key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
 python -m pretrain evaluate RUN_OR_CHECKPOINT [--weights raw|ema] [key=value …]
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
     [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
+python -m pretrain checkpoints RUN [--verify | --compare A B | --prune KEEP]
+    lists a run's checkpoints; reads every byte; compares two bit by bit; removes those that need not stay
 python -m pretrain bench --gpu [--model van_b3] [--image-size 224] [--batch 64] [--precision bf16|fp16|fp32] [--out FILE.json]
     the depth-wise layers of a model on this machine's GPU: Triton's kernels beside PyTorch's operator
 """
@@ -49,9 +51,20 @@ def main() -> int:
     bench_parser.add_argument("--batch", type=int, default=64)
     bench_parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16")
     bench_parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    checkpoints_parser = commands.add_parser("checkpoints", help="lists, verifies, compares and prunes a run's checkpoints")
+    checkpoints_parser.add_argument("run", type=Path, metavar="RUN")
+    wish = checkpoints_parser.add_mutually_exclusive_group()
+    wish.add_argument("--verify", action="store_true", help="read every byte; exit code 1 where one is damaged")
+    wish.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="each a step of RUN or a checkpoint's directory; exit code 1 where they differ"
+    )
+    wish.add_argument(
+        "--prune", type=int, metavar="KEEP", help="keep so many of the newest, and those that the run's settings keep for good"
+    )
     args = parser.parse_args()
     try:
-        return {"train": _train, "evaluate": _evaluate, "export": _export, "bench": _bench}[args.command](args)
+        run = {"train": _train, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench}[args.command]
+        return run(args)
     except ValueError as error:
         if not raised_here(error):
             raise
@@ -125,6 +138,12 @@ def _export(args: argparse.Namespace) -> int:
     options = {"dtype": args.dtype, "features_only": args.features_only, "licence": args.licence, "force": args.force}
     print(export(args.source, args.format, args.out, average=args.weights == "ema", **options))
     return 0
+
+
+def _checkpoints(args: argparse.Namespace) -> int:
+    from pretrain.checkpoint import command
+
+    return command.run(args.run, args.verify, args.compare, args.prune)
 
 
 def _bench(args: argparse.Namespace) -> int:

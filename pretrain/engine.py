@@ -9,8 +9,9 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from pretrain import zero_state
 from pretrain.config import Config, EngineConfig
 from pretrain.optim import AdamW, parameter_groups
 
+T = TypeVar("T")
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # A rank that died is noticed by its launcher; this only bounds how long the others may wait for one that hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -63,6 +65,21 @@ def ranks_on_node() -> int:
     nodes: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(nodes, socket.gethostname())
     return nodes.count(socket.gethostname())
+
+
+def from_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `function` returns on rank 0, where alone it runs, on every rank; or raises what it raises there. Collective."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(function(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result
 
 
 def stop() -> None:

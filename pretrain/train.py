@@ -27,7 +27,7 @@ from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain import zero_state
 from pretrain.batch_stats import BatchStats
-from pretrain.checkpoint import Checkpoints, steps
+from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
 from pretrain.damage import check_shards, tell_all
 from pretrain.evaluate import build_model, evaluate, fill
@@ -52,6 +52,7 @@ def train(config: Config) -> int:
     accumulation = settings.accumulation(config, ranks)
     folder = Path(config.run.dir)
     log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
+    lock = hold(folder, log.line)
 
     # ---------------------------------------------------------------- data
     index = open_index(config.data.train, config.data.cache)
@@ -91,8 +92,9 @@ def train(config: Config) -> int:
         "global_batch": config.global_batch, "lanes": order.lanes, "window": order.window,
         "repeats": order.repeats, "data": index.fingerprint,
     }  # fmt: skip
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.run.keep, log=log.line)
-    resumed = checkpoints.load(engine, stats, identity)
+    retention = Retention(config.run.keep, round(config.run.keep_every * order.steps_per_epoch), config.run.keep_best)
+    checkpoints = Checkpoints(folder / "checkpoints", engine, stats, retention=retention, lock=lock, log=log)
+    resumed = checkpoints.load(identity)
     step, evaluation = (resumed["step"], resumed["evaluation"]) if resumed else (0, None)
     if resumed:
         log.line(f"resumed at step {step} of {total} from a checkpoint of {resumed['ranks']} ranks, ZeRO-{resumed['zero_stage']}")
@@ -104,17 +106,13 @@ def train(config: Config) -> int:
         return 0
 
     def save() -> None:
-        began = time.monotonic()
         checkpoints.save(
-            engine,
-            stats,
             {
-                "step": step, "epoch": step / order.steps_per_epoch, "optimizer_steps": zero_state.optimizer_steps(engine),
-                "identity": identity, "ranks": ranks, "zero_stage": config.engine.zero_stage, "classes": list(index.classes),
-                "evaluation": evaluation, "config": settings.as_dict(config), **made,
-            },
+                "step": step, "epoch": step / order.steps_per_epoch, "identity": identity, "ranks": ranks,
+                "zero_stage": config.engine.zero_stage, "classes": list(index.classes), "evaluation": evaluation,
+                "config": settings.as_dict(config), **made,
+            }
         )  # fmt: skip
-        log.line(f"saving step {step} in the background; training waited {time.monotonic() - began:.2f} s")
 
     def evaluate_all(val_loader: EvalLoader) -> dict[str, Any]:
         """Of the weights and, where one is kept, of their moving average."""
@@ -162,6 +160,7 @@ def train(config: Config) -> int:
                 engine.backward(loss)
                 if micro_step + 1 == accumulation:
                     stats.start_averaging()  # beside the optimizer's step
+                    checkpoints.before_update()
                 engine.step()
                 interval.add(loss)
             stats.finish()
@@ -181,11 +180,17 @@ def train(config: Config) -> int:
                 bad = {"bad_images": quarantine.count} if quarantine.count else {}
                 log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values, **bad)
             with interval.pausing():
-                if val_loader is not None and (step % evaluate_every == 0 or step == total):
+                evaluates = step % evaluate_every == 0 or step == total
+                if evaluates and val_loader is not None:
                     evaluation = evaluate_all(val_loader)
-                if stopping or step % config.run.save_every == 0 or step == total:
+                if (
+                    stopping
+                    or step % config.run.save_every == 0
+                    or step == total
+                    or retention.due(step, evaluates and val_loader is not None)
+                ):
                     save()
-        checkpoints.wait()
+        checkpoints.close()
     log.close()
     if step == total:
         log.line(f"complete after {total} steps; weights: python -m pretrain export {folder} --format official --out {config.name}.pth")

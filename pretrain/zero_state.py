@@ -12,6 +12,7 @@ How each stage addresses its pieces was read in DeepSpeed 0.19.8: runtime/zero/s
 stage3.py (_get_fp32_opt_state_partition). Check again when its version moves.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,9 @@ def start_optimizer(engine: Any) -> None:
     engine.basic_optimizer.start_states(_flat_weights(engine))
 
 
-def optimizer_steps(engine: Any) -> int:
-    """Updates made so far; fewer than the steps taken where some were skipped. Synchronises with the device."""
-    return int(engine.basic_optimizer.state[_flat_weights(engine)[0]]["step"].item())
+def step_counter(engine: Any) -> Tensor:
+    """Updates made so far, on the device; fewer than the steps taken where some were skipped."""
+    return engine.basic_optimizer.state[_flat_weights(engine)[0]]["step"]
 
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
@@ -63,6 +64,22 @@ def local_pieces(engine: Any) -> list[Piece]:
         views = {WEIGHT: flat} | {key: state[key] for key in engine.basic_optimizer.state_keys}
         pieces.append(Piece(name, start, numel, {key: t.detach().view(-1).narrow(0, offset, length) for key, t in views.items()}))
     return pieces
+
+
+def saved_pieces(engine: Any) -> list[Piece]:
+    """The pieces that this rank saves: of all ranks together, each element once. In stage 0 each takes its share of the parameters."""
+    pieces = local_pieces(engine)
+    if engine.zero_optimization_stage() != 0:
+        return pieces
+    rank, ranks, total = dist.get_rank(), dist.get_world_size(), sum(piece.numel for piece in pieces)
+    before = itertools.accumulate((piece.numel for piece in pieces), initial=0)
+    return [piece for piece, start in zip(pieces, before, strict=False) if start * ranks // total == rank]
+
+
+def start_average(engine: Any) -> None:
+    """Sets the moving average to the weights in the pieces."""
+    for piece in local_pieces(engine):
+        piece.tensors["ema"].copy_(piece.tensors[WEIGHT])
 
 
 def publish(engine: Any) -> None:

@@ -9,7 +9,24 @@ import pytest
 import torch
 
 from pretrain import checkpoint
+from pretrain.metrics import RunLog
 from tests.ranks import run_on_ranks
+
+
+class Lines(RunLog):
+    """A run's log in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[str] = []
+        self.records: list[dict[str, Any]] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def record(self, kind: str, **values: Any) -> None:
+        self.records.append({"kind": kind, **values})
+
 
 CONFIG = {
     "name": "tiny",
@@ -23,7 +40,7 @@ CONFIG = {
 }
 
 
-def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: bool) -> dict[str, Any]:
+def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: bool, ema_decay: float) -> dict[str, Any]:
     """One rank: builds an engine, loads or not, takes some steps on made-up data, saves or not; returns a digest of its state."""
     import torch.distributed as dist
 
@@ -35,16 +52,17 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     from pretrain.evaluate import build_model
 
     config = settings.from_dict(CONFIG)
-    config.engine.zero_stage, config.engine.micro_batch = stage, micro_batch
+    config.engine.zero_stage, config.engine.micro_batch, config.engine.ema_decay = stage, micro_batch, ema_decay
     engines.start(config.engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed if not load else 999)  # what is loaded must not depend on what was there
     model = build_model(config)
     engine = engines.build(config, model, settings.accumulation(config, ranks))
     stats = BatchStats(model, config.engine.ema_decay)
-    lines: list[str] = []
-    checkpoints = checkpoint.Checkpoints(Path(folder), keep=3, log=lines.append)
-    trainer = checkpoints.load(engine, stats, {}) if load else None
+    log = Lines()
+    lock = checkpoint.hold(Path(f"{folder}-lock"), log.line)
+    checkpoints = checkpoint.Checkpoints(Path(folder), engine, stats, retention=checkpoint.Retention(3), lock=lock, log=log)
+    trainer = checkpoints.load({}) if load else None
     step = trainer["step"] if trainer else 0
     for _ in range(steps):
         images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(step)).to(memory_format=torch.channels_last)
@@ -59,24 +77,21 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
         stats.finish()
         step += 1
     if save:
-        checkpoints.save(
-            engine,
-            stats,
-            {"step": step, "optimizer_steps": zero_state.optimizer_steps(engine), "identity": {}, "config": settings.as_dict(config)},
-        )
-        checkpoints.wait()
+        checkpoints.save({"step": step, "identity": {}, "evaluation": None, "config": settings.as_dict(config)})
+        checkpoints.close()
     # Computing with the weights shows that what was loaded reached the tensors that the model computes with.
     model.eval()
     with torch.no_grad():
         output = engine(torch.ones(2, 3, 32, 32).to(memory_format=torch.channels_last)).float()
-    whole = {key: zero_state.whole_tensors(engine, key) for key in ("weight", "exp_avg", "exp_avg_sq", "ema")}
+    whole = {key: zero_state.whole_tensors(engine, key) for key in ("weight", *engine.basic_optimizer.state_keys)}
     if rank == 0:
         state = {f"{key}/{name}": tensor.flatten().clone() for key, tensors in whole.items() for name, tensor in tensors.items()}
         state |= {f"buffer/{name}": buffer.clone() for name, buffer in model.named_buffers()}
-        state |= {f"buffer_ema/{name}": average.clone() for name, average in stats.averages.items()}
-        torch.save({"state": state, "output": output, "steps": zero_state.optimizer_steps(engine)}, Path(folder, "state.pt"))
+        if ema_decay:
+            state |= {f"buffer_ema/{name}": average.clone() for name, average in stats.averages.items()}
+        torch.save({"state": state, "output": output, "steps": int(zero_state.step_counter(engine))}, Path(folder, "state.pt"))
     engines.stop()
-    return {"step": step, "lines": lines}
+    return {"step": step, "lines": log.lines}
 
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
@@ -84,7 +99,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 
 def run(folder: Path, ranks: int, **kwargs: Any) -> dict[str, Any]:
     folder.mkdir(exist_ok=True)
-    arguments = {"micro_batch": 12 // ranks, "steps": 0, "load": False, "save": False} | kwargs
+    arguments = {"micro_batch": 12 // ranks, "steps": 0, "load": False, "save": False, "ema_decay": 0.9} | kwargs
     results = run_on_ranks(ranks, session, folder=str(folder), **arguments)
     return torch.load(folder / "state.pt") | {"lines": results[0]["lines"], "step": results[0]["step"]}
 
@@ -97,7 +112,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 # (ZeRO stage, ranks) that saved, and those that load; the whole matrix is long.
 ALL = [(0, 1), (1, 2), (2, 2), (3, 2), (1, 3), (3, 1), (0, 2)]
-FEW = [((1, 2), [(3, 1), (1, 3)]), ((3, 2), [(0, 2), (2, 1)]), ((0, 1), [(3, 2)])]
+FEW = [((1, 2), [(3, 1), (1, 3)]), ((3, 2), [(0, 2), (2, 1)]), ((0, 2), [(3, 1)])]
 SWEEP = [pytest.param(saved, ALL, marks=pytest.mark.full) for saved in ALL]
 
 
@@ -115,6 +130,50 @@ def test_state_is_the_same_on_any_ranks_in_any_stage(tmp_path: Path, saved: tupl
         assert_same(after["state"], before["state"])
         assert after["steps"] == 2
         assert torch.equal(after["output"], before["output"])
+
+
+@pytest.mark.slow
+def test_a_moving_average_that_is_new_or_gone_is_told(tmp_path: Path) -> None:
+    """A new one starts from the weights, one that is no longer kept is left out; what no rule covers is an error."""
+    folder = tmp_path / "checkpoints"
+    with_it = run(folder, 2, stage=1, steps=2, save=True)
+    without = run(folder, 1, stage=3, load=True, save=True, steps=1, ema_decay=0.0)
+    (line,) = [line for line in without["lines"] if "left out" in line]
+    assert "holds buffer_ema, ema, which this job does not keep" in line
+    assert {name.split("/")[0] for name in without["state"]} == {"weight", "exp_avg", "exp_avg_sq", "buffer"}
+    assert not torch.equal(without["state"]["weight/head.weight"], with_it["state"]["weight/head.weight"])
+    again = run(folder, 2, stage=2, load=True)
+    (line,) = [line for line in again["lines"] if "moving average" in line]
+    assert "holds no moving average, which this job keeps: it starts from the weights at step 3" in line
+    for name, tensor in again["state"].items():
+        kind, _, rest = name.partition("/")
+        from_saved = {"ema": f"weight/{rest}", "buffer_ema": f"buffer/{rest}"}.get(kind, name)
+        assert torch.equal(tensor, without["state"][from_saved]), name
+
+
+@pytest.mark.slow
+def test_a_state_that_is_missing_is_an_error(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    run(folder, 1, stage=1, steps=1, save=True)
+    with pytest.raises(AssertionError, match=r"ValueError: .*step-000000001 holds no momentum, which this job's optimizer needs"):
+        run_on_ranks(1, with_another_state, folder=str(folder))
+
+
+def with_another_state(folder: str) -> None:
+    """A later version's optimizer, which keeps one state more."""
+    from pretrain import optim
+
+    start = optim.AdamW.start_states
+    optim.AdamW.state_keys = property(lambda self: ("exp_avg", "exp_avg_sq", "ema", "momentum"))  # type: ignore[method-assign,assignment]
+
+    def start_states(self: Any, weights: Any) -> None:
+        weights = list(weights)
+        start(self, weights)
+        for weight in weights:
+            self.state[weight]["momentum"] = torch.zeros_like(weight)
+
+    optim.AdamW.start_states = start_states  # type: ignore[method-assign]
+    session(folder, stage=1, micro_batch=12, steps=0, load=True, save=False, ema_decay=0.9)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ def worker(folder: str) -> None:
     """One rank: runs of two steps, FOLDER/averaged with a moving average and FOLDER/plain without; FOLDER/….pt is what they hold."""
     from pretrain import config as settings
     from pretrain import engine as engines
-    from pretrain import zero_state
     from pretrain.batch_stats import BatchStats
-    from pretrain.checkpoint import Checkpoints
+    from pretrain.checkpoint import Checkpoints, Retention, hold
     from pretrain.evaluate import build_model
+    from pretrain.metrics import RunLog
 
     config = settings.from_dict(
         {
@@ -32,7 +32,8 @@ def worker(folder: str) -> None:
         model = build_model(config)
         engine = engines.build(config, model, 1)
         stats = BatchStats(model, ema_decay)
-        checkpoints = Checkpoints(Path(folder, name, "checkpoints"), keep=3, log=print)
+        run, log = Path(folder, name), RunLog(None)
+        checkpoints = Checkpoints(run / "checkpoints", engine, stats, retention=Retention(3), lock=hold(run, log.line), log=log)
         average = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         for _ in range(2):
             images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
@@ -42,9 +43,9 @@ def worker(folder: str) -> None:
             stats.finish()
             for key, tensor in model.state_dict().items():
                 average[key] = tensor.clone() if key.endswith("num_batches_tracked") else 0.9 * average[key] + 0.1 * tensor
-        trainer = {"step": 2, "optimizer_steps": zero_state.optimizer_steps(engine), "identity": {}, "classes": CLASSES}
-        checkpoints.save(engine, stats, {**trainer, "config": settings.as_dict(config)})
-        checkpoints.wait()
+        trainer = {"step": 2, "identity": {}, "classes": CLASSES, "evaluation": None}
+        checkpoints.save({**trainer, "config": settings.as_dict(config)})
+        checkpoints.close()
         torch.save({"raw": {key: tensor.clone() for key, tensor in model.state_dict().items()}, "ema": average}, Path(folder, f"{name}.pt"))
     engines.stop()
 

@@ -1,0 +1,179 @@
+"""One job at a time in a run directory.
+
+    lock = hold(run, log)        at the start, on every rank; released when the process ends in good order
+    lock.check()                 on rank 0, before anything is published: raises when the lock was lost
+
+RUN/lock-000007 says who holds the lock; its number grows with every holder, and only one process can create the next. A holder is
+gone when its process is, which can be seen on its own machine. Elsewhere only the file system is shared: the holder touches the file
+every few seconds, and whoever wants the lock watches it for longer than that. Clocks are not compared. A holder that was stopped for
+so long that its lock was taken finds its file gone and publishes nothing any more.
+"""
+
+import atexit
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain.engine import from_rank_0
+
+BEAT_S, PATIENCE_S = 10.0, 60.0
+
+
+class RunLock:
+    """The lock, as its holder (rank 0) has it; on other ranks `path` is None and nothing is to be done."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self._released = threading.Event()
+        if path is not None:
+            threading.Thread(target=self._beat, name="lock", daemon=True).start()
+            atexit.register(self.release)
+
+    def check(self) -> None:
+        """Raises RuntimeError when another job has taken the lock over."""
+        assert self.path is not None
+        try:
+            os.utime(self.path)  # asks the file server, where a look might be answered from this machine's memory
+        except FileNotFoundError:
+            raise RuntimeError(f"{self.path} is gone: another job took {self.path.parent} over, so this one must not write to it") from None
+
+    def release(self) -> None:
+        self._released.set()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+    def _beat(self) -> None:
+        assert self.path is not None
+        while not self._released.wait(BEAT_S):
+            try:
+                os.utime(self.path)
+            except FileNotFoundError:  # taken over; `check` says so
+                return
+            except OSError:  # a file server's bad moment: others are patient
+                continue
+
+
+def hold(run: Path, log: Callable[[str], None]) -> RunLock:
+    """Takes the lock of a run directory, which is made if need be. Collective.
+
+    Raises:
+        ValueError: another job holds it, or the directory can't be written to.
+    """
+    path = from_rank_0(lambda: acquire(run, log))
+    return RunLock(path if dist.get_rank() == 0 else None)
+
+
+def acquire(run: Path, log: Callable[[str], None]) -> Path:
+    """Creates this process's lock file."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        while True:
+            held = _locks(run)
+            for path in held[-1:]:
+                _must_be_gone(path, log)
+            mine = run / f"lock-{_number(held[-1]) + 1 if held else 1:06d}"
+            try:
+                descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:  # another job was faster
+                continue
+            os.write(descriptor, json.dumps(_this_process()).encode())
+            os.close(descriptor)
+            if _locks(run)[-1] == mine:  # else a listing from memory had hidden a newer one
+                for path in held:
+                    path.unlink(missing_ok=True)
+                return mine
+            mine.unlink()
+    except OSError as error:
+        raise ValueError(f"run directory {run} can't be written to: {error}") from error
+
+
+def _locks(run: Path) -> list[Path]:
+    return sorted(run.glob("lock-" + "[0-9]" * 6))
+
+
+def _number(path: Path) -> int:
+    return int(path.name.removeprefix("lock-"))
+
+
+def _must_be_gone(path: Path, log: Callable[[str], None]) -> None:
+    """Raises ValueError when the lock's holder lives."""
+    holder = _holder(path)
+    if holder is None:  # made in this moment
+        time.sleep(min(1.0, PATIENCE_S / 10))
+        holder = _holder(path)
+    who = (
+        f"{path.parent} is in use by job {holder['job'] or 'without a number'}, process {holder['pid']} on {holder['host']}, "
+        f"since {holder['since']}"
+        if holder
+        else f"{path.parent} is in use"
+    )
+    if holder and holder["machine"] == _machine():
+        alive = _started(holder["pid"]) == holder["started"]
+    else:
+        log(f"{who}: watching {path.name} for up to {PATIENCE_S:.0f} s to see whether that still runs")
+        alive = _beats(path)
+    if alive:
+        raise ValueError(f"{who}; wait until it ends, or give this job its own name or run.dir")
+    log(f"{who}, which runs no more: taking over")
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """Who holds the lock; None while that is being written, or was cut short."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _beats(path: Path) -> bool:
+    """Whether the file is touched within PATIENCE_S. It is opened anew each time: that makes a network file system look."""
+    seen = _touched(path)
+    deadline = time.monotonic() + PATIENCE_S
+    while seen is not None and time.monotonic() < deadline:
+        time.sleep(min(1.0, PATIENCE_S / 10))
+        now = _touched(path)
+        if now is not None and now != seen:
+            return True
+        seen = now
+    return False
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": _machine(),
+        "started": _started(os.getpid()),
+    }
+
+
+def _machine() -> str:
+    """What tells apart all places in which a process number can mean another process: machine, its start, container."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in the machine's own count; None where there is no such process, or it has ended."""
+    try:
+        # proc(5): after the name in brackets, the state is the 3rd field and the start the 22nd.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

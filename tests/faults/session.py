@@ -1,0 +1,139 @@
+"""A small model that trains and saves for real, in a process a rank (tests/ranks.py): what the tests of failing disks play with."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain import checkpoint, zero_state
+from pretrain import config as settings
+from pretrain import engine as engines
+from pretrain.batch_stats import BatchStats
+from pretrain.metrics import RunLog
+
+CONFIG = {
+    "name": "tiny", "seed": 1, "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3}, "data": {"train": "unused"},
+    "optim": {"lr": 1e-2}, "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 1},
+}  # fmt: skip
+KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
+
+
+class Memory(RunLog):
+    """A run's log, kept in memory."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.lines: list[str] = []
+        self.records: list[dict[str, Any]] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+    def record(self, kind: str, **values: Any) -> None:
+        self.records.append({"kind": kind, **values})
+
+
+class Session:
+    """One rank of a run in `folder`. `states` holds what the state was after each step that was saved, or tried to."""
+
+    def __init__(self, folder: str, keep: int = 2, width: int = 4, **engine: Any):
+        self.run = Path(folder)
+        self.folder = self.run / "checkpoints"
+        self.keep = keep
+        config = settings.from_dict(CONFIG)
+        for key, value in engine.items():
+            setattr(config.engine, key, value)
+        engines.start(config.engine)
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        torch.manual_seed(config.seed)
+        self.model = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 36, 3))
+        self.engine = engines.build(config, self.model, settings.accumulation(config, self.ranks))
+        self.stats = BatchStats(self.model, config.engine.ema_decay)
+        self.log = Memory()
+        self.lock = checkpoint.hold(self.run, self.log.line)
+        self.step = 0
+        self.states: dict[int, dict[str, torch.Tensor]] = {}
+        self.start()
+
+    def start(self) -> int | None:
+        """As at the start of a job: a run's checkpoints are opened and the newest whole one is loaded; returns its step."""
+        self.checkpoints = checkpoint.Checkpoints(
+            self.folder, self.engine, self.stats, retention=checkpoint.Retention(self.keep), lock=self.lock, log=self.log
+        )
+        trainer = self.checkpoints.load({})
+        self.step = trainer["step"] if trainer else 0
+        return self.step if trainer else None
+
+    def train(self) -> None:
+        """One step on images that follow from its number."""
+        images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(self.step))
+        for number in range(self.rank * 4 // self.ranks, (self.rank + 1) * 4 // self.ranks):
+            loss = nn.functional.cross_entropy(self.engine(images[number : number + 1]), torch.tensor([number % 3]))
+            self.engine.backward(loss)
+            self.checkpoints.before_update()
+            self.engine.step()
+        self.stats.start_averaging()
+        self.stats.finish()
+        self.step += 1
+
+    def save(self, on: AbstractContextManager[None] | None = None) -> BaseException | None:
+        """A step and a save, waited for; `on` is the disk that it is made on. Returns what `wait` raised."""
+        self.train()
+        self.states[self.step] = self.state()
+        with on or nullcontext():
+            self.begin_save()
+            try:
+                self.checkpoints.wait()
+            except RuntimeError as error:
+                return error
+        return None
+
+    def begin_save(self) -> None:
+        self.checkpoints.save({"step": self.step, "identity": {}, "evaluation": None})
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies of all that a checkpoint holds. Collective."""
+        whole = {key: zero_state.whole_tensors(self.engine, key) for key in ("weight", "exp_avg", "exp_avg_sq", "ema")}
+        state = {f"{key}/{name}": tensor.flatten() for key, tensors in whole.items() for name, tensor in tensors.items()}
+        state |= {f"buffer/{name}": buffer for name, buffer in self.model.named_buffers()}
+        state |= {f"buffer_ema/{name}": average for name, average in self.stats.averages.items()}
+        return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+    def on_disk(self) -> int:
+        """The step of the newest whole checkpoint; raises AssertionError when its content is not what the state was then."""
+        path = checkpoint.newest_whole(self.folder, self.log.line)
+        assert path is not None
+        step = int(path.name.removeprefix("step-"))
+        assert different(checkpoint.read(path, KINDS), self.states[step]) == []
+        return step
+
+    def kinds(self) -> list[str]:
+        """Of the records so far; forgets them."""
+        found = [record["kind"] for record in self.log.records]
+        self.log.records.clear()
+        return found
+
+    def end(self) -> None:
+        self.lock.release()
+        engines.stop()
+
+
+def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not the same bits."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def everywhere(value: Any, rank: int) -> Any:
+    """A rank's value, on all. Collective."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=rank)
+    return holder[0]
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.startswith("."))

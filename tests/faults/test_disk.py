@@ -1,0 +1,358 @@
+"""What a failing, full, slow or dying disk does to a run's checkpoints: every call of a save is tried. Each test that a promise is kept
+has a control, in which what keeps it is switched off and the same check must fail."""
+
+import errno
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain import checkpoint
+from pretrain.checkpoint import files, staging
+from tests.faults.disk import Dies, FailsOnce, ReadOnly, Slow, Watched, disk
+from tests.faults.session import KINDS, Session, different, everywhere, hidden
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.slow
+
+
+# ---------------------------------------------------------------- every call of a save fails, on either rank
+
+
+def every_call_fails(folder: str, victim: int, code: int) -> int:
+    files._BLOCK_BYTES = 1000  # many writes a file
+    session = Session(folder)
+    session.save()
+    session.kinds()
+    call = 0
+    while True:
+        fault = FailsOnce(call, code)
+        assert session.save(disk(fault) if session.rank == victim else None) is None, "a failing disk must not end training"
+        if not everywhere(fault.hit, victim):
+            break
+        if session.rank == 0:
+            newest, kinds = session.on_disk(), session.kinds()
+            # Either the save is dropped with a complaint, or all is well and only the tidying up after it failed.
+            assert (newest, kinds) in [(session.step, ["checkpoint"]), (session.step - 1, ["save_failed"])] or (
+                newest == session.step and kinds == ["save_failed"]  # the name was given, making it durable failed
+            ), (call, session.step, newest, kinds)
+            if kinds == ["save_failed"]:
+                assert f"SAVING FAILED at step {session.step}" in session.log.lines[-1]
+                assert os.strerror(code) in session.log.lines[-1]
+        assert session.save() is None
+        if session.rank == 0:
+            assert session.on_disk() == session.step
+            session.kinds()
+        call += 1
+    session.start()
+    if session.rank == 0:
+        assert hidden(session.folder) == []
+    session.end()
+    return call
+
+
+@pytest.mark.parametrize(("ranks", "victim", "code"), [(1, 0, errno.ENOSPC), (2, 1, errno.ENOSPC), (2, 0, errno.EIO)])
+def test_any_failing_call_costs_at_most_that_save(tmp_path: Path, ranks: int, victim: int, code: int) -> None:
+    calls = run_on_ranks(ranks, every_call_fails, folder=str(tmp_path), victim=victim, code=code)[0]
+    assert calls > 5
+
+
+# ---------------------------------------------------------------- killed at every call of a save
+
+
+def killed_at_every_call(folder: str, unprotected: bool) -> int:
+    if unprotected:  # files are written under their final name, and whatever is there is taken for whole
+        files.temporary = lambda folder, why, name: folder / (name if why == "partial" else f".{why}-{name}")
+        files.verify = lambda path: []
+    files._BLOCK_BYTES = 1000
+    session = Session(folder)
+    session.save()
+    call = 0
+    while True:
+        before = session.step
+        fault = Dies(call)
+        raised = session.save(disk(fault))
+        if not fault.hit:
+            break
+        assert raised is not None
+        newest = session.on_disk()
+        assert newest in (before, session.step)
+        assert session.start() == newest  # as a job does that is started again
+        assert hidden(session.folder) == []
+        assert (session.folder / "latest").read_text() == f"step-{newest:09d}"
+        session.train()
+        session.save()
+        call += 1
+    session.end()
+    return call
+
+
+def test_killed_at_any_call_a_run_goes_on_from_a_whole_checkpoint(tmp_path: Path) -> None:
+    assert run_on_ranks(1, killed_at_every_call, folder=str(tmp_path), unprotected=False)[0] > 40
+
+
+def test_control_without_temporary_names_and_checks_it_does_not(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        run_on_ranks(1, killed_at_every_call, folder=str(tmp_path), unprotected=True)
+
+
+# ---------------------------------------------------------------- power is lost
+
+
+def unsafe_moments(folder: str, unprotected: str | None) -> list[str]:
+    if unprotected == "files":
+
+        @contextmanager
+        def create(path: Path) -> Iterator[files.HashedFile]:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            yield files.HashedFile(descriptor)
+            os.close(descriptor)
+
+        files.create = create
+    elif unprotected == "folders":
+        files.sync = lambda path: None
+    session = Session(folder, keep=1)
+    watched = Watched()
+    for _ in range(3):
+        session.save(disk(watched))
+    session.end()
+    return watched.unsafe
+
+
+def test_nothing_is_built_on_what_a_loss_of_power_would_take(tmp_path: Path) -> None:
+    assert run_on_ranks(1, unsafe_moments, folder=str(tmp_path), unprotected=None)[0] == []
+
+
+@pytest.mark.parametrize("unprotected", ["files", "folders"])
+def test_control_without_syncing_it_is(tmp_path: Path, unprotected: str) -> None:
+    assert run_on_ranks(1, unsafe_moments, folder=str(tmp_path), unprotected=unprotected)[0] != []
+
+
+# ---------------------------------------------------------------- a slow disk, beside training that goes on
+
+
+def saves_on_a_slow_disk(folder: str, unprotected: str | None) -> dict[str, Any]:
+    if unprotected == "staging":  # the writing thread copies when it gets to it, while training goes on
+        copied = staging.Staging.__init__
+
+        def shared(self: staging.Staging, updated: Any, running: Any, device: Any) -> None:
+            copied(self, updated, running, device)
+            self._copies, later = [], self._copies
+            self.wait = lambda: (time.sleep(0.5), [host.copy_(live) for live, host in later])  # type: ignore[method-assign,assignment]
+
+        staging.Staging.__init__ = shared  # type: ignore[method-assign]
+    elif unprotected == "back-pressure":
+        checkpoint.Checkpoints.wait = lambda self: None  # type: ignore[method-assign]
+    session = Session(folder, keep=10)
+    most, blocked = 0, []
+    with disk(Slow(0.003)):
+        for _ in range(4):
+            session.train()
+            session.states[session.step] = session.state()
+            began = time.monotonic()
+            session.begin_save()
+            blocked.append(time.monotonic() - began)
+            session.train()  # while that save is being written
+            most = max(most, sum(path.name.startswith(".partial") for path in session.folder.iterdir()))
+        session.checkpoints.wait()
+        if session.checkpoints._writer is not None:
+            session.checkpoints._writer.join()
+        for path in checkpoint.steps(session.folder):
+            assert different(checkpoint.read(path, KINDS), session.states[int(path.name.removeprefix("step-"))]) == [], path
+    records = [record for record in session.log.records if record["kind"] == "checkpoint"]
+    session.end()
+    return {"most": most, "blocked": blocked, "records": records}
+
+
+def check_slow_disk(folder: Path, unprotected: str | None) -> None:
+    found = run_on_ranks(1, saves_on_a_slow_disk, folder=str(folder), unprotected=unprotected)[0]
+    assert found["most"] <= 1
+    assert len(found["records"]) == 4
+    assert found["blocked"][0] < found["records"][0]["total_s"] / 2  # the first waits for its copy alone
+    for record, blocked in zip(found["records"], found["blocked"], strict=True):
+        assert record["bytes"] > 5000
+        assert record["total_s"] > 0.1
+        assert record["mb_per_s"] >= record["bytes"] / 1e6 / record["total_s"]  # a little more: without the copy
+        assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"], rel=0.3)
+        assert record["blocked_s"] <= blocked
+    assert max(record["blocked_s"] for record in found["records"][1:]) > 0.05  # the others for the one before
+
+
+def test_on_a_slow_disk_saves_are_right_one_at_a_time_and_reported(tmp_path: Path) -> None:
+    check_slow_disk(tmp_path, None)
+
+
+@pytest.mark.parametrize("unprotected", ["staging", "back-pressure"])
+def test_control_without_copies_or_waiting_they_are_not(tmp_path: Path, unprotected: str) -> None:
+    with pytest.raises(AssertionError):
+        check_slow_disk(tmp_path, unprotected)
+
+
+# ---------------------------------------------------------------- a disk that is full, or read-only for a while
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1.5 MB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system needs root: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fills_the_disk(folder: str, checked: bool) -> dict[str, Any]:
+    """A state of 0.65 MB on a disk of 1.5 MB, of which something else takes 0.6 MB for a while."""
+    session = Session(folder, keep=1, width=300)
+    if not checked:
+        session.checkpoints.bytes = 0
+    other = Path(folder, "something else")
+    session.save()
+    other.write_bytes(bytes(600_000))
+    assert session.save() is None
+    partial_seen = any("rank 0" in line for line in session.log.lines)  # it was a rank's write that failed
+    kept, kinds, complaint = session.on_disk(), session.kinds(), session.log.lines[-1]
+    with pytest.raises(checkpoint.SaveFailed, match=r"No space left|are needed"):
+        session.checkpoints.close()
+    other.unlink()
+    session.save()
+    session.checkpoints.close()
+    found = {"kept": kept, "kinds": kinds, "complaint": complaint, "in_a_write": partial_seen, "at_last": session.on_disk()}
+    session.end()
+    return found
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_full_disk_keeps_the_last_checkpoint_and_training_going(small_disk: Path, checked: bool) -> None:
+    """The control is the same without looking at the free space first: only then is it a write that fails."""
+    found = run_on_ranks(1, fills_the_disk, folder=str(small_disk / "run"), checked=checked)[0]
+    assert found["kept"] == 1
+    assert found["kinds"] == ["checkpoint", "save_failed"]
+    assert "SAVING FAILED at step 2" in found["complaint"]
+    assert "goes back to step-000000001" in found["complaint"]
+    assert ("GB are needed and" in found["complaint"]) == checked
+    assert found["in_a_write"] != checked
+    assert found["at_last"] == 3
+
+
+def goes_read_only(folder: str) -> list[str]:
+    session = Session(folder)
+    session.save()
+    assert session.save(disk(ReadOnly())) is None
+    assert session.on_disk() == 1
+    session.save()
+    assert session.on_disk() == 3
+    kinds = session.kinds()
+    session.end()
+    return kinds
+
+
+def test_a_disk_that_is_read_only_for_a_while(tmp_path: Path) -> None:
+    assert run_on_ranks(1, goes_read_only, folder=str(tmp_path))[0] == ["checkpoint", "save_failed", "checkpoint"]
+
+
+# ---------------------------------------------------------------- damage, and what resuming makes of it
+
+
+def resumes(folder: str, checked: bool) -> dict[str, Any]:
+    """Loads what is there into a state that is another."""
+    if not checked:
+        files.verify = lambda path: []
+    session = Session(folder)
+    loaded = plain(session.state())
+    lines = session.log.lines
+    session.end()
+    return {"step": session.step, "state": loaded, "lines": lines}
+
+
+def plain(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What outlives the process that made it."""
+    return {name: tensor.numpy() for name, tensor in state.items()}
+
+
+def three_saves(folder: str) -> dict[int, Any]:
+    session = Session(folder, keep=3)
+    for _ in range(3):
+        session.save()
+    session.end()
+    return {step: plain(state) for step, state in session.states.items()}
+
+
+def flip_bit(path: Path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a shard cut short": lambda path: os.truncate(path / "__1_0.distcp", 100),
+    "a bit of a shard": lambda path: flip_bit(path / "__0_0.distcp"),
+    "a bit of .metadata": lambda path: flip_bit(path / ".metadata"),
+    "a bit of trainer.json": lambda path: flip_bit(path / "trainer.json"),
+    "a bit of MANIFEST.json": lambda path: flip_bit(path / "MANIFEST.json"),
+    "a rank's file missing": lambda path: (path / "__1_0.distcp").unlink(),
+    "the manifest missing": lambda path: (path / "MANIFEST.json").unlink(),
+    "an empty directory": lambda path: [file.unlink() for file in path.iterdir()],
+}
+POINTERS = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_text(""),
+    "garbage": lambda path: path.write_bytes(b"\xff\x00\xfe step"),
+    "names what is not there": lambda path: path.write_text("step-000000099"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Any]]:
+    """A run of two ranks with the checkpoints of steps 1 to 3, and what the state was; to be copied."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    return folder, run_on_ranks(2, three_saves, folder=str(folder))[0]
+
+
+def same(found: dict[str, Any], states: dict[int, Any]) -> bool:
+    one, other = found["state"], states[found["step"]]
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def test_two_ranks_pass_over_every_kind_of_damage_together(tmp_path: Path, saved: tuple[Path, dict[int, Any]]) -> None:
+    before, states = saved
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        run = shutil.copytree(before, tmp_path / str(number))
+        damage(run / "checkpoints" / "step-000000003")
+        if number == 0:
+            damage(run / "checkpoints" / "step-000000002")
+        for found in (first := run_on_ranks(2, resumes, folder=str(run), checked=True)):
+            assert found["step"] == (1 if number == 0 else 2), name
+            assert same(found, states), name
+        assert any("passing over checkpoint" in line and "step-000000003" in line for line in first[0]["lines"]), name
+        assert (run / "checkpoints" / "latest").read_text() == f"step-{first[0]['step']:09d}", name
+
+
+def test_control_unchecked_damage_is_loaded(tmp_path: Path, saved: tuple[Path, dict[int, Any]]) -> None:
+    before, states = saved
+    run = shutil.copytree(before, tmp_path / "run")
+    flip_bit(run / "checkpoints" / "step-000000003" / "__0_0.distcp")
+    found = run_on_ranks(1, resumes, folder=str(run), checked=False)[0]
+    assert found["step"] == 3
+    assert not same(found, states)
+
+
+def test_the_pointer_is_for_others_and_is_mended(tmp_path: Path, saved: tuple[Path, dict[int, Any]]) -> None:
+    before, states = saved
+    for number, (name, damage) in enumerate(POINTERS.items()):
+        run = shutil.copytree(before, tmp_path / str(number))
+        damage(run / "checkpoints" / "latest")
+        found = run_on_ranks(1, resumes, folder=str(run), checked=True)[0]
+        assert found["step"] == 3, name
+        assert same(found, states), name
+        assert (run / "checkpoints" / "latest").read_text() == "step-000000003", name

@@ -1,0 +1,116 @@
+"""A job that is hit anywhere goes on from the last save and ends bit for bit as one that was left alone."""
+
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from data.packing.synthesize import synthesize
+from tests.faults import jobs
+from tests.faults.points import Fault
+from tests.faults.sweep import Case, cases, play
+
+pytestmark = pytest.mark.slow
+
+# Each signal, in and beside the save, in one ZeRO stage: they share what they are compared with. The whole sweep takes long.
+FEW = ("SIGTERM, optimizer's step", "SIGKILL, before the manifest", "SIGSTOP, before the pointer", "SIGKILL, pruning")
+ALL = [pytest.param(case, id=str(case), marks=() if str(case).startswith(FEW) else pytest.mark.full) for case in cases()]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    synthesize(folder, classes=4, train=32, val=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[int], Path]:
+    """The folder of a job that was left alone, by ZeRO stage."""
+    folders: dict[int, Path] = {}
+
+    def of_stage(stage: int) -> Path:
+        if stage not in folders:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{stage}")
+            ended = jobs.run(folder, images, f"engine.zero_stage={stage}")
+            assert ended.codes == [0, 0], jobs.log_of(folder)
+            folders[stage] = folder
+        return folders[stage]
+
+    return of_stage
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_job_that_is_hit_ends_as_one_that_is_not(case: Case, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]) -> None:
+    play(case, tmp_path, images, undisturbed(case.stage))
+
+
+def not_restored(kind: str) -> None:
+    """Leaves a part of the state out when a job resumes."""
+    import torch.distributed.checkpoint as dcp
+
+    from pretrain import zero_state
+
+    if kind == "optimizer_steps":
+        zero_state.set_optimizer_steps = lambda engine, steps: None
+        return
+    original = dcp.load
+
+    def load(state: dict[str, Any], **kwargs: Any) -> None:
+        original({name: tensor for name, tensor in state.items() if not name.startswith(f"{kind}/")}, **kwargs)
+
+    dcp.load = load
+
+
+@pytest.fixture(scope="module")
+def in_mid_course(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """The folder of a job that was killed after step 4; to be copied."""
+    folder = tmp_path_factory.mktemp("in-mid-course")
+    fault = Fault("backward", signal.SIGKILL, folder / "run")
+    assert jobs.run(folder, images, "engine.zero_stage=2", fault=fault).codes[1] == -signal.SIGKILL
+    return folder
+
+
+PARTS = ["buffer", *(pytest.param(kind, marks=pytest.mark.full) for kind in (*jobs.KINDS, "optimizer_steps") if kind != "buffer")]
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_control_what_is_not_restored_shows(
+    kind: str, tmp_path: Path, images: Path, in_mid_course: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    folder = shutil.copytree(in_mid_course, tmp_path / "job")
+    ended = jobs.run(folder, images, "engine.zero_stage=2", change=partial(not_restored, kind))
+    assert ended.codes == [0, 0], jobs.log_of(folder)
+    assert jobs.resumed_steps(folder) == [4]
+    assert not jobs.same_end(folder, undisturbed(2))
+
+
+def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
+    tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    """The first job is stopped in the middle of a step: it lives, and may go on."""
+    option = "engine.zero_stage=2"
+    first = jobs.start(tmp_path, images, option, fault=Fault("forward", signal.SIGSTOP, tmp_path / "run"), job="17")
+    try:
+        deadline = time.monotonic() + jobs.PATIENCE_S
+        while psutil.Process(first[1].pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        second = jobs.run(tmp_path, images, option)
+        assert second.codes[0] == 2
+        assert re.search(rf"error: {tmp_path / 'run'} is in use by job 17, process {first[0].pid} on ", jobs.log_of(tmp_path))
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    finally:
+        jobs.kill(first)
+    assert jobs.run(tmp_path, images, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
+    assert "runs no more: taking over" in jobs.log_of(tmp_path)
+    assert jobs.resumed_steps(tmp_path) == [4]
+    assert jobs.same_end(tmp_path, undisturbed(2))
