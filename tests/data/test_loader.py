@@ -17,6 +17,7 @@ from data.augment import flip, random_resized_crop
 from data.index import Index, open_index
 from data.loader import EvalLoader, TrainLoader, resized_shape
 from data.order import SampleOrder, bytes_at_once, rank_slice, shard_uses
+from data.packing.synthesize import PATTERNS, images
 from data.pipeline import Batch
 from data.settings import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from data.shards import Sample, write_dataset
@@ -227,6 +228,21 @@ def test_evaluation_is_timms(dataset: Index, image_size: int, crop_pct: float) -
     for place, sample_id in enumerate(batch.ids.tolist()):
         expected = transform(picture(dataset, sample_id))
         assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
+
+
+def test_evaluation_of_photographs_is_timms(tmp_path: Path) -> None:
+    """Of 500 x 375 pixels, as most of ImageNet's are."""
+    samples = (Sample(str(number), encoded, label) for number, (encoded, label) in enumerate(images(10, 8, 0, 0, photographs=True)))
+    index = write_dataset(tmp_path, samples, list(PATTERNS), shard_bytes=1 << 30, name="val")
+    for size, resize, mode in ((224, "crop", "center"), (384, "squash", "squash")):
+        crop_pct = 1.0 if resize == "squash" else 0.875
+        transform = create_transform(
+            size, is_training=False, interpolation="bicubic", crop_pct=crop_pct, crop_mode=mode, mean=IMAGENET_MEAN, std=IMAGENET_STD
+        )
+        (batch,) = evaluation(index, image_size=size, eval_resize=resize)
+        for place, sample_id in enumerate(batch.ids.tolist()):
+            expected = transform(picture(index, sample_id))
+            assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
 
 
 def test_squashed_evaluation_is_timms(dataset: Index) -> None:

@@ -153,7 +153,7 @@ def saves_on_a_slow_disk(folder: str, unprotected: str | None) -> dict[str, Any]
         checkpoint.Checkpoints.wait = lambda self: None  # type: ignore[method-assign]
     session = Session(folder, keep=10)
     most, blocked = 0, []
-    with disk(Slow(0.003)):
+    with disk(Slow(0.01)):
         for _ in range(4):
             session.train()
             session.states[session.step] = session.state()
