@@ -153,7 +153,7 @@ def saves_on_a_slow_disk(folder: str, unprotected: str | None) -> dict[str, Any]
         checkpoint.Checkpoints.wait = lambda self: None  # type: ignore[method-assign]
     session = Session(folder, keep=10)
     most, blocked = 0, []
-    with disk(Slow(0.003)):
+    with disk(Slow(0.02)):
         for _ in range(4):
             session.train()
             session.states[session.step] = session.state()
@@ -181,7 +181,7 @@ def check_slow_disk(folder: Path, unprotected: str | None) -> None:
         assert record["bytes"] > 5000
         assert record["total_s"] > 0.1
         assert record["mb_per_s"] >= record["bytes"] / 1e6 / record["total_s"]  # a little more: without the copy
-        assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"], rel=0.3)
+        assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"], rel=0.5)
         assert record["blocked_s"] <= blocked
     assert max(record["blocked_s"] for record in found["records"][1:]) > 0.05  # the others for the one before
 
