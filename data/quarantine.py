@@ -64,12 +64,12 @@ class Quarantine:
 
     def stand_in(self, sample: int) -> int | None:
         """The sample if it isn't known to be bad. Else the next of its shard, cyclic, that isn't; where the shard has none left, the first
-        of the shards that follow. None where nothing replaces a bad sample."""
+        of the shards that follow. None where nothing replaces a bad sample, and where none is left."""
         if sample not in self._known:
             return sample
         if not self.replaces:
             return None
-        return next(other for other in _neighbours(self.index, sample) if other not in self._known)
+        return next((other for other in _neighbours(self.index, sample) if other not in self._known), None)
 
     def add(self, sample: int, reason: str) -> None:
         """A sample is bad."""

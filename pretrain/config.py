@@ -60,10 +60,8 @@ class RunConfig:
     save_every: int = 500  # steps between checkpoints; a stop signal and the end save too
     eval_every: float = 1.0  # epochs between evaluations; the end evaluates too
     keep: int = 3  # newest checkpoints to keep
-    keep_every: float = 0.0  # epochs; the checkpoints at multiples of this are saved and kept for good; 0: none
-    keep_best: Literal["off", "top1", "top5", "loss"] = (
-        "off"  # also save after evaluations, and keep the best by this, of the average if kept
-    )
+    keep_every: float = 0.0  # epochs; checkpoints at multiples of this are saved and kept for good; 0: none
+    keep_best: Literal["none", "top1", "top5", "loss"] = "none"  # save after evaluations too, and keep the best; of the average if kept
 
 
 @dataclass
@@ -168,7 +166,7 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
         "run.keep",
     ]
     wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
-    if values.get("run.keep_best", "off") != "off" and values.get("data.val") is None:
+    if values.get("run.keep_best", "none") != "none" and values.get("data.val") is None:
         wrong.append(("run.keep_best", "needs data.val to evaluate on"))
     at_least_0 = ["run.keep_every", "optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_grad"]
     wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")

@@ -3,9 +3,12 @@
 One rank of a job (rank 0) has a voice; on the others every method does nothing.
 """
 
+import errno
 import json
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +29,30 @@ class RunLog:
     def line(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if self.path is not None:
-            tqdm.write(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stdout)
-            sys.stdout.flush()
+            with suppress(OSError):  # a full disk must not end a job for a line
+                tqdm.write(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stdout)
+                sys.stdout.flush()
 
     def record(self, kind: str, **values: Any) -> None:
-        """Appends one object to metrics.jsonl."""
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        """Appends one object to metrics.jsonl; where the disk fails it is lost, and that is said."""
+        if self.path is None:
+            return
+        record = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n"
+        try:
+            self._append(record.encode())
+        except OSError as error:
+            self.line(f"{self.path} could not be written: {error}; lost: {record.rstrip()}")
+
+    def _append(self, line: bytes) -> None:
+        assert self.path is not None
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            before = os.fstat(descriptor).st_size
+            if os.write(descriptor, line) < len(line):  # the disk is full: no half of a record
+                os.ftruncate(descriptor, before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
 
     def start_progress(self, step: int, total: int) -> None:
         """Opens a progress bar where a person is watching; a log gets its lines alone."""

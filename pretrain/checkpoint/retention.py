@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pretrain.checkpoint.files import TRAINER, steps
 
-Best = Literal["off", "top1", "top5", "loss"]
+Best = Literal["none", "top1", "top5", "loss"]
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Retention:
     """Args:
     last: how many of the newest to keep, at least 1.
     every: keep those of steps that are a multiple of this; 0: none.
-    best: keep the best by this result of an evaluation, of the moving average where there is one; "off": none.
+    best: keep the best by this result of an evaluation, of the moving average where there is one; "none": none.
     """
 
     last: int
     every: int = 0
-    best: Best = "off"
+    best: Best = "none"
 
     def due(self, step: int, evaluated: bool) -> bool:
         """Whether a checkpoint of this step would be kept for good, so that it has to be saved."""
-        return (self.every > 0 and step % self.every == 0) or (self.best != "off" and evaluated)
+        return (self.every > 0 and step % self.every == 0) or (self.best != "none" and evaluated)
 
     def let_go(self, saved: Sequence[Saved], whole: int) -> list[Path]:
         """Those that need not stay.
@@ -54,7 +54,7 @@ class Retention:
         if self.every:
             keep |= {one.step for one in until if one.step % self.every == 0}
         scored = [(-one.score if self.best == "loss" else one.score, one.step) for one in until if one.score is not None]
-        if self.best != "off" and scored:
+        if self.best != "none" and scored:
             keep.add(max(scored)[1])
         return [one.path for one in until if one.step not in keep]
 
@@ -67,13 +67,13 @@ def saved_in(folder: Path, best: Best) -> list[Saved]:
 def score_of(trainer: dict[str, Any], best: Best) -> float | None:
     """The evaluation of a checkpoint's own weights; None where it carries that of an earlier step, or none."""
     evaluation = trainer["evaluation"]
-    if best == "off" or evaluation is None or evaluation["step"] != trainer["step"]:
+    if best == "none" or evaluation is None or evaluation["step"] != trainer["step"]:
         return None
     return evaluation["ema" if "ema" in evaluation else "weight"][best]
 
 
 def _score(path: Path, best: Best) -> float | None:
-    if best == "off":
+    if best == "none":
         return None
     try:
         return score_of(json.loads((path / TRAINER).read_bytes()), best)

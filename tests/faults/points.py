@@ -53,6 +53,8 @@ def inject(fault: Fault) -> None:
                 time.sleep(0.01)
         (fault.run / "hit").touch()
         os.kill(os.getpid(), fault.signal)
+        if fault.signal == signal.SIGSTOP:
+            time.sleep(5)  # another thread may be the first that it stops
 
     point.wrap(hit)
 

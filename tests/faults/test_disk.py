@@ -181,7 +181,7 @@ def check_slow_disk(folder: Path, unprotected: str | None) -> None:
         assert record["bytes"] > 5000
         assert record["total_s"] > 0.1
         assert record["mb_per_s"] >= record["bytes"] / 1e6 / record["total_s"]  # a little more: without the copy
-        assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"], rel=0.3)
+        assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"], rel=0.5)
         assert record["blocked_s"] <= blocked
     assert max(record["blocked_s"] for record in found["records"][1:]) > 0.05  # the others for the one before
 
@@ -356,3 +356,30 @@ def test_the_pointer_is_for_others_and_is_mended(tmp_path: Path, saved: tuple[Pa
         assert found["step"] == 3, name
         assert same(found, states), name
         assert (run / "checkpoints" / "latest").read_text() == "step-000000003", name
+
+
+# ---------------------------------------------------------------- a job that was taken for dead
+
+
+def saves_after_its_lock_was_taken(folder: str, checked: bool) -> dict[str, Any]:
+    session = Session(folder)
+    session.save()
+    if session.lock.path is not None:  # on rank 0
+        session.lock.path.unlink()  # as a job does that takes over
+    if not checked:
+        session.lock.check = lambda: None  # type: ignore[method-assign]
+    raised = session.save()
+    found = {"raised": str(raised), "newest": session.on_disk()}
+    session.end()
+    return found
+
+
+def test_a_job_whose_lock_was_taken_publishes_nothing(tmp_path: Path) -> None:
+    found = run_on_ranks(2, saves_after_its_lock_was_taken, folder=str(tmp_path), checked=True)
+    for rank in found:
+        assert "another job took" in rank["raised"]
+        assert rank["newest"] == 1
+
+
+def test_control_without_a_look_at_the_lock_it_does(tmp_path: Path) -> None:
+    assert run_on_ranks(1, saves_after_its_lock_was_taken, folder=str(tmp_path), checked=False)[0]["newest"] == 2

@@ -3,8 +3,10 @@
 import re
 import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from data.packing.synthesize import synthesize
+from pretrain import checkpoint
 from tests.faults import jobs
 from tests.faults.points import Fault
 from tests.faults.sweep import Case, cases, play
@@ -114,3 +117,45 @@ def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
     assert "runs no more: taking over" in jobs.log_of(tmp_path)
     assert jobs.resumed_steps(tmp_path) == [4]
     assert jobs.same_end(tmp_path, undisturbed(2))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system on which one checkpoint of the job has room, and not a second one."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system needs root: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_job_on_a_full_disk_trains_on_and_says_at_its_end_what_is_not_saved(
+    small_disk: Path, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    """From the first checkpoint on nothing more can be written to the run directory; with more space the job goes on from there."""
+    option = "engine.zero_stage=2"
+    folder, run = tmp_path / "job", small_disk / "run"
+    folder.mkdir()
+    run.mkdir()
+    (folder / "run").symlink_to(run)
+    processes = jobs.start(folder, images, option)
+    checkpoints = run / "checkpoints"
+    while not (checkpoints / "latest").exists():
+        assert any(process.exitcode is None for process in processes), jobs.log_of(folder)
+        time.sleep(0.01)
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    ended = jobs.wait(processes)
+    assert all(code not in (0, 85) for code in ended.codes)
+    for words in ("SAVING FAILED at step 4", "SAVING FAILED at step 7", "SaveFailed: the last state of this run is not saved: "):
+        assert words in jobs.log_of(folder), words
+    assert [path.name for path in checkpoint.steps(checkpoints)] == ["step-000000002"]
+    assert checkpoint.verify(checkpoints / "step-000000002") == []
+    subprocess.run(["mount", "-o", "remount,size=400m", small_disk], check=True)
+    (small_disk / "filler").unlink()
+    assert jobs.run(folder, images, option).codes == [0, 0], jobs.log_of(folder)[-3000:]
+    assert jobs.resumed_steps(folder) == [2]
+    assert jobs.same_end(folder, undisturbed(2))

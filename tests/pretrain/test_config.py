@@ -97,6 +97,8 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("epochs", "inf", "must be more than 0 and finite"),
         ("optim.lr", "nan", "must be more than 0 and finite"),
         ("steps", "0", "must be more than 0 and finite"),
+        ("run.keep_every", "-1.0", "must be at least 0 and finite"),
+        ("run.keep_best", "top1", "needs data.val to evaluate on"),
         ("data.cutmix", "-1.0", "must be at least 0 and finite"),
         ("optim.label_smoothing", "1.0", "must be at least 0 and less than 1"),
         ("data.flip", "1.5", "must be a probability, 0 to 1"),

@@ -1,6 +1,8 @@
 """What a person and a program see of a run."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,26 @@ def test_one_rank_has_a_voice(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(record["kind"], record["step"]) for record in records] == [("train", 3), ("train", 3)]
     assert records[0]["time"] <= records[1]["time"]
+
+
+def test_on_a_full_disk_a_record_is_lost_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log, write = RunLog(path), os.write
+    log.record("train", step=1)
+    for name, failing in {"all of it": lambda *args: refuse(), "a part": lambda descriptor, data: write(descriptor, data[:10])}.items():
+        monkeypatch.setattr(os, "write", failing)
+        log.record("train", step=name)
+        monkeypatch.setattr(os, "write", write)
+    log.record("train", step=2)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    for line, name in zip(lines, ("all of it", "a part"), strict=True):
+        assert f"{path} could not be written: [Errno 28] No space left on device; lost:" in line
+        assert name in line
+
+
+def refuse() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

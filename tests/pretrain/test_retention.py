@@ -27,10 +27,10 @@ def test_multiples_stay_for_good() -> None:
     assert kept(Retention(2, every=10), saved(5, 10, 15, 20, 25, 30), 30) == [10, 20, 25, 30]
 
 
-@pytest.mark.parametrize(("best", "stays"), [("top1", 2), ("loss", 3), ("off", None)])
+@pytest.mark.parametrize(("best", "stays"), [("top1", 2), ("loss", 3), ("none", None)])
 def test_the_best_stays(best: str, stays: int | None) -> None:
     scores = {1: 0.5, 2: 0.9, 3: 0.1}
-    entries = saved(1, 2, 3, 4, 5, scores=scores if best != "off" else None)
+    entries = saved(1, 2, 3, 4, 5, scores=scores if best != "none" else None)
     assert kept(Retention(1, best=best), entries, 5) == sorted({5} | ({stays} if stays else set()))  # type: ignore[arg-type]
 
 
