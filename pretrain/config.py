@@ -29,6 +29,9 @@ class ModelConfig:
     # Of depth-wise convolutions and shortcuts. auto: Triton where it runs, on GPUs; triton: an error where it does not; torch: never.
     # They have not run on a GPU yet, so a job has to ask for them.
     kernels: Literal["auto", "triton", "torch"] = "torch"
+    # Stages (0 to 3) whose blocks keep their input alone for the backward pass and compute the rest again: less memory, a third more work.
+    checkpoint_stages: list[int] = field(default_factory=list)
+    compile: bool = False  # torch.compile, each kind of block once; the first step takes minutes
 
 
 @dataclass
@@ -37,7 +40,10 @@ class OptimConfig:
     min_lr: float = 1e-6
     warmup_lr: float = 1e-6
     warmup_epochs: float = 0.0
+    warmup_steps: int | None = None  # in optimizer steps instead
+    warmup_samples: int | None = None  # in samples instead
     weight_decay: float = 0.05  # not on biases and other 1-D parameters
+    layer_decay: float = 1.0  # a layer's rate is so much of the one's behind it, 1 at the head; for fine-tuning
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     label_smoothing: float = 0.1
@@ -48,9 +54,21 @@ class OptimConfig:
 class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     zero_stage: int = 1  # DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 and gradients, 3 and weights in pieces over the ranks
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights, sums and statistics are fp32
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the arithmetic; weights, sums and statistics are fp32
+    offload: bool = False  # optimizer state in host memory, updated by the CPU (ZeRO-Offload); for ZeRO stages 1 to 3
+    sync_bn: bool = False  # BatchNorm over the micro-batches of all ranks instead of each rank's own
     micro_batch: int = 64  # samples a rank takes through the network at once
     ema_decay: float = 0.0  # of the moving average of the weights, a step; 0: off
+
+
+@dataclass
+class GuardConfig:
+    """When numbers go wrong. A step whose loss or gradient is not finite changes nothing, always; this is about what more is done."""
+
+    spike: float = 0.0  # a loss over so many times the average of the last hundred or so goes back as well; 0: never
+    skipped: int = 20  # so many steps in a row that were not finite: back to a checkpoint from before them
+    pass_over: int = 20  # batches ahead of the first bad one that are left out too when training goes back
+    rollbacks: int = 3  # after so many the job ends
 
 
 @dataclass
@@ -71,10 +89,12 @@ class Config:
     global_batch: int = MISSING  # samples in an optimizer step, whatever the machine
     epochs: float = MISSING
     steps: int | None = None  # end after so many optimizer steps instead
+    samples: int | None = None  # end after so many samples instead
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -135,6 +155,18 @@ def accumulation(config: Config, ranks: int) -> int:
     )
 
 
+def lengths(config: Config, steps_per_epoch: int) -> tuple[int, int]:
+    """Optimizer steps of the whole training and of its warm-up, from what is given: steps before samples before epochs."""
+    optim = config.optim
+
+    def whole(steps: int | None, samples: int | None, epochs: float) -> int:
+        if steps is not None:
+            return steps
+        return round(epochs * steps_per_epoch if samples is None else samples / config.global_batch)
+
+    return whole(config.steps, config.samples, config.epochs), whole(optim.warmup_steps, optim.warmup_samples, optim.warmup_epochs)
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
@@ -157,6 +189,7 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     positive = [
         "epochs",
         "steps",
+        "samples",
         "model.classes",
         "optim.lr",
         "optim.eps",
@@ -164,12 +197,24 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
         "run.save_every",
         "run.eval_every",
         "run.keep",
+        "guard.skipped",
     ]
     wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
     if values.get("run.keep_best", "none") != "none" and values.get("data.val") is None:
         wrong.append(("run.keep_best", "needs data.val to evaluate on"))
-    at_least_0 = ["run.keep_every", "optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_grad"]
+    at_least_0 = ["run.keep_every", "guard.pass_over", "guard.rollbacks"]
+    at_least_0 += [
+        f"optim.{key}" for key in ("min_lr", "warmup_lr", "warmup_epochs", "warmup_steps", "warmup_samples", "weight_decay", "clip_grad")
+    ]
     wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+    for first, second in (("steps", "samples"), ("optim.warmup_steps", "optim.warmup_samples")):
+        if values.get(first) is not None and values.get(second) is not None:
+            wrong.append((second, f"can't be given beside {first}"))
+    if values.get("engine.offload") and values.get("engine.zero_stage") == 0:
+        wrong.append(("engine.offload", "needs engine.zero_stage 1, 2 or 3"))
+    wrong += failing(values, ["model.checkpoint_stages"], lambda stages: set(stages) <= {0, 1, 2, 3}, "must be of stages 0, 1, 2 and 3")
+    wrong += failing(values, ["guard.spike"], lambda value: value == 0 or value > 1, "must be more than 1, or 0 for never")
+    wrong += failing(values, ["optim.layer_decay"], lambda value: 0 < value <= 1, "must be more than 0 and at most 1")
     shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay"]
     wrong += failing(values, shares, lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
     return wrong

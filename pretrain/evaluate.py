@@ -34,7 +34,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, precision: str) -> dict[str, 
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, right, right among five, sum of losses
     for batch in loader:
-        with autocast(loader.device, precision):
+        with autocast(loader.device.type, precision):
             logits = model(batch.images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
