@@ -40,8 +40,8 @@ def start(engine: EngineConfig) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
-    # torch's own deprecation, of what DeepSpeed calls in every step.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    # torch's own deprecations, of what DeepSpeed calls in every step.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
     # On a CPU DeepSpeed would compile a collective of its own, which needs a C++ compiler; gloo's serve.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local_rank = int(os.environ["LOCAL_RANK"])
