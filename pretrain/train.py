@@ -7,6 +7,7 @@ when training is complete, and with 85 when it was told to stop, has saved, and 
 """
 
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,13 @@ def train(config: Config) -> int:
             for position in bad_steps(found, bad, scales=config.engine.precision == "fp16"):
                 told = evidence(found, position, order, index, hosts)
                 keep_evidence(folder / "bad_steps.jsonl", told, log)
+        if not found.numbers:  # all of their batches are left out
+            return None
         values = found.means()
         rate = len(found.numbers) * config.global_batch / found.seconds
         values |= {
             "images_per_s": rate, "data_wait": found.waited / found.seconds, "memory_gb": engines.memory_gb(device),
-            "left_s": (total - step) * config.global_batch / rate if rate else 0.0,
+            "left_s": (total - step) * config.global_batch / rate,
         }  # fmt: skip
         counts = {"skipped": int(found.skipped.sum()), "bad_images": quarantine.count}
         log.line(
@@ -163,7 +166,8 @@ def train(config: Config) -> int:
             f"waiting for data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB  {duration(values['left_s'])} left"
             + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
         )
-        log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values, **{k: n for k, n in counts.items() if n})
+        told = {name: value for name, value in values.items() if math.isfinite(value)} | {k: n for k, n in counts.items() if n}
+        log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told)
         return bad
 
     def go_back(bad: Bad) -> int:

@@ -92,7 +92,7 @@ def poisoned() -> dict[str, Any]:
             rank.step(3)
             after = rank.state()
             found[f"{engine}, {poison}"] = {
-                "skipped": skipped, "changed": changed, "went on": "weight/0.weight" in unequal(before, after) or "steps" in unequal(before, after),
+                "skipped": skipped, "changed": changed, "went on": "steps" in unequal(before, after),
                 "finite": all(bool(tensor.isfinite().all()) for tensor in after.values()), "steps": float(after["steps"]),
             }  # fmt: skip
     rank = Rank(zero_stage=1)
