@@ -32,7 +32,9 @@ class BatchStats:
         offset = 0
         for name, norm in norms.items():
             for kind in KINDS:
-                setattr(norm, kind, self.flat.narrow(0, offset, norm.num_features))
+                # .data: compiled code saves a norm's statistics for its backward pass, and would take an update of another's for one of
+                # these, as views of one tensor count their changes together.
+                setattr(norm, kind, self.flat.narrow(0, offset, norm.num_features).data)
                 self.averages[f"{name}.{kind}"] = self.ema.narrow(0, offset, norm.num_features)
                 offset += norm.num_features
         self._before = self.flat.clone()  # the step
