@@ -68,10 +68,13 @@ def misfits(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]
     return wrong + [f"{name} is left over" for name in found if name not in shapes and name not in HEAD]
 
 
-def variants(weights: Mapping[str, Tensor]) -> list[str]:
-    """The models of the family that a native state dict fits, but for its head."""
-    models = {name: timm.create_model(name, num_classes=0, device="meta") for name in timm.list_models("van_b*")}
-    return [name for name, model in models.items() if not misfits({key: tuple(t.shape) for key, t in model.state_dict().items()}, weights)]
+def variant(weights: Mapping[str, Tensor]) -> str | None:
+    """The model of the family that a native state dict fits, but for its head; None if there is none."""
+    for name in timm.list_models("van_b*"):
+        model = timm.create_model(name, num_classes=0, device="meta")
+        if not misfits({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, weights):
+            return name
+    return None
 
 
 def read_source(path: Path) -> Source:

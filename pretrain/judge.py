@@ -25,7 +25,7 @@ from pretrain import engine as engines
 from pretrain.config import Config
 from pretrain.damage import check_shards, describe, share
 from pretrain.evaluate import build_model, evaluate, matched, none_left, restriction
-from pretrain.initial_weights import HEAD, misfits, read_source, variants
+from pretrain.initial_weights import HEAD, misfits, read_source, variant
 from pretrain.probe import NEIGHBOURS, LinearProbe, drawn_samples, features, from_all_ranks, knn_hits
 from pretrain.trained import build_trained, is_run
 from pretrain.van import use_kernels
@@ -115,19 +115,17 @@ def open_weights(source: Path, config: Path | None, overrides: list[str], *, ave
 
 def _check_fit(source: Path, weights: dict[str, torch.Tensor], config: Config, headless: bool) -> None:
     """Raises ValueError where weights are not those of the model that the settings name, and says of which they are."""
-    fits = variants(weights)
-    if fits and config.model.name not in fits:
-        raise ValueError(f"{source} holds weights of {fits[0]}, but model.name={config.model.name}; set model.name={fits[0]}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+    backbone = {name: shape for name, shape in shapes.items() if name not in HEAD}
+    if misfits(backbone, weights) and (name := variant(weights)):
+        raise ValueError(f"{source} holds weights of {name}, but model.name={config.model.name}; set model.name={name}")
     if HEAD[0] not in weights:
         if not headless:
             raise ValueError(f"{source} holds no head, so it can't classify; --probe 100 tells what its features are good for")
     elif len(weights[HEAD[0]]) != config.model.classes:
         there = len(weights[HEAD[0]])
         raise ValueError(f"the head in {source} has {there} classes, but model.classes={config.model.classes}; set model.classes={there}")
-    shapes = {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
-    if HEAD[0] not in weights:
-        shapes = {name: shape for name, shape in shapes.items() if name not in HEAD}
-    if wrong := misfits(shapes, weights):
+    if wrong := misfits(shapes if HEAD[0] in weights else backbone, weights):
         raise ValueError(f"{source} does not fit {config.model.name}: {some(wrong, '; ')}")
 
 

@@ -38,7 +38,7 @@ def drawn_samples(index: Index, labels: np.ndarray, per_class: int) -> np.ndarra
     return np.sort(ids[order[np.arange(len(ids)) - first < per_class]])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(model: nn.Module, loader: EvalLoader, precision: str) -> tuple[Tensor, Tensor]:
     """The features, float32 (n, head_hidden_size), and labels, int64 (n,), of this rank's images, on the device."""
     model.eval()
