@@ -210,6 +210,8 @@ def _expected(hint: Any) -> str:
         return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))} numbers"
+    if get_origin(hint) is list:
+        return "a list of texts"
     words = {int: "a whole number", float: "a number", str: "text", NoneType: "null"}
     return " or ".join(words[part] for part in get_args(hint) or (hint,))
 

@@ -53,6 +53,7 @@ class Draw(IntEnum):
     ERASED_Y = 54
     ERASED_X = 55
     ERASED_NOISE = 56
+    PROBE = 60
 
 
 def hash64(*keys: ArrayLike) -> np.ndarray:

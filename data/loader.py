@@ -136,6 +136,8 @@ class EvalLoader(Loader):
     The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop,
     then the central square of image_size; with eval_resize "squash" straight to image_size x image_size. A rank without samples
     yields nothing. Bad samples are left out.
+
+    `samples` are the ids to take, int64 and ascending; without them, those of `evaluated`.
     """
 
     def __init__(
@@ -149,9 +151,11 @@ class EvalLoader(Loader):
         device: torch.device,
         ranks_on_node: int = 1,
         quarantine: Quarantine | None = None,
+        samples: np.ndarray | None = None,
     ) -> None:
         self.micro_batch, self.ranks, self.ranks_on_node = micro_batch, ranks, ranks_on_node
-        self.own = evaluation_ids(len(index), rank, ranks)
+        self.samples = evaluated(index, settings) if samples is None else samples
+        self.own = self.samples[evaluation_ids(len(self.samples), rank, ranks)]
         size = linear = corner = DALIDataType.INT32
         quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
         super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=micro_batch, device=device)
@@ -160,7 +164,7 @@ class EvalLoader(Loader):
         index = self.index
         if not index.remote:
             return ShardStore(index)
-        uses = evaluation_uses(index.shard_start, self.micro_batch, self.ranks)
+        uses = evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.micro_batch, self.ranks)
         at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
         return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
 
@@ -186,6 +190,20 @@ class EvalLoader(Loader):
         )
         resized = resize(images, size, linear, self._resizer)
         return fn.slice(resized, start=corner, shape=[self.settings.image_size] * 2, axis_names="HW"), 0
+
+
+def evaluated(index: Index, settings: DataConfig) -> np.ndarray:
+    """The ids of the samples of data.val that are evaluated, int64, ascending: all but those of the classes in data.val_except.
+
+    Raises ValueError for a name there that is no class's.
+    """
+    unknown = [name for name in settings.val_except if name not in index.classes]
+    if unknown:
+        raise ValueError(
+            f"data.val_except names {', '.join(unknown)}, which {index.place} has not among its classes; take it out of the list"
+        )
+    labels = [index.classes.index(name) for name in settings.val_except]
+    return np.flatnonzero(~np.isin(index.samples["label"], labels))
 
 
 def resized_shape(widths: np.ndarray, heights: np.ndarray, settings: DataConfig) -> np.ndarray:

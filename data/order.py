@@ -194,7 +194,8 @@ def bytes_at_once(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start
 
 def evaluation_uses(shard_start: np.ndarray, micro_batch: int, ranks: int) -> list[ShardUse]:
     """The shards that evaluation touches, in the order of first need, for any of `ranks`: in its micro-batch i, which counts as
-    step i, each takes some of the samples i * micro_batch * ranks and following."""
+    step i, each takes some of the samples i * micro_batch * ranks and following. Where only a part of the samples is evaluated,
+    `shard_start` counts those."""
     per_step = micro_batch * ranks
     bounds = enumerate(itertools.pairwise(shard_start.tolist()))
     return [ShardUse(shard, first // per_step, (end - 1) // per_step) for shard, (first, end) in bounds if first < end]

@@ -22,6 +22,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class DataConfig:
     train: str = "???"  # folder or URL of packed shards (python -m data pack); has no default
     val: str | None = None  # folder or URL of packed shards to evaluate on; none: no evaluation
+    val_except: list[str] = field(default_factory=list)  # classes of val whose images evaluation leaves out: those that the head lacks
     cache: str | None = None  # folder for local copies of what lies at URLs; none: one in $SLURM_TMPDIR or $TMPDIR
     cache_gb: float = 100.0  # of shards that it may hold, of each dataset (10^9 bytes)
     check: Literal["sizes", "checksums"] = "sizes"  # of all shards at the start; checksums reads every byte of those in folders

@@ -1,10 +1,11 @@
 """Starts a job's processes here, or becomes one of them.
 
     python -m launch configs/van_b3_in22k.yaml key=value …
+    python -m launch evaluate runs/van_b3_in22k data.val=datasets/in1k/val …       what follows is for `python -m pretrain evaluate`
 
 As a task of a Slurm step (srun, one task a GPU) it becomes the rank that SLURM_PROCID says. Elsewhere it starts one process for each
 GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all when one fails.
-Either way the exit code is the training's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again.
+Either way the exit code is the job's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again.
 
 torchrun works too: torchrun --nproc-per-node=8 -m pretrain train CONFIG key=value …
 """
@@ -25,7 +26,8 @@ GRACE, LEAVE = 120, 5
 
 
 def main() -> int:
-    command = [sys.executable, "-m", "pretrain", "train", *sys.argv[1:]]
+    job = [] if sys.argv[1:2] == ["evaluate"] else ["train"]
+    command = [sys.executable, "-m", "pretrain", *job, *sys.argv[1:]]
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ |= slurm_rank(dict(os.environ))
         os.execv(sys.executable, command)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the job scripts have in common:  job.sh CONFIG [key=value …]
+# What the job scripts have in common:  job.sh CONFIG [key=value …]  trains;  job.sh evaluate SOURCE …  evaluates
 # Inside a Slurm job: one task a GPU on every node, started again by Slurm after a stop signal (exit code 85). Elsewhere: on this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

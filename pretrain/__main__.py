@@ -2,7 +2,10 @@
 
 python -m pretrain train CONFIG key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
-python -m pretrain evaluate RUN_OR_CHECKPOINT [--weights raw|ema] [key=value …]
+python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] [--probe N]
+    top-1, top-5 and loss on data.val of a run, a checkpoint, or weights in any format that a job can start from; CONFIG says by what to
+    judge them, and a run needs none. --probe: what the backbone's features are good for, by k-NN and a linear classifier on at most N
+    images a class of data.train. One process, or all ranks of a job: python -m launch evaluate …
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
     [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
 python -m pretrain checkpoints RUN [--verify | --compare A B | --prune KEEP]
@@ -31,9 +34,10 @@ def main() -> int:
     train_parser = commands.add_parser("train", help="one rank of a training job")
     train_parser.add_argument("config", type=Path)
     train_parser.add_argument("overrides", nargs="*", metavar="key=value")
-    evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run's newest checkpoint on its data.val")
-    evaluate_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    evaluate_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run, a checkpoint or a weights file on data.val")
+    evaluate_parser.add_argument("source", type=Path, metavar="SOURCE")
+    evaluate_parser.add_argument("settings", nargs="*", metavar="CONFIG key=value")
+    evaluate_parser.add_argument("--probe", type=int, metavar="N", help="of the features, by at most N images a class of data.train")
     export_parser = commands.add_parser("export", help="weights for other projects")
     export_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     export_parser.add_argument("--format", required=True, choices=("official", "timm", "mmpretrain", "mmseg", "hf"))
@@ -104,31 +108,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    import torch
+    from pretrain import engine
+    from pretrain.judge import judge
 
-    from data.index import open_index
-    from data.loader import EvalLoader
-    from pretrain.damage import describe
-    from pretrain.evaluate import evaluate
-    from pretrain.trained import build_trained
-    from pretrain.van import use_kernels
-
-    model, config, trainer = build_trained(args.source, average=args.weights == "ema")
-    config = settings.override(config, args.overrides)
-    on_gpu = torch.cuda.is_available() if config.engine.device == "auto" else config.engine.device == "cuda"
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    if config.data.val is None:
-        raise ValueError(f"{args.source}: its data.val is not set; add data.val=FOLDER")
-    index = open_index(config.data.val, config.data.cache)
-    print(use_kernels(model, config.model.kernels, device))
-    with EvalLoader(index, config.data, micro_batch=config.engine.micro_batch, rank=0, ranks=1, device=device) as loader:
-        result = evaluate(model.to(device), loader, config.engine.precision)
-        for bad in loader.quarantine.take_unshared():
-            print(f"bad image: {describe(loader.quarantine, bad)}")
-    print(
-        f"{args.source} at step {trainer['step']}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
-        f"loss {result['loss']:.4f} on {result['images']} images of {config.data.val}"
-    )
+    config = Path(args.settings.pop(0)) if args.settings and "=" not in args.settings[0] else None
+    judge(args.source, config, args.settings, average=args.weights == "ema", probe=args.probe)
+    engine.stop()
     return 0
 
 

@@ -7,7 +7,7 @@ Every key is a field below, documented there; `data/config_files.py` has how fil
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -98,13 +98,15 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a job's settings.
+def load(path: str | Path, overrides: Sequence[str] = (), unused: Collection[str] = ()) -> Config:
+    """Reads a job's settings. Whether the values of `unused` keys could work is not asked.
 
     Raises:
         ConfigError: listing unknown keys, wrong types, missing values and folders that do not exist.
     """
-    return config_files.load(Config, path, overrides, _invalid)
+    return config_files.load(
+        Config, path, overrides, lambda values: _invalid({key: value for key, value in values.items() if key not in unused})
+    )
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

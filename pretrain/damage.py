@@ -33,12 +33,17 @@ def tell_all(quarantine: Quarantine, step: int, log: RunLog) -> None:
 
     Raises ValueError, the same on all ranks, when there are too many.
     """
-    new = quarantine.share(_gather(quarantine.take_unshared()))
+    new = share(quarantine)
     if dist.get_rank() == 0:
         quarantine.record(new, step)
     for bad in new:
         log.line(f"bad image: {describe(quarantine, bad)}")
     quarantine.check()
+
+
+def share(quarantine: Quarantine) -> list[BadSample]:
+    """Tells all ranks of the bad images that each has found; returns what is new. Collective."""
+    return quarantine.share(_gather(quarantine.take_unshared()))
 
 
 def describe(quarantine: Quarantine, bad: BadSample) -> str:

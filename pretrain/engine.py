@@ -35,8 +35,8 @@ def start(engine: EngineConfig) -> torch.device:
     Raises:
         ValueError: engine.device=cuda and this rank has no GPU.
     """
-    on_gpu = device_type(engine) == "cuda"
-    os.environ["DS_ACCELERATOR"] = "cuda" if on_gpu else "cpu"
+    device = rank_device(engine)
+    os.environ["DS_ACCELERATOR"] = device.type
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
@@ -44,19 +44,37 @@ def start(engine: EngineConfig) -> torch.device:
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
     # On a CPU DeepSpeed would compile a collective of its own, which needs a C++ compiler; gloo's serve.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if on_gpu and local_rank >= torch.cuda.device_count():
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return device
+
+
+def join() -> None:
+    """Joins the job's processes without DeepSpeed, which takes seconds to import. Where RANK isn't set, this process is alone."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def rank_device(engine: EngineConfig) -> torch.device:
+    """The device of this rank: the CPU, or of the node's GPUs the one that LOCAL_RANK says, which becomes the current one.
+
+    Raises:
+        ValueError: engine.device=cuda and this rank has no GPU.
+    """
+    if device_type(engine) == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
         raise ValueError(
             f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
             "ask Slurm for one GPU a task (--gpus-per-node and --ntasks-per-node alike), or set engine.device=cpu"
         )
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    deepspeed.init_distributed(
-        dist_backend="nccl" if on_gpu else "gloo", auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False
-    )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
     return device
 
 
@@ -99,8 +117,8 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def autocast(device_type: str, precision: str) -> torch.autocast:
-    return torch.autocast(device_type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def build(config: Config, model: Any, accumulation: int) -> Any:
@@ -117,8 +135,8 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
         for stage in model.stages:
             for block in stage.blocks:
                 block.compile()
-    on_gpu = device_type(config.engine) == "cuda"
-    model.forward = autocast("cuda" if on_gpu else "cpu", config.engine.precision)(model.forward)
+    device = torch.device(device_type(config.engine))
+    model.forward = autocast(device, config.engine.precision)(model.forward)
     optimizer = AdamW(
         parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay),
         lr=config.optim.lr,
@@ -128,7 +146,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     )
     zero: dict[str, Any] = {"stage": config.engine.zero_stage}
     if config.engine.offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     elif config.engine.zero_stage in (1, 2):
         zero["compute_grad_norm"] = False
     settings = {

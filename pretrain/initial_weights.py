@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pretrain import checkpoint
-from pretrain.trained import build_trained
+from pretrain.trained import build_trained, is_run
 from pretrain.weights import WITHOUT_USE, bare, from_format, some
 
 HEAD = ("head.weight", "head.bias")
@@ -46,11 +46,7 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items() if name not in HEAD}
     if rows:
         shapes |= {name: (len(source.classes or classes), *own[name].shape[1:]) for name in HEAD}
-    found = {name: tuple(tensor.shape) for name, tensor in source.weights.items()}
-    wrong = [f"{name} has shape {found[name]} instead of {shape}" for name, shape in shapes.items() if found.get(name, shape) != shape]
-    wrong += [f"{name} is missing" for name in shapes if name not in found]
-    wrong += [f"{name} is left over" for name in found if name not in own]
-    if wrong:
+    if wrong := misfits(shapes, source.weights):
         raise ValueError(f"model.init_from={path} does not fit the model: {some(wrong, '; ')}")
 
     head = {name: torch.zeros_like(own[name]) for name in HEAD}
@@ -64,13 +60,30 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     return lines
 
 
+def misfits(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> list[str]:
+    """What of a native state dict is not as these shapes; it may have a head that they speak not of."""
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [f"{name} has shape {found[name]} instead of {shape}" for name, shape in shapes.items() if found.get(name, shape) != shape]
+    wrong += [f"{name} is missing" for name in shapes if name not in found]
+    return wrong + [f"{name} is left over" for name in found if name not in shapes and name not in HEAD]
+
+
+def variant(weights: Mapping[str, Tensor]) -> str | None:
+    """The model of the family that a native state dict fits, but for its head; None if there is none."""
+    for name in timm.list_models("van_b*"):
+        model = timm.create_model(name, num_classes=0, device="meta")
+        if not misfits({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, weights):
+            return name
+    return None
+
+
 def read_source(path: Path) -> Source:
     """The weights of a run or a checkpoint, or of a file or a folder in whichever format it is.
 
     Raises:
         ValueError: none of these, damaged, or weights of another model.
     """
-    if (path / "checkpoints").is_dir() or (path / checkpoint.MANIFEST).is_file():
+    if is_run(path):
         model, _, trainer = build_trained(path, average=False)
         return Source(model.state_dict(), tuple(trainer["classes"]))
     contents = _contents(path)

@@ -30,7 +30,7 @@ from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
 from pretrain.damage import check_shards, tell_all
-from pretrain.evaluate import build_model, evaluate, fill
+from pretrain.evaluate import build_model, evaluate, fill, restriction
 from pretrain.exit_codes import EXIT_AGAIN
 from pretrain.faults import StopSignals
 from pretrain.guard import Guard
@@ -62,8 +62,8 @@ def train(config: Config) -> int:
     if len(index.classes) != config.model.classes:
         raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
     val = open_index(config.data.val, config.data.cache) if config.data.val is not None else None
-    if val is not None and val.classes != index.classes:
-        raise ValueError(f"{config.data.val} has other classes than {config.data.train}; pack it again with --classes {config.data.train}")
+    if val is not None and (told := restriction(index.classes, val, config.data.val_except)):
+        log.line(f"evaluation: {told}")
     check_shards([index, val] if val else [index], checksums=config.data.check == "checksums")
     quarantine = Quarantine(index, config.data.max_bad, folder / "quarantine.jsonl")
     val_quarantine = Quarantine(val, config.data.max_bad, folder / "quarantine.jsonl", replaces=False) if val else None
@@ -131,7 +131,7 @@ def train(config: Config) -> int:
         for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):
             buffers = dict(model.named_buffers())
             fill(judge, zero_state.whole_tensors(engine, kind), buffers | stats.averages if kind == "ema" else buffers)
-            found = results[kind] = evaluate(judge, val_loader, config.engine.precision)
+            found = results[kind] = evaluate(judge, val_loader, index.classes, config.engine.precision)
             if found["left_out"]:
                 tell_all(val_loader.quarantine, step, log)
             log.line(

@@ -11,6 +11,11 @@ from pretrain.config import Config, from_dict
 from pretrain.evaluate import build_model, fill
 
 
+def is_run(source: Path) -> bool:
+    """Whether it is a run directory or a checkpoint, rather than a file or a folder of weights."""
+    return (source / "checkpoints").is_dir() or (source / checkpoint.MANIFEST).is_file()
+
+
 def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     """The model of a run or checkpoint, with its weights or with their moving average; its settings and trainer.json.
 

@@ -337,15 +337,19 @@ def test_bytes_at_once_is_not_far_above_what_is_needed() -> None:
     assert bytes_at_once(thrice, ones, 96, 0, 1733) == bytes_at_once(order, ones, 32, 0, 1733)
 
 
-def test_evaluation_uses() -> None:
+@pytest.mark.parametrize("share", [1, 0.4])
+def test_evaluation_uses(share: float) -> None:
+    """Of all samples, and of a part of them."""
+    random = np.random.default_rng(0)
     for sizes, micro_batch, ranks in itertools.product([(10,), (3, 1, 9), (1, 2, 3, 4, 5, 6, 7)], (1, 2, 5), (1, 2, 3)):
         starts = shard_start(*sizes)
-        uses = evaluation_uses(starts, micro_batch, ranks)
-        assert [use.shard for use in uses] == list(range(len(sizes)))
+        samples = np.flatnonzero(random.random(sum(sizes)) < share)
+        uses = evaluation_uses(np.searchsorted(samples, starts), micro_batch, ranks)
+        assert [use.shard for use in uses] == np.unique(np.searchsorted(starts, samples, side="right") - 1).tolist()
         most = evaluation_bytes_at_once(uses, np.array(sizes))
         assert most <= sum(sizes)
         for rank in range(ranks):
-            ids = evaluation_ids(sum(sizes), rank, ranks)
+            ids = samples[evaluation_ids(len(samples), rank, ranks)]
             for step in range(-(-len(ids) // micro_batch)):
                 shards = np.searchsorted(starts, ids[step * micro_batch : (step + 1) * micro_batch], side="right") - 1
                 active = {use.shard for use in uses if use.first <= step <= use.last}

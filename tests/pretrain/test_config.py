@@ -81,6 +81,7 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("seed", "True", "must be a whole number"),
         ("name", "null", "must be text"),
         ("data.val", "[3]", "must be text or null"),
+        ("data.val_except", "n04399382", "must be a list of texts"),
         ("data.mean", "0.5", "must be a list of 3 numbers"),
         ("data.mean", "[0.5, 0.5]", "must be a list of 3 numbers"),
         ("optim.betas", "['a', 'b']", "must be a list of 2 numbers"),

@@ -96,14 +96,17 @@ def test_recomputation_changes_nothing_and_counts_each_step_once() -> None:
         assert found["synchronised"]["losses"] != found["plain"]["losses"]
 
 
-def compiled() -> tuple[list[float], list[float]]:
-    return run(3, model={"compile": True, "checkpoint_stages": [2]})["losses"], run(3)["losses"]
+def compiled() -> tuple[list[float], list[float], int]:
+    from torch._dynamo.utils import counters
+
+    plain = run(3)["losses"]
+    return plain, run(3, model={"compile": True, "checkpoint_stages": [2]})["losses"], counters["stats"]["unique_graphs"]
 
 
 def test_compiled_blocks_compute_what_the_others_do() -> None:
-    for with_it, without in run_on_ranks(2, compiled):
-        assert with_it == pytest.approx(without, rel=1e-3)
-        assert with_it != without  # or nothing was compiled
+    for plain, losses, graphs in run_on_ranks(2, compiled):
+        assert losses == pytest.approx(plain, rel=1e-3)
+        assert graphs >= 4  # one at least for the blocks of each stage
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
