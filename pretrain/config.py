@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ from omegaconf import MISSING, OmegaConf
 from data import config_files
 from data.config_files import ConfigError
 from data.settings import DataConfig, failing, invalid_data
+
+EXTRAS = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}  # what it takes to use them, as in pyproject.toml
 
 
 @dataclass
@@ -62,6 +65,8 @@ class RunConfig:
     keep: int = 3  # newest checkpoints to keep
     keep_every: float = 0.0  # epochs; checkpoints at multiples of this are saved and kept for good; 0: none
     keep_best: Literal["none", "top1", "top5", "loss"] = "none"  # save after evaluations too, and keep the best; of the average if kept
+    wandb: str | None = None  # PROJECT or ENTITY/PROJECT at Weights & Biases to send the records to; none: off
+    mlflow: str | None = None  # experiment of MLflow, in the store that MLFLOW_TRACKING_URI names; none: off
 
 
 @dataclass
@@ -108,6 +113,17 @@ def save(config: Config, path: Path) -> None:
 
 def as_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of `as_dict` by dotted key; a sequence is a value, and a list."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found
 
 
 def accumulation(config: Config, ranks: int) -> int:
@@ -168,6 +184,10 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
     if values.get("run.keep_best", "none") != "none" and values.get("data.val") is None:
         wrong.append(("run.keep_best", "needs data.val to evaluate on"))
+    for key in ("run.wandb", "run.mlflow"):
+        module = key.removeprefix("run.")
+        if values.get(key) is not None and find_spec(module) is None:
+            wrong.append((key, f"{module} is not installed: .venv/bin/pip install {EXTRAS[module]}"))
     at_least_0 = ["run.keep_every", "optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_grad"]
     wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
     shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay"]

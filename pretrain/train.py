@@ -104,6 +104,7 @@ def train(config: Config) -> int:
     if step == total:
         log.line(f"{folder} is complete: step {step} of {total}")
         return 0
+    engines.from_rank_0(lambda: log.trackers.open(config, folder, step))
 
     def save() -> None:
         checkpoints.save(
