@@ -1,6 +1,6 @@
 """Starts a job's processes here, or becomes one of them.
 
-    python -m launch configs/van_b3_in22k.yaml key=value …
+    python -m launch configs/van_b3_in22k.yaml [--force-config] key=value …
 
 As a task of a Slurm step (srun, one task a GPU) it becomes the rank that SLURM_PROCID says. Elsewhere it starts one process for each
 GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all when one fails.

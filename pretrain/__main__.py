@@ -1,6 +1,6 @@
 """One process of a job, or what a run made: train, evaluate, export, checkpoints; or how fast a GPU is: bench.
 
-python -m pretrain train CONFIG key=value …
+python -m pretrain train CONFIG [--force-config] key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
 python -m pretrain evaluate RUN_OR_CHECKPOINT [--weights raw|ema] [key=value …]
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
@@ -31,6 +31,7 @@ def main() -> int:
     train_parser = commands.add_parser("train", help="one rank of a training job")
     train_parser.add_argument("config", type=Path)
     train_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    train_parser.add_argument("--force-config", action="store_true", help="go on with a run though its settings have changed")
     evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run's newest checkpoint on its data.val")
     evaluate_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
     evaluate_parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -61,7 +62,12 @@ def main() -> int:
     wish.add_argument(
         "--prune", type=int, metavar="KEEP", help="keep so many of the newest, and those that the run's settings keep for good"
     )
-    args = parser.parse_args()
+    args, behind = parser.parse_known_args()
+    # Of key=value texts argparse takes only those that stand before the first option.
+    if any(text.startswith("-") for text in behind) or not (hasattr(args, "overrides") or not behind):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:
+        args.overrides += behind
     try:
         run = {"train": _train, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench}[args.command]
         return run(args)
@@ -98,7 +104,7 @@ def _train(args: argparse.Namespace) -> int:
     from pretrain import engine
     from pretrain.train import train
 
-    code = train(config)
+    code = train(config, force_config=args.force_config)
     engine.stop()
     return code
 

@@ -7,6 +7,7 @@ Every key is a field below, documented there; `data/config_files.py` has how fil
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -17,8 +18,16 @@ from omegaconf import MISSING, OmegaConf
 
 from data import config_files
 from data.config_files import ConfigError
+from data.files import publish
 from data.settings import DataConfig, failing, invalid_data
 
+# Keys, or whole sections, that may change while a run goes on: what is computed stays the recipe's, on other machines or by other means.
+# For all others a run wants --force-config, but for those that decide the samples: these it can't change at all (checkpoints).
+FREE = (
+    "run", "data.train", "data.val", "data.cache", "data.cache_gb", "data.check", "data.max_bad", "data.decode_threads",
+    "data.hw_decoder_load", "data.read_threads", "model.kernels", "engine.device", "engine.zero_stage", "engine.micro_batch",
+)  # fmt: skip
+FIXED = ("seed", "global_batch", "epochs", "steps", "model.name", "model.classes", "data.lanes", "data.window", "data.repeats")
 EXTRAS = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}  # what it takes to use them, as in pyproject.toml
 
 
@@ -108,7 +117,9 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def save(config: Config, path: Path) -> None:
     """Writes the settings as YAML that `load` reads again."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    with open(path.with_name(f"{path.name}.{os.getpid()}"), "w") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        publish(file, path)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -124,6 +135,31 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = list(value) if isinstance(value, tuple) else value
     return found
+
+
+def confirm(config: Config, path: Path, force: bool) -> list[str]:
+    """`key: old -> new` of what is changed against the settings that `save` wrote to `path`, FREE keys apart; none, unless `force`.
+
+    A key that is younger than that file counts as having had its default.
+
+    Raises:
+        ConfigError: listing what is changed, without `force`.
+    """
+    before = flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    defaults = flat(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
+    asked = {key: value for key, value in flat(as_dict(config)).items() if not any(f"{key}.".startswith(f"{free}.") for free in FREE)}
+    old = {key: before.get(key, defaults[key]) for key in asked}
+    changed = [key for key, value in asked.items() if value != old[key]]
+    lines = [f"{key}: {_shown(old[key])} -> {_shown(asked[key])}" for key in changed]
+    if changed and not force:
+        fixed = [key for key in changed if key in FIXED]
+        forced = f"{', '.join(fixed)} can't change during a run" if fixed else "or go on with what is changed: add --force-config"
+        raise ConfigError(f"{path.parent} was trained with other settings", [*lines, f"give this job a run.dir of its own; {forced}"])
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 def accumulation(config: Config, ranks: int) -> int:

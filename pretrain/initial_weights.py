@@ -9,6 +9,7 @@ model.head_init=keep     the head as it is; it must have the job's classes
 import argparse
 import json
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from pretrain import checkpoint
 from pretrain.trained import build_trained
+from pretrain.van import VARIANTS
 from pretrain.weights import WITHOUT_USE, bare, from_format, some
 
 HEAD = ("head.weight", "head.bias")
@@ -51,6 +53,9 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     wrong += [f"{name} is missing" for name in shapes if name not in found]
     wrong += [f"{name} is left over" for name in found if name not in own]
     if wrong:
+        theirs, ours = variant(found), variant(shapes)
+        if theirs not in (None, ours):
+            wrong.insert(0, f"these look like {theirs}, the job's model is {ours}")
         raise ValueError(f"model.init_from={path} does not fit the model: {some(wrong, '; ')}")
 
     head = {name: torch.zeros_like(own[name]) for name in HEAD}
@@ -62,6 +67,14 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     if source.without_use:
         lines.append(f"  {', '.join(source.without_use)}: dropped; transformers saves them and uses them nowhere")
     return lines
+
+
+def variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The model of the family whose depths and widths these shapes of a native state dict have."""
+    blocks = [match for name in shapes if (match := re.match(r"stages\.(\d)\.blocks\.(\d+)\.", name))]
+    depths = tuple(1 + max((int(match[2]) for match in blocks if int(match[1]) == stage), default=-1) for stage in range(4))
+    widths = tuple(shapes.get(f"stages.{stage}.norm.weight", (0,))[0] for stage in range(4))
+    return next((name for name, found in VARIANTS.items() if (found["depths"], found["embed_dims"]) == (depths, widths)), None)
 
 
 def read_source(path: Path) -> Source:

@@ -23,14 +23,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from data.files import publish
 from pretrain import config as settings
 from pretrain.config import Config
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 IDS = "trackers.json"
 LEAVE = 30.0  # seconds that the end of training waits for a server

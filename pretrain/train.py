@@ -36,12 +36,12 @@ from pretrain.faults import StopSignals
 from pretrain.initial_weights import start_from
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate
-from pretrain.provenance import provenance
+from pretrain.provenance import provenance, record_start
 from pretrain.van import use_kernels
 
 
-def train(config: Config) -> int:
-    """Runs the job; returns the process's exit code.
+def train(config: Config, force_config: bool = False) -> int:
+    """Runs the job; returns the process's exit code. With `force_config` a run goes on though its settings have changed.
 
     Raises:
         ValueError: what can't work, before the first step: batch sizes, data, weights or a checkpoint that do not fit.
@@ -53,6 +53,9 @@ def train(config: Config) -> int:
     folder = Path(config.run.dir)
     log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
     lock = hold(folder, log.line)
+    if steps(folder / "checkpoints") and (folder / "config.yaml").exists():
+        for change in settings.confirm(config, folder / "config.yaml", force_config):
+            log.line(f"changed by --force-config: {change}")
 
     # ---------------------------------------------------------------- data
     index = open_index(config.data.train, config.data.cache)
@@ -104,6 +107,7 @@ def train(config: Config) -> int:
     if step == total:
         log.line(f"{folder} is complete: step {step} of {total}")
         return 0
+    record_start(folder, config, {"train": index.fingerprint} | ({"val": val.fingerprint} if val else {}), device)
     engines.from_rank_0(lambda: log.trackers.open(config, folder, step))
 
     def save() -> None:

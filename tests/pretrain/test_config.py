@@ -197,6 +197,56 @@ def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Pat
     assert config != load(job)
 
 
+# ---------------------------------------------------------------- of a run that goes on
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "advice"),
+    [
+        ("optim.lr=2e-3", "optim.lr: 0.001 -> 0.002", "add --force-config"),
+        ("data.auto_augment=rand-m9", "data.auto_augment: null -> rand-m9", "add --force-config"),
+        ("optim.betas=[0.9,0.99]", "optim.betas: [0.9, 0.999] -> [0.9, 0.99]", "add --force-config"),
+        ("engine.precision=fp32", "engine.precision: bf16 -> fp32", "add --force-config"),
+        ("model.classes=5", "model.classes: 4 -> 5", "model.classes can't change during a run"),
+        ("epochs=4", "epochs: 3.0 -> 4.0", "epochs can't change during a run"),
+        ("name=other", "name: tiny -> other", "add --force-config"),
+    ],
+)
+def test_changed_settings_are_asked_about(tmp_path: Path, job: Path, override: str, line: str, advice: str) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    with pytest.raises(ConfigError) as caught:
+        settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=False)
+    assert str(caught.value).startswith(f"{tmp_path} was trained with other settings: ")
+    changed, told = caught.value.problems
+    assert changed == line
+    assert told.startswith("give this job a run.dir of its own; ")
+    assert advice in told
+    assert settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=True) == [line]
+
+
+def test_another_machine_or_another_place_is_not_asked_about(tmp_path: Path, job: Path, dataset: Path) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    moved = ["engine.zero_stage=3", "engine.micro_batch=2", "engine.device=cpu", "run.dir=elsewhere", "run.keep=9", "run.eval_every=2"]
+    moved += ["model.kernels=auto", f"data.train={dataset}/../packed/train", f"data.val={dataset / 'val'}", "data.read_threads=9"]
+    assert settings.confirm(load(job, moved), tmp_path / "config.yaml", force=False) == []
+
+
+def test_a_setting_that_is_younger_than_the_run_had_its_default(tmp_path: Path, job: Path) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    old = OmegaConf.load(tmp_path / "config.yaml")
+    del old.data["flip"], old.optim["label_smoothing"]
+    old.optim["gone"] = 1
+    OmegaConf.save(old, tmp_path / "config.yaml")
+    assert settings.confirm(load(job), tmp_path / "config.yaml", force=False) == []
+    assert settings.confirm(load(job, ["data.flip=0"]), tmp_path / "config.yaml", force=True) == ["data.flip: 0.5 -> 0.0"]
+
+
+def test_the_keys_that_may_change_exist() -> None:
+    names = set(keys(Config))
+    assert [key for key in settings.FREE if key not in names and key != "run"] == []
+    assert set(settings.FIXED) <= names
+
+
 # ---------------------------------------------------------------- batch sizes
 
 
