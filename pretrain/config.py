@@ -24,7 +24,7 @@ from data.settings import DataConfig, failing, invalid_data
 # Keys, or whole sections, that may change while a run goes on: what is computed stays the recipe's, on other machines or by other means.
 # For all others a run wants --force-config, but for those that decide the samples: these it can't change at all (checkpoints).
 FREE = (
-    "run", "data.train", "data.val", "data.cache", "data.cache_gb", "data.check", "data.max_bad", "data.decode_threads",
+    "profile", "run", "data.train", "data.val", "data.cache", "data.cache_gb", "data.check", "data.max_bad", "data.decode_threads",
     "data.hw_decoder_load", "data.read_threads", "model.kernels", "engine.device", "engine.zero_stage", "engine.micro_batch",
 )  # fmt: skip
 FIXED = ("seed", "global_batch", "epochs", "steps", "model.name", "model.classes", "data.lanes", "data.window", "data.repeats")
@@ -85,6 +85,7 @@ class Config:
     global_batch: int = MISSING  # samples in an optimizer step, whatever the machine
     epochs: float = MISSING
     steps: int | None = None  # end after so many optimizer steps instead
+    profile: str | None = None  # START:STOP, optimizer steps counted from 0, STOP excluded, to trace with torch.profiler; none: off
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -162,6 +163,22 @@ def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def profiled_steps(text: str | None) -> range:
+    """The steps that START:STOP stands for.
+
+    Raises:
+        ValueError: it is something else, or no step.
+    """
+    if text is None:
+        return range(0)
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise ValueError("must be START:STOP, two whole numbers of steps")
+    if int(start) >= int(stop):
+        raise ValueError("holds no step: START must be less than STOP")
+    return range(int(start), int(stop))
+
+
 def accumulation(config: Config, ranks: int) -> int:
     """Micro-batches a rank takes in one optimizer step: global batch / (micro-batch * ranks).
 
@@ -220,6 +237,10 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
     if values.get("run.keep_best", "none") != "none" and values.get("data.val") is None:
         wrong.append(("run.keep_best", "needs data.val to evaluate on"))
+    try:
+        profiled_steps(values.get("profile"))
+    except ValueError as error:
+        wrong.append(("profile", str(error)))
     for key in ("run.wandb", "run.mlflow"):
         module = key.removeprefix("run.")
         if values.get(key) is not None and find_spec(module) is None:

@@ -36,7 +36,9 @@ from pretrain.faults import StopSignals
 from pretrain.initial_weights import start_from
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate
+from pretrain.profiling import Profiler
 from pretrain.provenance import provenance, record_start
+from pretrain.stragglers import OwnTime
 from pretrain.van import use_kernels
 
 
@@ -144,29 +146,36 @@ def train(config: Config, force_config: bool = False) -> int:
     loader = TrainLoader(index, order, config.data, start=step, end=total, quarantine=quarantine, **place)
     val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **place) if val else None
     interval = Interval(device)
+    own = OwnTime(engine, config.engine.zero_stage)
+    profiler = Profiler(settings.profiled_steps(config.profile), folder / "profile", log.line)
     stopping = False
     log.start_progress(step, total)
     with loader, val_loader or nullcontext(), StopSignals() as stop:
         batches = iter(loader)
         engine.train()
         while step < total and not stopping:
+            profiler.at(step)
             lr = learning_rate(step, total, order.steps_per_epoch, config.optim)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
             torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
             for micro_step in range(accumulation):
-                with interval.waiting():
+                own.begin()
+                with interval.waiting(), profiler.part("data"):
                     batch = next(batches)
                 images, targets, share = batch.images, batch.labels[:, None], None
                 if batch.mix is not None:
                     images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
-                loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
-                engine.backward(loss)
+                with profiler.part("forward"):
+                    loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
+                with profiler.part("backward"):
+                    engine.backward(loss)
                 if micro_step + 1 == accumulation:
                     stats.start_averaging()  # beside the optimizer's step
                     checkpoints.before_update()
-                engine.step()
+                with profiler.part("optimizer"):
+                    engine.step()
                 interval.add(loss)
             stats.finish()
             step += 1
@@ -175,15 +184,17 @@ def train(config: Config, force_config: bool = False) -> int:
             stopping = stop.agreed()
             if step % config.run.log_every == 0 or step == total or stopping:
                 values, news = interval.close(step, total, config.global_batch, accumulation, quarantine.unshared)
+                slowest = own.close()
                 if news:
                     tell_all(quarantine, step, log)
                 log.line(
                     f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
                     f"{values['images_per_s']:.0f} images/s  waiting for data {values['data_wait']:.0%}  {duration(values['left_s'])} left"
                     + (f"  bad images {quarantine.count}" if quarantine.count else "")
+                    + slowest.remark()
                 )
                 bad = {"bad_images": quarantine.count} if quarantine.count else {}
-                log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values, **bad)
+                log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values, **bad, **slowest.record())
             with interval.pausing():
                 evaluates = step % evaluate_every == 0 or step == total
                 if evaluates and val_loader is not None:
@@ -195,6 +206,7 @@ def train(config: Config, force_config: bool = False) -> int:
                     or retention.due(step, evaluates and val_loader is not None)
                 ):
                     save()
+        profiler.close(step)
         checkpoints.close()
     log.close()
     if step == total:
