@@ -85,7 +85,7 @@ class Config:
     global_batch: int = MISSING  # samples in an optimizer step, whatever the machine
     epochs: float = MISSING
     steps: int | None = None  # end after so many optimizer steps instead
-    profile: str | None = None  # START:STOP, optimizer steps counted from 0, STOP excluded, to trace with torch.profiler; none: off
+    profile: str | None = None  # START:STOP, optimizer steps counted from 0, STOP excluded, to trace (profiling.py); none: off
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -173,7 +173,7 @@ def profiled_steps(text: str | None) -> range:
         return range(0)
     start, colon, stop = text.partition(":")
     if not (colon and start.isdecimal() and stop.isdecimal()):
-        raise ValueError("must be START:STOP, two whole numbers of steps")
+        raise ValueError('must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"')
     if int(start) >= int(stop):
         raise ValueError("holds no step: START must be less than STOP")
     return range(int(start), int(stop))
@@ -188,8 +188,7 @@ def accumulation(config: Config, ranks: int) -> int:
     batch, micro = config.global_batch, config.engine.micro_batch
     if batch % (micro * ranks) == 0:
         return batch // (micro * ranks)
-    share = batch // ranks
-    fits = [m for m in _divisors(share) if m % 2 == 0] if batch % ranks == 0 else []
+    fits = micro_batches(config, ranks)
     counts = [r for r in _divisors(batch) if (batch // r) % micro == 0]
     hints = []
     if fits:
@@ -202,6 +201,12 @@ def accumulation(config: Config, ranks: int) -> int:
         "batch sizes",
         [f"global_batch = {batch} can't be divided over {ranks} ranks of engine.micro_batch = {micro}; {'; '.join(hints)}"],
     )
+
+
+def micro_batches(config: Config, ranks: int) -> list[int]:
+    """The even micro-batches that divide the global batch over the ranks, the smallest first."""
+    share, rest = divmod(config.global_batch, ranks)
+    return [m for m in _divisors(share) if m % 2 == 0] if rest == 0 else []
 
 
 def _divisors(n: int) -> list[int]:

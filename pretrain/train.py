@@ -34,6 +34,7 @@ from pretrain.evaluate import build_model, evaluate, fill
 from pretrain.exit_codes import EXIT_AGAIN
 from pretrain.faults import StopSignals
 from pretrain.initial_weights import start_from
+from pretrain.memory import explained
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate
 from pretrain.profiling import Profiler
@@ -150,7 +151,8 @@ def train(config: Config, force_config: bool = False) -> int:
     profiler = Profiler(settings.profiled_steps(config.profile), folder / "profile", log.line)
     stopping = False
     log.start_progress(step, total)
-    with loader, val_loader or nullcontext(), StopSignals() as stop:
+    warm = step + 3
+    with loader, val_loader or nullcontext(), StopSignals() as stop, explained(config, ranks, device, lambda: step >= warm):
         batches = iter(loader)
         engine.train()
         while step < total and not stopping:

@@ -107,6 +107,10 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("data.crop_ratio", "(0.0, 1.0)", "must be more than 0, the smaller first"),
         ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbours in pairs"),
         ("model.init_from", "nowhere.pth", "no such file or run directory"),
+        ("profile", "7", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "1e3:2e3", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "-1:4", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "300:200", "holds no step: START must be less than STOP"),
     ],
 )
 @pytest.mark.parametrize("place", ["file", "command line"])
@@ -195,6 +199,16 @@ def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Pat
     assert load(tmp_path / "saved.yaml") == config
     assert from_dict(as_dict(config)) == config
     assert config != load(job)
+
+
+def test_steps_to_profile(job: Path) -> None:
+    """Steps below 60 too, of which YAML would make one number."""
+    for text in ("2:4", "10:12", "200:205"):
+        start, stop = map(int, text.split(":"))
+        assert settings.profiled_steps(load(job, [f"profile={text}"]).profile) == range(start, stop)
+        in_file = write(job.parent / "quoted.yaml", f'base: job.yaml\nprofile: "{text}"\n')
+        assert settings.profiled_steps(load(in_file).profile) == range(start, stop)
+    assert len(settings.profiled_steps(load(job).profile)) == 0
 
 
 # ---------------------------------------------------------------- of a run that goes on
