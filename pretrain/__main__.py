@@ -64,7 +64,7 @@ def main() -> int:
     )
     args, behind = parser.parse_known_args()
     # Of key=value texts argparse takes only those that stand before the first option.
-    if any(text.startswith("-") for text in behind) or not (hasattr(args, "overrides") or not behind):
+    if behind and ("overrides" not in args or any(text.startswith("-") for text in behind)):
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
     if behind:
         args.overrides += behind

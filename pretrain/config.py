@@ -144,7 +144,7 @@ def confirm(config: Config, path: Path, force: bool) -> list[str]:
     A key that is younger than that file counts as having had its default.
 
     Raises:
-        ConfigError: listing what is changed, without `force`.
+        ValueError: listing what is changed, without `force`.
     """
     before = flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
     defaults = flat(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
@@ -154,8 +154,9 @@ def confirm(config: Config, path: Path, force: bool) -> list[str]:
     lines = [f"{key}: {_shown(old[key])} -> {_shown(asked[key])}" for key in changed]
     if changed and not force:
         fixed = [key for key in changed if key in FIXED]
-        forced = f"{', '.join(fixed)} can't change during a run" if fixed else "or go on with what is changed: add --force-config"
-        raise ConfigError(f"{path.parent} was trained with other settings", [*lines, f"give this job a run.dir of its own; {forced}"])
+        forced = f"; {', '.join(fixed)} can't change during a run" if fixed else ", or add --force-config to go on with what is changed"
+        listed = "\n  ".join(lines)
+        raise ValueError(f"{path.parent} was trained with other settings:\n  {listed}\ngive this job a run.dir of its own{forced}")
     return lines
 
 

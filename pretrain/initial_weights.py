@@ -53,9 +53,9 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     wrong += [f"{name} is missing" for name in shapes if name not in found]
     wrong += [f"{name} is left over" for name in found if name not in own]
     if wrong:
-        theirs, ours = variant(found), variant(shapes)
-        if theirs not in (None, ours):
-            wrong.insert(0, f"these look like {theirs}, the job's model is {ours}")
+        named, expected = variant(found), variant(shapes)
+        if named not in (None, expected):
+            wrong.insert(0, f"these look like {named}, the job's model is {expected}")
         raise ValueError(f"model.init_from={path} does not fit the model: {some(wrong, '; ')}")
 
     head = {name: torch.zeros_like(own[name]) for name in HEAD}

@@ -63,7 +63,7 @@ def train(config: Config, force_config: bool = False) -> int:
     # ---------------------------------------------------------------- data
     index = open_index(config.data.train, config.data.cache)
     if len(index.classes) != config.model.classes:
-        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
+        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}; make them agree")
     val = open_index(config.data.val, config.data.cache) if config.data.val is not None else None
     if val is not None and val.classes != index.classes:
         raise ValueError(f"{config.data.val} has other classes than {config.data.train}; pack it again with --classes {config.data.train}")

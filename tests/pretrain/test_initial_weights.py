@@ -179,7 +179,7 @@ def test_weights_of_another_of_the_family_are_called_by_its_name(tmp_path: Path,
         state = timm.create_model(theirs, num_classes=1000).state_dict()
         model = timm.create_model("van_b3", num_classes=7)
     path = tmp_path / "weights.pth"
-    torch.save({name: torch.zeros(1).expand(tensor.shape) for name, tensor in to_format(state, "official").items()}, path)
+    torch.save({name: torch.zeros(()).expand(tensor.shape) for name, tensor in to_format(state, "official").items()}, path)
     message = f"model.init_from={path} does not fit the model: these look like {theirs}, the job's model is van_b3; "
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         start_from(model, path, "zero", CLASSES)
