@@ -1,7 +1,10 @@
 """A run's records as curves: TensorBoard read back with its own reader, Weights & Biases and MLflow (where installed) offline."""
 
 import json
+import re
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -45,6 +48,13 @@ def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     assert curve(tmp_path, "evaluation/ema/top1") == [(3, 0.5)]
     names = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"]
     assert sorted(names) == ["evaluation/ema/images", "evaluation/ema/top1", "train/loss"]
+
+
+def test_the_command_that_draws_them_reads_them(tmp_path: Path) -> None:
+    train(tmp_path / "runs" / "tiny", config(), 0, 3, loss=10.0)
+    command = [sys.executable, "-m", "tensorboard.main", "--inspect", "--logdir", str(tmp_path / "runs")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"scalars\n +first_step +1\n +last_step +3\n", told)
 
 
 def test_a_run_that_was_cut_short_has_one_curve(tmp_path: Path) -> None:
@@ -164,7 +174,11 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mon
     found = json.loads((tmp_path / "trackers.json").read_text())["wandb"]
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*-{found}/run-{found}.wandb"))
     assert len(files) == 2
-    assert [history(file) for file in files] == [[(1, 11.0), (2, 12.0), (3, 13.0)], [(3, 23.0), (4, 24.0)]]
+    expected = [[(1, 11.0), (2, 12.0), (3, 13.0)], [(3, 23.0), (4, 24.0)]]
+    deadline = time.monotonic() + 20  # wandb's own process writes them
+    while [history(file) for file in files] != expected:
+        assert time.monotonic() < deadline, [history(file) for file in files]
+        time.sleep(0.2)
 
 
 def history(file: Path) -> list[tuple[int, float]]:
