@@ -33,18 +33,22 @@ from pretrain.damage import check_shards, tell_all
 from pretrain.evaluate import build_model, evaluate, fill, restriction
 from pretrain.exit_codes import EXIT_AGAIN
 from pretrain.faults import StopSignals
+from pretrain.flops import mfu, peak_flops, training_flops
 from pretrain.guard import Guard
 from pretrain.initial_weights import start_from
 from pretrain.interval import Interval, Steps
+from pretrain.memory import explained
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate, set_learning_rate
-from pretrain.provenance import provenance
+from pretrain.profiling import Profiler
+from pretrain.provenance import provenance, record_start
 from pretrain.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
+from pretrain.stragglers import OwnTime, Slowest
 from pretrain.van import use_kernels
 
 
-def train(config: Config) -> int:
-    """Runs the job; returns the process's exit code.
+def train(config: Config, force_config: bool = False) -> int:
+    """Runs the job; returns the process's exit code. With `force_config` a run goes on though its settings have changed.
 
     Raises:
         ValueError: what can't work, before the first step: batch sizes, data, weights or a checkpoint that do not fit.
@@ -56,11 +60,14 @@ def train(config: Config) -> int:
     folder = Path(config.run.dir)
     log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
     lock = hold(folder, log.line)
+    if steps(folder / "checkpoints") and (folder / "config.yaml").exists():
+        for change in settings.confirm(config, folder / "config.yaml", force_config):
+            log.line(f"changed by --force-config: {change}")
 
     # ---------------------------------------------------------------- data
     index = open_index(config.data.train, config.data.cache)
     if len(index.classes) != config.model.classes:
-        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
+        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}; make them agree")
     val = open_index(config.data.val, config.data.cache) if config.data.val is not None else None
     if val is not None and (told := restriction(index.classes, val, config.data.val_except)):
         log.line(f"evaluation: {told}")
@@ -78,6 +85,7 @@ def train(config: Config) -> int:
     if config.model.init_from and not steps(folder / "checkpoints"):
         for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
             log.line(line)
+    flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
     log.line(use_kernels(model, config.model.kernels, device))
     parameters = sum(p.numel() for p in model.parameters())
     engine = engines.build(config, model, accumulation)
@@ -112,6 +120,8 @@ def train(config: Config) -> int:
     if step == total:
         log.line(f"{folder} is complete: step {step} of {total}")
         return 0
+    record_start(folder, config, {"train": index.fingerprint} | ({"val": val.fingerprint} if val else {}), device)
+    engines.from_rank_0(lambda: log.trackers.open(config, folder, step))
 
     def save() -> None:
         checkpoints.save(
@@ -142,7 +152,7 @@ def train(config: Config) -> int:
         log.record("evaluation", **results)
         return results
 
-    def report(found: Steps) -> Bad | None:
+    def report(found: Steps, slowest: Slowest) -> Bad | None:
         """Tells of an interval's steps, and keeps evidence of bad ones; returns what training should go back for."""
         bad = watch.judge(found)
         if found.news:
@@ -158,16 +168,19 @@ def train(config: Config) -> int:
         values |= {
             "images_per_s": rate, "data_wait": found.waited / found.seconds, "memory_gb": engines.memory_gb(device),
             "left_s": (total - step) * config.global_batch / rate,
-        }  # fmt: skip
+        } | ({"mfu": mfu(rate / ranks, flops, peak)} if peak else {})  # fmt: skip
         counts = {"skipped": int(found.skipped.sum()), "bad_images": quarantine.count}
         log.line(
             f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
             f"gradient {values['grad_norm']:.2f}  {rate:.0f} images/s, {rate / ranks:.0f} a rank  "
-            f"waiting for data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB  {duration(values['left_s'])} left"
+            f"waiting for data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB  "
+            + (f"MFU {values['mfu']:.0%}  " if peak else "")
+            + f"{duration(values['left_s'])} left"
+            + slowest.remark()
             + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
         )
         told = {name: value for name, value in values.items() if math.isfinite(value)} | {k: n for k, n in counts.items() if n}
-        log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told)
+        log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told, **slowest.record())
         return bad
 
     def go_back(bad: Bad) -> int:
@@ -193,9 +206,11 @@ def train(config: Config) -> int:
     place["ranks_on_node"] = hosts.count(hosts[rank])
     val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **place) if val else None
     interval = Interval(device, config.run.log_every, accumulation)
-    bad, stopping = None, False
+    own = OwnTime(engine, config.engine.zero_stage)
+    profiler = Profiler(settings.profiled_steps(config.profile), folder / "profile", log.line)
+    bad, stopping, warm = None, False, step + 3
     log.start_progress(step, total)
-    with val_loader or nullcontext(), StopSignals() as stop:
+    with val_loader or nullcontext(), StopSignals() as stop, explained(config, ranks, device, lambda: step >= warm):
         engine.train()
         while step < total and not stopping:
             with TrainLoader(
@@ -203,24 +218,29 @@ def train(config: Config) -> int:
             ) as loader:
                 batches = iter(loader)
                 while step < total and not stopping and bad is None:
+                    profiler.at(step)
                     lr = learning_rate(step, total, warmup, config.optim)
                     set_learning_rate(engine.optimizer, lr)
                     # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
                     torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
                     for micro_step in range(0 if rollbacks.passes(step) else accumulation):
-                        with interval.waiting():
+                        own.begin()
+                        with interval.waiting(), profiler.part("data"):
                             batch = next(batches)
                         images, targets, share = batch.images, batch.labels[:, None], None
                         if batch.mix is not None:
                             images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
-                        loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
-                        engine.backward(guard.scaled(loss))
+                        with profiler.part("forward"):
+                            loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
+                        with profiler.part("backward"):
+                            engine.backward(guard.scaled(loss))
                         interval.add(loss)
                         if micro_step + 1 == accumulation:
                             stats.start_averaging()  # beside the optimizer's step
                             checkpoints.before_update()
                             guard.check()
-                        engine.step()
+                        with profiler.part("optimizer"):
+                            engine.step()
                         if micro_step + 1 == accumulation:
                             stats.finish(guard.found_inf)
                             interval.end_step(step, guard)
@@ -231,7 +251,7 @@ def train(config: Config) -> int:
                     evaluates = val is not None and (step % evaluate_every == 0 or step == total)
                     saves = stopping or step % config.run.save_every == 0 or step == total or retention.due(step, evaluates)
                     if step % config.run.log_every == 0 or saves or evaluates:
-                        bad = report(interval.close(quarantine.unshared))
+                        bad = report(interval.close(quarantine.unshared), own.close())
                     if bad is None:
                         with interval.pausing():
                             if evaluates:
@@ -240,8 +260,8 @@ def train(config: Config) -> int:
                                 save()
             if bad is not None:
                 step, bad = go_back(bad), None
-                log.close()
                 log.start_progress(step, total)
+        profiler.close(step)
         checkpoints.close()
     log.close()
     if step == total:

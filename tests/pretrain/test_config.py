@@ -108,6 +108,9 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("data.crop_ratio", "(0.0, 1.0)", "must be more than 0, the smaller first"),
         ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbours in pairs"),
         ("model.init_from", "nowhere.pth", "no such file or run directory"),
+        ("profile", "7", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "1e3:2e3", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "300:200", "holds no step: START must be less than STOP"),
     ],
 )
 @pytest.mark.parametrize("place", ["file", "command line"])
@@ -196,6 +199,64 @@ def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Pat
     assert load(tmp_path / "saved.yaml") == config
     assert from_dict(as_dict(config)) == config
     assert config != load(job)
+
+
+def test_steps_to_profile(job: Path) -> None:
+    """Steps below 60 too, of which YAML would make one number."""
+    for text in ("2:4", "10:12", "200:205"):
+        start, stop = map(int, text.split(":"))
+        assert settings.profiled_steps(load(job, [f"profile={text}"]).profile) == range(start, stop)
+        in_file = write(job.parent / "quoted.yaml", f'base: job.yaml\nprofile: "{text}"\n')
+        assert settings.profiled_steps(load(in_file).profile) == range(start, stop)
+    assert len(settings.profiled_steps(load(job).profile)) == 0
+
+
+# ---------------------------------------------------------------- of a run that goes on
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "advice"),
+    [
+        ("optim.lr=2e-3", "optim.lr: 0.001 -> 0.002", ", or add --force-config to go on with what is changed"),
+        ("data.auto_augment=rand-m9", "data.auto_augment: null -> rand-m9", ", or add --force-config to go on with what is changed"),
+        ("optim.betas=[0.9,0.99]", "optim.betas: [0.9, 0.999] -> [0.9, 0.99]", ", or add --force-config to go on with what is changed"),
+        ("engine.precision=fp32", "engine.precision: bf16 -> fp32", ", or add --force-config to go on with what is changed"),
+        ("model.classes=5", "model.classes: 4 -> 5", "; model.classes can't change during a run"),
+        ("epochs=4", "epochs: 3.0 -> 4.0", "; epochs can't change during a run"),
+        ("name=other", "name: tiny -> other", ", or add --force-config to go on with what is changed"),
+    ],
+)
+def test_changed_settings_are_asked_about(tmp_path: Path, job: Path, override: str, line: str, advice: str) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=f"^{tmp_path} was trained with other settings:") as caught:
+        settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=False)
+    changed, told = str(caught.value).splitlines()[1:]
+    assert changed == f"  {line}"
+    assert told == f"give this job a run.dir of its own{advice}"
+    assert settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=True) == [line]
+
+
+def test_another_machine_or_another_place_is_not_asked_about(tmp_path: Path, job: Path, dataset: Path) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    moved = ["engine.zero_stage=3", "engine.micro_batch=2", "engine.device=cpu", "run.dir=elsewhere", "run.keep=9", "run.eval_every=2"]
+    moved += ["model.kernels=auto", f"data.train={dataset}/../packed/train", f"data.val={dataset / 'val'}", "data.read_threads=9"]
+    assert settings.confirm(load(job, moved), tmp_path / "config.yaml", force=False) == []
+
+
+def test_a_setting_that_is_younger_than_the_run_had_its_default(tmp_path: Path, job: Path) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    old = OmegaConf.load(tmp_path / "config.yaml")
+    del old.data["flip"], old.optim["label_smoothing"]
+    old.optim["gone"] = 1
+    OmegaConf.save(old, tmp_path / "config.yaml")
+    assert settings.confirm(load(job), tmp_path / "config.yaml", force=False) == []
+    assert settings.confirm(load(job, ["data.flip=0"]), tmp_path / "config.yaml", force=True) == ["data.flip: 0.5 -> 0.0"]
+
+
+def test_the_keys_that_may_change_exist() -> None:
+    names = set(keys(Config))
+    assert [key for key in settings.FREE if key not in names and key != "run"] == []
+    assert set(settings.FIXED) <= names
 
 
 # ---------------------------------------------------------------- batch sizes

@@ -1,5 +1,6 @@
 """The command line of a rank."""
 
+import argparse
 import os
 import signal
 import subprocess
@@ -9,8 +10,37 @@ from pathlib import Path
 
 import pytest
 
+import pretrain.__main__ as command
 from launch.__main__ import free_port
 from tests.ranks import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "job.yaml", "a=1", "b=2", "--force-config"],
+        ["train", "job.yaml", "--force-config", "a=1", "b=2"],
+        ["train", "--force-config", "job.yaml", "a=1", "b=2"],
+        ["train", "job.yaml", "a=1", "--force-config", "b=2"],
+    ],
+)
+def test_options_may_stand_anywhere(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    taken: list[argparse.Namespace] = []
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
+    monkeypatch.setattr(command, "_train", lambda args: taken.append(args) or 0)
+    assert command.main() == 0
+    assert (taken[0].config, taken[0].overrides, taken[0].force_config) == (Path("job.yaml"), ["a=1", "b=2"], True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["train", "job.yaml", "a=1", "--other"], ["checkpoints", "RUN", "a=1"], ["export", "RUN", "a=1", "--format=hf", "--out=o"]],
+)
+def test_options_that_there_are_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert "unrecognized arguments: " in capsys.readouterr().err
 
 
 @pytest.mark.slow
