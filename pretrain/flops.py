@@ -39,8 +39,8 @@ def training_flops(model: nn.Module, image_size: int) -> float:
     """
     on_meta = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(model, on_meta, (torch.empty(1, 3, image_size, image_size, device="meta"),))
-    return 3.0 * counter.get_total_flops()
+        torch.func.functional_call(model, on_meta, (torch.empty(2, 3, image_size, image_size, device="meta"),))  # BatchNorm wants two
+    return 3.0 * counter.get_total_flops() / 2
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
