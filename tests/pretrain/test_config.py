@@ -89,7 +89,7 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("engine", "null", "is a section; set one of engine.device, engine.zero_stage, "),
         ("data.train", "null", "must be text"),
         # not one of the choices
-        ("engine.precision", "fp23", "must be one of bf16, fp32; did you mean fp32?"),
+        ("engine.precision", "fp23", "must be one of bf16, fp16, fp32; did you mean fp32?"),
         ("model.name", "vanb3", "must be one of van_b0, van_b1, van_b2, van_b3, van_b4, van_b5, van_b6; did you mean van_b3?"),
         ("engine.device", "tpu", "must be one of auto, cpu, cuda"),
         # of the right type, but they can't work
@@ -167,7 +167,7 @@ def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
         f"epochs = many ({recipe}): must be a number",
         f"optim.beta = 3 ({recipe}): unknown key; did you mean optim.betas?",
         f"model = van_b0 ({path}): is a section; set one of model.name, model.classes, model.drop_path, model.init_from, model.head_init, "
-        "model.kernels",
+        "model.kernels, model.checkpoint_stages, model.compile",
         "engine.micro_batch = x (command line): must be a whole number",
         "global_batch = none (command line): must be a whole number",
         f"model.classes: no value; set it in {path} or as model.classes=…",
