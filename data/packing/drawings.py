@@ -12,7 +12,7 @@ from PIL import Image
 
 PHOTOGRAPH = (500, 375)  # width and height
 GREY_SHARE = 0.06
-FIGURE = 0.6  # radius of a figure, where the shorter side of an image is about 2
+FIGURE = 0.8  # radius of a figure, where the shorter side of an image is about 2
 LUMA = (0.299, 0.587, 0.114)
 
 # A pattern is a function of coordinates (u, v), turned and scaled so that the image's shorter side spans about [-1, 1], to a
@@ -139,20 +139,20 @@ def _solid(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _striped(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return 0.07 * np.sin(2 * np.pi * u / 0.44)
+    return 0.08 * np.sin(2 * np.pi * u / 0.5)
 
 
 def _checked(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return 0.1 * np.sin(np.pi * u / 0.32) * np.sin(np.pi * v / 0.32)
+    return 0.1 * np.sin(np.pi * u / 0.36) * np.sin(np.pi * v / 0.36)
 
 
 def _dotted(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = _cell(u, v, 0.42)
-    return 0.13 - np.hypot(u, v)
+    u, v = _cell(u, v, 0.5)
+    return 0.16 - np.hypot(u, v)
 
 
 def _ringed(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return 0.07 * np.sin(2 * np.pi * np.hypot(u, v) / 0.44)
+    return 0.08 * np.sin(2 * np.pi * np.hypot(u, v) / 0.5)
 
 
 def _rayed(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -202,7 +202,7 @@ def draw_figure(shape: Pattern, surface: Pattern, random: np.random.Generator) -
     y, x = (rows - centre_y * height) * scale, (columns - centre_x * width) * scale
     u, v = (cell / FIGURE for cell in _cell(*_turned(x, y, angle), 2 * FIGURE))
     inside, marked = (_coverage(pattern(u, v), scale / FIGURE) for pattern in (shape, surface))
-    ground, plain, marks = _colours(3, 50, random)
+    ground, plain, marks = _colours(3, 65, random)
     return _lit(_blended(ground, _blended(plain, marks, marked), inside), random)
 
 
