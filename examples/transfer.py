@@ -3,7 +3,7 @@
     python -m examples.transfer          or with --seeds N, --out FOLDER
 
 The network is pretrained on drawn figures of 50 classes, each a shape with a surface. Then it has 200 images of ten combinations
-that it has never seen: once from the pretrained weights, once from scratch, with three times the steps and the learning rate that
+that it has never seen: once from the pretrained weights, once from scratch, with four times the steps and the learning rate that
 did best there. All of it are jobs as on a cluster, on two ranks (one for each GPU where there are two or more): configs/figures.yaml
 and configs/other_figures.yaml. It takes about twelve minutes on two cores and writes its folder anew: data, runs, the learning curves.
 """
@@ -46,7 +46,7 @@ def pretrain(folder: Path, *overrides: str) -> Path:
 def learn_others(folder: Path, start: str, seed: int, *overrides: str) -> Curve:
     settings = {
         "pretrained": [f"model.init_from={folder / 'pretrained'}"],
-        "from scratch": ["model.init_from=null", "optim.lr=2e-3", "epochs=90"],
+        "from scratch": ["model.init_from=null", "optim.lr=2e-3", "epochs=60", "run.eval_every=10"],
     }
     run = folder / f"{start.replace(' ', '-')}-{seed}"
     train("configs/other_figures.yaml", folder / "other-figures", run, f"seed={seed}", *settings[start], *overrides)

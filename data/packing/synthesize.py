@@ -17,7 +17,7 @@ import numpy as np
 
 from data.draws import Draw, hash64
 from data.index import Index
-from data.packing.drawings import PATTERNS, PHOTOGRAPH, SHAPES, SURFACES, Drawer, draw_figure, draw_image, photograph
+from data.packing.drawings import PATTERNS, SHAPES, SURFACES, Drawer, draw_figure, draw_image, photograph
 from data.packing.pack import make_empty
 from data.progress import progress
 from data.shards import Sample, write_dataset
