@@ -348,19 +348,20 @@ JOBS = {
         ("_ft_in1k_384", FT_384, fine_tuning_drop_path, (32, 16, 1)),
     )
 }
+EXAMPLES = ("demo", "figures", "other_figures")
 
 
 def test_the_table_has_all_job_files() -> None:
-    assert {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} == {*JOBS, "demo"}
+    assert {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} == {*JOBS, *EXAMPLES}
 
 
-@pytest.mark.parametrize("name", [*JOBS, "demo"])
+@pytest.mark.parametrize("name", [*JOBS, *EXAMPLES])
 def test_a_job_file_holds_its_recipe(name: str, dataset: Path) -> None:
     places = [f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", "model.init_from=null"]
     path = REPOSITORY / "configs" / f"{name}.yaml"
     config = load(path, places)
     assert (config.name, config.run.dir) == (name, f"runs/{name}")
-    if name == "demo":
+    if name in EXAMPLES:
         assert accumulation(config, 2) == 1
         return
     *_, (ranks, micro_batch, steps) = expected = JOBS[name].values()
