@@ -26,7 +26,8 @@ from timm.data.auto_augment import rand_augment_transform
 
 from data.augment import random_resized_crop
 from data.operators import CpuResizer, apply_layer, operator_inputs, resize
-from data.packing.synthesize import PHOTOGRAPH, images
+from data.packing.drawings import PHOTOGRAPH
+from data.packing.synthesize import images
 from data.randaugment import Layer, Operator, parse_policy, rand_augment
 from data.results import record
 

@@ -29,10 +29,10 @@ from PIL import Image
 import data.packing.plan
 from data.files import sync
 from data.images import ImageRules, stored_image
+from data.packing.drawings import PATTERNS, draw_image
 from data.packing.pack import pack
 from data.packing.plan import Settings, open_plan, write_plan
 from data.packing.sources import Container, Part, Source, encoded_key, part_of
-from data.packing.synthesize import PATTERNS, draw_image
 from data.packing.workers import workers
 from data.results import record
 

@@ -26,7 +26,8 @@ import torch
 from data.index import Index, open_index
 from data.loader import TrainLoader
 from data.order import SampleOrder
-from data.packing.synthesize import PATTERNS, images
+from data.packing.drawings import PATTERNS
+from data.packing.synthesize import images
 from data.results import record
 from data.settings import DataConfig
 from data.shards import Sample, write_dataset

@@ -30,7 +30,7 @@ from data.packing.adopt import index_shards
 from data.packing.pack import MAX_REJECTED, pack
 from data.packing.plan import Settings
 from data.packing.sources import read_classes
-from data.packing.synthesize import synthesize
+from data.packing.synthesize import SETS, synthesize
 from data.packing.verify import verify
 from data.recipe import Recipe, sample_order
 from data.results import record
@@ -45,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("synthesize", help="draw a small dataset, OUT/train and OUT/val")
     command.add_argument("out", type=Path)
-    command.add_argument("--classes", type=int, default=10)
+    command.add_argument("--draw", choices=SETS, default="patterns", help="which set (%(default)s)")
+    command.add_argument("--classes", type=int, metavar="N", help="its first classes (all)")
     command.add_argument("--train", type=int, default=1800, help="training images (%(default)s)")
     command.add_argument("--val", type=int, default=300, help="validation images (%(default)s)")
     command.add_argument("--seed", type=int, default=0)
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for index in _pack(given):
                     print(stats(index))
             case "synthesize":
-                options = {name: vars(given)[name] for name in ("classes", "train", "val", "seed", "photographs")}
+                options = {name: vars(given)[name] for name in ("draw", "classes", "train", "val", "seed", "photographs")}
                 print(*map(stats, synthesize(given.out, **options)), sep="\n")
             case "index":
                 classes = read_classes(given.classes) if given.classes else None

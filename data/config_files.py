@@ -9,6 +9,7 @@ every problem with the key, the place it was set in and the nearest valid name.
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import NoneType
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue, OmegaConfBaseException
 
 COMMAND_LINE = "command line"
+_BASE_60 = re.compile(r"[-+]?\d+(:\d+)+")
 Schema = TypeVar("Schema")
 # (key, what is wrong) of values, by dotted key, that have the right type but can't work. Keys may be absent.
 Invalid = Callable[[dict[str, Any]], list[tuple[str, str]]]
@@ -109,12 +111,13 @@ def _override_layers(overrides: Sequence[str]) -> tuple[list[tuple[str, DictConf
     """A layer for each text, and what is wrong with those that give none."""
     layers, problems = [], []
     for text in overrides:
-        key, equals, _ = text.partition("=")
+        key, equals, value = text.partition("=")
         if not key or not equals:
             problems.append(f"{text!r} ({COMMAND_LINE}): not of the form key=value")
             continue
         try:
-            layers.append((COMMAND_LINE, OmegaConf.from_dotlist([text])))
+            # YAML 1.1 takes 2:4 for a number in base 60.
+            layers.append((COMMAND_LINE, OmegaConf.from_dotlist([f'{key}="{value}"' if _BASE_60.fullmatch(value) else text])))
         except Exception as error:  # PyYAML and OmegaConf each raise their own kinds for a value that is not YAML
             problems.append(f"{text!r} ({COMMAND_LINE}): {str(error).splitlines()[0]}")
     return layers, problems

@@ -13,8 +13,9 @@ DALI decodes only the crop, resizes, applies the operators of RandAugment or col
 CPU and on a GPU, where JPEG bytes cross to the device and pixels never cross back; pipeline.py runs it.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from data.store import FetchedShards, ShardStore
 
 
 class TrainLoader(Loader):
-    """One rank's micro-batches of the steps `start` to `end` - 1, in slot order.
+    """One rank's micro-batches of the steps `start` to `end` - 1 but for those that it `passes`, in slot order.
 
     With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The cache of a
     dataset at a URL is shared by `ranks_on_node` ranks. Without a `quarantine` it begins with an empty one.
@@ -62,8 +63,10 @@ class TrainLoader(Loader):
         start: int = 0,
         end: int,
         ranks_on_node: int = 1,
+        passes: Callable[[int], bool] = lambda step: False,
         quarantine: Quarantine | None = None,
     ) -> None:
+        self.passes = passes
         self.order, self.micro_batch, self.ranks, self.ranks_on_node = order, micro_batch, ranks, ranks_on_node
         self.slots = rank_slice(order.global_batch, rank, ranks)
         self.start, self.end = start, end
@@ -86,7 +89,7 @@ class TrainLoader(Loader):
 
     def _work(self) -> Iterator[Slots]:
         copies = self.order.copies[self.slots].reshape(-1, self.micro_batch)
-        for step in range(self.start, self.end):
+        for step in itertools.filterfalse(self.passes, range(self.start, self.end)):
             epoch, step_in_epoch = self.order.locate(step)
             own = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.micro_batch)
             for number, ids in enumerate(own):

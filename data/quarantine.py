@@ -76,7 +76,7 @@ class Quarantine:
         if sample in self._known:
             return
         shard = self.index.shards[self.index.shard_of(sample)].name
-        bad = BadSample(sample, _key(self.index, sample), shard, reason)
+        bad = BadSample(sample, key_if_any(self.index, sample), shard, reason)
         with self._lock:
             if sample not in self._known:  # by now
                 self._known[sample] = bad
@@ -138,7 +138,8 @@ def _neighbours(index: Index, sample: int) -> Iterator[int]:
     yield from range(first)
 
 
-def _key(index: Index, sample: int) -> str | None:
+def key_if_any(index: Index, sample: int) -> str | None:
+    """A sample's key, None where it can't be read."""
     try:
         return key(index, sample)
     except (OSError, ValueError):  # where a shard is damaged its .idx may be as well, and the sample's id names it too

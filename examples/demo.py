@@ -48,13 +48,13 @@ def main() -> None:
     python("-m", "data", "synthesize", str(DATA))
 
     say("2/6  pretraining VAN-B0 at 64 px; half-way it gets the signal that Slurm sends before a time limit")
-    job = start_job()
+    job = start_job("configs/demo.yaml")
     wait_for_step(job, half_of_training())
     job.send_signal(signal.SIGUSR1)
     expect(job.wait(), AGAIN)
 
     say("3/6  the same command again: it resumes from the sharded checkpoint")
-    expect(start_job().wait(), 0)
+    expect(start_job("configs/demo.yaml").wait(), 0)
 
     say("4/6  evaluating the moving average of the weights")
     python("-m", "pretrain", "evaluate", str(RUN), "--weights", "ema")
@@ -97,12 +97,12 @@ def expect(code: int, expected: int) -> None:
         sys.exit(f"error: the step above ended with exit code {code} instead of {expected}")
 
 
-def start_job() -> subprocess.Popen:
+def start_job(*arguments: str) -> subprocess.Popen:
     import torch
 
     # One GPU can't serve two ranks (NCCL refuses); without GPUs two ranks share the cores.
     ranks = os.environ.get("RANKS") or str(min(2, torch.cuda.device_count()) or 2)
-    return subprocess.Popen(["bash", "launch/job.sh", "configs/demo.yaml"], env=os.environ | {"RANKS": ranks})
+    return subprocess.Popen(["bash", "launch/job.sh", *arguments], env=os.environ | {"RANKS": ranks})
 
 
 def records(kind: str) -> list[dict]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pretrain.van  # noqa: F401  registers the models with timm
-from data.packing.synthesize import PATTERNS, draw_image
+from data.packing.drawings import PATTERNS, draw_image
 
 SIZE = 96  # pixels a side
 TRAIN, HELD_OUT, SHOWN = 800, 200, 6  # images; the picture shows held-out ones

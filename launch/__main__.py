@@ -1,6 +1,6 @@
 """Starts a job's processes here, or becomes one of them.
 
-    python -m launch configs/van_b3_in22k.yaml key=value …
+    python -m launch configs/van_b3_in22k.yaml [--force-config] key=value …
     python -m launch evaluate runs/van_b3_in22k data.val=datasets/in1k/val …       what follows is for `python -m pretrain evaluate`
 
 As a task of a Slurm step (srun, one task a GPU) it becomes the rank that SLURM_PROCID says. Elsewhere it starts one process for each

@@ -1,6 +1,6 @@
 """One process of a job, or what a run made: train, evaluate, export, checkpoints; or how fast a GPU is: bench.
 
-python -m pretrain train CONFIG key=value …
+python -m pretrain train CONFIG [--force-config] key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
 python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] [--probe N]
     top-1, top-5 and loss on data.val of a run, a checkpoint, or weights in any format that a job can start from; CONFIG says by what to
@@ -34,6 +34,7 @@ def main() -> int:
     train_parser = commands.add_parser("train", help="one rank of a training job")
     train_parser.add_argument("config", type=Path)
     train_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    train_parser.add_argument("--force-config", action="store_true", help="go on with a run though its settings have changed")
     evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run, a checkpoint or a weights file on data.val")
     evaluate_parser.add_argument("source", type=Path, metavar="SOURCE")
     evaluate_parser.add_argument("settings", nargs="*", metavar="CONFIG key=value")
@@ -65,7 +66,12 @@ def main() -> int:
     wish.add_argument(
         "--prune", type=int, metavar="KEEP", help="keep so many of the newest, and those that the run's settings keep for good"
     )
-    args = parser.parse_args()
+    args, behind = parser.parse_known_args()
+    # Of key=value texts argparse takes only those that stand before the first option.
+    if behind and ("overrides" not in args or any(text.startswith("-") for text in behind)):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:
+        args.overrides += behind
     try:
         run = {"train": _train, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench}[args.command]
         return run(args)
@@ -102,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     from pretrain import engine
     from pretrain.train import train
 
-    code = train(config)
+    code = train(config, force_config=args.force_config)
     engine.stop()
     return code
 

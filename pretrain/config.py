@@ -7,8 +7,10 @@ Every key is a field below, documented there; `data/config_files.py` has how fil
 
 import dataclasses
 import math
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,18 @@ from omegaconf import MISSING, OmegaConf
 
 from data import config_files
 from data.config_files import ConfigError
+from data.files import publish
 from data.settings import DataConfig, failing, invalid_data
+
+# Keys, or whole sections, that may change while a run goes on: what is computed stays the recipe's, on other machines or by other means.
+# For all others a run wants --force-config, but for those that decide the samples: these it can't change at all (checkpoints).
+FREE = (
+    "profile", "run", "data.train", "data.val", "data.cache", "data.cache_gb", "data.check", "data.max_bad", "data.decode_threads",
+    "data.hw_decoder_load", "data.read_threads", "data.val_except", "model.kernels", "model.checkpoint_stages", "model.compile",
+    "engine.device", "engine.zero_stage", "engine.offload", "engine.micro_batch", "guard",
+)  # fmt: skip
+FIXED = ("seed", "global_batch", "epochs", "steps", "samples", "model.name", "model.classes", "data.lanes", "data.window", "data.repeats")
+EXTRAS = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}  # what it takes to use them, as in pyproject.toml
 
 
 @dataclass
@@ -29,6 +42,9 @@ class ModelConfig:
     # Of depth-wise convolutions and shortcuts. auto: Triton where it runs, on GPUs; triton: an error where it does not; torch: never.
     # They have not run on a GPU yet, so a job has to ask for them.
     kernels: Literal["auto", "triton", "torch"] = "torch"
+    # Stages (0 to 3) whose blocks keep their input alone for the backward pass and compute the rest again: less memory, a third more work.
+    checkpoint_stages: list[int] = field(default_factory=list)
+    compile: bool = False  # torch.compile, each kind of block once; the first step takes minutes
 
 
 @dataclass
@@ -37,7 +53,10 @@ class OptimConfig:
     min_lr: float = 1e-6
     warmup_lr: float = 1e-6
     warmup_epochs: float = 0.0
+    warmup_steps: int | None = None  # in optimizer steps instead
+    warmup_samples: int | None = None  # in samples instead
     weight_decay: float = 0.05  # not on biases and other 1-D parameters
+    layer_decay: float = 1.0  # a layer's rate is so much of the one's behind it, 1 at the head; for fine-tuning
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     label_smoothing: float = 0.1
@@ -48,9 +67,21 @@ class OptimConfig:
 class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     zero_stage: int = 1  # DeepSpeed ZeRO: 0 none, 1 optimizer state, 2 and gradients, 3 and weights in pieces over the ranks
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; weights, sums and statistics are fp32
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the arithmetic; weights, sums and statistics are fp32
+    offload: bool = False  # optimizer state in host memory, updated by the CPU (ZeRO-Offload); for ZeRO stages 1 to 3
+    sync_bn: bool = False  # BatchNorm over the micro-batches of all ranks instead of each rank's own
     micro_batch: int = 64  # samples a rank takes through the network at once
     ema_decay: float = 0.0  # of the moving average of the weights, a step; 0: off
+
+
+@dataclass
+class GuardConfig:
+    """When numbers go wrong. A step whose loss or gradient is not finite changes nothing, always; this is about what more is done."""
+
+    spike: float = 0.0  # a loss over so many times the average of the last hundred or so goes back as well; 0: never
+    skipped: int = 20  # so many steps in a row that were not finite: back to a checkpoint from before them
+    pass_over: int = 20  # batches ahead of the first bad one that are left out too when training goes back
+    rollbacks: int = 3  # after so many the job ends
 
 
 @dataclass
@@ -62,6 +93,8 @@ class RunConfig:
     keep: int = 3  # newest checkpoints to keep
     keep_every: float = 0.0  # epochs; checkpoints at multiples of this are saved and kept for good; 0: none
     keep_best: Literal["none", "top1", "top5", "loss"] = "none"  # save after evaluations too, and keep the best; of the average if kept
+    wandb: str | None = None  # PROJECT or ENTITY/PROJECT at Weights & Biases to send the records to; none: off
+    mlflow: str | None = None  # experiment of MLflow, in the store that MLFLOW_TRACKING_URI names; none: off
 
 
 @dataclass
@@ -71,10 +104,13 @@ class Config:
     global_batch: int = MISSING  # samples in an optimizer step, whatever the machine
     epochs: float = MISSING
     steps: int | None = None  # end after so many optimizer steps instead
+    samples: int | None = None  # end after so many samples instead
+    profile: str | None = None  # START:STOP, optimizer steps counted from 0, STOP excluded, to trace (profiling.py); none: off
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
 
@@ -105,11 +141,66 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def save(config: Config, path: Path) -> None:
     """Writes the settings as YAML that `load` reads again."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    with open(path.with_name(f"{path.name}.{os.getpid()}"), "w") as file:
+        file.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        publish(file, path)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of `as_dict` by dotted key; a sequence is a value, and a list."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def confirm(config: Config, path: Path, force: bool) -> list[str]:
+    """`key: old -> new` of what is changed against the settings that `save` wrote to `path`, FREE keys apart; none, unless `force`.
+
+    A key that is younger than that file counts as having had its default.
+
+    Raises:
+        ValueError: listing what is changed, without `force`.
+    """
+    before = flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    defaults = flat(OmegaConf.to_container(OmegaConf.structured(Config)))  # type: ignore[arg-type]
+    asked = {key: value for key, value in flat(as_dict(config)).items() if not any(f"{key}.".startswith(f"{free}.") for free in FREE)}
+    old = {key: before.get(key, defaults[key]) for key in asked}
+    changed = [key for key, value in asked.items() if value != old[key]]
+    lines = [f"{key}: {_shown(old[key])} -> {_shown(asked[key])}" for key in changed]
+    if changed and not force:
+        fixed = [key for key in changed if key in FIXED]
+        forced = f"; {', '.join(fixed)} can't change during a run" if fixed else ", or add --force-config to go on with what is changed"
+        listed = "\n  ".join(lines)
+        raise ValueError(f"{path.parent} was trained with other settings:\n  {listed}\ngive this job a run.dir of its own{forced}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def profiled_steps(text: str | None) -> range:
+    """The steps that START:STOP stands for.
+
+    Raises:
+        ValueError: it is something else, or no step.
+    """
+    if text is None:
+        return range(0)
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal()):
+        raise ValueError('must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"')
+    if int(start) >= int(stop):
+        raise ValueError("holds no step: START must be less than STOP")
+    return range(int(start), int(stop))
 
 
 def accumulation(config: Config, ranks: int) -> int:
@@ -121,8 +212,7 @@ def accumulation(config: Config, ranks: int) -> int:
     batch, micro = config.global_batch, config.engine.micro_batch
     if batch % (micro * ranks) == 0:
         return batch // (micro * ranks)
-    share = batch // ranks
-    fits = [m for m in _divisors(share) if m % 2 == 0] if batch % ranks == 0 else []
+    fits = micro_batches(config, ranks)
     counts = [r for r in _divisors(batch) if (batch // r) % micro == 0]
     hints = []
     if fits:
@@ -135,6 +225,24 @@ def accumulation(config: Config, ranks: int) -> int:
         "batch sizes",
         [f"global_batch = {batch} can't be divided over {ranks} ranks of engine.micro_batch = {micro}; {'; '.join(hints)}"],
     )
+
+
+def lengths(config: Config, steps_per_epoch: int) -> tuple[int, int]:
+    """Optimizer steps of the whole training and of its warm-up, from what is given: steps before samples before epochs."""
+    optim = config.optim
+
+    def whole(steps: int | None, samples: int | None, epochs: float) -> int:
+        if steps is not None:
+            return steps
+        return round(epochs * steps_per_epoch if samples is None else samples / config.global_batch)
+
+    return whole(config.steps, config.samples, config.epochs), whole(optim.warmup_steps, optim.warmup_samples, optim.warmup_epochs)
+
+
+def micro_batches(config: Config, ranks: int) -> list[int]:
+    """The even micro-batches that divide the global batch over the ranks, the smallest first."""
+    share, rest = divmod(config.global_batch, ranks)
+    return [m for m in _divisors(share) if m % 2 == 0] if rest == 0 else []
 
 
 def _divisors(n: int) -> list[int]:
@@ -159,6 +267,7 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     positive = [
         "epochs",
         "steps",
+        "samples",
         "model.classes",
         "optim.lr",
         "optim.eps",
@@ -166,12 +275,32 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
         "run.save_every",
         "run.eval_every",
         "run.keep",
+        "guard.skipped",
     ]
     wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
     if values.get("run.keep_best", "none") != "none" and values.get("data.val") is None:
         wrong.append(("run.keep_best", "needs data.val to evaluate on"))
-    at_least_0 = ["run.keep_every", "optim.min_lr", "optim.warmup_lr", "optim.warmup_epochs", "optim.weight_decay", "optim.clip_grad"]
+    at_least_0 = ["run.keep_every", "guard.pass_over", "guard.rollbacks"]
+    at_least_0 += [
+        f"optim.{key}" for key in ("min_lr", "warmup_lr", "warmup_epochs", "warmup_steps", "warmup_samples", "weight_decay", "clip_grad")
+    ]
+    try:
+        profiled_steps(values.get("profile"))
+    except ValueError as error:
+        wrong.append(("profile", str(error)))
+    for key in ("run.wandb", "run.mlflow"):
+        module = key.removeprefix("run.")
+        if values.get(key) is not None and find_spec(module) is None:
+            wrong.append((key, f"{module} is not installed: .venv/bin/pip install {EXTRAS[module]}"))
     wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
+    for first, second in (("steps", "samples"), ("optim.warmup_steps", "optim.warmup_samples")):
+        if values.get(first) is not None and values.get(second) is not None:
+            wrong.append((second, f"can't be given beside {first}"))
+    if values.get("engine.offload") and values.get("engine.zero_stage") == 0:
+        wrong.append(("engine.offload", "needs engine.zero_stage 1, 2 or 3"))
+    wrong += failing(values, ["model.checkpoint_stages"], lambda stages: set(stages) <= {0, 1, 2, 3}, "must be of stages 0, 1, 2 and 3")
+    wrong += failing(values, ["guard.spike"], lambda value: value == 0 or value > 1, "must be more than 1, or 0 for never")
+    wrong += failing(values, ["optim.layer_decay"], lambda value: 0 < value <= 1, "must be more than 0 and at most 1")
     shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay"]
     wrong += failing(values, shares, lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
     return wrong

@@ -1,12 +1,14 @@
 """The DeepSpeed engine of a job, and the process groups it runs in.
 
 ZeRO stage, precision and accumulation come from the settings. Weights are fp32 and arithmetic runs under torch's autocast:
-DeepSpeed's own bf16 mode would hold BatchNorm's statistics in bf16. Gradients are summed over the ranks in fp32 as well
-(`lower_precision_safe_modules` empty; DeepSpeed would reduce those of convolutions and linear layers in bf16).
+DeepSpeed's own bf16 mode would hold BatchNorm's statistics in bf16, and its torch_autocast would reduce the gradients of convolutions
+and linear layers in bf16. Norm, clipping and loss scale are the guard's (pretrain/guard.py): DeepSpeed's wait for the device in every
+step, and so does its throughput timer, which is off.
 """
 
 import logging
 import os
+import resource
 import socket
 import warnings
 from collections.abc import Callable
@@ -15,14 +17,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from pretrain import zero_state
+from pretrain.batch_stats import synchronise
 from pretrain.config import Config, EngineConfig
 from pretrain.optim import AdamW, parameter_groups
 
 T = TypeVar("T")
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # A rank that died is noticed by its launcher; this only bounds how long the others may wait for one that hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -38,8 +40,8 @@ def start(engine: EngineConfig) -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 
-    # torch's own deprecation, of what DeepSpeed calls in every step.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)
+    # torch's own deprecations, of what DeepSpeed calls in every step.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
     # On a CPU DeepSpeed would compile a collective of its own, which needs a C++ compiler; gloo's serve.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -62,7 +64,7 @@ def rank_device(engine: EngineConfig) -> torch.device:
     Raises:
         ValueError: engine.device=cuda and this rank has no GPU.
     """
-    if engine.device == "cpu" or (engine.device == "auto" and not torch.cuda.is_available()):
+    if device_type(engine) == "cpu":
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
@@ -76,13 +78,23 @@ def rank_device(engine: EngineConfig) -> torch.device:
     return device
 
 
-def ranks_on_node() -> int:
-    """How many ranks of the job run where this one does. Collective where ranks are joined."""
-    if not dist.is_initialized():
-        return 1
+def device_type(engine: EngineConfig) -> str:
+    """ "cuda" or "cpu"."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
+
+
+def hosts() -> list[str]:
+    """The node of each rank. Collective."""
     nodes: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(nodes, socket.gethostname())
-    return nodes.count(socket.gethostname())
+    return nodes
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that this process has held so far: on a GPU of its memory, in tensors; else of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def from_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -109,30 +121,44 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
-def build(config: Config, model: nn.Module, accumulation: int) -> Any:
-    """Wraps the model in DeepSpeed's engine, with its optimizer's states created."""
+def build(config: Config, model: Any, accumulation: int) -> Any:
+    """Wraps the model in DeepSpeed's engine, with its optimizer's states created. What the settings say of how the model computes
+    (precision, compilation, recomputation, BatchNorm over all ranks) is done to it here."""
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+    if config.engine.sync_bn:
+        synchronise(model)
+    for number in config.model.checkpoint_stages:
+        model.stages[number].grad_checkpointing = True
+    if config.model.compile:
+        for stage in model.stages:
+            for block in stage.blocks:
+                block.compile()
+    device = torch.device(device_type(config.engine))
+    model.forward = autocast(device, config.engine.precision)(model.forward)
     optimizer = AdamW(
-        parameter_groups(model, config.optim.weight_decay),
+        parameter_groups(model, config.optim.weight_decay, config.optim.layer_decay),
         lr=config.optim.lr,
         betas=config.optim.betas,
         eps=config.optim.eps,
         ema_decay=config.engine.ema_decay,
     )
+    zero: dict[str, Any] = {"stage": config.engine.zero_stage}
+    if config.engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    elif config.engine.zero_stage in (1, 2):
+        zero["compute_grad_norm"] = False
     settings = {
         "train_micro_batch_size_per_gpu": config.engine.micro_batch,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded or not, our own AdamW updates
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optim.clip_grad,
-        "zero_optimization": {"stage": config.engine.zero_stage},
-        "torch_autocast": {
-            "enabled": config.engine.precision != "fp32",
-            "dtype": str(PRECISIONS[config.engine.precision]).removeprefix("torch."),
-            "lower_precision_safe_modules": [],
-        },
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "timers": {"throughput": {"enabled": False}},
     }
     ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)  # it steps as torch.optim.AdamW, which is on DeepSpeed's list
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+    zero_state.leave_out_norm(engine)
     zero_state.start_optimizer(engine)
     return engine

@@ -9,17 +9,18 @@ model.head_init=keep     the head as it is; it must have the job's classes
 import argparse
 import json
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pretrain.trained import build_trained, is_run
+from pretrain.van import VARIANTS
 from pretrain.weights import WITHOUT_USE, bare, from_format, some
 
 HEAD = ("head.weight", "head.bias")
@@ -47,6 +48,9 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     if rows:
         shapes |= {name: (len(source.classes or classes), *own[name].shape[1:]) for name in HEAD}
     if wrong := misfits(shapes, source.weights):
+        named, expected = variant(source.weights), variant(own)
+        if named not in (None, expected):
+            wrong.insert(0, f"these look like {named}, the job's model is {expected}")
         raise ValueError(f"model.init_from={path} does not fit the model: {some(wrong, '; ')}")
 
     head = {name: torch.zeros_like(own[name]) for name in HEAD}
@@ -69,12 +73,11 @@ def misfits(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]
 
 
 def variant(weights: Mapping[str, Tensor]) -> str | None:
-    """The model of the family that a native state dict fits, but for its head; None if there is none."""
-    for name in timm.list_models("van_b*"):
-        model = timm.create_model(name, num_classes=0, device="meta")
-        if not misfits({key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, weights):
-            return name
-    return None
+    """The model of the family whose depths and widths a native state dict has; None if there is none."""
+    blocks = [match for name in weights if (match := re.match(r"stages\.(\d)\.blocks\.(\d+)\.", name))]
+    depths = tuple(1 + max((int(match[2]) for match in blocks if int(match[1]) == stage), default=-1) for stage in range(4))
+    widths = tuple(len(weights.get(f"stages.{stage}.norm.weight", ())) for stage in range(4))
+    return next((name for name, found in VARIANTS.items() if (found["depths"], found["embed_dims"]) == (depths, widths)), None)
 
 
 def read_source(path: Path) -> Source:

@@ -66,7 +66,8 @@ def judge(source: Path, config: Path | None, overrides: list[str], *, average: b
     check_shards([val] if train is None else [val, train], checksums=data.check == "checksums")
     _say(use_kernels(weights.model.to(device), weights.config.model.kernels, device))
     place: dict[str, Any] = {"micro_batch": engine.micro_batch, "rank": dist.get_rank(), "ranks": dist.get_world_size(), "device": device}
-    place["ranks_on_node"] = engines.ranks_on_node()
+    hosts = engines.hosts()
+    place["ranks_on_node"] = hosts.count(hosts[place["rank"]])
     if train is not None and probe is not None:
         _probe(weights, train, val, probe, place)
         return

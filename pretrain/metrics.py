@@ -1,4 +1,4 @@
-"""What a person and a program can see of a run: lines on the terminal or in the job's log, and RUN/metrics.jsonl.
+"""What a person and a program can see of a run: lines on the terminal or in the job's log, RUN/metrics.jsonl, and curves (trackers.py).
 
 One rank of a job (rank 0) has a voice; on the others every method does nothing.
 """
@@ -14,6 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pretrain.trackers import Trackers
+
 
 class RunLog:
     """Args:
@@ -22,6 +24,7 @@ class RunLog:
 
     def __init__(self, path: Path | None):
         self.path = path
+        self.trackers = Trackers(self.line)  # `open` lets them have the records too
         self._bar: tqdm | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,9 +37,10 @@ class RunLog:
                 sys.stdout.flush()
 
     def record(self, kind: str, **values: Any) -> None:
-        """Appends one object to metrics.jsonl; where the disk fails it is lost, and that is said."""
+        """Appends one object to metrics.jsonl, and sends it to the trackers; where the disk fails it is lost, and that is said."""
         if self.path is None:
             return
+        self.trackers.send(kind, values)
         record = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n"
         try:
             self._append(record.encode())
@@ -56,6 +60,8 @@ class RunLog:
 
     def start_progress(self, step: int, total: int) -> None:
         """Opens a progress bar where a person is watching; a log gets its lines alone."""
+        if self._bar is not None:
+            self._bar.close()
         if self.path is not None and sys.stderr.isatty():
             self._bar = tqdm(initial=step, total=total, unit="step", dynamic_ncols=True)
 
@@ -64,6 +70,7 @@ class RunLog:
             self._bar.update()
 
     def close(self) -> None:
+        self.trackers.close()
         if self._bar is not None:
             self._bar.close()
 

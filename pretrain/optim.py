@@ -1,7 +1,8 @@
 """What updates the weights: parameter groups, AdamW that can also keep their moving average, the learning rate of a step.
 
 The recipe is the authors' (VAN-Classification, main.py and train.sh, which are timm's): AdamW, no weight decay on biases and other
-1-D parameters, a linear warm-up by whole epochs' worth of steps and a cosine down to the lowest rate.
+1-D parameters, a linear warm-up and a cosine down to the lowest rate; for fine-tuning, if asked for, a rate that falls from layer
+to layer towards the input.
 """
 
 import math
@@ -9,13 +10,24 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from pretrain.config import OptimConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and kernels with weight decay, 1-D parameters (biases, norms, layer scale) without."""
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups: matrices and kernels with weight decay, 1-D parameters (biases, norms, layer scale) without.
+
+    With a `layer_decay` below 1 there are two such groups a layer, whose `lr_scale` is layer_decay ** (layers behind it). A layer is a
+    block, with a stage's patch embedding in its first; the head is the last one, of scale 1 (BEiT, arXiv 2106.08254; timm's
+    param_groups_layer_decay with the model's group_matcher).
+    """
+    if layer_decay < 1:
+        return [
+            {key: group[key] for key in ("params", "weight_decay", "lr_scale")}
+            for group in param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+        ]
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -29,6 +41,9 @@ class AdamW(torch.optim.AdamW):
     As a state of the optimizer the average is cut into pieces and placed by ZeRO exactly as the moments are, so it costs each rank
     the same share of memory, and whatever saves or reshards the moments saves and reshards it too.
 
+    Where `found_inf` is set, a step for which it is 1 changes nothing, and where `grad_scale` is set, gradients are divided by it; both
+    are scalars on the device, by the names that torch's fused optimizers know them by (torch.amp.GradScaler uses them so).
+
     Args:
         ema_decay: of the average, a step; 0 keeps none.
     """
@@ -36,6 +51,8 @@ class AdamW(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], *, ema_decay: float, **kwargs: Any):
         super().__init__(groups, fused=True, **kwargs)
         self.ema_decay = ema_decay
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -56,16 +73,22 @@ class AdamW(torch.optim.AdamW):
         super().step(closure)
         weights = [p for group in self.param_groups for p in group["params"] if self.ema_decay and p.grad is not None]
         if weights:
-            torch._foreach_lerp_([self.state[p]["ema"] for p in weights], weights, 1 - self.ema_decay)
+            share = 1 - self.ema_decay if self.found_inf is None else [(1 - self.ema_decay) * (1 - self.found_inf)] * len(weights)
+            torch._foreach_lerp_([self.state[p]["ema"] for p in weights], weights, share)
 
 
-def learning_rate(step: int, total: int, steps_per_epoch: int, optim: OptimConfig) -> float:
-    """The learning rate of an optimizer step, counted from 0: linear warm-up, then half a cosine from `lr` to `min_lr`.
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def learning_rate(step: int, total: int, warmup: int, optim: OptimConfig) -> float:
+    """The learning rate of an optimizer step, counted from 0: linear warm-up over `warmup` steps, then half a cosine from `lr` to
+    `min_lr`.
 
     As timm's CosineLRScheduler with warmup_prefix off, stepped by update: the cosine runs over the whole of training and the warm-up
     covers its beginning.
     """
-    warmup = round(optim.warmup_epochs * steps_per_epoch)
     if step < warmup:
         return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup
     return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1 + math.cos(math.pi * step / total))

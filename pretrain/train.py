@@ -6,9 +6,9 @@ Every rank runs this file from top to bottom: data, model, engine, the newest ch
 when training is complete, and with 85 when it was told to stop, has saved, and wants to be started again.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import json
+import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,31 +33,41 @@ from pretrain.damage import check_shards, tell_all
 from pretrain.evaluate import build_model, evaluate, fill, restriction
 from pretrain.exit_codes import EXIT_AGAIN
 from pretrain.faults import StopSignals
+from pretrain.flops import mfu, peak_flops, training_flops
+from pretrain.guard import Guard
 from pretrain.initial_weights import start_from
+from pretrain.interval import Interval, Steps
+from pretrain.memory import explained
 from pretrain.metrics import RunLog, duration
-from pretrain.optim import learning_rate
-from pretrain.provenance import provenance
+from pretrain.optim import learning_rate, set_learning_rate
+from pretrain.profiling import Profiler
+from pretrain.provenance import provenance, record_start
+from pretrain.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
+from pretrain.stragglers import OwnTime, Slowest
 from pretrain.van import use_kernels
 
 
-def train(config: Config) -> int:
-    """Runs the job; returns the process's exit code.
+def train(config: Config, force_config: bool = False) -> int:
+    """Runs the job; returns the process's exit code. With `force_config` a run goes on though its settings have changed.
 
     Raises:
         ValueError: what can't work, before the first step: batch sizes, data, weights or a checkpoint that do not fit.
     """
     # ---------------------------------------------------------------- processes
     device = engines.start(config.engine)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rank, ranks, hosts = dist.get_rank(), dist.get_world_size(), engines.hosts()
     accumulation = settings.accumulation(config, ranks)
     folder = Path(config.run.dir)
     log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
     lock = hold(folder, log.line)
+    if steps(folder / "checkpoints") and (folder / "config.yaml").exists():
+        for change in settings.confirm(config, folder / "config.yaml", force_config):
+            log.line(f"changed by --force-config: {change}")
 
     # ---------------------------------------------------------------- data
     index = open_index(config.data.train, config.data.cache)
     if len(index.classes) != config.model.classes:
-        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}")
+        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}; make them agree")
     val = open_index(config.data.val, config.data.cache) if config.data.val is not None else None
     if val is not None and (told := restriction(index.classes, val, config.data.val_except)):
         log.line(f"evaluation: {told}")
@@ -65,7 +75,7 @@ def train(config: Config) -> int:
     quarantine = Quarantine(index, config.data.max_bad, folder / "quarantine.jsonl")
     val_quarantine = Quarantine(val, config.data.max_bad, folder / "quarantine.jsonl", replaces=False) if val else None
     order = sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
-    total = config.steps or round(config.epochs * order.steps_per_epoch)
+    total, warmup = settings.lengths(config, order.steps_per_epoch)
     evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
 
     # ---------------------------------------------------------------- model and engine
@@ -75,10 +85,13 @@ def train(config: Config) -> int:
     if config.model.init_from and not steps(folder / "checkpoints"):
         for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
             log.line(line)
+    flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
     log.line(use_kernels(model, config.model.kernels, device))
     parameters = sum(p.numel() for p in model.parameters())
     engine = engines.build(config, model, accumulation)
     stats = BatchStats(model, config.engine.ema_decay)
+    guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
+    watch = Watch(config.guard)
     log.line(
         f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
         f"{config.engine.precision}, {ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
@@ -94,9 +107,12 @@ def train(config: Config) -> int:
     }  # fmt: skip
     retention = Retention(config.run.keep, round(config.run.keep_every * order.steps_per_epoch), config.run.keep_best)
     checkpoints = Checkpoints(folder / "checkpoints", engine, stats, retention=retention, lock=lock, log=log)
+    rollbacks = Rollbacks(folder / "rollbacks.json", engines.from_rank_0(lambda: recorded(folder / "rollbacks.json")))
     resumed = checkpoints.load(identity)
     step, evaluation = (resumed["step"], resumed["evaluation"]) if resumed else (0, None)
     if resumed:
+        guard.load(resumed["guard"])
+        watch.load(resumed["watch"])
         log.line(f"resumed at step {step} of {total} from a checkpoint of {resumed['ranks']} ranks, ZeRO-{resumed['zero_stage']}")
     made = provenance()
     if rank == 0:
@@ -104,18 +120,21 @@ def train(config: Config) -> int:
     if step == total:
         log.line(f"{folder} is complete: step {step} of {total}")
         return 0
+    record_start(folder, config, {"train": index.fingerprint} | ({"val": val.fingerprint} if val else {}), device)
+    engines.from_rank_0(lambda: log.trackers.open(config, folder, step))
 
     def save() -> None:
         checkpoints.save(
             {
                 "step": step, "epoch": step / order.steps_per_epoch, "identity": identity, "ranks": ranks,
                 "zero_stage": config.engine.zero_stage, "classes": list(index.classes), "evaluation": evaluation,
-                "config": settings.as_dict(config), **made,
+                "guard": guard.state(), "watch": watch.state(), "config": settings.as_dict(config), **made,
             }
         )  # fmt: skip
 
-    def evaluate_all(val_loader: EvalLoader) -> dict[str, Any]:
+    def evaluate_all() -> dict[str, Any]:
         """Of the weights and, where one is kept, of their moving average."""
+        assert val_loader is not None
         judge = build_model(config).to(device)
         use_kernels(judge, config.model.kernels, device)
         results: dict[str, Any] = {"step": step}
@@ -133,63 +152,116 @@ def train(config: Config) -> int:
         log.record("evaluation", **results)
         return results
 
+    def report(found: Steps, slowest: Slowest) -> Bad | None:
+        """Tells of an interval's steps, and keeps evidence of bad ones; returns what training should go back for."""
+        bad = watch.judge(found)
+        if found.news:
+            tell_all(quarantine, step, log)
+        if rank == 0:
+            for position in bad_steps(found, bad, scales=config.engine.precision == "fp16"):
+                told = evidence(found, position, order, index, hosts)
+                keep_evidence(folder / "bad_steps.jsonl", told, log)
+        if not found.numbers:  # all of their batches are left out
+            return None
+        values = found.means()
+        rate = len(found.numbers) * config.global_batch / found.seconds
+        values |= {
+            "images_per_s": rate, "data_wait": found.waited / found.seconds, "memory_gb": engines.memory_gb(device),
+            "left_s": (total - step) * config.global_batch / rate,
+        } | ({"mfu": mfu(rate / ranks, flops, peak)} if peak else {})  # fmt: skip
+        counts = {"skipped": int(found.skipped.sum()), "bad_images": quarantine.count}
+        log.line(
+            f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
+            f"gradient {values['grad_norm']:.2f}  {rate:.0f} images/s, {rate / ranks:.0f} a rank  "
+            f"waiting for data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB  "
+            + (f"MFU {values['mfu']:.0%}  " if peak else "")
+            + f"{duration(values['left_s'])} left"
+            + slowest.remark()
+            + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
+        )
+        told = {name: value for name, value in values.items() if math.isfinite(value)} | {k: n for k, n in counts.items() if n}
+        log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told, **slowest.record())
+        return bad
+
+    def go_back(bad: Bad) -> int:
+        """Loads the newest checkpoint from before bad steps; returns its step."""
+        where = f"steps {bad.first} to {bad.last} went wrong: {bad.reason}; see {folder / 'bad_steps.jsonl'}"
+        if len(rollbacks.entries) == config.guard.rollbacks:
+            raise ValueError(f"{where}. Training has gone back {config.guard.rollbacks} times (guard.rollbacks), and ends here")
+        try:
+            trainer = checkpoints.go_back(bad.first, identity)
+        except ValueError as error:
+            raise ValueError(f"{where}. It can't go back: {error}") from error
+        entry = rollbacks.add(bad, config.guard.pass_over, trainer["step"])
+        if rank == 0:
+            rollbacks.write()
+        guard.load(trainer["guard"])
+        watch.load(trainer["watch"])
+        log.line(f"{where}. Going back to step {trainer['step']}; the batches of steps {entry['first']} to {entry['last']} are left out")
+        log.record("rollback", step=trainer["step"], **entry)
+        return trainer["step"]
+
     # ---------------------------------------------------------------- the loop
     place: dict[str, Any] = {"micro_batch": config.engine.micro_batch, "rank": rank, "ranks": ranks, "device": device}
-    place["ranks_on_node"] = engines.ranks_on_node()
-    loader = TrainLoader(index, order, config.data, start=step, end=total, quarantine=quarantine, **place)
+    place["ranks_on_node"] = hosts.count(hosts[rank])
     val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **place) if val else None
-    interval = Interval(device)
-    stopping = False
+    interval = Interval(device, config.run.log_every, accumulation)
+    own = OwnTime(engine, config.engine.zero_stage)
+    profiler = Profiler(settings.profiled_steps(config.profile), folder / "profile", log.line)
+    bad, stopping, warm = None, False, step + 3
     log.start_progress(step, total)
-    with loader, val_loader or nullcontext(), StopSignals() as stop:
-        batches = iter(loader)
+    with val_loader or nullcontext(), StopSignals() as stop, explained(config, ranks, device, lambda: step >= warm):
         engine.train()
         while step < total and not stopping:
-            lr = learning_rate(step, total, order.steps_per_epoch, config.optim)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = lr
-            # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
-            torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
-            for micro_step in range(accumulation):
-                with interval.waiting():
-                    batch = next(batches)
-                images, targets, share = batch.images, batch.labels[:, None], None
-                if batch.mix is not None:
-                    images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
-                loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
-                engine.backward(loss)
-                if micro_step + 1 == accumulation:
-                    stats.start_averaging()  # beside the optimizer's step
-                    checkpoints.before_update()
-                engine.step()
-                interval.add(loss)
-            stats.finish()
-            step += 1
-            log.advance()
+            with TrainLoader(
+                index, order, config.data, start=step, end=total, passes=rollbacks.passes, quarantine=quarantine, **place
+            ) as loader:
+                batches = iter(loader)
+                while step < total and not stopping and bad is None:
+                    profiler.at(step)
+                    lr = learning_rate(step, total, warmup, config.optim)
+                    set_learning_rate(engine.optimizer, lr)
+                    # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
+                    torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
+                    for micro_step in range(0 if rollbacks.passes(step) else accumulation):
+                        own.begin()
+                        with interval.waiting(), profiler.part("data"):
+                            batch = next(batches)
+                        images, targets, share = batch.images, batch.labels[:, None], None
+                        if batch.mix is not None:
+                            images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
+                        with profiler.part("forward"):
+                            loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
+                        with profiler.part("backward"):
+                            engine.backward(guard.scaled(loss))
+                        interval.add(loss)
+                        if micro_step + 1 == accumulation:
+                            stats.start_averaging()  # beside the optimizer's step
+                            checkpoints.before_update()
+                            guard.check()
+                        with profiler.part("optimizer"):
+                            engine.step()
+                        if micro_step + 1 == accumulation:
+                            stats.finish(guard.found_inf)
+                            interval.end_step(step, guard)
+                    step += 1
+                    log.advance()
 
-            stopping = stop.agreed()
-            if step % config.run.log_every == 0 or step == total or stopping:
-                values, news = interval.close(step, total, config.global_batch, accumulation, quarantine.unshared)
-                if news:
-                    tell_all(quarantine, step, log)
-                log.line(
-                    f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
-                    f"{values['images_per_s']:.0f} images/s  waiting for data {values['data_wait']:.0%}  {duration(values['left_s'])} left"
-                    + (f"  bad images {quarantine.count}" if quarantine.count else "")
-                )
-                bad = {"bad_images": quarantine.count} if quarantine.count else {}
-                log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **values, **bad)
-            with interval.pausing():
-                evaluates = step % evaluate_every == 0 or step == total
-                if evaluates and val_loader is not None:
-                    evaluation = evaluate_all(val_loader)
-                if (
-                    stopping
-                    or step % config.run.save_every == 0
-                    or step == total
-                    or retention.due(step, evaluates and val_loader is not None)
-                ):
-                    save()
+                    stopping = stop.agreed()
+                    evaluates = val is not None and (step % evaluate_every == 0 or step == total)
+                    saves = stopping or step % config.run.save_every == 0 or step == total or retention.due(step, evaluates)
+                    if step % config.run.log_every == 0 or saves or evaluates:
+                        bad = report(interval.close(quarantine.unshared), own.close())
+                    if bad is None:
+                        with interval.pausing():
+                            if evaluates:
+                                evaluation = evaluate_all()
+                            if saves:
+                                save()
+            if bad is not None:
+                step, bad = go_back(bad), None
+                log.start_progress(step, total)
+        profiler.close(step)
         checkpoints.close()
     log.close()
     if step == total:
@@ -197,6 +269,20 @@ def train(config: Config) -> int:
         return 0
     log.line(f"stopped at step {step} of {total} and saved; start the same command again to go on")
     return EXIT_AGAIN
+
+
+def keep_evidence(file: Path, told: dict[str, Any], log: RunLog) -> None:
+    """Of a bad step: all that is known to the file, and a line."""
+    with file.open("a") as lines:
+        lines.write(json.dumps(told) + "\n")
+    where = "; ".join(
+        f"rank {about['rank']} on {about['host']}: {about['keys'][0]} and {len(about['keys']) - 1} more" for about in told["ranks"][:3]
+    )
+    more = f"; and {len(told['ranks']) - 3} more ranks" if len(told["ranks"]) > 3 else ""
+    log.line(
+        f"bad step {told['step']}{' skipped' if told['skipped'] else ''}: loss {told['loss']}, gradient {told['grad_norm']}; "
+        f"{where}{more}; all in {file}"
+    )
 
 
 def mixed_cross_entropy(logits: Tensor, targets: Tensor, share: Tensor | None, smoothing: float) -> Tensor:
@@ -214,49 +300,3 @@ def mixed_cross_entropy(logits: Tensor, targets: Tensor, share: Tensor | None, s
         return F.cross_entropy(logits, targets[:, 0], label_smoothing=smoothing)
     own, partner = (F.cross_entropy(logits, targets[:, i], label_smoothing=smoothing, reduction="none") for i in (0, 1))
     return (share * own + (1 - share) * partner).mean()
-
-
-class Interval:
-    """Loss, speed and waiting of the steps since the last log line; reads the device only when it is closed."""
-
-    def __init__(self, device: torch.device):
-        self.sums = torch.zeros(2, device=device)
-        self.loss_sum = self.sums[0]
-        self.micro_steps, self.waited, self.began = 0, 0.0, time.monotonic()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What runs inside is waiting for data."""
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began
-
-    @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """What runs inside, evaluation or saving, is no time of training."""
-        began = time.monotonic()
-        yield
-        self.began += time.monotonic() - began
-
-    def add(self, loss: Tensor) -> None:
-        self.loss_sum += loss.detach()
-        self.micro_steps += 1
-
-    def close(self, step: int, total: int, global_batch: int, accumulation: int, news: int) -> tuple[dict[str, float], bool]:
-        """The interval's means over all ranks, and whether any rank has `news` of bad images; begins the next. Collective, and waits for
-        the device."""
-        self.sums[1] = news
-        dist.all_reduce(self.sums)
-        loss_sum, any_news = self.sums.tolist()
-        loss = loss_sum / (self.micro_steps * dist.get_world_size())
-        seconds = time.monotonic() - self.began
-        steps = self.micro_steps // accumulation
-        values = {
-            "loss": loss,
-            "images_per_s": steps * global_batch / seconds,
-            "data_wait": self.waited / seconds,
-            "left_s": (total - step) * seconds / steps,
-        }
-        self.sums.zero_()
-        self.micro_steps, self.waited, self.began = 0, 0.0, time.monotonic()
-        return values, any_news > 0

@@ -45,7 +45,7 @@ from pretrain.depthwise import DepthwiseConv2d
 from pretrain.kernels import scaled_residual, unusable
 from pretrain.lka import LKA
 
-__all__ = ["VAN", "ChannelsLastConv2d", "use_kernels"]
+__all__ = ["VAN", "VARIANTS", "ChannelsLastConv2d", "use_kernels"]
 
 # How it computes depends on the input's size and device, which tracing does not know; timm's feature extraction keeps it whole.
 register_notrace_module(DepthwiseConv2d)
@@ -426,7 +426,7 @@ def _cfg() -> dict[str, Any]:
 
 
 # Widths and depths of section 3.2, as the published weights have them.
-_VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
+VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "van_b0": {"embed_dims": (32, 64, 160, 256), "depths": (3, 3, 5, 2)},
     "van_b1": {"embed_dims": (64, 128, 320, 512), "depths": (2, 2, 4, 2)},
     "van_b2": {"embed_dims": (64, 128, 320, 512), "depths": (3, 3, 12, 3)},
@@ -436,7 +436,7 @@ _VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "van_b6": {"embed_dims": (96, 192, 384, 768), "depths": (6, 6, 90, 6)},
 }
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in _VARIANTS})
+default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
 
 
 def _create_van(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VAN:
@@ -446,7 +446,7 @@ def _create_van(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VAN:
         pretrained,
         # The getter asks the model itself for the stages' outputs, and so keeps its gradient checkpointing.
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**_VARIANTS[variant], **kwargs},
+        **{**VARIANTS[variant], **kwargs},
     )
 
 

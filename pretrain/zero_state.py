@@ -76,6 +76,28 @@ def saved_pieces(engine: Any) -> list[Piece]:
     return [piece for piece, start in zip(pieces, before, strict=False) if start * ranks // total == rank]
 
 
+def gradients(engine: Any) -> list[Tensor]:
+    """What this rank holds of the step's gradients, averaged over micro-batches and ranks; for after a step's last backward pass and
+    before its update. In stage 0 that is all of them, on every rank; else the ranks' parts make up the whole."""
+    if engine.zero_optimization_stage() == 0:
+        return [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if _offloads(engine):
+        return [weight.grad for weight in _flat_weights(engine) if weight.grad is not None]
+    return [part for parts in engine.optimizer.averaged_gradients.values() for part in parts]
+
+
+def leave_out_norm(engine: Any) -> None:
+    """Makes ZeRO-3 measure and scale no gradients, which costs it a pass over them and two waits for the device a step. For stages 1
+    and 2 there is a setting, `compute_grad_norm`."""
+    if engine.zero_optimization_stage() == 3 and not _offloads(engine):
+        engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
+        engine.optimizer.unscale_and_clip_grads = lambda *_: None
+
+
+def _offloads(engine: Any) -> bool:
+    return engine.zero_offload_optimizer() is not None
+
+
 def start_average(engine: Any) -> None:
     """Sets the moving average to the weights in the pieces."""
     for piece in local_pieces(engine):

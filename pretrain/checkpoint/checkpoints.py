@@ -194,6 +194,26 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- loading
 
+    def go_back(self, until: int, identity: dict[str, Any]) -> dict[str, Any]:
+        """Removes the checkpoints of later steps than `until` and loads the newest that is left; see `load`.
+
+        Raises:
+            ValueError: there is none; nothing is removed then.
+        """
+        self.wait()
+        from_rank_0(lambda: self._remove_after(until), self.group)
+        trainer = self.load(identity)
+        assert trainer is not None
+        return trainer
+
+    def _remove_after(self, until: int) -> None:
+        good = files.newest_whole(self.folder, self.log.line, until)
+        if good is None:
+            raise ValueError(f"{self.folder} has no checkpoint of step {until} or before")
+        for path in files.steps(self.folder):
+            if path.name > good.name:
+                files.remove(path)
+
     def load(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Reads the newest whole checkpoint into the engine; returns its trainer.json, or None where the run has none yet.
 
@@ -232,6 +252,7 @@ class Checkpoints:
             self.log.line(f"{path} holds no moving average, which this job keeps: it starts from the weights at step {trainer['step']}")
         if found - kept:
             self.log.line(f"{path} holds {', '.join(sorted(found - kept))}, which this job does not keep: left out from here on")
+        self.stats.loaded()
         zero_state.set_optimizer_steps(self.engine, trainer[_COUNTER])
         zero_state.publish(self.engine)
         return trainer

@@ -123,13 +123,14 @@ def name_of(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def newest_whole(folder: Path, log: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are all there and unchanged; each one that is passed over is logged.
+def newest_whole(folder: Path, log: Callable[[str], None], until: int | None = None) -> Path | None:
+    """The newest checkpoint, or of those no newer than step `until`, whose files are all there and unchanged; each one that is passed
+    over is logged.
 
     Raises:
         ValueError: there are checkpoints and none is whole. Starting afresh without a word would throw a run away.
     """
-    candidates = steps(folder)
+    candidates = [path for path in steps(folder) if until is None or path.name <= name_of(until)]
     for path in reversed(candidates):
         faults = verify(path)
         if not faults:

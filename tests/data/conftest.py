@@ -8,7 +8,8 @@ import fsspec
 import pytest
 
 from data.index import Index
-from data.packing.synthesize import PATTERNS, images
+from data.packing.drawings import PATTERNS
+from data.packing.synthesize import images
 from data.shards import Sample, write_dataset
 from tests.data.packs import HOLDOUT, quietly, tree, write_tree
 from tests.data.servers import Proxy, s3_server

@@ -17,7 +17,8 @@ from data.augment import flip, random_resized_crop
 from data.index import Index, open_index
 from data.loader import EvalLoader, TrainLoader, resized_shape
 from data.order import SampleOrder, bytes_at_once, rank_slice, shard_uses
-from data.packing.synthesize import PATTERNS, images
+from data.packing.drawings import PATTERNS
+from data.packing.synthesize import images
 from data.pipeline import Batch
 from data.settings import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from data.shards import Sample, write_dataset

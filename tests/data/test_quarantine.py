@@ -21,7 +21,8 @@ from data.images import BadImage, _nvimgcodec, check_header
 from data.index import Index, open_index, write_index
 from data.loader import EvalLoader, TrainLoader
 from data.order import SampleOrder, bytes_at_once
-from data.packing.synthesize import PATTERNS, images
+from data.packing.drawings import PATTERNS
+from data.packing.synthesize import images
 from data.pipeline import Alone, Batch, Loader
 from data.quarantine import Quarantine
 from data.settings import DataConfig

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import pretrain.van  # noqa: F401  registers the models with timm
-from data.packing.synthesize import PATTERNS
+from data.packing.drawings import PATTERNS
 from examples import segmentation
 from examples.segmentation import FPN, SIZE, Segmenter, check_features, draw_set, load_backbone, main, scores, train
 

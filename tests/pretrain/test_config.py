@@ -89,7 +89,7 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("engine", "null", "is a section; set one of engine.device, engine.zero_stage, "),
         ("data.train", "null", "must be text"),
         # not one of the choices
-        ("engine.precision", "fp23", "must be one of bf16, fp32; did you mean fp32?"),
+        ("engine.precision", "fp23", "must be one of bf16, fp16, fp32; did you mean fp32?"),
         ("model.name", "vanb3", "must be one of van_b0, van_b1, van_b2, van_b3, van_b4, van_b5, van_b6; did you mean van_b3?"),
         ("engine.device", "tpu", "must be one of auto, cpu, cuda"),
         # of the right type, but they can't work
@@ -108,6 +108,9 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("data.crop_ratio", "(0.0, 1.0)", "must be more than 0, the smaller first"),
         ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbours in pairs"),
         ("model.init_from", "nowhere.pth", "no such file or run directory"),
+        ("profile", "7", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "1e3:2e3", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "300:200", "holds no step: START must be less than STOP"),
     ],
 )
 @pytest.mark.parametrize("place", ["file", "command line"])
@@ -164,7 +167,7 @@ def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
         f"epochs = many ({recipe}): must be a number",
         f"optim.beta = 3 ({recipe}): unknown key; did you mean optim.betas?",
         f"model = van_b0 ({path}): is a section; set one of model.name, model.classes, model.drop_path, model.init_from, model.head_init, "
-        "model.kernels",
+        "model.kernels, model.checkpoint_stages, model.compile",
         "engine.micro_batch = x (command line): must be a whole number",
         "global_batch = none (command line): must be a whole number",
         f"model.classes: no value; set it in {path} or as model.classes=…",
@@ -196,6 +199,64 @@ def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Pat
     assert load(tmp_path / "saved.yaml") == config
     assert from_dict(as_dict(config)) == config
     assert config != load(job)
+
+
+def test_steps_to_profile(job: Path) -> None:
+    """Steps below 60 too, of which YAML would make one number."""
+    for text in ("2:4", "10:12", "200:205"):
+        start, stop = map(int, text.split(":"))
+        assert settings.profiled_steps(load(job, [f"profile={text}"]).profile) == range(start, stop)
+        in_file = write(job.parent / "quoted.yaml", f'base: job.yaml\nprofile: "{text}"\n')
+        assert settings.profiled_steps(load(in_file).profile) == range(start, stop)
+    assert len(settings.profiled_steps(load(job).profile)) == 0
+
+
+# ---------------------------------------------------------------- of a run that goes on
+
+
+@pytest.mark.parametrize(
+    ("override", "line", "advice"),
+    [
+        ("optim.lr=2e-3", "optim.lr: 0.001 -> 0.002", ", or add --force-config to go on with what is changed"),
+        ("data.auto_augment=rand-m9", "data.auto_augment: null -> rand-m9", ", or add --force-config to go on with what is changed"),
+        ("optim.betas=[0.9,0.99]", "optim.betas: [0.9, 0.999] -> [0.9, 0.99]", ", or add --force-config to go on with what is changed"),
+        ("engine.precision=fp32", "engine.precision: bf16 -> fp32", ", or add --force-config to go on with what is changed"),
+        ("model.classes=5", "model.classes: 4 -> 5", "; model.classes can't change during a run"),
+        ("epochs=4", "epochs: 3.0 -> 4.0", "; epochs can't change during a run"),
+        ("name=other", "name: tiny -> other", ", or add --force-config to go on with what is changed"),
+    ],
+)
+def test_changed_settings_are_asked_about(tmp_path: Path, job: Path, override: str, line: str, advice: str) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=f"^{tmp_path} was trained with other settings:") as caught:
+        settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=False)
+    changed, told = str(caught.value).splitlines()[1:]
+    assert changed == f"  {line}"
+    assert told == f"give this job a run.dir of its own{advice}"
+    assert settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=True) == [line]
+
+
+def test_another_machine_or_another_place_is_not_asked_about(tmp_path: Path, job: Path, dataset: Path) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    moved = ["engine.zero_stage=3", "engine.micro_batch=2", "engine.device=cpu", "run.dir=elsewhere", "run.keep=9", "run.eval_every=2"]
+    moved += ["model.kernels=auto", f"data.train={dataset}/../packed/train", f"data.val={dataset / 'val'}", "data.read_threads=9"]
+    assert settings.confirm(load(job, moved), tmp_path / "config.yaml", force=False) == []
+
+
+def test_a_setting_that_is_younger_than_the_run_had_its_default(tmp_path: Path, job: Path) -> None:
+    save(load(job), tmp_path / "config.yaml")
+    old = OmegaConf.load(tmp_path / "config.yaml")
+    del old.data["flip"], old.optim["label_smoothing"]
+    old.optim["gone"] = 1
+    OmegaConf.save(old, tmp_path / "config.yaml")
+    assert settings.confirm(load(job), tmp_path / "config.yaml", force=False) == []
+    assert settings.confirm(load(job, ["data.flip=0"]), tmp_path / "config.yaml", force=True) == ["data.flip: 0.5 -> 0.0"]
+
+
+def test_the_keys_that_may_change_exist() -> None:
+    names = set(keys(Config))
+    assert [key for key in settings.FREE if key not in names and key not in ("run", "guard")] == []
+    assert set(settings.FIXED) <= names
 
 
 # ---------------------------------------------------------------- batch sizes
@@ -287,19 +348,20 @@ JOBS = {
         ("_ft_in1k_384", FT_384, fine_tuning_drop_path, (32, 16, 1)),
     )
 }
+EXAMPLES = ("demo", "figures", "other_figures")
 
 
 def test_the_table_has_all_job_files() -> None:
-    assert {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} == {*JOBS, "demo"}
+    assert {path.stem for path in (REPOSITORY / "configs").glob("*.yaml")} == {*JOBS, *EXAMPLES}
 
 
-@pytest.mark.parametrize("name", [*JOBS, "demo"])
+@pytest.mark.parametrize("name", [*JOBS, *EXAMPLES])
 def test_a_job_file_holds_its_recipe(name: str, dataset: Path) -> None:
     places = [f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", "model.init_from=null"]
     path = REPOSITORY / "configs" / f"{name}.yaml"
     config = load(path, places)
     assert (config.name, config.run.dir) == (name, f"runs/{name}")
-    if name == "demo":
+    if name in EXAMPLES:
         assert accumulation(config, 2) == 1
         return
     *_, (ranks, micro_batch, steps) = expected = JOBS[name].values()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.packing.drawings import PATTERNS, draw_image
 from data.packing.pack import pack
 from data.packing.plan import Settings
-from data.packing.synthesize import PATTERNS, draw_image
 from pretrain import checkpoint
 from pretrain.export import export
 from pretrain.initial_weights import read_source

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -169,3 +170,16 @@ def test_weights_that_do_not_fit_change_nothing(written: Path, tmp_path: Path, k
     with pytest.raises(ValueError, match=f"^{re.escape(message.format(source))}"):
         start_from(model, source, "map" if kind in ("rows", "wide") else "keep", CLASSES)
     assert_same(dict(model.state_dict()), before)
+
+
+@pytest.mark.parametrize("theirs", ["van_b1", "van_b2", "van_b4", "van_b5"])
+def test_weights_of_another_of_the_family_are_called_by_its_name(tmp_path: Path, theirs: str) -> None:
+    """In the authors' names, with another head; b1, b2 and b4 differ from b3 in depths alone."""
+    with torch.device("meta"):
+        state = timm.create_model(theirs, num_classes=1000).state_dict()
+        model = timm.create_model("van_b3", num_classes=7)
+    path = tmp_path / "weights.pth"
+    torch.save({name: torch.zeros(()).expand(tensor.shape) for name, tensor in to_format(state, "official").items()}, path)
+    message = f"model.init_from={path} does not fit the model: these look like {theirs}, the job's model is van_b3; "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        start_from(model, path, "zero", CLASSES)

@@ -1,5 +1,8 @@
 """What updates the weights: timm's schedule and torch's AdamW to the bit, the moving average by its formula."""
 
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,13 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 import pretrain.van  # noqa: F401  registers the family with timm
+from data.packing.synthesize import synthesize
+from pretrain import config as settings
 from pretrain.config import OptimConfig
-from pretrain.optim import AdamW, learning_rate, parameter_groups
+from pretrain.optim import AdamW, learning_rate, parameter_groups, set_learning_rate
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+REFERENCE = Path(__file__).parent.parent / "reference"
 
 
 @pytest.mark.parametrize(("warmup_epochs", "total"), [(2, 35), (1, 7), (0, 21)])
@@ -22,16 +30,103 @@ def test_learning_rate_is_timms(warmup_epochs: int, total: int) -> None:
     schedule = CosineLRScheduler(optimizer, t_initial=total, lr_min=optim.min_lr, t_in_epochs=False, **warmup)
     for step in range(total):
         schedule.step_update(step)
-        assert learning_rate(step, total, per_epoch, optim) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), step
+        assert learning_rate(step, total, warmup_epochs * per_epoch, optim) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), (
+            step
+        )
 
 
 def test_learning_rate_at_the_corners() -> None:
-    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_lr=0.2, warmup_epochs=0.5)
-    assert learning_rate(0, 100, 10, optim) == 0.2
-    assert learning_rate(4, 100, 10, optim) == pytest.approx(0.2 + 0.8 * 4 / 5)
-    assert learning_rate(50, 100, 10, optim) == pytest.approx(0.55)  # half-way down, however long the warm-up was
-    assert learning_rate(100, 100, 10, optim) == pytest.approx(0.1)
-    assert learning_rate(0, 100, 10, OptimConfig(lr=1.0)) == 1.0
+    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_lr=0.2)
+    assert learning_rate(0, 100, 5, optim) == 0.2
+    assert learning_rate(4, 100, 5, optim) == pytest.approx(0.2 + 0.8 * 4 / 5)
+    assert learning_rate(50, 100, 5, optim) == pytest.approx(0.55)  # half-way down, however long the warm-up was
+    assert learning_rate(100, 100, 5, optim) == pytest.approx(0.1)
+    assert learning_rate(0, 100, 0, OptimConfig(lr=1.0)) == 1.0
+
+
+# Rates at the beginning of an epoch, by the authors' code (timm's create_scheduler with the arguments of the scripts that
+# configs/recipes name): 90 epochs with 5 of warm-up from 1e-6 to 4e-3 and down to 1e-6; 30 epochs from 5e-5 down to 1e-6.
+RATES = {
+    "van_b3_in22k": {0: 1e-6, 1: 8.008e-4, 4: 3.2002e-3, 5: 3.969626e-3, 45: 2.0005e-3, 89: 2.218041e-6},
+    "van_b6_in22k_ft_in1k_384": {0: 5e-5, 10: 3.775e-5, 15: 2.55e-5, 29: 1.134214e-6},
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_the_recipes_rates_are_those_of_the_authors_code(name: str, dataset: Path) -> None:
+    config, per_epoch = load_recipe(name, dataset), 100
+    total, warmup = settings.lengths(config, per_epoch)
+    assert (total, warmup) == (100 * config.epochs, 100 * config.optim.warmup_epochs)
+    assert {epoch: learning_rate(epoch * per_epoch, total, warmup, config.optim) for epoch in RATES[name]} == pytest.approx(
+        RATES[name], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (900, 50)),
+        ({"steps": 77, "optim.warmup_steps": 7}, (77, 7)),
+        ({"samples": 16_000, "optim.warmup_samples": 1_600}, (1000, 100)),
+        ({"steps": 77, "optim.warmup_samples": 160}, (77, 10)),
+        ({"optim.warmup_steps": 0}, (900, 0)),
+    ],
+)  # fmt: skip
+def test_lengths_in_epochs_steps_and_samples(given: dict[str, int], expected: tuple[int, int], dataset: Path) -> None:
+    config = load_recipe("van_b3_in22k", dataset, "global_batch=16", *(f"{key}={value}" for key, value in given.items()))
+    assert settings.lengths(config, 10) == expected
+
+
+def test_two_lengths_are_a_contradiction(dataset: Path) -> None:
+    with pytest.raises(settings.ConfigError, match="can't be given beside steps"):
+        load_recipe("van_b3_in22k", dataset, "steps=3", "samples=5")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For settings to point at; not to be changed."""
+    folder = tmp_path_factory.mktemp("data") / "drawn"
+    synthesize(folder, classes=2, train=2, val=2)
+    return folder / "train"
+
+
+def load_recipe(name: str, dataset: Path, *overrides: str) -> settings.Config:
+    return settings.load(CONFIGS / f"{name}.yaml", [f"data.train={dataset}", "data.val=null", "model.init_from=null", *overrides])
+
+
+# ---------------------------------------------------------------- parameter groups
+
+
+@pytest.mark.parametrize("variant", ["van_b3", "van_b4", "van_b5", "van_b6"])
+def test_weight_decay_falls_on_what_the_authors_code_lets_it_fall(variant: str) -> None:
+    """By the rule of its optimizer (timm's param_groups_weight_decay) on the shapes of the authors' own state dict."""
+    shapes = json.loads((REFERENCE / "van_state_dicts.json").read_text())[variant]["state_dict"]
+    authors = [math.prod(shape) for name, shape in shapes.items() if len(shape) > 1]
+    bare = [math.prod(shape) for name, shape in shapes.items() if len(shape) == 1 and "running_" not in name]
+    with torch.device("meta"):
+        decayed, free = parameter_groups(timm.create_model(variant), 0.05)
+    assert sorted(p.numel() for p in decayed["params"]) == sorted(authors)
+    assert sorted(p.numel() for p in free["params"]) == sorted(bare)
+
+
+def test_layer_decay_falls_towards_the_input() -> None:
+    model = timm.create_model("van_b0", num_classes=7)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    scale = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert scale.keys() == set(names.values())
+    # 3 + 3 + 5 + 2 blocks and the head; the first patch embedding is a layer of its own.
+    assert scale["head.weight"] == scale["head.bias"] == 1.0
+    expected = {
+        "stages.3.norm.weight": 1, "stages.3.blocks.1.attn.proj_1.weight": 1, "stages.3.blocks.0.mlp.fc1.bias": 2,
+        "stages.3.patch_embed.proj.weight": 2, "stages.2.blocks.4.layer_scale_1": 3, "stages.0.blocks.0.norm1.weight": 13,
+        "stages.0.patch_embed.proj.weight": 14,
+    }  # fmt: skip
+    assert {name: scale[name] for name in expected} == {name: 0.5**behind for name, behind in expected.items()}
+    assert all(group["weight_decay"] == (0.05 if all(p.ndim > 1 for p in group["params"]) else 0.0) for group in groups)
+    optimizer = AdamW(groups, lr=1.0, ema_decay=0.0)
+    set_learning_rate(optimizer, 3.0)
+    assert {group["lr"] for group in optimizer.param_groups} == {3.0 * one for one in scale.values()}
 
 
 def test_decay_is_on_kernels_and_matrices_alone() -> None:

@@ -150,10 +150,14 @@ def test_initialisation() -> None:
     assert not model.head.bias.any()
 
 
-def test_drop_path_rises_linearly_over_all_blocks() -> None:
-    model = meta_model("van_b0", drop_path_rate=0.12)
+@pytest.mark.parametrize(
+    ("variant", "blocks", "rate"), [("van_b0", 13, 0.12), ("van_b3", 38, 0.1), ("van_b4", 52, 0.2), ("van_b6", 108, 0.3)]
+)
+def test_drop_path_rises_linearly_over_all_blocks(variant: str, blocks: int, rate: float) -> None:
+    """As torch.linspace(0, rate, blocks), which the authors' van.py takes."""
+    model = meta_model(variant, drop_path_rate=rate)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
-    assert rates == pytest.approx([0.01 * i for i in range(13)])
+    assert rates == pytest.approx([rate * i / (blocks - 1) for i in range(blocks)])
 
 
 # Gradient checkpointing

@@ -1,0 +1,59 @@
+"""How much arithmetic a training image takes, and which share of what a GPU could do that is (MFU, arXiv 2204.02311, appendix B).
+
+flops = training_flops(model, config.data.image_size)
+peak = peak_flops(device, config.engine.precision)
+share = mfu(images_per_s / ranks, flops, peak) if peak is not None else None
+"""
+
+import re
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense FLOP/s of the tensor cores, (in 16 bits, in TF32), by the names that CUDA gives, of NVIDIA's data sheets, which print twice as much
+# where they count zeros ("with sparsity"). Not in the table: parts of a GPU (MIG), and cards whose figures were not found.
+_PEAKS = {
+    r"NVIDIA A10": (125e12, 62.5e12),
+    r"NVIDIA A30": (165e12, 82e12),
+    r"NVIDIA A40": (149.7e12, 74.8e12),
+    r"(NVIDIA )?A100-(SXM4|PCIE)-\d+GB|NVIDIA A100 80GB PCIe": (312e12, 156e12),
+    r"NVIDIA L4": (121e12, 60e12),
+    r"NVIDIA L40S": (362e12, 183e12),
+    r"NVIDIA H100 80GB HBM3": (989e12, 494.5e12),
+    r"NVIDIA H100 PCIe": (756e12, 378e12),
+    r"NVIDIA (H100|H200) NVL": (835.5e12, 417.5e12),
+    r"NVIDIA H200": (989e12, 494.5e12),
+    r"NVIDIA GH200 .*": (989e12, 494.5e12),
+    r"NVIDIA B200": (2250e12, 1100e12),
+    r"NVIDIA GB200": (2500e12, 1250e12),
+}
+
+
+def training_flops(model: nn.Module, image_size: int) -> float:
+    """Floating-point operations of one image in training, forward and backward; a multiply-add counts as two.
+
+    The backward pass is taken as twice the forward pass, as it computes two gradients, and what gradient checkpointing computes again is
+    not counted. Convolutions and matrix products alone are. Call it before `use_kernels` and before the engine is built: nothing is
+    computed, but the shapes must be whole and the operators PyTorch's.
+    """
+    on_meta = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.func.functional_call(model, on_meta, (torch.empty(2, 3, image_size, image_size, device="meta"),))  # BatchNorm wants two
+    return 3.0 * counter.get_total_flops() / 2
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """What a GPU's data sheet promises, in FLOP/s; None for a CPU and for a GPU that is not in the table."""
+    return peak_by_name(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def peak_by_name(name: str, precision: str) -> float | None:
+    """As `peak_flops`. fp32 counts as TF32, in which cuDNN's convolutions run unless torch.backends.cudnn.allow_tf32 is off."""
+    found = next((peaks for pattern, peaks in _PEAKS.items() if re.fullmatch(pattern, name)), None)
+    return found and found[precision == "fp32"]
+
+
+def mfu(images_per_s_per_gpu: float, training_flops: float, peak_flops: float) -> float:
+    """Model FLOPs utilisation, 0 to 1."""
+    return images_per_s_per_gpu * training_flops / peak_flops

@@ -1,0 +1,103 @@
+"""The steps since the last log line: loss, gradient norm, speed and waiting. The device is read when an interval ends, not before."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.guard import Guard
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """What an interval's steps were; the same on all ranks.
+
+    Args:
+        numbers: of the steps, counted from 0.
+        losses: (ranks, steps), of each rank's own samples.
+        norms: (steps,) of the gradients, before clipping.
+        skipped: (steps,) whether the step changed nothing, as its numbers were not finite.
+        seconds, waited: of training, and of these waiting for data on this rank.
+        news: whether any rank has news of bad images.
+    """
+
+    numbers: list[int]
+    losses: np.ndarray
+    norms: np.ndarray
+    skipped: np.ndarray
+    seconds: float
+    waited: float
+    news: bool
+
+    @property
+    def loss(self) -> np.ndarray:
+        """(steps,) over all ranks; fp32 sums, as the ranks' own are."""
+        return self.losses.sum(0, dtype=np.float32) / len(self.losses)
+
+    def means(self) -> dict[str, float]:
+        """Loss and gradient norm of the steps that were not skipped; not a number where all were."""
+        taken = ~self.skipped
+        if not taken.any():
+            return {"loss": float("nan"), "grad_norm": float("nan")}
+        return {"loss": float(self.loss[taken].mean(dtype=np.float64)), "grad_norm": float(self.norms[taken].mean(dtype=np.float64))}
+
+
+class Interval:
+    """Args:
+    most: steps that it may have.
+    accumulation: micro-batches of a step.
+    """
+
+    def __init__(self, device: torch.device, most: int, accumulation: int):
+        self.accumulation = accumulation
+        self._rows = torch.zeros(most + 1, 3, device=device)  # a step's loss, norm and whether it was skipped; the last row: news
+        self._begin()
+
+    def _begin(self) -> None:
+        self._rows.zero_()
+        self._numbers: list[int] = []
+        self._waited, self._began = 0.0, time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What runs inside is waiting for data."""
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
+
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What runs inside, evaluation or saving, is no time of training."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
+
+    def add(self, loss: Tensor) -> None:
+        """A micro-batch's loss."""
+        self._rows[len(self._numbers), 0] += loss.detach()
+
+    def end_step(self, number: int, guard: Guard) -> None:
+        row = self._rows[len(self._numbers)]
+        row[1], row[2] = guard.norm, guard.found_inf
+        self._numbers.append(number)
+
+    def close(self, news: int) -> Steps:
+        """The steps so far; the next interval begins. Collective, and waits for the device.
+
+        Args:
+            news: of bad images, how many this rank has.
+        """
+        self._rows[-1] = news
+        gathered = [torch.empty_like(self._rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, self._rows)
+        rows = torch.stack(gathered).cpu().numpy()
+        seconds, waited, numbers = time.monotonic() - self._began, self._waited, self._numbers
+        self._begin()
+        own = rows[:, : len(numbers)]
+        losses, norms, skipped = own[:, :, 0] / self.accumulation, own[0, :, 1], own[0, :, 2] > 0
+        return Steps(numbers, losses, norms, skipped, seconds, waited, bool(rows[:, -1].any()))

@@ -1,0 +1,51 @@
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.index import open_index
+from data.packing.synthesize import SETS
+from examples.transfer import CLASSES, IMAGES, STARTS, draw, draw_curves, learn_others, pretrain, table
+from pretrain import checkpoint
+
+SMALL = ["steps=2", "run.log_every=1", "run.eval_every=0.01", "global_batch=8", "engine.micro_batch=4", "data.image_size=32"]
+
+
+@pytest.mark.slow
+def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANKS", "1")
+    draw(tmp_path, train=100, val=20)
+    figures, others, others_val = (open_index(tmp_path / place) for place in ("figures/train", "other-figures/train", "other-figures/val"))
+    assert (len(figures), len(others), len(others_val)) == (100, CLASSES * IMAGES, 20)
+    assert (figures.classes, others.classes) == (tuple(SETS["figures"]), tuple(SETS["other-figures"]))
+
+    run = pretrain(tmp_path, *SMALL)
+    (last,) = checkpoint.steps(run / "checkpoints")
+    capfd.readouterr()
+    curves = {}
+    for start in STARTS:
+        curves[start] = [learn_others(tmp_path, start, 0, *SMALL)]
+        assert (f"starting from {run}: all " in capfd.readouterr().out) == (start == "pretrained")
+        assert [step for step, _ in curves[start][0]] == [1, 2]
+    assert checkpoint.steps(run / "checkpoints") == [last]
+
+
+def test_the_table_has_the_ends_of_the_curves() -> None:
+    curves = {"pretrained": [[(10, 0.5), (20, 0.8)], [(10, 0.9), (20, 0.7)]], "from scratch": [[(60, 0.25)], [(60, 0.35)]]}
+    header, pretrained, scratch = (line.split() for line in table(curves).splitlines())
+    assert header == ["top-1", "steps", "seed", "0", "seed", "1", "mean"]
+    assert pretrained == ["pretrained", "20", "80.0%", "70.0%", "75.0%"]
+    assert scratch == ["from", "scratch", "60", "25.0%", "35.0%", "30.0%"]
+
+
+def test_the_picture_has_both_curves(tmp_path: Path) -> None:
+    flat = {start: [[(0, 0.1), (10, 0.1)]] for start in STARTS}
+    pictures = []
+    for number, curves in enumerate(
+        (flat, flat, {**flat, "pretrained": [[(0, 0.1), (10, 0.9)]]}, {**flat, "from scratch": [[(0, 0.1), (10, 0.9)]]})
+    ):
+        draw_curves(curves, tmp_path / f"{number}.png")
+        with Image.open(tmp_path / f"{number}.png") as picture:
+            pictures.append(picture.tobytes())
+    assert pictures[0] == pictures[1]
+    assert len(set(pictures)) == 3

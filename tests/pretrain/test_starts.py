@@ -1,0 +1,212 @@
+"""Whole jobs of two ranks: what a start leaves behind, what it refuses, a trace of some of its steps, memory that is too small."""
+
+import gzip
+import itertools
+import json
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data.index import open_index
+from data.packing.synthesize import synthesize
+from pretrain import checkpoint
+from pretrain.provenance import diff, variables
+from tests.faults import jobs
+from tests.jobs import metrics
+
+pytestmark = pytest.mark.slow
+
+STATE = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """32 images of four classes to train on and 8 to evaluate on; not to be changed."""
+    folder = tmp_path_factory.mktemp("dataset")
+    synthesize(folder, classes=4, train=32, val=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job of seven steps; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder, dataset)
+    return folder
+
+
+def run(folder: Path, dataset: Path, *options: str, code: int = 0, change: jobs.Change | None = None) -> str:
+    """Runs a job whose ranks all end with this exit code; returns its output."""
+    before = len((folder / "log").read_text()) if (folder / "log").exists() else 0
+    codes = jobs.wait(jobs.start(folder, dataset, *options, change=change)).codes
+    output = (folder / "log").read_text()[before:]
+    assert codes == [code, code], output[-4000:]
+    return output
+
+
+@pytest.fixture(scope="module")
+def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job of which the checkpoint of step 4 is the newest; not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run(folder, dataset, "run.keep=9")
+    for later in checkpoint.steps(folder / "run" / "checkpoints"):
+        if later.name > "step-000000004":
+            shutil.rmtree(later)
+    return folder
+
+
+def final_state(folder: Path) -> dict[str, torch.Tensor]:
+    path = checkpoint.newest_whole(folder / "run" / "checkpoints", print)
+    assert path is not None
+    assert path.name == "step-000000007"
+    return checkpoint.read(path, STATE)
+
+
+# ---------------------------------------------------------------- what is left behind
+
+
+def test_a_start_leaves_what_it_takes_to_repeat_it(finished: Path, dataset: Path) -> None:
+    start = finished / "run" / "starts" / "0001"
+    assert (start / "config.yaml").read_text() == (finished / "run" / "config.yaml").read_text()
+    found = json.loads((start / "environment.json").read_text())
+    assert found["command"].startswith("python -m pretrain train ")
+    assert f"data.train={dataset / 'train'}" in found["command"]
+    assert found["data"] == {split: open_index(dataset / split).fingerprint for split in ("train", "val")}
+    assert [set(rank) for rank in found["ranks"]] == [{"host"}] * 2
+    assert (found["variables"]["WORLD_SIZE"], found["variables"]["SLURM_JOB_ID"]) == ("2", "1")
+    packages = (start / "packages.txt").read_text().splitlines()
+    assert f"torch=={torch.__version__.partition('+')[0]}" in [package.partition("+")[0] for package in packages]
+    assert all("==" in package for package in packages)
+    assert (start / "diff.patch").exists()
+
+
+def test_its_curves_are_in_tensorboard(finished: Path) -> None:
+    board = EventAccumulator(str(finished / "run" / "tensorboard")).Reload()
+    recorded = metrics(finished, "train")
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx([record["loss"] for record in recorded])
+    assert [event.step for event in board.Scalars("evaluation/ema/top1")] == [record["step"] for record in metrics(finished, "evaluation")]
+    assert {record["slowest_rank"] for record in recorded} <= {0, 1}
+
+
+def test_variables_without_secrets() -> None:
+    secrets = {"SLURM_JWT": "x", "WANDB_API_KEY": "x", "AWS_SECRET_ACCESS_KEY": "x", "NCCL_TOKEN": "x", "HOME": "/root"}
+    matter = {"SLURM_JOB_ID": "1", "NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "RANK": "3", "PATH": "/bin"}
+    assert variables(secrets | matter) == dict(sorted(matter.items()))
+
+
+def test_a_diff_is_whole_or_says_that_it_is_not(tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "code.py").write_text("one\n")
+    git("add", ".")
+    git("commit", "-m", "one")
+    (tmp_path / "inner").mkdir()
+    assert diff(tmp_path / "inner") == b""
+    (tmp_path / "code.py").write_text("two\n")
+    patch = diff(tmp_path / "inner")
+    git("checkout", "code.py")
+    (tmp_path / "changes").write_bytes(patch)
+    git("apply", "changes")
+    assert (tmp_path / "code.py").read_text() == "two\n"
+    (tmp_path / "code.py").write_text("much\n" * 100_000)
+    assert len(diff(tmp_path)) < 270_000
+    assert diff(tmp_path).endswith(b" bytes in all\n")
+
+
+# ---------------------------------------------------------------- settings that changed
+
+
+def test_a_run_asks_before_it_goes_on_with_other_settings(stopped: Path, dataset: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "job"))
+    changed = ("optim.lr=2e-3", "data.flip=0", f"run.dir={folder / 'run'}")
+    output = run(folder, dataset, *changed, code=2)
+    changes = "  data.flip: 0.5 -> 0.0\n  optim.lr: 0.001 -> 0.002\n"
+    assert output.count(f"{folder / 'run'} was trained with other settings:\n{changes}give this job a run.dir of its own, ") == 1
+    assert "step 5/7" not in output
+    assert len(list((folder / "run" / "starts").iterdir())) == 1
+
+    output = run(folder, dataset, "--force-config", *changed)
+    assert "changed by --force-config: optim.lr: 0.001 -> 0.002\n" in output
+    assert "resumed at step 4 of 7" in output
+    assert [record["lr"] for record in metrics(folder, "train")[-3:]] == pytest.approx([2 * lr for lr in last_rates(stopped)], rel=0.02)
+    assert sorted(path.name for path in (folder / "run" / "starts").iterdir()) == ["0001", "0002"]
+    assert "lr: 0.002" in (folder / "run" / "config.yaml").read_text()
+
+
+def last_rates(folder: Path) -> list[float]:
+    return [record["lr"] for record in metrics(folder, "train")[-3:]]
+
+
+def test_what_decides_the_samples_can_not_be_forced(stopped: Path, dataset: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(stopped, tmp_path / "job"))
+    output = run(folder, dataset, "--force-config", "seed=6", code=2)
+    assert "belongs to another job: seed was 5, is 6" in output
+
+
+# ---------------------------------------------------------------- a trace
+
+
+def test_a_trace_holds_the_parts_of_its_steps_and_changes_nothing(finished: Path, dataset: Path, tmp_path: Path) -> None:
+    output = run(tmp_path, dataset, "profile=2:4")
+    path = tmp_path / "run" / "profile" / "steps-2-4-rank-0.json.gz"
+    assert [found.name for found in path.parent.iterdir()] == [path.name]  # both ranks are of one node
+    assert f"profile of steps 2 to 3: {path}\n" in output
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    parts = sorted((event for event in events if event.get("cat") == "user_annotation"), key=lambda event: event["ts"])
+    names = [event["name"] for event in parts if event["name"] in ("data", "forward", "backward", "optimizer")]
+    assert names == ["data", "forward", "backward", "optimizer"] * 4  # two steps of two micro-steps
+    assert Counter(event["name"] for event in events)["aten::conv2d"] > 0
+    one, other = final_state(tmp_path), final_state(finished)
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert [r["loss"] for r in metrics(tmp_path, "train")] == [r["loss"] for r in metrics(finished, "train")]
+
+
+# ---------------------------------------------------------------- memory
+
+
+def too_small_at_first() -> None:
+    too_small(0)
+
+
+def too_small_later() -> None:
+    too_small(6)
+
+
+def too_small(steps: int) -> None:
+    """The memory of a GPU of 60 MB runs out behind so many steps of two micro-steps."""
+    from pretrain import memory, train
+
+    calls, loss = itertools.count(), train.mixed_cross_entropy
+
+    def out_of_memory(*arguments: object) -> torch.Tensor:
+        if next(calls) >= 2 * steps:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return loss(*arguments)  # type: ignore[arg-type]
+
+    train.mixed_cross_entropy = out_of_memory  # type: ignore[assignment]
+    memory.room = lambda device: (30_000_000, 60_000_000)
+
+
+def test_memory_that_is_too_small_for_the_first_step(dataset: Path, tmp_path: Path) -> None:
+    output = run(tmp_path, dataset, "engine.micro_batch=4", code=2, change=too_small_at_first)
+    assert output.count("out of memory with engine.micro_batch=4: of 0.1 GB ") == 1
+    assert "engine.micro_batch=2 should fit, by this estimate; the global batch stays 8" in output
+    assert "or model.grad_checkpointing=true, or engine.zero_stage=2" in output
+    assert "Traceback" not in output
+
+
+def test_memory_that_runs_out_later_is_a_crash(dataset: Path, tmp_path: Path) -> None:
+    processes = jobs.start(tmp_path, dataset, change=too_small_later)
+    codes = jobs.wait(processes).codes
+    assert 2 not in codes
+    assert 0 not in codes
+    assert "OutOfMemoryError: CUDA out of memory" in (tmp_path / "log").read_text()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") != []
