@@ -1,13 +1,11 @@
-"""Runs a real training job in tests: the launcher, its ranks, DALI, DeepSpeed, checkpoints; small, on the CPU of this machine."""
+"""Runs a real training job in tests: its ranks, DALI, DeepSpeed, checkpoints; small, on the CPU of this machine."""
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
-from tests.ranks import REPOSITORY
+from tests.ranks import join, start_training
 
 # Everything of the recipe that has randomness or state in it is on. 120 images and a global batch of 16: 7 steps an epoch.
 SMALL = """
@@ -23,27 +21,19 @@ run: {log_every: 1, save_every: 4}
 """
 
 
-def command(folder: Path, dataset: Path, *overrides: str) -> list[str]:
-    """The command of a job whose run directory is `folder`/run."""
+def start(folder: Path, dataset: Path, *overrides: str, ranks: int) -> list[multiprocessing.Process]:
+    """A job whose run directory is `folder`/run; output goes to `folder`/log, appended."""
     config = folder / "small.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(SMALL)
     places = [f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", f"run.dir={folder / 'run'}"]
-    return [sys.executable, "-m", "launch", str(config), *places, *overrides]
-
-
-def start(folder: Path, dataset: Path, *overrides: str, ranks: int) -> subprocess.Popen:
-    """In a process group of its own; output goes to `folder`/log, appended."""
-    environment = os.environ | {"RANKS": str(ranks), "OMP_NUM_THREADS": "1"}
-    arguments = command(folder, dataset, *overrides)
-    with (folder / "log").open("a") as log:
-        return subprocess.Popen(arguments, env=environment, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    return start_training(ranks, folder / "log", [str(config), *places, *overrides])
 
 
 def run(folder: Path, dataset: Path, *overrides: str, ranks: int, code: int = 0) -> str:
     """Runs a job to its end, which must be with this exit code; returns its output."""
     before = len((folder / "log").read_text()) if (folder / "log").exists() else 0
-    found = start(folder, dataset, *overrides, ranks=ranks).wait(timeout=300)
+    found = join(start(folder, dataset, *overrides, ranks=ranks)).first
     output = (folder / "log").read_text()[before:]
     assert found == code, f"exit code {found}, expected {code}:\n{output[-4000:]}"
     return output

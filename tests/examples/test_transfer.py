@@ -5,15 +5,28 @@ from PIL import Image
 
 from data.index import open_index
 from data.packing.synthesize import SETS
+from examples import transfer
 from examples.transfer import CLASSES, IMAGES, STARTS, draw, draw_curves, learn_others, pretrain, table
 from pretrain import checkpoint
+from tests.ranks import join, start_training
 
 SMALL = ["steps=2", "run.log_every=1", "run.eval_every=0.01", "global_batch=8", "engine.micro_batch=4", "data.image_size=32"]
 
 
 @pytest.mark.slow
-def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("RANKS", "1")
+def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real jobs, of two steps; their processes are forked instead of launched."""
+    log = tmp_path / "log"
+
+    class Job:
+        def __init__(self, *arguments: str):
+            log.unlink(missing_ok=True)
+            self.ranks = start_training(1, log, arguments)
+
+        def wait(self) -> int:
+            return join(self.ranks).first
+
+    monkeypatch.setattr(transfer, "start_job", Job)
     draw(tmp_path, train=100, val=20)
     figures, others, others_val = (open_index(tmp_path / place) for place in ("figures/train", "other-figures/train", "other-figures/val"))
     assert (len(figures), len(others), len(others_val)) == (100, CLASSES * IMAGES, 20)
@@ -21,12 +34,10 @@ def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd:
 
     run = pretrain(tmp_path, *SMALL)
     (last,) = checkpoint.steps(run / "checkpoints")
-    capfd.readouterr()
-    curves = {}
     for start in STARTS:
-        curves[start] = [learn_others(tmp_path, start, 0, *SMALL)]
-        assert (f"starting from {run}: all " in capfd.readouterr().out) == (start == "pretrained")
-        assert [step for step, _ in curves[start][0]] == [1, 2]
+        points = learn_others(tmp_path, start, 0, *SMALL)
+        assert (f"starting from {run}: all " in log.read_text()) == (start == "pretrained")
+        assert [step for step, _ in points] == [1, 2]
     assert checkpoint.steps(run / "checkpoints") == [last]
 
 

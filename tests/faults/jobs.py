@@ -1,25 +1,18 @@
-"""Whole training jobs on two ranks of this machine, each rank `python -m pretrain train` in a process forked from one that has imported
-what takes seconds to import; one rank may be told to hit itself (points.py)."""
+"""Whole training jobs on two ranks of this machine, of which one may be told to hit itself (points.py)."""
 
-import atexit
 import json
 import multiprocessing
-import os
 import re
 import shutil
-import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
-from launch.__main__ import free_port
 from pretrain import checkpoint
 from tests.faults.points import POINTS, Fault, inject
-from tests.ranks import HEAVY
+from tests.ranks import Ended, join, start_training
 
 # All that has randomness or state in it is on: accumulation (2), drop path, mixup and cutmix (by default), the moving average. 32 images
 # and a global batch of 8: 4 steps an epoch, so that the fifth step, which is hit, lies behind an epoch's end and before a second one's.
@@ -38,15 +31,6 @@ run: {log_every: 1, save_every: 2, eval_every: 0.75, keep: 1}
 Change = Callable[[], None]
 STEPS, RANKS = 7, 2
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
-PATIENCE_S, LEAVE_S = 240, 5
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a job's ranks ended: exit codes (negative: killed by that signal), and whether it had to be ended, as a rank was stopped."""
-
-    codes: list[int | None]
-    stopped: bool
 
 
 def start(
@@ -60,70 +44,21 @@ def start(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fault.yaml").write_text(CONFIG)
     arguments = [str(folder / "fault.yaml"), f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", f"run.dir={folder / 'run'}"]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*HEAVY, "pretrain.train", "pretrain.van", "tests.faults.jobs"])
-    shared = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "SLURM_JOB_ID": job}
-    processes = []
-    for rank in range(RANKS):
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        own = fault if fault is not None and POINTS[fault.point].rank == rank else None
-        processes.append(context.Process(target=_be_rank, args=(folder, [*arguments, *overrides], environment, own, change), daemon=True))
-        processes[-1].start()
-    return processes
+    environment = {"SLURM_JOB_ID": job}
+    return start_training(
+        RANKS, folder / "log", [*arguments, *overrides], environment=environment, prepare=partial(_prepare, fault, change)
+    )
 
 
-def _be_rank(folder: Path, arguments: list[str], environment: dict[str, str], fault: Fault | None, change: Change | None) -> None:
-    os.environ |= environment
-    with (folder / "log").open("a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-    if fault is not None:
+def _prepare(fault: Fault | None, change: Change | None, rank: int) -> None:
+    if fault is not None and POINTS[fault.point].rank == rank:
         inject(fault)
     if change is not None:
         change()
-    sys.argv = ["pretrain", "train", *arguments]
-    from pretrain.__main__ import main
-
-    try:
-        sys.exit(main())
-    finally:
-        atexit._run_exitfuncs()  # multiprocessing's processes leave them out
-
-
-def wait(processes: list[multiprocessing.Process]) -> Ended:
-    """Waits as launch/ does: when a rank fails, the others have a moment to end. A job of which a rank is stopped is killed."""
-    deadline = time.monotonic() + PATIENCE_S
-    leave: float | None = None
-    stopped = False
-    while any(process.exitcode is None for process in processes):
-        assert time.monotonic() < deadline, "the job did not end"
-        if any(process.exitcode not in (None, 0, 85) for process in processes) and leave is None:
-            leave = time.monotonic() + LEAVE_S
-        if not stopped and any(_is_stopped(process) for process in processes):
-            time.sleep(1)  # the others must not go on without it
-            assert all(process.exitcode is None for process in processes)
-            stopped, leave = True, time.monotonic()
-        if leave is not None and time.monotonic() >= leave:
-            kill(processes)
-        time.sleep(0.02)
-    return Ended([process.exitcode for process in processes], stopped)
-
-
-def kill(processes: list[multiprocessing.Process]) -> None:
-    for process in processes:
-        process.kill()
-        process.join()
-
-
-def _is_stopped(process: multiprocessing.Process) -> bool:
-    try:
-        return process.exitcode is None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
 
 
 def run(folder: Path, dataset: Path, *overrides: str, fault: Fault | None = None, change: Change | None = None) -> Ended:
-    return wait(start(folder, dataset, *overrides, fault=fault, change=change))
+    return join(start(folder, dataset, *overrides, fault=fault, change=change))
 
 
 def log_of(folder: Path) -> str:

@@ -19,6 +19,7 @@ from pretrain import checkpoint
 from tests.faults import jobs
 from tests.faults.points import Fault
 from tests.faults.sweep import Case, cases, play
+from tests.ranks import PATIENCE_S, join, kill
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
     option = "engine.zero_stage=2"
     first = jobs.start(tmp_path, images, option, fault=Fault("forward", signal.SIGSTOP, tmp_path / "run"), job="17")
     try:
-        deadline = time.monotonic() + jobs.PATIENCE_S
+        deadline = time.monotonic() + PATIENCE_S
         while psutil.Process(first[1].pid).status() != psutil.STATUS_STOPPED:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -112,7 +113,7 @@ def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
         assert re.search(rf"error: {tmp_path / 'run'} is in use by job 17, process {first[0].pid} on ", jobs.log_of(tmp_path))
         assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     finally:
-        jobs.kill(first)
+        kill(first)
     assert jobs.run(tmp_path, images, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
     assert "runs no more: taking over" in jobs.log_of(tmp_path)
     assert jobs.resumed_steps(tmp_path) == [4]
@@ -148,7 +149,7 @@ def test_a_job_on_a_full_disk_trains_on_and_says_at_its_end_what_is_not_saved(
     with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
         while filler.write(bytes(4096)):
             pass
-    ended = jobs.wait(processes)
+    ended = join(processes)
     assert all(code not in (0, 85) for code in ended.codes)
     for words in ("SAVING FAILED at step 4", "SAVING FAILED at step 7", "SaveFailed: the last state of this run is not saved: "):
         assert words in jobs.log_of(folder), words

@@ -1,16 +1,14 @@
 """The GPU benchmark: what it would time, and that it can tell; Triton's kernels in the interpreter, on maps of a few pixels."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from triton import knobs
 
 from pretrain import bench
+from pretrain.__main__ import main
 from pretrain.bench import Layer, Part
-from tests.ranks import REPOSITORY
 
 DEVICE = torch.device("cpu" if knobs.runtime.interpret else "cuda")
 
@@ -49,11 +47,8 @@ def test_a_wrong_result_would_be_seen() -> None:
     assert bench.difference(Part("", 0, {"triton": lambda: wrong, "pytorch_nhwc": lambda: right})) == 0.5
 
 
-def test_without_a_gpu_it_says_so() -> None:
-    command = [sys.executable, "-m", "pretrain", "bench", "--gpu", "--batch", "2"]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if torch.cuda.is_available():
-        assert found.returncode == 0, found.stderr
-    else:
-        assert found.returncode == 2
-        assert found.stderr.strip().endswith("error: bench --gpu can't run here: the device is cpu")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain", "bench", "--gpu", "--batch", "2"])
+    assert main() == 2
+    assert capsys.readouterr().err.strip().endswith("error: bench --gpu can't run here: the device is cpu")

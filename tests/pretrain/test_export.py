@@ -200,9 +200,7 @@ def test_the_card_says_when_accuracy_was_measured(runs: Path) -> None:
     assert "| accuracy | top-1 62.50%, top-5 75.00% on 8 images of None, at step 1 |" in card
 
 
-@pytest.mark.parametrize(
-    "name", [*("van_b0", "van_b1", "van_b2"), *(pytest.param(f"van_b{n}", marks=pytest.mark.full) for n in (3, 4, 5, 6))]
-)
+@pytest.mark.parametrize("name", ["van_b0", "van_b1", *(pytest.param(f"van_b{n}", marks=pytest.mark.full) for n in (2, 3, 4, 5, 6))])
 def test_round_trip_of_every_variant(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Exported, and loaded by key names alone into the authors' state dict, as the reference has it: the same to the bit."""
     reference = REFERENCE[name]["state_dict"]

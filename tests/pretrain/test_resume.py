@@ -1,19 +1,20 @@
 """A run that was cut short ends as one that was not: bit for bit, after kill -9, after a stop signal, in every ZeRO stage."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from pretrain import checkpoint
 from tests import jobs
+from tests.ranks import join, kill
 
 pytestmark = pytest.mark.slow
 
@@ -51,17 +52,12 @@ def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def wait_for_checkpoint(job: subprocess.Popen, folder: Path, step: int) -> None:
+def wait_until(happened: Callable[[], bool], job: list[multiprocessing.Process], folder: Path) -> None:
     deadline = time.monotonic() + 200
-    while not (folder / "run" / "checkpoints" / f"step-{step:09d}").exists():
-        assert job.poll() is None, (folder / "log").read_text()[-4000:]
+    while not happened():
+        assert all(rank.exitcode is None for rank in job), (folder / "log").read_text()[-4000:]
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def kill_all(job: subprocess.Popen) -> None:
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -69,9 +65,9 @@ def test_killed_and_resumed_is_bit_identical(undisturbed: dict[int, Path], tmp_p
     options = (f"steps={STEPS}", f"engine.zero_stage={stage}")
     job = jobs.start(tmp_path, drawn, *options, ranks=2)
     try:
-        wait_for_checkpoint(job, tmp_path, 12)
+        wait_until((tmp_path / "run" / "checkpoints" / "step-000000012").exists, job, tmp_path)
     finally:
-        kill_all(job)
+        kill(job)
     output = jobs.run(tmp_path, drawn, *options, ranks=2)
     assert "resumed at step 12 of 20" in output or "resumed at step 16 of 20" in output
     assert different(final_state(tmp_path), final_state(undisturbed[stage])) == []
@@ -82,19 +78,13 @@ def test_killed_and_resumed_is_bit_identical(undisturbed: dict[int, Path], tmp_p
 
 def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(undisturbed: dict[int, Path], tmp_path: Path, drawn: Path) -> None:
     job = jobs.start(tmp_path, drawn, f"steps={STEPS}", "run.save_every=1000", ranks=2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 200
-        while not (tmp_path / "run" / "metrics.jsonl").exists() or not jobs.metrics(tmp_path, "train"):
-            assert job.poll() is None, (tmp_path / "log").read_text()[-4000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        ranks = psutil.Process(job.pid).children()
-        assert len(ranks) == 2
-        ranks[1].send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) == 85, (tmp_path / "log").read_text()[-4000:]
+        wait_until(lambda: metrics.exists() and bool(jobs.metrics(tmp_path, "train")), job, tmp_path)
+        os.kill(job[1].pid or 0, signal.SIGUSR1)
+        assert join(job).codes == [85, 85], (tmp_path / "log").read_text()[-4000:]
     finally:
-        if job.poll() is None:
-            kill_all(job)
+        kill(job)
     assert "stopped at step" in (tmp_path / "log").read_text()
     jobs.run(tmp_path, drawn, f"steps={STEPS}", "run.save_every=1000", ranks=2)
     assert different(final_state(tmp_path), final_state(undisturbed[1])) == []
