@@ -103,6 +103,7 @@ def compiled() -> tuple[list[float], list[float], int]:
     return plain, run(3, model={"compile": True, "checkpoint_stages": [2]})["losses"], counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.full
 def test_compiled_blocks_compute_what_the_others_do() -> None:
     for plain, losses, graphs in run_on_ranks(2, compiled):
         assert losses == pytest.approx(plain, rel=1e-3)

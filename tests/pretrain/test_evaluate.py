@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -333,7 +334,7 @@ def test_a_job_watches_a_part_of_its_classes(drawn: Path, tmp_path: Path) -> Non
     found = record["ema"]
     assert (found["images"], found["classes"], found["top5"]) == (20, 3, 1)  # three classes are all among five
 
-    arguments = [*jobs.command(tmp_path / "job", drawn)[:3], "evaluate", str(tmp_path / "job" / "run"), "--weights", "ema"]
+    arguments = [sys.executable, "-m", "launch", "evaluate", str(tmp_path / "job" / "run"), "--weights", "ema"]
     ended = subprocess.run(
         arguments,
         env=os.environ | {"RANKS": "2", "OMP_NUM_THREADS": "1"},

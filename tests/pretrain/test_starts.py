@@ -43,7 +43,7 @@ def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, dataset: Path, *options: str, code: int = 0, change: jobs.Change | None = None) -> str:
     """Runs a job whose ranks all end with this exit code; returns its output."""
     before = len((folder / "log").read_text()) if (folder / "log").exists() else 0
-    codes = jobs.wait(jobs.start(folder, dataset, *options, change=change)).codes
+    codes = jobs.run(folder, dataset, *options, change=change).codes
     output = (folder / "log").read_text()[before:]
     assert codes == [code, code], output[-4000:]
     return output
@@ -199,13 +199,12 @@ def test_memory_that_is_too_small_for_the_first_step(dataset: Path, tmp_path: Pa
     output = run(tmp_path, dataset, "engine.micro_batch=4", code=2, change=too_small_at_first)
     assert output.count("out of memory with engine.micro_batch=4: of 0.1 GB ") == 1
     assert "engine.micro_batch=2 should fit, by this estimate; the global batch stays 8" in output
-    assert "or model.grad_checkpointing=true, or engine.zero_stage=2" in output
+    assert "or model.checkpoint_stages=[0,1,2,3], or engine.zero_stage=2" in output
     assert "Traceback" not in output
 
 
 def test_memory_that_runs_out_later_is_a_crash(dataset: Path, tmp_path: Path) -> None:
-    processes = jobs.start(tmp_path, dataset, change=too_small_later)
-    codes = jobs.wait(processes).codes
+    codes = jobs.run(tmp_path, dataset, change=too_small_later).codes
     assert 2 not in codes
     assert 0 not in codes
     assert "OutOfMemoryError: CUDA out of memory" in (tmp_path / "log").read_text()
