@@ -1,5 +1,9 @@
 """What stands between gradients and weights, on two ranks in every ZeRO stage: skipping, clipping, the loss scale, no waiting."""
 
+import threading
+import traceback
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.faults import jobs as faults
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -194,51 +199,101 @@ def test_the_loss_scale_is_halved_by_overflows_and_doubles_when_there_are_none()
 
 
 class Reads(TorchDispatchMode):
-    """Counts what makes the host wait for a value: `.item()`, `bool(…)`, `if tensor`, and, by patches, the copies to the host."""
+    """While entered, counts what makes this thread wait for a tensor's value: `.item()`, `bool(…)`, `.cpu()`, `.tolist()` and the like,
+    and the operators behind them."""
+
+    METHODS = ("cpu", "tolist", "numpy", "item", "__bool__", "__float__", "__int__")
+    OPERATORS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.found: list[str] = []
+        self._thread = threading.get_ident()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function._schema.name
-        # DeepSpeed's own loop over buckets reads no tensors; what it makes of Python numbers on the host is none of the device's.
-        self.count += name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
+        if function._schema.name in self.OPERATORS:
+            self._note(function._schema.name)
         return function(*args, **(kwargs or {}))
 
+    def __enter__(self) -> "Reads":
+        self._methods = {name: getattr(Tensor, name) for name in self.METHODS}
+        for name, method in self._methods.items():
+            setattr(Tensor, name, self._noted(name, method))
+        return super().__enter__()
 
-def read() -> dict[str, int]:
-    counts = {}
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        for name, method in self._methods.items():
+            setattr(Tensor, name, method)
+
+    def _noted(self, name: str, method: Any) -> Any:
+        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._note(name)
+            return method(tensor, *args, **kwargs)
+
+        return call
+
+    def _note(self, name: str) -> None:
+        if threading.get_ident() == self._thread:
+            caller = next((f for f in reversed(traceback.extract_stack()) if "/torch/" not in f.filename and __file__ != f.filename), None)
+            self.found.append(f"{name} in {caller}")
+
+
+def read() -> dict[str, list[str]]:
+    found = {}
     for engine in ENGINES[:4]:
         for kind in ("plain", "clips and scales"):
             rank = Rank(**engine) if kind == "plain" else Rank(1.0, True, **engine)
             rank.step(0)
-            reads = Reads()
-            waiting = {name: getattr(Tensor, name) for name in ("cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "item")}
-
-            def counted(name: str, waiting: dict[str, Any] = waiting, reads: Reads = reads) -> Any:
-                def call(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-                    reads.count += 1
-                    return waiting[name](self, *args, **kwargs)
-
-                return call
-
-            for name in waiting:
-                setattr(Tensor, name, counted(name))
-            try:
-                with reads:
-                    rank.step(1)
-            finally:
-                for name, method in waiting.items():
-                    setattr(Tensor, name, method)
-            counts[f"{engine}, {kind}"] = reads.count
+            with Reads() as reads:
+                rank.step(1)
+            # ZeRO-3 looks at the norm that it is given, which is a constant on the host.
+            found[f"{engine}, {kind}"] = [one for one in reads.found if "is_invalid_grad_norm" not in one]
     with Reads() as control:
         float(rank.guard.norm)
-    return counts | {"control": control.count}
+    return found | {"control": control.found}
 
 
-def test_a_step_reads_nothing_from_the_device() -> None:
-    for counts in run_on_ranks(2, read):
-        assert counts.pop("control") == 1
-        # ZeRO-3 looks once at the norm that it is given, a constant on the host; bool() counts there and in what it calls.
-        assert counts == {case: 2 if "'zero_stage': 3" in case else 0 for case in counts}
+def test_an_engines_step_reads_nothing_from_the_device() -> None:
+    for found in run_on_ranks(2, read):
+        assert found.pop("control") != []
+        assert found == {case: [] for case in found}
+
+
+def count_reads(file: Path, wrong: bool) -> None:
+    """In a rank's process: what the loop of train.py reads between the beginnings of its third and its fifth step, to a file; also of a
+    loss, if it is `wrong`."""
+    from pretrain import train
+    from pretrain.faults import StopSignals
+
+    rate, loss, agreed, reads = train.learning_rate, train.mixed_cross_entropy, StopSignals.agreed, Reads()
+
+    def learning_rate(step: int, *args: Any) -> float:
+        if step == 2:
+            reads.__enter__()
+        if step == 4:
+            reads.__exit__(None, None, None)
+            file.write_text("\n".join(reads.found))
+        return rate(step, *args)
+
+    def mixed_cross_entropy(*args: Any) -> Tensor:
+        found = loss(*args)
+        if wrong:
+            found.item()
+        return found
+
+    def host_only(self: StopSignals) -> bool:
+        before = len(reads.found)
+        answer = agreed(self)
+        del reads.found[before:]  # the answer to whether to stop is on the host, and was asked for a step ago
+        return answer
+
+    train.learning_rate, train.mixed_cross_entropy, StopSignals.agreed = learning_rate, mixed_cross_entropy, host_only
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_loop_reads_nothing_from_the_device_between_log_lines(drawn: Path, tmp_path: Path, wrong: bool) -> None:
+    quiet = ("model.classes=10", "run.log_every=100", "run.save_every=100", "run.eval_every=10", "guard.spike=2", "optim.clip_grad=1")
+    ended = faults.run(tmp_path, drawn, *quiet, change=partial(count_reads, tmp_path / "reads", wrong))
+    assert ended.codes == [0, 0], faults.log_of(tmp_path)
+    assert ((tmp_path / "reads").read_text() != "") == wrong, (tmp_path / "reads").read_text()
