@@ -21,7 +21,7 @@ CONFIG = {
     "name": "tiny", "seed": 1, "global_batch": 8, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3}, "data": {"train": "unused"},
     "optim": {"lr": 1e-2}, "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 2},
 }  # fmt: skip
-ENGINES = [{"zero_stage": stage} for stage in range(4)] + [{"zero_stage": 2, "offload": True}]
+ENGINES = [{"zero_stage": stage} for stage in range(4)] + [{"zero_stage": stage, "offload": True} for stage in (1, 2, 3)]
 IMAGES, LABELS = (8, 3, 8, 8), torch.arange(8) % 3
 
 

@@ -41,7 +41,19 @@ from data.settings import DataConfig
 
 CPU = torch.device("cpu")
 # Decides nothing of what is done to an image of a training batch before mixing.
-NO_AUGMENTATION = {"train", "val", "cache", "cache_gb", "image_size", "mixup", "cutmix", "mix_switch", "eval_resize", "eval_crop"}
+NO_AUGMENTATION = {
+    "train",
+    "val",
+    "val_except",
+    "cache",
+    "cache_gb",
+    "image_size",
+    "mixup",
+    "cutmix",
+    "mix_switch",
+    "eval_resize",
+    "eval_crop",
+}
 NO_AUGMENTATION |= {"lanes", "window", "decode_threads", "read_threads", "hw_decoder_load", "repeats", "check", "max_bad"}
 
 
