@@ -9,24 +9,8 @@ import pytest
 import torch
 
 from pretrain import checkpoint
-from pretrain.metrics import RunLog
+from tests.faults.session import Memory
 from tests.ranks import run_on_ranks
-
-
-class Lines(RunLog):
-    """A run's log in memory."""
-
-    def __init__(self) -> None:
-        super().__init__(None)
-        self.lines: list[str] = []
-        self.records: list[dict[str, Any]] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def record(self, kind: str, **values: Any) -> None:
-        self.records.append({"kind": kind, **values})
-
 
 CONFIG = {
     "name": "tiny",
@@ -59,7 +43,7 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     model = build_model(config)
     engine = engines.build(config, model, settings.accumulation(config, ranks))
     stats = BatchStats(model, config.engine.ema_decay)
-    log = Lines()
+    log = Memory()
     lock = checkpoint.hold(Path(f"{folder}-lock"), log.line)
     checkpoints = checkpoint.Checkpoints(Path(folder), engine, stats, retention=checkpoint.Retention(3), lock=lock, log=log)
     trainer = checkpoints.load({}) if load else None

@@ -19,6 +19,7 @@ from tests.ranks import join, kill
 pytestmark = pytest.mark.slow
 
 STEPS = 20
+STAGES = (0, 1, 2, 3)
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 GOLDEN = Path(__file__).parent.parent / "reference" / "golden_losses.json"
 
@@ -34,7 +35,7 @@ def this_cpu() -> str:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> dict[int, Path]:
     """The folder of an undisturbed run for each ZeRO stage, on two ranks."""
     folders = {}
-    for stage in (1, 2, 3):
+    for stage in STAGES:
         folders[stage] = tmp_path_factory.mktemp(f"zero-{stage}")
         jobs.run(folders[stage], drawn, f"steps={STEPS}", f"engine.zero_stage={stage}", ranks=2)
     return folders
@@ -60,7 +61,7 @@ def wait_until(happened: Callable[[], bool], job: list[multiprocessing.Process],
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_and_resumed_is_bit_identical(undisturbed: dict[int, Path], tmp_path: Path, drawn: Path, stage: int) -> None:
     options = (f"steps={STEPS}", f"engine.zero_stage={stage}")
     job = jobs.start(tmp_path, drawn, *options, ranks=2)
@@ -114,7 +115,7 @@ def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: 
     assert different(final_state(four), final_state(two)) != []
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_golden_losses(undisturbed: dict[int, Path], stage: int) -> None:
     """A change that is not about the computation leaves every loss as it was. To record new ones, after a change that is:
 
@@ -138,7 +139,7 @@ if __name__ == "__main__":
         place = Path(temporary)
         synthesize(place / "drawn", classes=10, train=120, val=20)
         losses = {}
-        for stage in (1, 2, 3):
+        for stage in STAGES:
             jobs.run(place / str(stage), place / "drawn", f"steps={STEPS}", f"engine.zero_stage={stage}", ranks=2)
             losses[stage] = [record["loss"] for record in jobs.metrics(place / str(stage), "train")]
     GOLDEN.write_text(json.dumps({"cpu": this_cpu(), "losses": losses}, indent=1) + "\n")
