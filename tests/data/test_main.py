@@ -196,7 +196,7 @@ def test_as_a_program(tmp_path: Path) -> None:
 def test_what_is_slow_to_import_is_only_where_it_is_needed() -> None:
     modules = {
         "data": "draws, index, order, augment, randaugment, recipe, shards, images, store, reader, progress, settings, results, __main__",
-        "data.packing": "adopt, sources, plan, pack, synthesize, verify",
+        "data.packing": "adopt, sources, plan, pack, drawings, synthesize, verify",
         "data.inspect": "report, shuffle, simulate, parameters",
     }
     others = "{'torch', 'webdataset', 'scipy', 'nvidia.dali', 'matplotlib', 'pretrain', 'launch'}"

@@ -104,7 +104,13 @@ def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
     first = jobs.start(tmp_path, images, option, fault=Fault("forward", signal.SIGSTOP, tmp_path / "run"), job="17")
     try:
         deadline = time.monotonic() + PATIENCE_S
-        while psutil.Process(first[1].pid).status() != psutil.STATUS_STOPPED:
+        checkpoints = tmp_path / "run" / "checkpoints"
+
+        def at_rest() -> bool:  # the other rank removes the older checkpoint after it has named the newer one
+            stopped = psutil.Process(first[1].pid).status() == psutil.STATUS_STOPPED
+            return stopped and {path.name for path in checkpoints.iterdir()} == {"latest", "step-000000004"}
+
+        while not at_rest():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
