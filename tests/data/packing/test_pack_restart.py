@@ -76,6 +76,7 @@ def test_killed_twice(source: Path, packed: Path, tmp_path: Path) -> None:
     kill_and_restart(source, packed, tmp_path, [whole * 0.6, whole * 0.8])
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_killed_at_twenty_moments(source: Path, packed: Path, tmp_path: Path) -> None:
     whole = duration_of(source, tmp_path / "whole" / "in")
