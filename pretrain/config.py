@@ -236,7 +236,7 @@ def lengths(config: Config, steps_per_epoch: int) -> tuple[int, int]:
             return steps
         return round(epochs * steps_per_epoch if samples is None else samples / config.global_batch)
 
-    return whole(config.steps, config.samples, config.epochs), whole(optim.warmup_steps, optim.warmup_samples, optim.warmup_epochs)
+    return max(1, whole(config.steps, config.samples, config.epochs)), whole(optim.warmup_steps, optim.warmup_samples, optim.warmup_epochs)
 
 
 def micro_batches(config: Config, ranks: int) -> list[int]:

@@ -79,7 +79,7 @@ def rank_device(engine: EngineConfig) -> torch.device:
 
 
 def device_type(engine: EngineConfig) -> str:
-    """ "cuda" or "cpu"."""
+    """What the settings come to on this machine: cuda or cpu."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
 
 

@@ -41,22 +41,15 @@ class RunLog:
         if self.path is None:
             return
         self.trackers.send(kind, values)
-        record = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n"
-        try:
-            self._append(record.encode())
-        except OSError as error:
-            self.line(f"{self.path} could not be written: {error}; lost: {record.rstrip()}")
+        self.append(self.path, {"kind": kind, "time": round(time.time(), 3), **values})
 
-    def _append(self, line: bytes) -> None:
-        assert self.path is not None
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    def append(self, path: Path, values: dict[str, Any]) -> None:
+        """Appends one object to a file of them; where the disk fails it is lost, and that is said."""
+        record = json.dumps(values) + "\n"
         try:
-            before = os.fstat(descriptor).st_size
-            if os.write(descriptor, line) < len(line):  # the disk is full: no half of a record
-                os.ftruncate(descriptor, before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        finally:
-            os.close(descriptor)
+            _append(path, record.encode())
+        except OSError as error:
+            self.line(f"{path} could not be written: {error}; lost: {record.rstrip()}")
 
     def start_progress(self, step: int, total: int) -> None:
         """Opens a progress bar where a person is watching; a log gets its lines alone."""
@@ -73,6 +66,17 @@ class RunLog:
         self.trackers.close()
         if self._bar is not None:
             self._bar.close()
+
+
+def _append(path: Path, line: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        before = os.fstat(descriptor).st_size
+        if os.write(descriptor, line) < len(line):  # the disk is full: no half of a record
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
 
 
 def duration(seconds: float) -> str:

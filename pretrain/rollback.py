@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from data.files import publish
 from data.index import Index
 from data.order import SampleOrder, rank_slice
 from data.quarantine import key_if_any
@@ -82,9 +83,9 @@ class Rollbacks:
         return entry
 
     def write(self) -> None:
-        partial = self.file.with_suffix(".part")
-        partial.write_text(json.dumps(self.entries, indent=1) + "\n")
-        partial.replace(self.file)
+        with self.file.with_suffix(".part").open("w") as file:
+            json.dump(self.entries, file, indent=1)
+            publish(file, self.file)
 
 
 def recorded(file: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Which rank holds the others up.
 
-    own = OwnTime(engine, config.engine.zero_stage)
+    own = OwnTime(engine, config.engine.zero_stage, hosts)
     for each micro-step: own.begin(); batch = next(batches); loss = f(engine(images)); engine.backward(loss); …
     slowest = own.close()            # at a log line, after the device has been waited for
 
@@ -8,7 +8,6 @@ Ranks meet where gradients are reduced, and there the fast ones wait for the slo
 apart is the time before, from the beginning of a micro-step to the end of its forward pass, in which nobody waits for anybody.
 """
 
-import socket
 import statistics
 import time
 from collections.abc import Sequence
@@ -41,20 +40,19 @@ class Slowest:
 
 
 class OwnTime:
-    """Sums what this rank's micro-steps take by themselves: the wait for data, mixing and the forward pass. Construction is collective.
+    """Sums what this rank's micro-steps take by themselves: the wait for data, mixing and the forward pass. `hosts` are those of the ranks.
 
     On a GPU that is the device's time between two events on its stream, so waiting for data counts as far as it leaves the device idle,
     and nothing is waited for until `close`. On a CPU it is the host's. Of the backward pass nothing is measured: its reductions wait for
     others. ZeRO-3 gathers weights in the forward pass, so there the time ends before that, and only late data tells ranks apart.
     """
 
-    def __init__(self, engine: Any, zero_stage: int):
+    def __init__(self, engine: Any, zero_stage: int, hosts: Sequence[str]):
         self._on_gpu = engine.device.type == "cuda"
         self._spans: list[tuple[Moment, Moment]] = []
         self._unused: list[torch.cuda.Event] = []
         self._began: Moment | None = None
-        self._hosts: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(self._hosts, socket.gethostname())
+        self._hosts = hosts
         if zero_stage == 3:
             engine.module.register_forward_pre_hook(lambda *_: self._end(), prepend=True)  # DeepSpeed's own hooks gather
         else:

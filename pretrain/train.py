@@ -6,7 +6,6 @@ Every rank runs this file from top to bottom: data, model, engine, the newest ch
 when training is complete, and with 85 when it was told to stop, has saved, and wants to be started again.
 """
 
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -183,10 +182,10 @@ def train(config: Config, force_config: bool = False) -> int:
         log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told, **slowest.record())
         return bad
 
-    def go_back(bad: Bad) -> int:
-        """Loads the newest checkpoint from before bad steps; returns its step."""
+    def go_back(bad: Bad) -> dict[str, Any]:
+        """Loads the newest checkpoint from before bad steps; returns its trainer.json."""
         where = f"steps {bad.first} to {bad.last} went wrong: {bad.reason}; see {folder / 'bad_steps.jsonl'}"
-        if len(rollbacks.entries) == config.guard.rollbacks:
+        if len(rollbacks.entries) >= config.guard.rollbacks:
             raise ValueError(f"{where}. Training has gone back {config.guard.rollbacks} times (guard.rollbacks), and ends here")
         try:
             trainer = checkpoints.go_back(bad.first, identity)
@@ -199,14 +198,14 @@ def train(config: Config, force_config: bool = False) -> int:
         watch.load(trainer["watch"])
         log.line(f"{where}. Going back to step {trainer['step']}; the batches of steps {entry['first']} to {entry['last']} are left out")
         log.record("rollback", step=trainer["step"], **entry)
-        return trainer["step"]
+        return trainer
 
     # ---------------------------------------------------------------- the loop
     place: dict[str, Any] = {"micro_batch": config.engine.micro_batch, "rank": rank, "ranks": ranks, "device": device}
     place["ranks_on_node"] = hosts.count(hosts[rank])
     val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **place) if val else None
     interval = Interval(device, config.run.log_every, accumulation)
-    own = OwnTime(engine, config.engine.zero_stage)
+    own = OwnTime(engine, config.engine.zero_stage, hosts)
     profiler = Profiler(settings.profiled_steps(config.profile), folder / "profile", log.line)
     bad, stopping, warm = None, False, step + 3
     log.start_progress(step, total)
@@ -259,7 +258,8 @@ def train(config: Config, force_config: bool = False) -> int:
                             if saves:
                                 save()
             if bad is not None:
-                step, bad = go_back(bad), None
+                trainer, bad = go_back(bad), None
+                step, evaluation = trainer["step"], trainer["evaluation"]
                 log.start_progress(step, total)
         profiler.close(step)
         checkpoints.close()
@@ -273,8 +273,7 @@ def train(config: Config, force_config: bool = False) -> int:
 
 def keep_evidence(file: Path, told: dict[str, Any], log: RunLog) -> None:
     """Of a bad step: all that is known to the file, and a line."""
-    with file.open("a") as lines:
-        lines.write(json.dumps(told) + "\n")
+    log.append(file, told)
     where = "; ".join(
         f"rank {about['rank']} on {about['host']}: {about['keys'][0]} and {len(about['keys']) - 1} more" for about in told["ranks"][:3]
     )

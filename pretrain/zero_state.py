@@ -82,6 +82,8 @@ def gradients(engine: Any) -> list[Tensor]:
     if engine.zero_optimization_stage() == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
     if _offloads(engine):
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)  # they are copied to the host beside the backward pass, and the CPU is to use them next
         return [weight.grad for weight in _flat_weights(engine) if weight.grad is not None]
     return [part for parts in engine.optimizer.averaged_gradients.values() for part in parts]
 

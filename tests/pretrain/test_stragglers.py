@@ -36,7 +36,7 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[
     slow = dist.get_rank() == slow_rank
     model.stages[1].register_forward_pre_hook(lambda *_: time.sleep(SLOW if slow and where == "forward" else 0))  # type: ignore[index,union-attr]
     engine = engines.build(config, model, 2)
-    own = OwnTime(engine, zero_stage)
+    own = OwnTime(engine, zero_stage, engines.hosts())
     for steps in (1, 2):
         times = []
         for _ in range(steps):
