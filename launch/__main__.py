@@ -5,7 +5,7 @@
 
 As a task of a Slurm step (srun, one task a GPU) it becomes the rank that SLURM_PROCID says. Elsewhere it starts one process for each
 GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all when one fails.
-Either way the exit code is the job's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again.
+There the exit code is the job's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again, 86 ended by RUN/STOP.
 
 torchrun works too: torchrun --nproc-per-node=8 -m pretrain train CONFIG key=value …
 """
@@ -18,7 +18,8 @@ import sys
 import time
 from types import FrameType
 
-from pretrain.exit_codes import EXIT_AGAIN
+from launch import task
+from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
 
 # Seconds. A rank that was told to stop saves first; one that hangs instead is killed. When a rank fails, the others have a moment:
 # they may be about to fail of the same, and be the ones who say why.
@@ -30,7 +31,7 @@ def main() -> int:
     command = [sys.executable, "-m", "pretrain", *job, *sys.argv[1:]]
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ |= slurm_rank(dict(os.environ))
-        os.execv(sys.executable, command)
+        return task.run(command)
     return run_here(command, ranks_here())
 
 
@@ -69,14 +70,16 @@ def run_here(command: list[str], ranks: int) -> int:
     failed = wait(processes)
     if failed is None:
         return 0
-    let_end(processes, GRACE if failed.returncode == EXIT_AGAIN else LEAVE)
+    code = failed.returncode
+    if code not in (EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED):
+        print(f"rank {processes.index(failed)} {task.died(code)}", file=sys.stderr, flush=True)
+    let_end(processes, GRACE if code in (EXIT_AGAIN, EXIT_ENDED) else LEAVE)
     for process in processes:
         process.terminate()
-    let_end(processes, GRACE)
+    let_end(processes, LEAVE)
     for process in processes:
         process.kill()
         process.wait()
-    code = failed.returncode
     return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
 
 

@@ -1,30 +1,93 @@
 #!/usr/bin/env bash
 # What the job scripts have in common:  job.sh CONFIG [key=value …]  trains;  job.sh evaluate SOURCE …  evaluates
-# Inside a Slurm job: one task a GPU on every node, started again by Slurm after a stop signal (exit code 85). Elsewhere: on this machine.
+# Inside a Slurm job: one task a GPU on every node, started again by Slurm after stops and failures (launch/attempt.py decides).
+# Elsewhere: on this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-if [[ ! -x .venv/bin/python ]]; then
+# What a site may set in launch/site.env; launch/site.env.example tells of each.
+PYTHON=.venv/bin/python CONTAINER=() WRAP=() SETTINGS=()
+if [[ -f launch/site.env ]]; then
+    # shellcheck source=/dev/null
+    source launch/site.env
+fi
+export NO_COLOR=1
+job=("$@")
+if [[ $1 != evaluate ]]; then
+    job=("$1" "${SETTINGS[@]}" "${@:2}") # of two values for a key the later one counts
+fi
+
+if [[ $PYTHON == .venv/* && ! -x $PYTHON ]]; then
     echo "error: $PWD/.venv is missing; make it with: make setup" >&2
     exit 2
 fi
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-    exec .venv/bin/python -m launch "$@"
+    exec "${WRAP[@]}" "$PYTHON" -m launch "${job[@]}"
 fi
+trap : TERM # comes with the end of a job; what is told of it is told below
 
-# The first node's address as Slurm itself reaches it, and a port of this job's own.
-first_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol show node "$first_node" --oneliner | grep -oP 'NodeAddr=\K\S+')
-MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-export MASTER_ADDR MASTER_PORT
+# The first node's address as Slurm itself reaches it, and a port of this job's own, another one after each restart.
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
+MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
+export NODES MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
-# srun returns the highest of its tasks' exit codes, and one that it ends counts as 143 or 137. Killing all on the first bad exit would
-# hide the 85 or the 2 behind that; so the others have a minute to end by themselves, which is also time to say what they died of.
-code=0
-srun --kill-on-bad-exit=0 --wait=60 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" .venv/bin/python -m launch "$@" || code=$?
-if [[ $code == 85 ]]; then
-    echo "job $SLURM_JOB_ID was told to stop and has saved; it goes back to the queue"
+# A step of one task a GPU: each has its own cores, and its memory beside them. A task that fails takes the step down at once.
+step() {
+    srun --kill-on-bad-exit=1 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores --mem-bind=local \
+        "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" "$@"
+}
+
+# One process beside the step, on this node.
+alone() {
+    local in_container=()
+    if [[ ${#CONTAINER[@]} != 0 ]]; then
+        in_container=(srun --overlap --nodes=1 --ntasks=1 "${CONTAINER[@]}")
+    fi
+    "${in_container[@]}" "${WRAP[@]}" "$PYTHON" "$@"
+}
+
+# Puts the job back into the queue:  requeue SECONDS [NODE,NODE]
+requeue() {
+    trap '' TERM # this script is ended by the first line; the others have to be said after it
+    local excluded usable
     scontrol requeue "$SLURM_JOB_ID"
+    if [[ -n "${2:-}" ]]; then
+        excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP 'ExcNodeList=\K\S+' | grep -v '(null)' || true)
+        excluded=$2${excluded:+,$excluded}
+        usable=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,mixed,allocated,completing --format=%N |
+            sort -u | grep -cvxFf <(scontrol show hostnames "$excluded") || true)
+        if ((usable >= SLURM_JOB_NUM_NODES)); then
+            scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
+        else
+            echo "without $2 the partition has $usable nodes for this job of $SLURM_JOB_NUM_NODES: it stays"
+        fi
+    fi
+    if (($1 > 0)); then
+        scontrol update JobId="$SLURM_JOB_ID" StartTime="now+$1"
+    fi
+}
+
+if [[ $1 == evaluate ]]; then
+    step -m launch "${job[@]}"
+    exit
 fi
-exit "$code"
+
+verdict=$(
+    {
+        code=0
+        step -m launch.preflight "${job[@]}" && step -m launch "${job[@]}" || code=$?
+        echo "@van-pretrain {\"kind\": \"step\", \"code\": $code}"
+    } 2>&1 | (trap '' TERM USR1 && alone -m launch.attempt "${job[@]}") 2>&1 1>&3
+) 3>&1 || true
+read -r what value nodes <<< "$(grep -E '^(complete|again|end)' <<< "$verdict" | tail -n 1)"
+case $what in
+    complete) exit 0 ;;
+    again) requeue "$value" "$nodes" ;;
+    end) exit "$value" ;;
+    *)
+        echo "$verdict" >&2
+        exit 1
+        ;;
+esac

@@ -101,7 +101,7 @@ def raised_here(error: ValueError) -> bool:
 
 
 def _train(args: argparse.Namespace) -> int:
-    # A USR1 in the minutes of a start would end the job for good: it waits for train's StopSignals. TERM doesn't: it ends the others
+    # A USR1 in the minutes of a start would end the job for good: it waits for train's StopRequests. TERM doesn't: it ends the others
     # of a rank that failed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     config = settings.load(args.config, args.overrides)

@@ -76,12 +76,15 @@ class EngineConfig:
 
 @dataclass
 class GuardConfig:
-    """When numbers go wrong. A step whose loss or gradient is not finite changes nothing, always; this is about what more is done."""
+    """When things go wrong. A step whose loss or gradient is not finite changes nothing, always; this is about what more is done."""
 
     spike: float = 0.0  # a loss over so many times the average of the last hundred or so goes back as well; 0: never
     skipped: int = 20  # so many steps in a row that were not finite: back to a checkpoint from before them
     pass_over: int = 20  # batches ahead of the first bad one that are left out too when training goes back
     rollbacks: int = 3  # after so many the job ends
+    step_limit: float = 600.0  # seconds that a step may take; then the ranks write their stacks and end, to be started again
+    start_limit: float = 3600.0  # seconds that the first step, an evaluation or a save may take
+    restarts: int = 5  # under Slurm: failures in a row without a new checkpoint, after which the job is not started again
 
 
 @dataclass
@@ -276,11 +279,13 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
         "run.eval_every",
         "run.keep",
         "guard.skipped",
+        "guard.step_limit",
+        "guard.start_limit",
     ]
     wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
     if values.get("run.keep_best", "none") != "none" and values.get("data.val") is None:
         wrong.append(("run.keep_best", "needs data.val to evaluate on"))
-    at_least_0 = ["run.keep_every", "guard.pass_over", "guard.rollbacks"]
+    at_least_0 = ["run.keep_every", "guard.pass_over", "guard.rollbacks", "guard.restarts"]
     at_least_0 += [
         f"optim.{key}" for key in ("min_lr", "warmup_lr", "warmup_epochs", "warmup_steps", "warmup_samples", "weight_decay", "clip_grad")
     ]

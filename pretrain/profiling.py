@@ -1,12 +1,13 @@
-"""A trace of some steps by torch.profiler, to be opened in Perfetto (ui.perfetto.dev) or chrome://tracing.
+"""The parts of a step, in which this process's place (place.py) moves on, and a trace of some steps by torch.profiler, to be opened in
+Perfetto (ui.perfetto.dev) or chrome://tracing.
 
-    profiler = Profiler(settings.profiled_steps("200:205"), folder / "profile", log.line)
+    profiler = Profiler(place, settings.profiled_steps("200:205"), folder / "profile", log.line)
     for each step: profiler.at(step); with profiler.part("forward"): …
     profiler.close(step)
 
-Each node's first rank traces itself and writes RUN/profile/steps-200-205-rank-0.json.gz, in which the parts of a step are ranges of these
-names: data, forward, backward, optimizer. Beginning, ending and writing it stop training for seconds, and it waits for the device; what
-the steps compute stays the same, bit for bit.
+Each node's first rank traces itself and writes RUN/profile/steps-200-205-rank-0.json.gz, in which the parts of a step are ranges of their
+names: data, forward, backward, optimizer; log, evaluation, save. Beginning, ending and writing it stop training for seconds, and it waits
+for the device; what the steps compute stays the same, bit for bit.
 """
 
 import os
@@ -18,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from pretrain.place import Part, Place
+
 
 class Profiler:
     """Args:
@@ -25,14 +28,15 @@ class Profiler:
     line: tells a person where the trace is.
     """
 
-    def __init__(self, steps: range, folder: Path, line: Callable[[str], None]):
+    def __init__(self, place: Place, steps: range, folder: Path, line: Callable[[str], None]):
         self._steps = steps if os.environ["LOCAL_RANK"] == "0" else range(0)
-        self._folder, self._line = folder, line
+        self._place, self._folder, self._line = place, folder, line
         self._running: profile | None = None
-        self._first = 0
+        self._first, self._step = 0, 0
 
     def at(self, step: int) -> None:
         """Call at the beginning of each step: begins and ends the trace."""
+        self._step = step
         if self._running is None and step in self._steps:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
             self._running, self._first = profile(activities=activities), step
@@ -40,8 +44,9 @@ class Profiler:
         elif self._running is not None and step not in self._steps:
             self._write(step)
 
-    def part(self, name: str) -> AbstractContextManager:
+    def part(self, name: Part, micro_step: int) -> AbstractContextManager:
         """A part of a step, by name in the trace."""
+        self._place.at(self._step, name, micro_step)
         return record_function(name) if self._running is not None else nullcontext()
 
     def close(self, step: int) -> None:

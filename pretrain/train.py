@@ -3,7 +3,8 @@
     python -m pretrain train configs/van_b3_in22k.yaml key=value …
 
 Every rank runs this file from top to bottom: data, model, engine, the newest checkpoint if there is one, the loop. It ends with 0
-when training is complete, and with 85 when it was told to stop, has saved, and wants to be started again.
+when training is complete, with 85 when it was told to stop, has saved, and wants to be started again, and with 86 when RUN/STOP
+told it to end.
 """
 
 import math
@@ -25,13 +26,14 @@ from data.recipe import sample_order
 from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain import zero_state
+from pretrain.attempts import STOP
 from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
 from pretrain.damage import check_shards, tell_all
 from pretrain.evaluate import build_model, evaluate, fill, restriction
-from pretrain.exit_codes import EXIT_AGAIN
-from pretrain.faults import StopSignals
+from pretrain.exit_codes import EXIT_ENDED
+from pretrain.faults import StopRequests
 from pretrain.flops import mfu, peak_flops, training_flops
 from pretrain.guard import Guard
 from pretrain.initial_weights import start_from
@@ -39,11 +41,13 @@ from pretrain.interval import Interval, Steps
 from pretrain.memory import explained
 from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate, set_learning_rate
+from pretrain.place import Place
 from pretrain.profiling import Profiler
 from pretrain.provenance import provenance, record_start
 from pretrain.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
 from pretrain.stragglers import OwnTime, Slowest
 from pretrain.van import use_kernels
+from pretrain.watchdog import Watchdog
 
 
 def train(config: Config, force_config: bool = False) -> int:
@@ -56,7 +60,8 @@ def train(config: Config, force_config: bool = False) -> int:
     device = engines.start(config.engine)
     rank, ranks, hosts = dist.get_rank(), dist.get_world_size(), engines.hosts()
     accumulation = settings.accumulation(config, ranks)
-    folder = Path(config.run.dir)
+    folder, place = Path(config.run.dir), Place()
+    watchdog = Watchdog(place, hosts, config.guard.step_limit, config.guard.start_limit)
     log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
     lock = hold(folder, log.line)
     if steps(folder / "checkpoints") and (folder / "config.yaml").exists():
@@ -201,19 +206,19 @@ def train(config: Config, force_config: bool = False) -> int:
         return trainer
 
     # ---------------------------------------------------------------- the loop
-    place: dict[str, Any] = {"micro_batch": config.engine.micro_batch, "rank": rank, "ranks": ranks, "device": device}
-    place["ranks_on_node"] = hosts.count(hosts[rank])
-    val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **place) if val else None
+    own_part: dict[str, Any] = {"micro_batch": config.engine.micro_batch, "rank": rank, "ranks": ranks, "device": device}
+    own_part["ranks_on_node"] = hosts.count(hosts[rank])
+    val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **own_part) if val else None
     interval = Interval(device, config.run.log_every, accumulation)
     own = OwnTime(engine, config.engine.zero_stage, hosts)
-    profiler = Profiler(settings.profiled_steps(config.profile), folder / "profile", log.line)
-    bad, stopping, warm = None, False, step + 3
+    profiler = Profiler(place, settings.profiled_steps(config.profile), folder / "profile", log.line)
+    bad, stopping, warm = None, 0, step + 3
     log.start_progress(step, total)
-    with val_loader or nullcontext(), StopSignals() as stop, explained(config, ranks, device, lambda: step >= warm):
+    with val_loader or nullcontext(), StopRequests(folder / STOP) as stop, explained(config, ranks, device, lambda: step >= warm):
         engine.train()
         while step < total and not stopping:
             with TrainLoader(
-                index, order, config.data, start=step, end=total, passes=rollbacks.passes, quarantine=quarantine, **place
+                index, order, config.data, start=step, end=total, passes=rollbacks.passes, quarantine=quarantine, **own_part
             ) as loader:
                 batches = iter(loader)
                 while step < total and not stopping and bad is None:
@@ -224,21 +229,21 @@ def train(config: Config, force_config: bool = False) -> int:
                     torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
                     for micro_step in range(0 if rollbacks.passes(step) else accumulation):
                         own.begin()
-                        with interval.waiting(), profiler.part("data"):
+                        with interval.waiting(), profiler.part("data", micro_step):
                             batch = next(batches)
                         images, targets, share = batch.images, batch.labels[:, None], None
                         if batch.mix is not None:
                             images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
-                        with profiler.part("forward"):
+                        with profiler.part("forward", micro_step):
                             loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
-                        with profiler.part("backward"):
+                        with profiler.part("backward", micro_step):
                             engine.backward(guard.scaled(loss))
                         interval.add(loss)
                         if micro_step + 1 == accumulation:
                             stats.start_averaging()  # beside the optimizer's step
                             checkpoints.before_update()
                             guard.check()
-                        with profiler.part("optimizer"):
+                        with profiler.part("optimizer", micro_step):
                             engine.step()
                         if micro_step + 1 == accumulation:
                             stats.finish(guard.found_inf)
@@ -248,27 +253,32 @@ def train(config: Config, force_config: bool = False) -> int:
 
                     stopping = stop.agreed()
                     evaluates = val is not None and (step % evaluate_every == 0 or step == total)
-                    saves = stopping or step % config.run.save_every == 0 or step == total or retention.due(step, evaluates)
+                    saves = stopping > 0 or step % config.run.save_every == 0 or step == total or retention.due(step, evaluates)
                     if step % config.run.log_every == 0 or saves or evaluates:
-                        bad = report(interval.close(quarantine.unshared), own.close())
-                    if bad is None:
-                        with interval.pausing():
-                            if evaluates:
-                                evaluation = evaluate_all()
-                            if saves:
-                                save()
+                        with profiler.part("log", accumulation):
+                            bad = report(interval.close(quarantine.unshared), own.close())
+                    if bad is None and evaluates:
+                        with interval.pausing(), profiler.part("evaluation", accumulation):
+                            evaluation = evaluate_all()
+                    if bad is None and saves:
+                        with interval.pausing(), profiler.part("save", accumulation):
+                            save()
             if bad is not None:
                 trainer, bad = go_back(bad), None
                 step, evaluation = trainer["step"], trainer["evaluation"]
                 log.start_progress(step, total)
         profiler.close(step)
         checkpoints.close()
+    place.at(step, "end")
+    watchdog.close()
     log.close()
     if step == total:
         log.line(f"complete after {total} steps; weights: python -m pretrain export {folder} --format official --out {config.name}.pth")
         return 0
+    if stopping == EXIT_ENDED and rank == 0:
+        (folder / STOP).unlink(missing_ok=True)  # it asked this job alone
     log.line(f"stopped at step {step} of {total} and saved; start the same command again to go on")
-    return EXIT_AGAIN
+    return stopping
 
 
 def keep_evidence(file: Path, told: dict[str, Any], log: RunLog) -> None:

@@ -1,0 +1,62 @@
+"""One task of a Slurm step: starts its rank, passes its output on, and says how it ended.
+
+Where a rank fails, the job's log has its number and host, what it died of, the step it was in, and its last lines; `tell` says the same
+to launch/attempt.py. The task's exit code is 0 for a rank that ended as it should (training complete, or saved on request), so that
+nobody's is ended by Slurm while others still save; any other ends the step (srun --kill-on-bad-exit).
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from pretrain.attempts import tell
+from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
+from pretrain.place import PAGE, Where, shared_page
+
+LAST_LINES = 20
+LEAVE_S = 3.0  # before other ranks are ended: they may be about to fail of the same, and be the ones who say why
+
+
+def run(command: Sequence[str]) -> int:
+    """Runs a rank, whose number is in RANK; returns the task's exit code."""
+    rank, host, page = int(os.environ["RANK"]), os.environ.get("SLURMD_NODENAME", socket.gethostname()), shared_page()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # Slurm sends it to the rank too. Not SIG_IGN, which the rank would inherit
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {PAGE: str(page)},
+        pass_fds=[page],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert process.stdout is not None
+    last: deque[str] = deque(maxlen=LAST_LINES)
+    for line in process.stdout:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+        last.append(line.decode(errors="replace").rstrip())
+    code, where = process.wait(), Where.of(page)
+    if code not in (0, EXIT_AGAIN, EXIT_CONFIG, EXIT_HUNG, EXIT_ENDED):
+        said = "\n".join(f"  rank {rank} | {line}" for line in last)
+        print(f"rank {rank} on {host} {died(code)} in {where}; its last lines:\n{said}", flush=True)
+    why = next((line for line in reversed(last) if line.strip()), "")
+    tell("rank", rank=rank, host=host, code=code, step=where.computing, why=f"{died(code)} in {where}", said=why[:300])
+    if code in (0, EXIT_AGAIN, EXIT_ENDED):
+        return 0
+    if code > 0:
+        time.sleep(LEAVE_S)
+    return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
+
+
+def died(code: int) -> str:
+    """What an exit code says, for people."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = " (out of the host's memory, perhaps)" if -code == signal.SIGKILL else ""
+    return f"was killed by {signal.Signals(-code).name}{hint}"
