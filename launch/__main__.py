@@ -1,10 +1,11 @@
-"""Starts a job's processes here, or becomes one of them.
+"""Starts a job's processes: all of them on this machine, or one as a task of a Slurm step.
 
     python -m launch configs/van_b3_in22k.yaml [--force-config] key=value …
     python -m launch evaluate runs/van_b3_in22k data.val=datasets/in1k/val …       what follows is for `python -m pretrain evaluate`
 
-As a task of a Slurm step (srun, one task a GPU) it becomes the rank that SLURM_PROCID says. Elsewhere it starts one process for each
-GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all when one fails.
+As a task of a Slurm step (srun, one task a GPU) it starts the rank that SLURM_PROCID says (launch/task.py). Elsewhere it starts one
+process for each GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all
+when one fails.
 There the exit code is the job's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again, 86 ended by RUN/STOP.
 
 torchrun works too: torchrun --nproc-per-node=8 -m pretrain train CONFIG key=value …

@@ -36,10 +36,6 @@ FAILURES = ("crashed", "hung", "unfit")
 SHORTEST_DELAY_S, LONGEST_DELAY_S = 120, 3600  # before a job is started again that made no progress; doubles each time. Slurm's own is 120
 TWICE = 2  # failures of ranks on one node, after which the job does without the node
 LAST_LINES = 60
-# What a rank says when another is gone: not the cause.
-LOST_PEER = re.compile(
-    r"connection (was )?(closed|reset)|remote process exited|broken pipe|Dist(Backend|Network|Store)Error", re.IGNORECASE
-)
 # What CUDA and the driver say of a GPU that is gone for good.
 DEAD_GPU = re.compile(r"uncorrectable (ECC|NVLink)|GPU is lost|fallen off the bus|devices? (is|are) busy or unavailable", re.IGNORECASE)
 NODE_FAILURE = re.compile(r"Node failure on (\S+)")  # srun
@@ -126,23 +122,23 @@ def conclude(told: Heard, saved: int) -> End:
         where = {key: told.hang[key] for key in ("step", "rank", "host")}
         return End(now, "hung", told.hang["reason"], saved, **where)
     if failed:
-        first = min(failed, key=lambda rank: LOST_PEER.search(rank["said"]) is not None)  # of equals the first
-        reason = f"rank {first['rank']} on {first['host']} {first['why']}" + (f": {first['said']}" if first["said"] else "")
+        first = next((rank for rank in failed if rank["cause"]), failed[0])
+        reason = f"rank {first['rank']} on {first['host']} {first['why']}" + (f": {first['said']}" if first["code"] > 0 else "")
         outcomes: dict[int, attempts.Outcome] = {EXIT_CONFIG: "settings", EXIT_HUNG: "hung"}
         dead = DEAD_GPU.search("\n".join([first["said"], *(line for line in told.last if line.startswith(f"  rank {first['rank']} | "))]))
         return End(
             now, outcomes.get(first["code"], "crashed"), reason, saved, step=first["step"], rank=first["rank"], host=first["host"],
             excluded=(first["host"],) if dead else (),
         )  # fmt: skip
-    if told.code:
-        reason = next((line for line in reversed(told.last) if "error" in line), f"the step ended with exit code {told.code}")
-        lost = next((found[1] for line in told.last if (found := NODE_FAILURE.search(line))), None)
-        return End(now, "settings" if told.code == EXIT_CONFIG else "crashed", reason, saved, host=lost)
-    codes = {rank["code"] for rank in told.ranks}
+    codes = {told.code, *(rank["code"] for rank in told.ranks)}
     if EXIT_ENDED in codes:
         return End(now, "ended", f"asked to by {attempts.STOP}; saved at step {saved}", saved)
     if EXIT_AGAIN in codes:
         return End(now, "stopped", f"told to stop; saved at step {saved}", saved)
+    if told.code:
+        reason = next((line for line in reversed(told.last) if "error" in line), f"the step ended with exit code {told.code}")
+        lost = next((found[1] for line in told.last if (found := NODE_FAILURE.search(line))), None)
+        return End(now, "settings" if told.code == EXIT_CONFIG else "crashed", reason, saved, host=lost)
     return End(now, "complete", f"complete at step {saved}", saved)
 
 

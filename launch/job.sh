@@ -74,13 +74,14 @@ if [[ $1 == evaluate ]]; then
     exit
 fi
 
+exec 3>&1 # the job's output; what launch.attempt says on stderr is the verdict
 verdict=$(
     {
         code=0
         step -m launch.preflight "${job[@]}" && step -m launch "${job[@]}" || code=$?
         echo "@van-pretrain {\"kind\": \"step\", \"code\": $code}"
     } 2>&1 | (trap '' TERM USR1 && alone -m launch.attempt "${job[@]}") 2>&1 1>&3
-) 3>&1 || true
+) || true
 read -r what value nodes <<< "$(grep -E '^(complete|again|end)' <<< "$verdict" | tail -n 1)"
 case $what in
     complete) exit 0 ;;

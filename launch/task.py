@@ -6,6 +6,7 @@ nobody's is ended by Slurm while others still save; any other ends the step (sru
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,10 @@ from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
 from pretrain.place import PAGE, Where, shared_page
 
 LAST_LINES = 20
+# What a rank says that failed because another was gone.
+LOST_PEER = re.compile(
+    r"connection (was )?(closed|reset)|remote process exited|broken pipe|Dist(Backend|Network|Store)Error", re.IGNORECASE
+)
 LEAVE_S = 3.0  # before other ranks are ended: they may be about to fail of the same, and be the ones who say why
 
 
@@ -42,11 +47,13 @@ def run(command: Sequence[str]) -> int:
         sys.stdout.buffer.flush()
         last.append(line.decode(errors="replace").rstrip())
     code, where = process.wait(), Where.of(page)
+    said = next((line for line in reversed(last) if line.strip()), "")
+    cause = code != -signal.SIGTERM and LOST_PEER.search(said) is None  # or else the effect of another rank's failure
     if code not in (0, EXIT_AGAIN, EXIT_CONFIG, EXIT_HUNG, EXIT_ENDED):
-        said = "\n".join(f"  rank {rank} | {line}" for line in last)
-        print(f"rank {rank} on {host} {died(code)} in {where}; its last lines:\n{said}", flush=True)
-    why = next((line for line in reversed(last) if line.strip()), "")
-    tell("rank", rank=rank, host=host, code=code, step=where.computing, why=f"{died(code)} in {where}", said=why[:300])
+        lines = "; its last lines:" + "".join(f"\n  rank {rank} | {line}" for line in last) if cause else ""
+        print(f"rank {rank} on {host} {died(code)} in {where}{lines}", flush=True)
+    why = f"{died(code)} in {where}"
+    tell("rank", rank=rank, host=host, code=code, step=where.computing, why=why, said=said[:300], cause=cause)
     if code in (0, EXIT_AGAIN, EXIT_ENDED):
         return 0
     if code > 0:

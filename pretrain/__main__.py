@@ -15,6 +15,7 @@ python -m pretrain bench --gpu [--model van_b3] [--image-size 224] [--batch 64] 
 """
 
 import argparse
+import faulthandler
 import json
 import os
 import signal
@@ -104,6 +105,7 @@ def _train(args: argparse.Namespace) -> int:
     # A USR1 in the minutes of a start would end the job for good: it waits for train's StopRequests. TERM doesn't: it ends the others
     # of a rank that failed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    faulthandler.enable()
     config = settings.load(args.config, args.overrides)
     from pretrain import engine
     from pretrain.train import train

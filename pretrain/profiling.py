@@ -37,6 +37,7 @@ class Profiler:
     def at(self, step: int) -> None:
         """Call at the beginning of each step: begins and ends the trace."""
         self._step = step
+        self._place.at(step, "data")
         if self._running is None and step in self._steps:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
             self._running, self._first = profile(activities=activities), step

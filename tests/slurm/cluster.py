@@ -32,7 +32,8 @@ FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PRE
 # not give. config_overrides takes a node's declared CPUs and memory for true, so two cores can play any machine; CR_CPU alone
 # checks memory at submission and then doesn't count it. The hosts are called localhost because the machine's own name may not
 # resolve. A scheduling delay of 0 starts jobs in about 1 s instead of 3. MinJobAge keeps ended jobs for a day, for job() and
-# output(). SlurmdTimeout makes a dead node DOWN after 20 to 30 s, pings being a third of it apart. No test sends mail.
+# output(). SlurmdTimeout makes a dead node DOWN after 20 to 30 s, pings being a third of it apart. Jobs in `urgent` preempt those in
+# `main`, which have GraceTime seconds to leave. No test sends mail.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -59,8 +60,11 @@ KillWait=3
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
 ReturnToService=2
 SlurmdTimeout=20
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -169,6 +173,15 @@ class Cluster:
         self.wait(job_id, "PENDING", timeout=30)
         time.sleep(1.1)  # slurmd revoked the old credential and, counting whole seconds, refuses a new one from the same second
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def lose(self, node: str) -> None:
+        """Kills a node's slurmd; what runs there goes on. The controller notices after 20 to 30 s, unless a job's messages fail before."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+
+    def restore(self, node: str) -> None:
+        """Starts the slurmd of a node that was lost."""
+        self._daemon(node, "slurmd", "-D", "-N", node)
 
     def _daemon(self, name: str, *command: str) -> None:
         # In a session of its own: Ctrl-C must reach the tests alone, which then end the jobs while the daemons still can.

@@ -1,12 +1,14 @@
-"""The private Slurm cluster as a fixture, one for all tests of this folder."""
+"""The private Slurm cluster as a fixture, one for all tests of this folder, and the jobs of a test."""
 
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import PATH, Cluster, private_cluster
+from tests.slurm.jobs import Jobs
 
 
 @pytest.fixture(scope="session")
@@ -21,5 +23,12 @@ def slurm_programs() -> None:
 
 @pytest.fixture(scope="session")
 def cluster(slurm_programs: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with private_cluster(tmp_path_factory.mktemp("slurm")) as running:
+    with private_cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as running:
         yield running
+
+
+@pytest.fixture
+def jobs(cluster: Cluster, tmp_path: Path, drawn: Path) -> Iterator[Jobs]:
+    mine = Jobs(cluster, tmp_path, drawn)
+    yield mine
+    mine.end()

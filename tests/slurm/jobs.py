@@ -1,0 +1,128 @@
+"""Jobs as users submit them, on the private cluster: the scripts of launch/, with options and settings that make them small.
+
+What runs is what every job runs: scripts, preflight, launcher, data loading, DeepSpeed, checkpoints.
+"""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pretrain import attempts
+from pretrain.attempts import Attempt
+from pretrain.checkpoint.files import steps
+from tests.slurm.cluster import Cluster, processes
+
+REPOSITORY = Path(__file__).parents[2]
+# The machine's own name, by which gloo would look for its interface, may not resolve where tests run.
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}
+SMALL = (
+    "engine.device=cpu", "model.classes=10", "data.image_size=32", "data.val=null", "data.decode_threads=1", "data.read_threads=1",
+    "run.log_every=1",
+)  # fmt: skip
+# Where a job's ends are tested and not its model, so that a step takes tenths of a second.
+QUICK = ("model.name=van_b0", "steps=40", "run.save_every=5")
+PATIENCE = 240  # seconds; a job takes 20 to 60 where two cores have nothing else to do
+
+
+class Jobs:
+    """Submits jobs that share the run directory `run`."""
+
+    def __init__(self, cluster: Cluster, folder: Path, drawn: Path, batches: Sequence[str] = ("global_batch=4", "engine.micro_batch=2")):
+        self.cluster, self.folder = cluster, folder
+        self.run = folder / "run"
+        self.settings = (*SMALL, *batches, f"data.train={drawn / 'train'}", f"run.dir={self.run}")
+        self.submitted: list[int] = []
+
+    def submit(
+        self, script: str, *settings: str, nodes: str = "2", cwd: Path = REPOSITORY, options: Sequence[str] = (), **environment: str
+    ) -> int:
+        sizes = [
+            f"--nodes={nodes}",
+            "--ntasks-per-node=1",
+            "--cpus-per-task=1",
+            "--gpus-per-node=0",
+            "--time=20",
+            f"--output={self.folder}/%j.out",
+        ]
+        job = self.cluster.sbatch(
+            REPOSITORY / "launch" / script, *self.settings, *settings, cwd=cwd, options=[*sizes, *options], env=ENVIRONMENT | environment
+        )
+        self.submitted.append(job)
+        return job
+
+    def wait_for(self, job: int, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            state = self.cluster.job(job)["JobState"]
+            if reached():
+                return
+            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{self.cluster.output(job)}"
+            assert time.monotonic() < deadline, self.cluster.output(job)
+            time.sleep(0.1)
+
+    def wait_for_step(self, job: int, step: int) -> None:
+        """Until the log's last line of a step is of this one or a later one."""
+        self.wait_for(job, lambda: bool(found := re.findall(r" step (\d+)/", self.cluster.output(job))) and int(found[-1]) >= step)
+
+    def wait_for_attempt(self, job: int, number: int) -> Attempt:
+        """Until the job's attempt of this number, counted from 0, has ended; returns it."""
+        found: list[Attempt] = []
+
+        def ended() -> bool:
+            found[:] = [attempt for attempt in self.attempts(job) if attempt.restart == number and attempt.end]
+            return bool(found)
+
+        deadline = time.monotonic() + PATIENCE
+        while not ended():
+            assert time.monotonic() < deadline, self.cluster.output(job)
+            time.sleep(0.1)
+        return found[0]
+
+    def attempts(self, job: int) -> list[Attempt]:
+        return [attempt for attempt in attempts.read(self.run) if attempt.job == str(job)]
+
+    def complete(self, job: int) -> str:
+        """Waits for the job's success; returns its output."""
+        self.cluster.wait(job, "COMPLETED", timeout=PATIENCE)
+        return self.cluster.output(job)
+
+    def newest(self) -> Path:
+        return steps(self.run / "checkpoints")[-1]
+
+    def end(self) -> None:
+        """Cancels what still runs, and makes room: a checkpoint of VAN-B6 has 2.4 GB."""
+        for job in self.submitted:
+            self.cluster.run("scancel", str(job))
+        deadline = time.monotonic() + 30
+        while self.cluster.run("squeue", "--noheader") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        shutil.rmtree(self.run, ignore_errors=True)
+
+
+def ranks(cluster: Cluster) -> dict[int, tuple[str, str, str]]:
+    """(node, rank, ranks) of the training processes that run, by process id."""
+    found = {}
+    for pid in processes(cluster.config):
+        folder = Path("/proc", str(pid))
+        try:
+            words = (folder / "cmdline").read_text().split("\0")
+            values = dict(entry.split("=", 1) for entry in (folder / "environ").read_text().split("\0") if "=" in entry)
+        except OSError:  # it ended meanwhile
+            continue
+        if words[1:4] == ["-m", "pretrain", "train"] and values.get("RANK"):
+            found[pid] = (values["SLURMD_NODENAME"], values["RANK"], values["WORLD_SIZE"])
+    return found
+
+
+def send(cluster: Cluster, rank: int, number: int) -> str:
+    """A signal to one rank's process alone; returns its node."""
+    pid, node = next((pid, node) for pid, (node, other, _) in ranks(cluster).items() if int(other) == rank)
+    os.kill(pid, number)
+    return node
+
+
+def resumed_at(output: str) -> list[int]:
+    return [int(step) for step in re.findall(r"resumed at step (\d+) of", output)]

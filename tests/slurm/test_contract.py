@@ -1,0 +1,223 @@
+"""What a job on Slurm survives, and what it ends by: limits, preemption, crashes, hangs, lost and drained nodes, poison, other sizes.
+
+Wherever ranks and hardware stay the same, what is left in the end is compared bit for bit with a job that nothing disturbed. Slurm's wait
+before a requeued job starts is skipped.
+"""
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pretrain.checkpoint.command import compare
+from pretrain.exit_codes import EXIT_CONFIG, EXIT_ENDED
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import QUICK, Jobs, ranks, resumed_at, send
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+SCRIPT = "van_b3_in22k.sh"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Jobs]:
+    """A job that ran through; its last checkpoint is what all others have to come to."""
+    jobs = Jobs(cluster, tmp_path_factory.mktemp("undisturbed"), drawn)
+    job = jobs.submit(SCRIPT, *QUICK)
+    output = jobs.complete(job)
+    assert "complete after 40 steps" in output
+    assert [(attempt.restart, attempt.end.outcome) for attempt in jobs.attempts(job) if attempt.end] == [(0, "complete")]
+    yield jobs
+    jobs.end()
+
+
+def losses(jobs: Jobs) -> dict[int, float]:
+    """By step; of a step that was computed again the last."""
+    records = map(json.loads, (jobs.run / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+def outcomes(jobs: Jobs, job: int) -> list[str]:
+    return [attempt.end.outcome if attempt.end else "without a word" for attempt in jobs.attempts(job)]
+
+
+def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
+    """USR1 ahead of a limit of one minute, by --signal; Slurm sends it up to a minute earlier than it is told to."""
+    job = jobs.submit(SCRIPT, *QUICK, options=["--time=1", "--signal=USR1@20"])
+    for number in range(2):
+        attempt = jobs.wait_for_attempt(job, number)
+        assert attempt.end is not None
+        assert (attempt.end.outcome, attempt.end.again) == ("stopped", True)
+        cluster.wait(job, "PENDING", timeout=30)
+        if number == 1:
+            cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+        cluster.skip_requeue_wait(job)
+    jobs.complete(job)
+    assert outcomes(jobs, job) == ["stopped", "stopped", "complete"]
+    assert cluster.job(job)["Restarts"] == "2"
+    assert compare(jobs.newest(), undisturbed.newest()) == 0
+
+
+def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
+    job = jobs.submit(SCRIPT, *QUICK, "run.save_every=1000")
+    jobs.wait_for_step(job, 3)
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 1\n")
+    preempting = cluster.sbatch(urgent, cwd=tmp_path, options=["--partition=urgent", "--nodes=3", f"--cpus-per-task={cluster.cpus}"])
+    jobs.wait_for_attempt(job, 0)
+    cluster.wait(preempting, "COMPLETED", timeout=60)
+    cluster.skip_requeue_wait(job)
+
+    jobs.wait_for(job, lambda: len(resumed_at(cluster.output(job))) == 1)
+    jobs.wait_for_step(job, resumed_at(cluster.output(job))[0] + 3)
+    for number in ("USR1", "TERM", "USR1", "TERM"):  # the later ones come while it saves, or after
+        cluster.signal(job, number)
+    jobs.wait_for_attempt(job, 1)
+    cluster.skip_requeue_wait(job)
+    output = jobs.complete(job)
+    stopped = [int(step) for step in re.findall(r"stopped at step (\d+) of 40 and saved", output)]
+    assert resumed_at(output) == stopped
+    assert len(stopped) == 2
+    assert outcomes(jobs, job) == ["stopped", "stopped", "complete"]
+    assert compare(jobs.newest(), undisturbed.newest()) == 0
+
+
+def test_a_hard_life(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
+    """One job: a rank killed on the second node, a rank that hangs, a node drained between restarts, a node whose slurmd is killed."""
+    job = jobs.submit(SCRIPT, *QUICK, "guard.step_limit=3", "guard.start_limit=100")
+    used: list[tuple[str, ...]] = []
+
+    def next_attempt() -> int:
+        """Of the attempt that begins: the step that it goes on from."""
+        before = len(resumed_at(cluster.output(job)))
+        cluster.skip_requeue_wait(job)
+        jobs.wait_for(job, lambda: len(resumed_at(cluster.output(job))) > before)
+        used.append(jobs.attempts(job)[-1].nodes)
+        return resumed_at(cluster.output(job))[-1]
+
+    jobs.wait_for_step(job, 6)
+    assert send(cluster, 1, signal.SIGKILL) == "n1"
+    began = time.monotonic()
+    end = jobs.wait_for_attempt(job, 0).end
+    assert time.monotonic() - began < 20  # nobody waited for a timeout
+    assert end is not None
+    assert (end.outcome, end.rank, end.host, end.again, end.excluded) == ("crashed", 1, "n1", True, ())
+    assert "rank 1 on n1 was killed by SIGKILL" in cluster.output(job)
+    first = next_attempt()
+    assert first == end.saved >= 5
+
+    jobs.wait_for_step(job, first + 6)
+    assert send(cluster, 0, signal.SIGSTOP) == "n0"
+    end = jobs.wait_for_attempt(job, 1).end
+    assert end is not None
+    assert (end.outcome, end.rank, end.host, end.again) == ("hung", 0, "n0", True)
+    output = cluster.output(job)
+    assert "HANG: rank 0 on vm gives no answer" in output or re.search(r"HANG: rank 0 on \S+ gives no answer", output)
+    assert re.search(r"rank 1 on \S+ has not finished a step for 3 s; it is in step \d+", output)
+    assert re.search(r'File ".*pretrain/train.py", line \d+ in train', output)  # its stacks
+    assert not ranks(cluster)  # the stopped one is gone too
+
+    cluster.wait(job, "PENDING", timeout=30)
+    cluster.run("scontrol", "update", "NodeName=n1", "State=DRAIN", "Reason=test")
+    second = next_attempt()
+    assert used[-1] == ("n0", "n2")
+    assert second >= first + 5
+
+    jobs.wait_for_step(job, second + 3)
+    cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME")
+    cluster.lose("n2")
+    try:
+        jobs.wait_for(job, lambda: cluster.job(job)["Restarts"] == "3")  # Slurm requeues it as the node is down
+        third = next_attempt()
+        assert used[-1] == ("n0", "n1")
+        assert third >= second
+    finally:
+        cluster.restore("n2")
+    jobs.complete(job)
+    assert outcomes(jobs, job)[:2] == ["crashed", "hung"]
+    assert outcomes(jobs, job)[-1] == "complete"
+    assert compare(jobs.newest(), undisturbed.newest()) == 0
+
+
+def test_a_poison_step_stops_the_job_with_a_summary(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
+    job = jobs.submit(SCRIPT, *QUICK, PYTHONPATH=str(Path(__file__).parent / "poison"), POISON="rank 1, step 7")
+    end = jobs.wait_for_attempt(job, 0).end
+    assert end is not None
+    assert (end.outcome, end.step, end.rank, end.again) == ("crashed", 7, 1, True)
+    cluster.skip_requeue_wait(job)
+    assert cluster.wait(job, timeout=240) == "FAILED"
+    assert [attempt.end.again for attempt in jobs.attempts(job) if attempt.end] == [True, False]
+    told = (jobs.run / "FAILED.md").read_text()
+    assert "step 7 has failed twice in a row: rank 1 on n1 was killed by SIGSEGV in step 7 (data)" in told
+
+    output = jobs.complete(jobs.submit(SCRIPT, *QUICK))  # with the cause mended
+    assert resumed_at(output) == [5]
+    assert not (jobs.run / "FAILED.md").exists()
+    assert compare(jobs.newest(), undisturbed.newest()) == 0
+
+
+def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Path, drawn: Path, undisturbed: Jobs) -> None:
+    """Two nodes, ended by RUN/STOP; one node, cancelled; then as many as there are, three."""
+    batches = ("global_batch=12", "engine.micro_batch=2")
+    jobs, whole = Jobs(cluster, tmp_path / "jobs", drawn, batches), Jobs(cluster, tmp_path / "whole", drawn, batches)
+    settings = (*QUICK, "steps=20", "engine.precision=fp32")
+    try:
+        reference = whole.submit(SCRIPT, *settings)
+        whole.complete(reference)
+
+        two = jobs.submit(SCRIPT, *settings)
+        jobs.wait_for_step(two, 2)
+        (jobs.run / "STOP").touch()
+        assert cluster.wait(two, timeout=60) == "FAILED"
+        assert cluster.job(two)["ExitCode"] == f"{EXIT_ENDED}:0"
+        assert outcomes(jobs, two) == ["ended"]
+        assert not (jobs.run / "STOP").exists()
+        stopped = int(re.findall(r"stopped at step (\d+) of 20", cluster.output(two))[0])
+
+        one = jobs.submit(SCRIPT, *settings, nodes="1")
+        jobs.wait_for_step(one, stopped + 3)
+        cluster.run("scancel", str(one))
+        assert cluster.wait(one, timeout=60) == "CANCELLED"
+        assert "1 cpu ranks; global batch 12 = 1 x 2 x 6" in cluster.output(one)
+
+        three = jobs.submit(SCRIPT, *settings, nodes="2-3")
+        output = jobs.complete(three)
+        assert "3 cpu ranks; global batch 12 = 3 x 2 x 2" in output
+        assert resumed_at(output)[0] >= stopped + 3 - 5  # at most the last interval is lost, and TERM's moment of grace may have saved it
+        assert cluster.job(three)["Restarts"] == cluster.job(one)["Restarts"] == "0"
+        assert losses(jobs).keys() == losses(whole).keys()
+        assert losses(jobs) == pytest.approx(losses(whole), rel=2e-3)
+        assert compare(jobs.newest(), whole.newest()) != 0  # the order of sums differs, so that this compares something
+    finally:
+        jobs.end()
+        whole.end()
+
+
+def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
+    first = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2", "--output=/dev/null"])
+    jobs.wait_for(first, lambda: (jobs.run / "metrics.jsonl").exists())
+    second = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2"])
+    assert cluster.wait(second, timeout=120) == "FAILED"
+    assert cluster.job(second)["ExitCode"] == f"{EXIT_CONFIG}:0"
+    assert cluster.job(second)["Restarts"] == "0"
+    assert f"is in use by job {first}" in cluster.output(second)
+    cluster.wait(first, "COMPLETED", timeout=240)
+    assert compare(jobs.newest(), undisturbed.newest()) == 0
+
+
+def test_a_setting_that_cannot_work_is_never_tried_again(jobs: Jobs, cluster: Cluster) -> None:
+    job = jobs.submit(SCRIPT, *QUICK, nodes="3")  # a global batch of 4
+    assert cluster.wait(job, timeout=60) == "FAILED"
+    assert cluster.job(job)["ExitCode"] == f"{EXIT_CONFIG}:0"
+    assert cluster.job(job)["Restarts"] == "0"
+    output = cluster.output(job)
+    assert output.count("global_batch = 4 can't be divided over 3 ranks of engine.micro_batch = 2") == 1
+    assert "with engine.micro_batch=2, 2 ranks" in output
+    assert outcomes(jobs, job) == ["settings"]
+    assert not (jobs.run / "FAILED.md").exists()
+    assert os.listdir(jobs.run / "logs") == [f"{job}-0.log"]
