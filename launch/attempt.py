@@ -79,7 +79,8 @@ def main() -> int:
     attempts.write(run, this)
     if this.end.outcome in FAILURES and not this.end.again:
         (run / FAILED).write_text(summary(run, [*history, this], told.last))
-    print(f"attempt {restart + 1} {this.end.outcome}: {this.end.reason}", flush=True)
+    reason = "what can't work is told above" if this.end.outcome == "settings" else this.end.reason
+    print(f"attempt {restart + 1} {this.end.outcome}: {reason}", flush=True)
     print(verdict([*history, this]), file=sys.stderr)
     return 0
 
@@ -130,7 +131,7 @@ def conclude(told: Heard, saved: int) -> End:
             now, outcomes.get(first["code"], "crashed"), reason, saved, step=first["step"], rank=first["rank"], host=first["host"],
             excluded=(first["host"],) if dead else (),
         )  # fmt: skip
-    codes = {told.code, *(rank["code"] for rank in told.ranks)}
+    codes = {EXIT_AGAIN if told.code == 128 + signal.SIGUSR1 else told.code, *(rank["code"] for rank in told.ranks)}
     if EXIT_ENDED in codes:
         return End(now, "ended", f"asked to by {attempts.STOP}; saved at step {saved}", saved)
     if EXIT_AGAIN in codes:

@@ -50,8 +50,13 @@ alone() {
 
 # Puts the job back into the queue:  requeue SECONDS [NODE,NODE]
 requeue() {
-    trap '' TERM # this script is ended by the first line; the others have to be said after it
-    local excluded usable
+    local excluded usable restarts
+    restarts=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP ' Restarts=\K\d+')
+    if [[ $restarts != "${SLURM_RESTART_COUNT:-0}" ]]; then
+        echo "Slurm has started the job again already"
+        exit
+    fi
+    trap '' TERM # this script is ended by the next line; the others have to be said after it
     scontrol requeue "$SLURM_JOB_ID"
     if [[ -n "${2:-}" ]]; then
         excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP 'ExcNodeList=\K\S+' | grep -v '(null)' || true)

@@ -8,7 +8,6 @@ nobody's is ended by Slurm while others still save; any other ends the step (sru
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 
 from pretrain.attempts import tell
 from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
-from pretrain.place import PAGE, Where, shared_page
+from pretrain.place import PAGE, Where, host, shared_page
 
 LAST_LINES = 20
 # What a rank says that failed because another was gone.
@@ -29,7 +28,7 @@ LEAVE_S = 3.0  # before other ranks are ended: they may be about to fail of the 
 
 def run(command: Sequence[str]) -> int:
     """Runs a rank, whose number is in RANK; returns the task's exit code."""
-    rank, host, page = int(os.environ["RANK"]), os.environ.get("SLURMD_NODENAME", socket.gethostname()), shared_page()
+    rank, node, page = int(os.environ["RANK"]), host(), shared_page()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # Slurm sends it to the rank too. Not SIG_IGN, which the rank would inherit
     process = subprocess.Popen(
@@ -51,9 +50,9 @@ def run(command: Sequence[str]) -> int:
     cause = code != -signal.SIGTERM and LOST_PEER.search(said) is None  # or else the effect of another rank's failure
     if code not in (0, EXIT_AGAIN, EXIT_CONFIG, EXIT_HUNG, EXIT_ENDED):
         lines = "; its last lines:" + "".join(f"\n  rank {rank} | {line}" for line in last) if cause else ""
-        print(f"rank {rank} on {host} {died(code)} in {where}{lines}", flush=True)
+        print(f"rank {rank} on {node} {died(code)} in {where}{lines}", flush=True)
     why = f"{died(code)} in {where}"
-    tell("rank", rank=rank, host=host, code=code, step=where.computing, why=why, said=said[:300], cause=cause)
+    tell("rank", rank=rank, host=node, code=code, step=where.computing, why=why, said=said[:300], cause=cause)
     if code in (0, EXIT_AGAIN, EXIT_ENDED):
         return 0
     if code > 0:

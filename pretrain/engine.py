@@ -9,7 +9,6 @@ step, and so does its throughput timer, which is off.
 import logging
 import os
 import resource
-import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +21,7 @@ from pretrain import zero_state
 from pretrain.batch_stats import synchronise
 from pretrain.config import Config, EngineConfig
 from pretrain.optim import AdamW, parameter_groups
+from pretrain.place import host
 
 T = TypeVar("T")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -86,7 +86,7 @@ def device_type(engine: EngineConfig) -> str:
 def hosts() -> list[str]:
     """The node of each rank. Collective."""
     nodes: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(nodes, socket.gethostname())
+    dist.all_gather_object(nodes, host())
     return nodes
 
 

@@ -1,4 +1,4 @@
-"""Where in its work a process is, in memory that it shares with the process that started it.
+"""Where a process is: its host, and where in its work, in memory that it shares with the process that started it.
 
     launcher: page = shared_page(); start(command, environment | {PAGE: str(page)}, pass_fds=[page]); …; Where.of(page)
     the process itself: place = Place(); place.at(step, "forward", micro_step)
@@ -8,6 +8,7 @@ So it is known of a process that was killed as well, in which step it was. Nothi
 
 import mmap
 import os
+import socket
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,6 +54,11 @@ class Place:
 
     def now(self) -> Where:
         return Where(*self._numbers)
+
+
+def host() -> str:
+    """The name of this machine: Slurm's, in a job of Slurm."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def shared_page() -> int:

@@ -13,7 +13,6 @@ import os
 import platform
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ import torch.distributed as dist
 from data.results import commit
 from pretrain import config as settings
 from pretrain.config import Config
+from pretrain.place import host
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
 STARTS = "starts"
@@ -97,7 +97,7 @@ def diff(folder: Path) -> bytes:
 
 def _host(device: torch.device) -> dict[str, str]:
     """Where this rank runs."""
-    found = {"host": socket.gethostname()}
+    found = {"host": host()}
     if device.type == "cuda":
         driver = Path("/sys/module/nvidia/version")
         found |= {"gpu": torch.cuda.get_device_name(device), "driver": driver.read_text().strip() if driver.exists() else "unknown"}

@@ -19,6 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import astuple
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -51,7 +53,7 @@ class Watchdog:
     def _watch(self) -> None:
         seen, since, first = self._place.now(), time.monotonic(), -1
         while not self._closed.wait(POLL_S):
-            faulthandler.dump_traceback_later(self._step_limit + POLL_S + ANSWER_S, exit=True)
+            faulthandler.dump_traceback_later(self._step_limit + 3 * ANSWER_S, exit=True)
             now = self._place.now()
             if (now.step, now.part in LONG) != (seen.step, seen.part in LONG):
                 seen, since = now, time.monotonic()
@@ -67,8 +69,13 @@ class Watchdog:
         here = f"rank {rank} on {self._hosts[rank]}"
         print(f"{here} has not finished a step for {limit:.0f} s; it is in {where}; its threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        answers = exchange(rank, where, len(self._hosts))
-        if rank == min(answers):  # the first of those that answer speaks
+        answers = {rank: where}
+        # On a thread: the store is of rank 0's process, and its client waits for one that is stopped, whatever its timeout says.
+        asking = threading.Thread(target=exchange, args=(rank, answers, len(self._hosts)), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        answers = dict(answers)
+        if rank == min(answers) <= 1:  # rank 0 speaks, or, where that gives no answer, rank 1
             rank_behind, reason = behind(answers, self._hosts)
             print(f"HANG: {reason}", flush=True)
             tell("hang", rank=rank_behind, host=self._hosts[rank_behind], step=where.computing, reason=reason)
@@ -77,25 +84,22 @@ class Watchdog:
         os._exit(EXIT_HUNG)
 
 
-def exchange(rank: int, where: Where, ranks: int) -> dict[int, Where]:
-    """Tells the other ranks where this one is. Returns where they are, as far as they tell within ANSWER_S; ranks above 1 ask 0 and 1
-    alone, so that a large job does not ask the store too much."""
-    answers = {rank: where}
+def exchange(rank: int, answers: dict[int, Where], ranks: int) -> None:
+    """Tells the other ranks where this one is, and fills in where they are, for as long as it is let. Ranks above 1 ask 0 and 1 alone, so
+    that a large job does not ask the store too much."""
     wanted = set(range(ranks)) if rank <= 1 else {0, 1}
-    deadline = time.monotonic() + ANSWER_S
-    try:
-        # A client of this thread's own: the process's other one may be what hangs.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A client of this thread's own: the process's other one may be what hangs.
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with suppress(dist.DistError):  # the store is gone with rank 0
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWER_S), wait_for_workers=False)
-        store.set(f"hang/{rank}", json.dumps([where.step, where.micro_step, where.part]))
-        while (missing := wanted - set(answers)) and time.monotonic() < deadline:
+        store.set(f"hang/{rank}", json.dumps([*astuple(answers[rank])]))
+        while missing := wanted - set(answers):
             for other in missing:
                 if store.check([f"hang/{other}"]):
                     answers[other] = Where(*json.loads(store.get(f"hang/{other}")))
             time.sleep(POLL_S / 10)
-    except dist.DistError:  # rank 0, which has the store, gives no answer
-        time.sleep(max(0.0, deadline - time.monotonic()))
-    return answers
+        return
+    time.sleep(ANSWER_S)
 
 
 def behind(answers: Mapping[int, Where], hosts: Sequence[str]) -> tuple[int, str]:

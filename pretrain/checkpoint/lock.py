@@ -5,14 +5,14 @@
 
 RUN/lock-000007 says who holds the lock; its number grows with every holder, and only one process can create the next. A holder is
 gone when its process is, which can be seen on its own machine. Elsewhere only the file system is shared: the holder touches the file
-every few seconds, and whoever wants the lock watches it for longer than that. Clocks are not compared. A holder that was stopped for
-so long that its lock was taken finds its file gone and publishes nothing any more.
+every few seconds, and whoever wants the lock watches it for longer than that. Clocks are not compared. A job that Slurm has started
+again takes the lock from its earlier start at once. A holder that was stopped for so long that its lock was taken finds its file gone and
+publishes nothing any more.
 """
 
 import atexit
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pretrain.engine import from_rank_0
+from pretrain.place import host
 
 BEAT_S, PATIENCE_S = 10.0, 60.0
 
@@ -114,6 +115,10 @@ def _must_be_gone(path: Path, log: Callable[[str], None]) -> None:
         if holder
         else f"{path.parent} is in use"
     )
+    if holder and holder["job"] and holder["job"] == os.environ.get("SLURM_JOB_ID"):
+        # Slurm has started the job again: whatever is left of the earlier start, on a node that it has lost, must not go on.
+        log(f"{who}, an earlier start of this job: taking over")
+        return
     if holder and holder["machine"] == _machine():
         alive = _started(holder["pid"]) == holder["started"]
     else:
@@ -155,7 +160,7 @@ def _touched(path: Path) -> int | None:
 
 def _this_process() -> dict[str, Any]:
     return {
-        "host": socket.gethostname(),
+        "host": host(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),

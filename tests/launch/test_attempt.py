@@ -69,7 +69,7 @@ def test_a_step_that_ends_without_a_word_of_its_ranks() -> None:
     end = conclude(told, 5)
     assert (end.outcome, end.host, end.reason) == ("crashed", "n1", "srun: error: Node failure on n1")
     assert conclude(Heard(code=EXIT_CONFIG), 0).outcome == "settings"  # preflight's
-    assert conclude(Heard(code=EXIT_AGAIN), 0).outcome == "stopped"  # told to stop during preflight
+    assert conclude(Heard(code=128 + signal.SIGUSR1), 0).outcome == "stopped"  # told to stop during preflight
 
 
 def test_a_dead_gpu_leaves_its_node_out() -> None:
