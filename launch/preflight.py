@@ -39,7 +39,7 @@ from pretrain.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 PATIENCE = 20.0  # seconds without a sign of a rank
 IMPORT_PATIENCE = 60.0  # seconds; a cold file system takes its time to give all of torch
 NAMED_SHARDS = 5  # damaged ones that all nodes look at
-_WHY_LENGTH = 150  # characters: the batch script's lines must stay below 1,000 bytes, and JSON may take six for one
+_WHY_LENGTH = 140  # characters: the batch script's lines must stay below 1,000 bytes, and JSON may take six for one
 # What rank 0 asks for, in words for when a rank gives no answer.
 LOOK, RECHECK, IMPORT, MEET = "looking at its node", "looking at damaged shards", "importing torch", "timing the network"
 # Keys whose values may be wrong on one node alone: what they name is looked for there.
@@ -195,7 +195,8 @@ def conduct(lead: Lead, config: Config) -> int:
     ranks: dict[str, list[int]] = {}
     for rank, line in sorted(lead.lines.items()):
         ranks.setdefault(line.hello["node"], []).append(rank)
-    print(f"preflight: {lead.ranks} rank{'s' * (lead.ranks > 1)} on {len(ranks)} node{'s' * (len(ranks) > 1)}", flush=True)
+    came = f"{len(lead.lines)} of {lead.ranks}" if absent else str(lead.ranks)
+    print(f"preflight: {came} rank{'s' * (lead.ranks > 1)} on {len(ranks)} node{'s' * (len(ranks) > 1)}", flush=True)
     verdict = Verdict()
     if absent:
         present = {name: len(its) for name, its in ranks.items()}
@@ -221,8 +222,15 @@ def look(lead: Lead, ranks: Mapping[str, Sequence[int]], verdict: Verdict) -> li
     suspects = {key: sorted({shard for node in nodes.values() for shard in node.suspects.get(key, [])}) for key in DATASETS}
     if any(suspects.values()):
         named = {key: shards[:NAMED_SHARDS] for key, shards in suspects.items()}
-        for first, problems in lead.ask({first: {"task": RECHECK, "shards": named} for first in nodes}, PATIENCE)[0].items():
+        answers, silent = lead.ask({first: {"task": RECHECK, "shards": named} for first in nodes}, PATIENCE)
+        verdict.add(judge_silent(silent, list(nodes.values())))
+        for first, problems in answers.items():
             nodes[first].problems += [Problem(*problem) for problem in problems]
+        verdict.warnings += [
+            f"{key}: {len(shards)} shards look damaged, the first {NAMED_SHARDS} are looked at by all nodes"
+            for key, shards in suspects.items()
+            if len(shards) > NAMED_SHARDS
+        ]
     for first, node in nodes.items():
         node.clock = lead.clock(first) or 0.0
     return list(nodes.values())
@@ -247,7 +255,7 @@ def meet(lead: Lead, nodes: Sequence[Node], device: str, verdict: Verdict) -> st
         own = node.ranks[0]
         times = [max(seconds, exchanged[peer][own]) for peer, seconds in exchanged[own].items()]  # of a pair, the later one's
         node.pair_bytes, node.pair_seconds = answers[own]["bytes"], min(times, default=0.0)
-    verdict.warnings = judge(nodes, device).warnings
+    verdict.warnings = judge(nodes, device).warnings  # again, with what is now known
     slowest = max(answer["reduced"] for answer in answers.values())
     return f"all-reduce of {answers[0]['bytes'] / 1e6:.0f} MB over {lead.ranks} ranks: {slowest * 1e3:.3g} ms" if lead.ranks > 1 else ""
 

@@ -87,7 +87,7 @@ class Lead:
         return [rank for rank in range(self.ranks) if rank not in self.lines]
 
     def ask(self, tasks: Mapping[int, dict[str, Any]], patience: float) -> tuple[dict[int, Any], dict[int, Silent]]:
-        """Gives ranks their tasks, each named by what a rank then does; returns the answers, and of ranks that gave none what became of them.
+        """Gives ranks their tasks, each named by what a rank then does; returns the answers, and what became of ranks that gave none.
 
         A rank has `patience` seconds from one thing that it says it is doing to the next.
         """
@@ -173,7 +173,7 @@ def _greet(connection: socket.socket) -> _Line:
     connection.settimeout(_HELLO_SECONDS)
     line = _Line({}, connection)
     hello = line.receive()
-    if hello is None or not isinstance(hello.get("rank"), int):
+    if not isinstance(hello, dict) or not isinstance(hello.get("rank"), int):
         raise ValueError("no rank")
     connection.settimeout(None)
     line.hello = hello

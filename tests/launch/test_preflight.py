@@ -21,9 +21,9 @@ from launch.__main__ import free_port
 from launch.gpus import Gpu, broken, hot, read_gpus
 from launch.network import rounds
 from launch.nodes import BACKBONES, TMP_NEEDED, Node, Problem, checkpoint_bytes
-from launch.preflight import _WHY_LENGTH, counts, find_place
+from launch.preflight import counts, find_place, show
 from launch.roll_call import Silent, offset
-from launch.verdict import SKEW, judge, judge_absent, judge_silent, pair_rate, read_rate, spans, table
+from launch.verdict import SKEW, Verdict, judge, judge_absent, judge_silent, pair_rate, read_rate, spans, table
 from pretrain.attempts import heard
 from pretrain.config import load
 
@@ -287,6 +287,7 @@ def test_a_rank_that_never_comes(ranks: Ranks) -> None:
     """What can be looked at without it is looked at."""
     ended = ranks.run(2, own={0: {"PATIENCE": "2"}, 1: {"TRAIN": "/nowhere/train"}}, of=3)
     assert ended.codes == [3, 3]
+    assert ended.out.startswith("preflight: 2 of 3 ranks on 2 nodes\n")
     assert "rank 2 did not come within 2 s" in ended.errors
     assert list(ended.told) == ["n1"]
 
@@ -314,7 +315,7 @@ def test_a_rank_that_hangs_or_dies_is_named(ranks: Ranks, trouble: str, told: st
 
 def test_a_rank_that_dies_in_the_network_is_told_from_those_that_wait_for_it(ranks: Ranks) -> None:
     wait = "import launch.network as network; network.TIMEOUT /= 5"
-    die = "import launch.network as network; network.measure = lambda *given: os.kill(os.getpid(), signal.SIGKILL)"
+    die = "Rank = preflight.Rank; Rank.import_torch = lambda *given: None; Rank.meet = lambda *given: os.kill(os.getpid(), signal.SIGKILL)"
     ended = ranks.run(2, own={0: {"TROUBLE": wait}, 1: {"TROUBLE": die}})
     assert ended.told == {"n1": "rank 1 ended while timing the network"}
 
@@ -467,7 +468,18 @@ def test_ranks_that_do_not_come_are_missed_where_slurm_put_them() -> None:
 def test_texts() -> None:
     assert counts("8(x2),4,1(x3)") == [8, 8, 4, 1, 1, 1]
     assert spans([9, 0, 1, 2, 4]) == "0-2, 4, 9"
-    assert _WHY_LENGTH * 6 + 100 < 1000  # Slurm passes on longer lines in pieces
+
+
+def test_the_batch_script_is_told_in_short(capsys: pytest.CaptureFixture[str]) -> None:
+    """Slurm passes on lines of over 1,000 bytes in pieces; JSON takes six for a letter that is not ASCII."""
+    reason = "é" * 1000
+    show(Verdict(unfit={"node" * 15: [reason, "more"]}), "")
+    out, err = capsys.readouterr()
+    told = [line for line in out.splitlines() if heard(line)]
+    assert len(told) == 1
+    assert len(told[0].encode()) < 1000
+    assert f"{reason}\n" in err
+    assert out.splitlines()[-1] == f"preflight: unfit: {'node' * 15}"
 
 
 def test_where_a_rank_is() -> None:
