@@ -200,7 +200,7 @@ def table(nodes: Sequence[Node], device: str) -> str:
             f"{round(node.clock * 1e3):+d} ms",
             *(next((f"{space.free / 1e9:.0f} GB" for space in node.spaces if space.what == what), "-") for what in _spaces(nodes)),
             ", ".join(f"{key.removeprefix('data.')} {node.fingerprints[key][:8]}" for key in DATASETS if key in node.fingerprints) or "-",
-            f"{node.read_bytes / node.read_seconds / 1e6:.0f} MB/s" if node.read_seconds else "-",
+            f"{rate / 1e6:.0f} MB/s" if (rate := read_rate(node)) is not None else f"{node.read_bytes / 1e6:.1f} MB",
             f"{rate / 1e9:.2f} GB/s" if (rate := pair_rate(node)) is not None else "-",
         ]
         for node in nodes
