@@ -60,7 +60,6 @@ class Problem:
 class Space:
     what: str
     free: int  # bytes
-    needed: int
 
 
 @dataclass
@@ -174,7 +173,7 @@ class Here:
         if not os.access(there, os.W_OK | os.X_OK):
             self._wrong(f"disk {what}", f"{what} = {path}: {there} can't be written to")
             return
-        space = Space(what, shutil.disk_usage(there).free, needed)
+        space = Space(what, shutil.disk_usage(there).free)
         self.node.spaces.append(space)
         if space.free < needed:
             text = f"{what} = {path}: its disk has {space.free / 1e9:.3g} GB free, and {needed / 1e9:.3g} GB are needed {purpose}"
@@ -188,7 +187,7 @@ class Here:
             index = open_index(place, self.config.data.cache)
             if index.remote is not None:
                 Cache(index.folder, self.config.data.cache_gb * 1e9).check_disk(int(index.shard_bytes.sum()))
-                self.node.spaces.append(Space("data.cache", shutil.disk_usage(cache_root(self.config.data.cache)).free, 0))
+                self.node.spaces.append(Space("data.cache", shutil.disk_usage(cache_root(self.config.data.cache)).free))
         except (ValueError, OSError) as error:
             self._wrong(key, error)
             return

@@ -95,11 +95,10 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
     try:
         config = settings.load(path, overrides)
     except ConfigError as error:
-        with suppress(ConfigError):
-            config = settings.load(path, overrides, unused=_ON_A_NODE)
-            problems = error.problems
-        if not problems:
+        problems = error.problems
+        if not all(problem.partition(" ")[0] in _ON_A_NODE for problem in problems):
             raise
+        config = settings.load(path, overrides, unused=(*_ON_A_NODE, "run.keep_best"))  # which is wrong without data.val
     try:
         settings.accumulation(config, ranks)
     except ConfigError as error:
