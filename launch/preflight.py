@@ -8,7 +8,7 @@ and then its verdict, which is also the exit code of every rank:
 
     0   fit; there may be warnings
     2   settings, data or software can't work; all problems that could be found are named
-    3   nodes are unfit, and named, also to the batch script (pretrain/attempts.py)
+    3   nodes are unfit, and named, also to the batch script (pretrain/attempts.py); or all fail together on the network, and none is named
 
 Rank 0 leads (roll_call.py). The first rank of each node looks at it (nodes.py, gpus.py); when nothing is wrong all ranks import torch
 and time the network (network.py). verdict.py judges. Every wait is bounded, so a node that hangs is named.
@@ -17,7 +17,6 @@ and time the network (network.py). verdict.py judges. Every wait is bounded, so 
 import argparse
 import os
 import re
-import socket
 import subprocess
 import sys
 import threading
@@ -35,6 +34,7 @@ from pretrain import attempts
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError
 from pretrain.exit_codes import EXIT_CONFIG, EXIT_UNFIT
+from pretrain.place import host
 
 PATIENCE = 20.0  # seconds without a sign of a rank
 IMPORT_PATIENCE = 60.0  # seconds; a cold file system takes its time to give all of torch
@@ -47,7 +47,7 @@ _ON_A_NODE = (*DATASETS, "model.init_from")
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Which rank this is, and where rank 0 listens."""
 
     rank: int
@@ -64,25 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--force-config", action="store_true", help="as for training: a run may go on though its settings have changed")
     args = parser.parse_intermixed_args(arguments)
-    place = find_place(os.environ)
+    position = find_position(os.environ)
     try:
-        config, problems = read_settings(args.config, args.overrides, place.ranks)
+        config, problems = read_settings(args.config, args.overrides, position.ranks)
     except ConfigError as error:  # all ranks read the same
-        if place.rank == 0:
+        if position.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
-    tasks = Rank(place, Here(place.node, config, problems, args.force_config)).tasks()
-    hello = {"rank": place.rank, "node": place.node}
+    tasks = Rank(position, Here(position.node, config, problems, args.force_config)).tasks()
+    hello = {"rank": position.rank, "node": position.node}
     try:
-        if place.rank > 0:
-            return follow((place.address, place.port), hello, tasks, PATIENCE)
-        with Lead(place.port, place.ranks, PATIENCE) as lead:
+        if position.rank > 0:
+            return follow((position.address, position.port), hello, tasks, PATIENCE)
+        with Lead(position.port, position.ranks, PATIENCE) as lead:
             threading.Thread(target=_follow_itself, args=(lead.port, hello, tasks), daemon=True).start()
             code = conduct(lead, config)
             lead.end(code)
             return code
     except OSError as error:
-        print(f"error on rank {place.rank} on {place.node}: {error}", file=sys.stderr, flush=True)
+        print(f"error on rank {position.rank} on {position.node}: {error}", file=sys.stderr, flush=True)
         return EXIT_UNFIT
 
 
@@ -109,18 +109,18 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
 # ---------------------------------------------------------------- who and where
 
 
-def find_place(environment: Mapping[str, str]) -> Place:
+def find_position(environment: Mapping[str, str]) -> Position:
     """Of a task of a Slurm step, of a rank of torch.distributed, or of a process that is alone."""
     known = dict(environment)
-    node = known.get("SLURMD_NODENAME", socket.gethostname())
+    node = host(known)
     if "SLURM_PROCID" in known and "SLURM_STEP_ID" in known:
         known |= slurm_rank(known)
         if "MASTER_ADDR" not in known:
             known |= _address_of_step(known)
     if "RANK" not in known:
-        return Place(0, 1, 0, node, "127.0.0.1", 0)
+        return Position(0, 1, 0, node, "127.0.0.1", 0)
     rank, ranks, local_rank = (int(known[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Place(rank, ranks, local_rank, node, known["MASTER_ADDR"], int(known["MASTER_PORT"]))
+    return Position(rank, ranks, local_rank, node, known["MASTER_ADDR"], int(known["MASTER_PORT"]))
 
 
 def _address_of_step(known: Mapping[str, str]) -> dict[str, str]:
@@ -156,7 +156,7 @@ def counts(text: str) -> list[int]:
 class Rank:
     """What rank 0 may ask of a rank."""
 
-    place: Place
+    position: Position
     here: Here
 
     def tasks(self) -> dict[str, Task]:
@@ -174,8 +174,8 @@ class Rank:
     def meet(self, message: dict[str, Any], doing: Callable[[str], None]) -> dict[str, Any]:
         from launch.network import BYTES, Meeting, measure
 
-        place, device = self.place, message["device"]
-        meeting = Meeting(place.rank, place.ranks, message["firsts"], device, place.local_rank, place.address, message["port"])
+        position, device = self.position, message["device"]
+        meeting = Meeting(position.rank, position.ranks, message["firsts"], device, position.local_rank, position.address, message["port"])
         reduced, exchanged = measure(meeting, doing)
         return {"bytes": BYTES[device], "reduced": reduced, "exchanged": list(exchanged.items())}
 
@@ -271,8 +271,8 @@ def show(verdict: Verdict, reduced: str) -> None:
     if verdict.code == EXIT_UNFIT:
         for name, texts in verdict.unfit.items():
             attempts.tell("node", host=name, why="; ".join(texts)[:_WHY_LENGTH])
-    conclusion = {0: "fit", EXIT_CONFIG: "settings, data or software can't work", EXIT_UNFIT: "unfit: "}[verdict.code]
-    print(f"preflight: {conclusion}{', '.join(verdict.unfit) if verdict.code == EXIT_UNFIT else ''}", flush=True)
+    conclusion = {0: "fit", EXIT_CONFIG: "settings, data or software can't work", EXIT_UNFIT: "unfit"}[verdict.code]
+    print(f"preflight: {conclusion}{': ' + ', '.join(verdict.unfit) if verdict.code == EXIT_UNFIT and verdict.unfit else ''}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ READ_ENOUGH = 8 << 20  # bytes; less tells more of the machine's mood than of it
 
 @dataclass
 class Verdict:
-    """`unfit` has the reasons by node; `nameless` are for ranks that did not come, of which nobody knows the node."""
+    """`unfit` has the reasons by node; `nameless` are for what nobody knows the node of: ranks that did not come, or a network
+    on which all fail. Another try may go better."""
 
     settings: list[str] = field(default_factory=list)
     unfit: dict[str, list[str]] = field(default_factory=dict)
@@ -75,7 +76,7 @@ def judge_silent(silent: Mapping[int, Silent], nodes: Sequence[Node]) -> Verdict
     to_blame = {rank: one.text for rank, one in silent.items() if one.kind == kind}
     found = {node.name: [f"rank {rank} {to_blame[rank]}" for rank in node.ranks if rank in to_blame] for node in nodes}
     if all(found.values()) and (len(nodes) > 1 or kind == "failed"):
-        verdict.settings += [f"on every node: {next(iter(found.values()))[0]}"]
+        verdict.nameless += [f"on every node: {next(iter(found.values()))[0]}"]
     else:
         verdict.unfit |= {name: texts for name, texts in found.items() if texts}
     return verdict

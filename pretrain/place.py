@@ -9,6 +9,7 @@ So it is known of a process that was killed as well, in which step it was. Nothi
 import mmap
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -56,9 +57,9 @@ class Place:
         return Where(*self._numbers)
 
 
-def host() -> str:
+def host(environment: Mapping[str, str] = os.environ) -> str:
     """The name of this machine: Slurm's, in a job of Slurm."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return environment.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def shared_page() -> int:

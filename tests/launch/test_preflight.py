@@ -21,7 +21,7 @@ from launch.__main__ import free_port
 from launch.gpus import Gpu, broken, hot, read_gpus
 from launch.network import rounds
 from launch.nodes import BACKBONES, Node, Problem, checkpoint_bytes
-from launch.preflight import counts, find_place, show
+from launch.preflight import counts, find_position, show
 from launch.roll_call import Silent, offset
 from launch.verdict import SKEW, Verdict, judge, judge_absent, judge_silent, pair_rate, read_rate, spans, table
 from pretrain.attempts import heard
@@ -455,8 +455,8 @@ def test_silent_ranks() -> None:
     assert judge_silent({}, nodes).code == 0
     assert judge_silent({0: failed, 1: failed, 2: failed, 3: hung}, nodes).unfit == {"b": ["rank 3 hung"]}
     assert judge_silent({0: hung, 1: failed, 2: ended}, nodes).unfit == {"b": ["rank 2 ended"]}
-    assert judge_silent({0: hung, 3: hung}, nodes).settings == ["on every node: rank 0 hung"]
-    assert judge_silent({0: failed}, nodes[:1]).code == 2
+    assert judge_silent({0: hung, 3: hung}, nodes).nameless == ["on every node: rank 0 hung"]
+    assert judge_silent({0: failed}, nodes[:1]).code == 3
     assert judge_silent({0: hung}, nodes[:1]).code == 3
 
 
@@ -486,9 +486,16 @@ def test_the_batch_script_is_told_in_short(capsys: pytest.CaptureFixture[str]) -
 
 def test_where_a_rank_is() -> None:
     task = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURMD_NODENAME": "n1"}
-    place = find_place(task | {"MASTER_ADDR": "n0", "MASTER_PORT": "12345"})
-    assert (place.rank, place.ranks, place.local_rank, place.node, place.address, place.port) == (9, 16, 1, "n1", "n0", 12345)
-    assert (find_place({}).rank, find_place({}).ranks) == (0, 1)
+    position = find_position(task | {"MASTER_ADDR": "n0", "MASTER_PORT": "12345"})
+    assert (position.rank, position.ranks, position.local_rank, position.node, position.address, position.port) == (
+        9,
+        16,
+        1,
+        "n1",
+        "n0",
+        12345,
+    )
+    assert (find_position({}).rank, find_position({}).ranks) == (0, 1)
 
 
 @pytest.mark.slow
