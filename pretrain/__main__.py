@@ -1,7 +1,9 @@
-"""One process of a job, or what a run made: train, evaluate, export, checkpoints; or how fast a GPU is: bench.
+"""One process of a job, or what a run made: train, status, evaluate, export, checkpoints; or how fast a GPU is: bench.
 
 python -m pretrain train CONFIG [--force-config] key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
+python -m pretrain status [RUN …] [--follow]
+    how a run stands, or as a table all runs below runs/ or below the folders that are named; needs no GPU and no job of its own
 python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] [--probe N]
     top-1, top-5 and loss on data.val of a run, a checkpoint, or weights in any format that a job can start from; CONFIG says by what to
     judge them, and a run needs none. --probe: what the backbone's features are good for, by k-NN and a linear classifier on at most N
@@ -24,7 +26,6 @@ from pathlib import Path
 
 import data
 import pretrain
-from pretrain import config as settings
 from pretrain.exit_codes import EXIT_CONFIG
 
 
@@ -35,6 +36,9 @@ def main() -> int:
     train_parser.add_argument("config", type=Path)
     train_parser.add_argument("overrides", nargs="*", metavar="key=value")
     train_parser.add_argument("--force-config", action="store_true", help="go on with a run though its settings have changed")
+    status_parser = commands.add_parser("status", help="how runs stand")
+    status_parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN")
+    status_parser.add_argument("--follow", action="store_true", help="go on showing until Ctrl-C")
     evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run, a checkpoint or a weights file on data.val")
     evaluate_parser.add_argument("source", type=Path, metavar="SOURCE")
     evaluate_parser.add_argument("settings", nargs="*", metavar="CONFIG key=value")
@@ -73,7 +77,9 @@ def main() -> int:
     if behind:
         args.overrides += behind
     try:
-        run = {"train": _train, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench}[args.command]
+        run = {
+            "train": _train, "status": _status, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench,
+        }[args.command]  # fmt: skip
         return run(args)
     except ValueError as error:
         if not raised_here(error):
@@ -87,7 +93,9 @@ def main() -> int:
 
 def _falls_to_us(error: ValueError) -> bool:
     """Whether this rank is the one to tell of an error: what all ranks have found is told once, what one has found by that one."""
-    if isinstance(error, settings.ConfigError):  # all read the same settings
+    from data.config_files import ConfigError
+
+    if isinstance(error, ConfigError):  # all read the same settings
         return int(os.environ.get("RANK", 0)) == 0
     from pretrain.faults import first_to_say
 
@@ -104,6 +112,8 @@ def _train(args: argparse.Namespace) -> int:
     # A USR1 in the minutes of a start would end the job for good: it waits for train's StopSignals. TERM doesn't: it ends the others
     # of a rank that failed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    from pretrain import config as settings
+
     config = settings.load(args.config, args.overrides)
     from pretrain import engine
     from pretrain.train import train
@@ -111,6 +121,12 @@ def _train(args: argparse.Namespace) -> int:
     code = train(config, force_config=args.force_config)
     engine.stop()
     return code
+
+
+def _status(args: argparse.Namespace) -> int:
+    from pretrain.status import status
+
+    return status(args.runs, args.follow)
 
 
 def _evaluate(args: argparse.Namespace) -> int:

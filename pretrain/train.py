@@ -179,6 +179,11 @@ def train(config: Config, force_config: bool = False) -> int:
             + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
         )
         told = {name: value for name, value in values.items() if math.isfinite(value)} | {k: n for k, n in counts.items() if n}
+        told |= {
+            "total": total,
+            "next_save": retention.next_save(step, config.run.save_every, evaluate_every, total),
+            "evaluates": evaluates,
+        }
         log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told, **slowest.record())
         return bad
 
