@@ -8,6 +8,8 @@ python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] 
     top-1, top-5 and loss on data.val of a run, a checkpoint, or weights in any format that a job can start from; CONFIG says by what to
     judge them, and a run needs none. --probe: what the backbone's features are good for, by k-NN and a linear classifier on at most N
     images a class of data.train. One process, or all ranks of a job: python -m launch evaluate …
+python -m pretrain export RUN
+    a finished run's weights to RUN/weights, in the formats of run.export
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
     [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
 python -m pretrain checkpoints RUN [--verify | --compare A B | --prune KEEP]
@@ -28,6 +30,8 @@ import data
 import pretrain
 from pretrain.exit_codes import EXIT_CONFIG
 
+_EXPORTS = ("format", "out", "weights", "dtype", "features_only", "licence", "force")  # options of an export
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -45,8 +49,8 @@ def main() -> int:
     evaluate_parser.add_argument("--probe", type=int, metavar="N", help="of the features, by at most N images a class of data.train")
     export_parser = commands.add_parser("export", help="weights for other projects")
     export_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    export_parser.add_argument("--format", required=True, choices=("official", "timm", "mmpretrain", "mmseg", "hf"))
-    export_parser.add_argument("--out", type=Path, required=True)
+    export_parser.add_argument("--format", choices=("official", "timm", "mmpretrain", "mmseg", "hf"))
+    export_parser.add_argument("--out", type=Path)
     export_parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     export_parser.add_argument("--features-only", action="store_true", help="without the head")
     export_parser.add_argument("--licence", default="not stated", help="for the model card")
@@ -76,6 +80,10 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
     if behind:
         args.overrides += behind
+    if args.command == "export" and (args.format is None or args.out is None):
+        alone = [f"--{name.replace('_', '-')}" for name in _EXPORTS if getattr(args, name) != export_parser.get_default(name)]
+        if alone:
+            parser.error(f"{', '.join(alone)}: to export with options takes --format and --out; without any, RUN's own formats are written")
     try:
         run = {
             "train": _train, "status": _status, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench,
@@ -140,8 +148,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from pretrain.export import export
+    from pretrain.export import export, release
 
+    if args.format is None:
+        release(args.source)
+        return 0
     options = {"dtype": args.dtype, "features_only": args.features_only, "licence": args.licence, "force": args.force}
     print(export(args.source, args.format, args.out, average=args.weights == "ema", **options))
     return 0

@@ -270,7 +270,7 @@ def train(config: Config, force_config: bool = False) -> int:
         checkpoints.close()
     log.close()
     if step == total:
-        log.line(f"complete after {total} steps; weights: python -m pretrain export {folder} --format official --out {config.name}.pth")
+        log.line(f"complete after {total} steps; weights: python -m pretrain export {folder}")
         return 0
     log.line(f"stopped at step {step} of {total} and saved; start the same command again to go on")
     return EXIT_AGAIN
