@@ -1,7 +1,7 @@
 """How a run stands, by what lies in its directory and by what Slurm says: read by anyone, anywhere, without a word to the job itself.
 
     runs = read([Path("runs/van_b3_in22k")])      a Run each: what is there, as it is
-    state, told = judge(run, time.time())         what that comes to, a pure function of it
+    state, told = judge(run, time.time())         what that comes to, a function of it
 
 Files may be half-written, of another version, or vanish meanwhile: what can't be read is passed over. Of metrics.jsonl only the end is
 read. A live holder of the run's lock is told as pretrain/checkpoint/lock.py does it, but at one glance: on its own machine by its
@@ -230,8 +230,9 @@ def _size(folder: Path) -> int:
 
 
 def _free(folder: Path) -> int:
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        return shutil.disk_usage(folder).free
+        return shutil.disk_usage(there).free
     except OSError:
         return 0
 
@@ -318,7 +319,7 @@ def judge(run: Run, now: float) -> tuple[State, str]:
     if run.step is not None:
         unsaved = run.step - (run.saved[-1] if run.saved else 0)
         return "stopped", f"the last {unsaved} steps are not saved" if unsaved > 0 else ""
-    return "not started", ""
+    return "not started", "" if run.folder.exists() else "there is no such folder"
 
 
 def _living(run: Run, held: Holder, now: float) -> tuple[State, str]:

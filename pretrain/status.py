@@ -24,11 +24,8 @@ def status(folders: Sequence[Path], follow: bool) -> int:
     """Prints how the runs stand, once or until Ctrl-C; returns the exit code.
 
     Raises:
-        ValueError: a folder does not exist, or there is no run in any of them.
+        ValueError: there is no run in any of them. A folder that does not exist is a run that has not started.
     """
-    for folder in folders:
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is no run directory, and no folder of them")
     if not (found := _find(folders)):
         raise ValueError(f"there is no run in {', '.join(map(str, folders))}")
     alone = found == list(folders)[:1]
@@ -42,7 +39,7 @@ def status(folders: Sequence[Path], follow: bool) -> int:
 
 
 def _find(folders: Sequence[Path]) -> list[Path]:
-    return list(dict.fromkeys(run for folder in folders for run in find(folder)))
+    return list(dict.fromkeys(run for folder in folders for run in (find(folder) if folder.exists() else [folder])))
 
 
 def _follow(folders: Sequence[Path], alone: bool) -> NoReturn:

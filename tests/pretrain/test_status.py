@@ -199,10 +199,12 @@ def test_all_runs_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_where_there_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder, message in ((tmp_path, "there is no run in"), (tmp_path / "none", "is no run directory, and no folder of them")):
-        monkeypatch.setattr("sys.argv", ["pretrain", "status", str(folder)])
-        assert main() == 2
-        assert message in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["pretrain", "status", str(tmp_path)])
+    assert main() == 2
+    assert f"error: there is no run in {tmp_path}\n" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["pretrain", "status", str(tmp_path / "later")])  # as of a job that has not begun
+    assert main() == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'later'}: not started: there is no such folder\n")
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (999_600, "1 MB"), (3.34e9, "3.34 GB"), (5.2e15, "5.2e+03 TB")])
