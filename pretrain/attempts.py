@@ -59,12 +59,14 @@ def read(run: Path) -> list[Attempt]:
     for line in lines:
         try:
             values = json.loads(line)
-            key = values.pop("job"), values.pop("restart")
+            key = str(values.pop("job")), int(values.pop("restart"))
             if "end" in values:
-                end = values["end"] | {"excluded": tuple(values["end"]["excluded"])}
+                end = values["end"]
+                end |= {"at": float(end["at"]), "saved": int(end["saved"]), "excluded": tuple(end["excluded"])}
                 found[key] = replace(found[key], end=End(**end))
             else:
-                found[key] = Attempt(*key, **values | {"nodes": tuple(values["nodes"])})
+                numbers = {"began": float(values["began"]), "saved": int(values["saved"])}
+                found[key] = Attempt(*key, **values | numbers | {"nodes": tuple(values["nodes"])})
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return list(found.values())

@@ -76,8 +76,10 @@ def table(runs: Sequence[Run], now: float) -> str:
 
 def _row(run: Run, now: float) -> tuple[str, ...]:
     state, told = judge(run, now)
-    record = run.records.get("train", {})
-    moving = state in ("training", "evaluating")
+    record, moving = run.records.get("train", {}), state in ("training", "evaluating")
+    ends = [attempt.end.reason for attempt in run.attempts if attempt.end is not None]
+    if moving and ends and not told:
+        told = f"last restart: {ends[-1]}"
     return (
         str(run.folder), state, _step(run), _joined(record, ("loss", "{:.4f}")), _joined(record, ("lr", "{:.2e}")),
         _joined(record, ("images_per_s", "{:,.0f}")),
