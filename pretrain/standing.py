@@ -10,6 +10,7 @@ process, elsewhere by when the file was last touched, for which this machine's c
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -65,7 +66,7 @@ class Run:
         total: steps of the whole training; None: not known yet.
         saved, saved_at: steps of the checkpoints, the oldest first, and when the newest was made.
         saving: the step that is being saved.
-        job: None where Slurm does not have it, or can't be asked (`queue_known`).
+        job: None where Slurm does not have it, or where there is none to ask for or nobody to ask (`queue_known`).
         skipped: steps that changed nothing.
         bytes, free: of the checkpoints, and of their file system.
     """
@@ -145,7 +146,7 @@ def _read(folder: Path, tried: tuple[Attempt, ...], held: Holder | None, jobs: d
         total=next((value for value in of_all if isinstance(value, int)), None),
         saved=tuple(map(step_of, saved)), saved_at=_modified(saved[-1]) if saved else None, saving=max(saving, default=None),
         attempts=tried, starts=len(list((folder / "starts").glob("[0-9]*"))), holder=held,
-        job=jobs.get(job) if jobs is not None and job else None, queue_known=jobs is not None,
+        job=jobs.get(job) if jobs is not None and job else None, queue_known=jobs is not None and job is not None,
         failed=_headline(folder / FAILED), stop=(folder / STOP).exists(),
         bad_images=len(_lines(_bytes(folder / "quarantine.jsonl"))), skipped=len(bad),
         rollbacks=len(_json(folder / "rollbacks.json") or ()), bytes=_size(folder / CHECKPOINTS), free=_free(folder),
@@ -175,7 +176,7 @@ def _part(value: Any) -> Record:
 
 def number(record: Record, key: str) -> float | None:
     value = record.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def _lines(content: bytes) -> list[Record]:

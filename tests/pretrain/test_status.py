@@ -119,6 +119,9 @@ STATES: dict[str, tuple[list[Callable[[Path], None]], dict[str, Job] | None, str
     "begun again": ([lambda run: trained(run, ago=900), attempted], {"17": RUNNING}, "starting", "job 17 RUNNING"),
     "done with the run": ([trained, attempted], {"17": Job("COMPLETING", "None", None)}, "ending", "job 17 COMPLETING"),
     "lost": ([attempted], {}, "failed", "job 17 is no longer in the queue and left no word"),
+    "without Slurm, beside runs with it": (
+        [lambda run: trained(run, ago=720), lambda run: locked(run, elsewhere=True, touched=700)], {}, "silent", "no sign of life for"
+    ),
     "without squeue": ([attempted], None, "silent", "no sign of life for 11 min 40 s"),
     "crashed": ([lambda run: attempted(run, ended("crashed", "rank 3 on n1: exit code 1", step=44))], {}, "failed",
                 "rank 3 on n1: exit code 1"),
@@ -227,6 +230,7 @@ def test_sizes(count: float, text: str) -> None:
 # ---------------------------------------------------------------- files as they come
 
 FOREIGN = [
+    b'{"kind": "train", "step": 1, "time": NaN}\n{"kind": "train", "step": 1, "time": 1, "loss": NaN, "left_s": Infinity}',
     b"", b"\xff\x00\x80", b"null", b"[]\n3", b'{"kind": "train", "st', b'{"kind": ["train"], "step": 1, "time": 1}',
     b'{"kind": "train", "step": "1", "time": null, "end": 3, "job": [], "restart": {}}', b'{"kind": "train", "step": 1, "time": 1}\n{"ki',
     b'{"job": "1", "restart": 0, "began": "soon", "nodes": ["n0"], "ranks": 1, "saved": 0}\n{"job": "1", "restart": 0, "end": {"at": 1}}',
