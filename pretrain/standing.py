@@ -294,9 +294,12 @@ def judge(run: Run, now: float) -> tuple[State, str]:
     """What a run is doing, and what is to be said of that; "" where that is all."""
     held, job = run.holder, run.job
     last = run.attempts[-1] if run.attempts else None
-    if held is not None and (held.alive or (not held.here and now - _sign(run) < _patience(run))):
+    queued = job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+    left_over = queued and held is not None and held.job == run.job_id  # of an attempt that Slurm has ended a moment ago
+    if held is not None and not left_over and (held.alive or (not held.here and now - _sign(run) < _patience(run))):
         return _living(run, held, now)
-    if job is not None and job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"):
+    if queued:
+        assert job is not None
         expected = f", expected to start {date(job.start)}" if job.start is not None and job.start > now else ""
         return "queued", f"job {run.job_id} {job.state} ({job.reason}){expected}"
     if run.total is not None and run.total in run.saved:

@@ -115,6 +115,14 @@ STATES: dict[str, tuple[list[Callable[[Path], None]], dict[str, Job] | None, str
     "and Slurm's job there": ([attempted, lambda run: saved(run, 200)], {"17": RUNNING}, "complete", "job 17 RUNNING"),
     "in the queue": ([trained, lambda run: attempted(run, ended("stopped", "told to stop", again=True))], {"17": PENDING}, "queued",
                      r"job 17 PENDING \(Priority\), expected to start 20"),
+    "in the queue, a moment after its node was lost": (
+        [lambda run: trained(run, ago=10), attempted, lambda run: locked(run, elsewhere=True, touched=5, job="17")], {"17": PENDING},
+        "queued", r"job 17 PENDING \(Priority\), expected to start 20"
+    ),
+    "in the queue, while another trains there": (
+        [lambda run: trained(run, ago=10), attempted, lambda run: locked(run, elsewhere=True, touched=5, job="18")], {"17": PENDING},
+        "training", ""
+    ),
     "begun": ([attempted], {"17": RUNNING}, "starting", "job 17 RUNNING"),
     "begun again": ([lambda run: trained(run, ago=900), attempted], {"17": RUNNING}, "starting", "job 17 RUNNING"),
     "done with the run": ([trained, attempted], {"17": Job("COMPLETING", "None", None)}, "ending", "job 17 COMPLETING"),
