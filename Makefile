@@ -2,7 +2,7 @@
 # make test          all tests but the long sweeps
 # make test-fast     those that take seconds
 # make test-full     the long sweeps as well
-# make lint          format, lint, types
+# make lint          format, lint, types, shell scripts
 # make setup         .venv with everything pinned; the others do it first
 # make slurm         Slurm from the distribution's packages, for the cluster tests (root or sudo)
 # make requirements  requirements.txt anew from pyproject.toml
@@ -39,6 +39,7 @@ lint: $(READY)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
+	.venv/bin/shellcheck launch/*.sh
 
 slurm:
 	@tests/slurm/install.sh

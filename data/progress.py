@@ -34,9 +34,11 @@ def progress(iterable: Iterable[T], total: int, label: str, weigh: Callable[[T],
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units that matter: `7 s`, `12 min 5 s`, `3 h 40 min`."""
+    """A time in the two largest units that matter: `7 s`, `12 min 5 s`, `3 h 40 min`, and from two days on `2 d 3 h`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

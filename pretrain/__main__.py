@@ -1,11 +1,15 @@
-"""One process of a job, or what a run made: train, evaluate, export, checkpoints; or how fast a GPU is: bench.
+"""One process of a job, or what a run made: train, status, evaluate, export, checkpoints; or how fast a GPU is: bench.
 
 python -m pretrain train CONFIG [--force-config] key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
+python -m pretrain status [RUN …] [--follow]
+    how a run stands, or as a table all runs below runs/ or below the folders that are named; needs no GPU and no job of its own
 python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] [--probe N]
     top-1, top-5 and loss on data.val of a run, a checkpoint, or weights in any format that a job can start from; CONFIG says by what to
     judge them, and a run needs none. --probe: what the backbone's features are good for, by k-NN and a linear classifier on at most N
     images a class of data.train. One process, or all ranks of a job: python -m launch evaluate …
+python -m pretrain export RUN
+    a finished run's weights to RUN/weights, in the formats of run.export
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
     [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
 python -m pretrain checkpoints RUN [--verify | --compare A B | --prune KEEP]
@@ -25,8 +29,9 @@ from pathlib import Path
 
 import data
 import pretrain
-from pretrain import config as settings
 from pretrain.exit_codes import EXIT_CONFIG
+
+_EXPORTS = ("format", "out", "weights", "dtype", "features_only", "licence", "force")  # options of an export
 
 
 def main() -> int:
@@ -36,14 +41,17 @@ def main() -> int:
     train_parser.add_argument("config", type=Path)
     train_parser.add_argument("overrides", nargs="*", metavar="key=value")
     train_parser.add_argument("--force-config", action="store_true", help="go on with a run though its settings have changed")
+    status_parser = commands.add_parser("status", help="how runs stand")
+    status_parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN")
+    status_parser.add_argument("--follow", action="store_true", help="go on showing until Ctrl-C")
     evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run, a checkpoint or a weights file on data.val")
     evaluate_parser.add_argument("source", type=Path, metavar="SOURCE")
     evaluate_parser.add_argument("settings", nargs="*", metavar="CONFIG key=value")
     evaluate_parser.add_argument("--probe", type=int, metavar="N", help="of the features, by at most N images a class of data.train")
     export_parser = commands.add_parser("export", help="weights for other projects")
     export_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
-    export_parser.add_argument("--format", required=True, choices=("official", "timm", "mmpretrain", "mmseg", "hf"))
-    export_parser.add_argument("--out", type=Path, required=True)
+    export_parser.add_argument("--format", choices=("official", "timm", "mmpretrain", "mmseg", "hf"))
+    export_parser.add_argument("--out", type=Path)
     export_parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     export_parser.add_argument("--features-only", action="store_true", help="without the head")
     export_parser.add_argument("--licence", default="not stated", help="for the model card")
@@ -73,8 +81,14 @@ def main() -> int:
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
     if behind:
         args.overrides += behind
+    if args.command == "export" and (args.format is None or args.out is None):
+        alone = [f"--{name.replace('_', '-')}" for name in _EXPORTS if getattr(args, name) != export_parser.get_default(name)]
+        if alone:
+            parser.error(f"{', '.join(alone)}: to export with options takes --format and --out; without any, RUN's own formats are written")
     try:
-        run = {"train": _train, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench}[args.command]
+        run = {
+            "train": _train, "status": _status, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench,
+        }[args.command]  # fmt: skip
         return run(args)
     except ValueError as error:
         if not raised_here(error):
@@ -88,7 +102,9 @@ def main() -> int:
 
 def _falls_to_us(error: ValueError) -> bool:
     """Whether this rank is the one to tell of an error: what all ranks have found is told once, what one has found by that one."""
-    if isinstance(error, settings.ConfigError):  # all read the same settings
+    from data.config_files import ConfigError
+
+    if isinstance(error, ConfigError):  # all read the same settings
         return int(os.environ.get("RANK", 0)) == 0
     from pretrain.faults import first_to_say
 
@@ -106,6 +122,8 @@ def _train(args: argparse.Namespace) -> int:
     # of a rank that failed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     faulthandler.enable()
+    from pretrain import config as settings
+
     config = settings.load(args.config, args.overrides)
     from pretrain import engine
     from pretrain.train import train
@@ -113,6 +131,12 @@ def _train(args: argparse.Namespace) -> int:
     code = train(config, force_config=args.force_config)
     engine.stop()
     return code
+
+
+def _status(args: argparse.Namespace) -> int:
+    from pretrain.status import status
+
+    return status(args.runs, args.follow)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -126,8 +150,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from pretrain.export import export
+    from pretrain.export import export, release
 
+    if args.format is None:
+        release(args.source)
+        return 0
     options = {"dtype": args.dtype, "features_only": args.features_only, "licence": args.licence, "force": args.force}
     print(export(args.source, args.format, args.out, average=args.weights == "ema", **options))
     return 0

@@ -11,7 +11,7 @@ other nodes may be seconds old, has to carry it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,20 +50,25 @@ class Attempt:
 
 
 def read(run: Path) -> list[Attempt]:
-    """All attempts of a run, the first one first."""
+    """All attempts of a run, the first one first. Lines that are cut short, as by a node's end, or are of another kind are passed over."""
     found: dict[tuple[str, int], Attempt] = {}
     try:
-        lines = (run / ATTEMPTS).read_text().splitlines()
-    except FileNotFoundError:
+        lines = (run / ATTEMPTS).read_text(errors="replace").splitlines()
+    except OSError:
         return []
     for line in lines:
-        values = json.loads(line)
-        key = values.pop("job"), values.pop("restart")
-        if "end" in values:
-            end = values["end"] | {"excluded": tuple(values["end"]["excluded"])}
-            found[key] = Attempt(**asdict(found[key]) | {"end": End(**end)})
-        else:
-            found[key] = Attempt(*key, **values | {"nodes": tuple(values["nodes"])})
+        try:
+            values = json.loads(line)
+            key = str(values.pop("job")), int(values.pop("restart"))
+            if "end" in values:
+                end = values["end"]
+                end |= {"at": float(end["at"]), "saved": int(end["saved"]), "excluded": tuple(end["excluded"])}
+                found[key] = replace(found[key], end=End(**end))
+            else:
+                numbers = {"began": float(values["began"]), "saved": int(values["saved"])}
+                found[key] = Attempt(*key, **values | numbers | {"nodes": tuple(values["nodes"])})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
     return list(found.values())
 
 

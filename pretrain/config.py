@@ -20,6 +20,7 @@ from data import config_files
 from data.config_files import ConfigError
 from data.files import publish
 from data.settings import DataConfig, failing, invalid_data
+from pretrain.weights import FORMATS
 
 # Keys, or whole sections, that may change while a run goes on: what is computed stays the recipe's, on other machines or by other means.
 # For all others a run wants --force-config, but for those that decide the samples: these it can't change at all (checkpoints).
@@ -96,6 +97,8 @@ class RunConfig:
     keep: int = 3  # newest checkpoints to keep
     keep_every: float = 0.0  # epochs; checkpoints at multiples of this are saved and kept for good; 0: none
     keep_best: Literal["none", "top1", "top5", "loss"] = "none"  # save after evaluations too, and keep the best; of the average if kept
+    # Formats of the weights in RUN/weights when training is complete (weights.py lists them); empty: none.
+    export: list[str] = field(default_factory=lambda: ["official", "timm"])
     wandb: str | None = None  # PROJECT or ENTITY/PROJECT at Weights & Biases to send the records to; none: off
     mlflow: str | None = None  # experiment of MLflow, in the store that MLFLOW_TRACKING_URI names; none: off
 
@@ -304,6 +307,7 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     if values.get("engine.offload") and values.get("engine.zero_stage") == 0:
         wrong.append(("engine.offload", "needs engine.zero_stage 1, 2 or 3"))
     wrong += failing(values, ["model.checkpoint_stages"], lambda stages: set(stages) <= {0, 1, 2, 3}, "must be of stages 0, 1, 2 and 3")
+    wrong += failing(values, ["run.export"], lambda formats: set(formats) <= set(FORMATS), f"must be of {', '.join(FORMATS)}")
     wrong += failing(values, ["guard.spike"], lambda value: value == 0 or value > 1, "must be more than 1, or 0 for never")
     wrong += failing(values, ["optim.layer_decay"], lambda value: 0 < value <= 1, "must be more than 0 and at most 1")
     shares = ["model.drop_path", "optim.label_smoothing", "engine.ema_decay"]

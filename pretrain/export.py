@@ -1,6 +1,7 @@
 """Weights out of a run, in the formats other projects load.
 
-    python -m pretrain export runs/van_b3_in22k --format official --out van_b3_in22k.pth
+    python -m pretrain export runs/van_b3_in22k                                             all of run.export, to RUN/weights
+    python -m pretrain export runs/van_b3_in22k --format official --out van_b3_in22k.pth    one, of a run or a checkpoint
 
 official, mmpretrain and mmseg (which has no head) are files, {"state_dict": …, "classes": names}; timm and hf are folders with
 config.json and model.safetensors. LOADED_BY says how each is loaded.
@@ -9,9 +10,11 @@ One process does it, on a CPU, without DeepSpeed. What was written is read back 
 its model card, PATH.md, and its checksum, PATH.sha256; in a folder they are README.md and SHA256SUMS.
 """
 
+import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pretrain.config import Config
+from data.files import publish, sync
+from pretrain.config import Config, from_dict
 from pretrain.initial_weights import read_source
-from pretrain.trained import build_trained
+from pretrain.run_directory import MANIFEST
+from pretrain.trained import build_trained, open_run
 from pretrain.weights import some, to_format
 
 FOLDERS = ("timm", "hf")
+WEIGHTS, LIST = "weights", "weights.json"  # of a run: their folder, and the list in it of what was written, from which step
+SUFFIXES = {"official": ".pth", "mmseg": "_mmseg.pth", "mmpretrain": "_mmpretrain.pth", "timm": "_timm", "hf": "_hf"}
 LOADED_BY = {
     "official": '`model.load_state_dict(torch.load(PATH)["state_dict"])` in the authors\' VAN-Classification',
     "mmseg": "`pretrained=PATH` of the backbone in the authors' VAN-Segmentation, VAN-Detection and their ports",
@@ -35,6 +42,69 @@ LOADED_BY = {
     "hf": "`VanForImageClassification.from_pretrained(PATH)` of transformers, with VAN up to 4.30",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def release(run: Path, log: Callable[[str], None] = print) -> list[Path]:
+    """Writes a finished run's weights, or their moving average where one is kept, to RUN/weights in the formats of run.export: NAME.pth
+    for the authors' code, NAME_FORMAT.pth or the folder NAME_FORMAT for others. Returns where they are.
+
+    What is there already, whole and of the same step, stays; what an earlier try left is replaced.
+
+    Args:
+        log: gets a line for each.
+
+    Raises:
+        ValueError: the run is not finished, has no whole checkpoint, or RUN/weights can't be written.
+    """
+    if (run / MANIFEST).is_file():
+        raise ValueError(f"{run} is a checkpoint: give --format and --out")
+    checkpoint, trainer = open_run(run)
+    step, total, config = trainer["step"], trainer["identity"]["steps"], from_dict(trainer["config"])
+    if step < total:
+        raise ValueError(f"{run} is not finished: step {step} of {total}; with --format and --out its weights are exported as they are")
+    average = bool(config.engine.ema_decay)
+    state = {"step": step, "weights": "ema" if average else "raw"}
+    listed = _listed(run / WEIGHTS)
+    outs = {fmt: run / WEIGHTS / f"{config.name}{SUFFIXES[fmt]}" for fmt in config.run.export}
+    missing = {fmt: out for fmt, out in outs.items() if not _stands(fmt, out, state, listed)}
+    for fmt, out in outs.items():
+        if fmt not in missing:
+            log(f"{out}: there already, of step {step}")
+    if missing:
+        model, config, trainer = build_trained(checkpoint, average)
+    for fmt, out in missing.items():
+        _check_place([out], force=True)
+        written, digest = _write(copy.deepcopy(model), config, trainer, fmt, out, average=average)
+        listed[out.name] = state | {"sha256": digest}
+        _list(run / WEIGHTS, listed)
+        log(written)
+    return list(outs.values())
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """What is in a run's folder of weights, by name; nothing where that can't be read, so that all is written anew."""
+    try:
+        found = json.loads((folder / LIST).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _list(folder: Path, listed: dict[str, Any]) -> None:
+    try:
+        with (folder / f".{LIST}").open("w") as file:
+            json.dump(listed, file, indent=1)
+            publish(file, folder / LIST)
+    except OSError as error:
+        raise ValueError(f"{folder / LIST} can't be written: {error}") from error
+
+
+def _stands(fmt: str, out: Path, state: dict[str, Any], listed: dict[str, Any]) -> bool:
+    """Whether an export is there, as it was written."""
+    weights, *beside = _files(fmt, out)
+    if not all(path.is_file() for path in (weights, *beside)):
+        return False
+    return listed.get(out.name) == state | {"sha256": _sha256(weights)}
 
 
 def export(
@@ -53,12 +123,20 @@ def export(
         ValueError: no whole checkpoint to read, no average in it, `out` can't be written, has a name of another format, or exists and
             `force` is off or it is no export.
     """
-    as_folder = fmt in FOLDERS
-    card_path, sums_path = (out / "README.md", out / "SHA256SUMS") if as_folder else (Path(f"{out}.md"), Path(f"{out}.sha256"))
-    _check_place([out] if as_folder else [out, card_path, sums_path], force)
-    if not as_folder and out.suffix == ".safetensors":
+    _check_place([out] if fmt in FOLDERS else _files(fmt, out), force)
+    if fmt not in FOLDERS and out.suffix == ".safetensors":
         raise ValueError(f"{out}: format {fmt} is a file of torch.save; call it {out.with_suffix('.pth')}")
     model, config, trainer = build_trained(source, average)
+    written, _ = _write(model, config, trainer, fmt, out, average=average, dtype=dtype, features_only=features_only, licence=licence)
+    return written
+
+
+def _write(
+    model: nn.Module, config: Config, trainer: dict[str, Any], fmt: str, out: Path, *, average: bool, dtype: str = "fp32",
+    features_only: bool = False, licence: str = "not stated",
+) -> tuple[str, str]:  # fmt: skip
+    """Writes a model, which may be changed by that; what was there is replaced once all is written. Returns a line and the weights'
+    SHA-256."""
     headless = features_only or fmt == "mmseg"
     if headless:
         model.reset_classifier(0)  # type: ignore[operator]
@@ -70,28 +148,54 @@ def export(
         _WRITERS[fmt](partial, fmt, model, config, trainer)
         _compare(read_source(partial).weights, model.state_dict())
 
-        weights = partial / "model.safetensors" if as_folder else partial
-        with weights.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(_files(fmt, partial)[0])
         card = model_card(config, trainer, fmt, average=average, dtype=dtype, headless=headless, digest=digest, licence=licence)
-        _remove(out)
-        if as_folder:
-            shutil.copymode(partial / "config.json", weights)  # safetensors lets nobody else read what it writes
-            (partial / card_path.name).write_text(card)
-            (partial / sums_path.name).write_text(f"{digest}  {weights.name}\n")
-            partial.rename(out)
-        else:
-            partial.rename(out)
-            card_path.write_text(card)
-            sums_path.write_text(f"{digest}  {out.name}\n")
+        weights, *beside = _files(fmt, out)
+        _put(partial, fmt, out, (card, f"{digest}  {weights.name}\n"))
     except OSError as error:
         raise ValueError(f"{out} can't be written: {error}") from error
     finally:
         _remove(partial)
-    kind = "moving average" if average else "weights"
-    return (
-        f"{out}: {config.model.name}, {kind} of step {trainer['step']}, {dtype}, format {fmt}; model card {card_path}, checksum {sums_path}"
-    )
+    told = f"{config.model.name}, {'moving average' if average else 'weights'} of step {trainer['step']}, {dtype}, format {fmt}"
+    return f"{out}: {told}; model card {beside[0]}, checksum {beside[1]}", digest
+
+
+def _put(partial: Path, fmt: str, out: Path, texts: tuple[str, str]) -> None:
+    """Gives what was written its name, with model card and checksum, in the place of what has that name. Whenever this is cut short, there
+    is a whole export or none, and no card or checksum of another."""
+    weights, *beside = _files(fmt, out)
+    if fmt in FOLDERS:
+        shutil.copymode(partial / "config.json", partial / weights.name)  # safetensors lets nobody else read what it writes
+        for path, text in zip(beside, texts, strict=True):
+            (partial / path.name).write_text(text)
+        for path in partial.iterdir():
+            sync(path)
+    sync(partial)
+    removed = out.with_name(f".removed-{out.name}")
+    _remove(removed)
+    if out.is_dir() or (fmt in FOLDERS and out.exists()):
+        out.rename(removed)
+    if fmt not in FOLDERS:
+        for path in beside:
+            path.unlink(missing_ok=True)
+    partial.rename(out)
+    if fmt not in FOLDERS:
+        for path, text in zip(beside, texts, strict=True):
+            path.write_text(text)
+    sync(out.parent)
+    _remove(removed)
+
+
+def _files(fmt: str, out: Path) -> list[Path]:
+    """Of an export: the weights, their model card and their checksum."""
+    if fmt in FOLDERS:
+        return [out / "model.safetensors", out / "README.md", out / "SHA256SUMS"]
+    return [out, Path(f"{out}.md"), Path(f"{out}.sha256")]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_place(written: list[Path], force: bool) -> None:

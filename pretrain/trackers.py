@@ -30,6 +30,7 @@ from pretrain import config as settings
 from pretrain.config import Config
 
 IDS = "trackers.json"
+_PLANS = ("step", "total", "next_save", "evaluates")  # numbers of a record that say where in the training it is
 LEAVE = 30.0  # seconds that the end of training waits for a server
 
 
@@ -106,12 +107,12 @@ class Trackers:
 
 
 def scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers in a record by name, such as train/loss or evaluation/ema/top1; step and texts are left out."""
+    """The numbers in a record by name, such as train/loss or evaluation/ema/top1; texts are left out, and what is no curve."""
     found: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             found |= scalars(f"{kind}/{key}", value)
-        elif isinstance(value, int | float) and key != "step":
+        elif isinstance(value, int | float) and key not in _PLANS:
             found[f"{kind}/{key}"] = value
     return found
 

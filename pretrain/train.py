@@ -184,6 +184,11 @@ def train(config: Config, force_config: bool = False) -> int:
             + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
         )
         told = {name: value for name, value in values.items() if math.isfinite(value)} | {k: n for k, n in counts.items() if n}
+        told |= {
+            "total": total,
+            "next_save": retention.next_save(step, config.run.save_every, evaluate_every, total),
+            "evaluates": evaluates,
+        }
         log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told, **slowest.record())
         return bad
 
@@ -273,7 +278,7 @@ def train(config: Config, force_config: bool = False) -> int:
     watchdog.close()
     log.close()
     if step == total:
-        log.line(f"complete after {total} steps; weights: python -m pretrain export {folder} --format official --out {config.name}.pth")
+        log.line(f"complete after {total} steps; weights: python -m pretrain export {folder}")
         return 0
     if stopping == EXIT_ENDED and rank == 0:
         (folder / STOP).unlink(missing_ok=True)  # it asked this job alone

@@ -25,10 +25,11 @@ replaces `latest` and removes what retention.py lets go. Every name is made dura
 """
 
 from pretrain.checkpoint.checkpoints import Checkpoints, SaveFailed
-from pretrain.checkpoint.files import LATEST, MANIFEST, TRAINER, newest_whole, steps, verify
+from pretrain.checkpoint.files import newest_whole, verify
 from pretrain.checkpoint.lock import RunLock, hold
 from pretrain.checkpoint.pieces import read
 from pretrain.checkpoint.retention import Retention
+from pretrain.run_directory import LATEST, MANIFEST, TRAINER, steps
 
 __all__ = [
     "LATEST",

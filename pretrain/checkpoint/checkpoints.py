@@ -21,6 +21,7 @@ from pretrain.checkpoint.retention import Retention, saved_in
 from pretrain.checkpoint.staging import Staging
 from pretrain.engine import from_rank_0
 from pretrain.metrics import RunLog
+from pretrain.run_directory import LATEST, TRAINER, name_of, steps
 
 # A checkpoint is a little more than its state: .metadata, and trainer.json with all names of classes.
 _ROOM = 1.05
@@ -123,7 +124,7 @@ class Checkpoints:
         copied = time.monotonic()
         step = trainer["step"]
         trainer = trainer | {_COUNTER: int(self.staging.host[_COUNTER])}
-        partial = files.temporary(self.folder, "partial", files.name_of(step))
+        partial = files.temporary(self.folder, "partial", name_of(step))
         try:
             partial = from_rank_0(lambda: self._begin(partial), self.group)
             outcomes = self._write_shards(partial)
@@ -171,14 +172,14 @@ class Checkpoints:
         assert self._metadata is not None
         entries = {file_of(rank): entry for rank, entry in enumerate(outcomes)}
         entries[METADATA] = files.write(partial / METADATA, self._metadata)
-        entries[files.TRAINER] = files.write(partial / files.TRAINER, json.dumps(trainer, indent=1).encode())
+        entries[TRAINER] = files.write(partial / TRAINER, json.dumps(trainer, indent=1).encode())
         self.lock.check()
-        files.commit(partial, self.folder / files.name_of(trainer["step"]), entries)
+        files.commit(partial, self.folder / name_of(trainer["step"]), entries)
         return sum(entry["bytes"] for entry in entries.values())
 
     def _give_up(self, partial: Path, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        newest = [path.name for path in files.steps(self.folder)][-1:]
+        newest = [path.name for path in steps(self.folder)][-1:]
         self.log.line(
             f"SAVING FAILED at step {step}: {self._unsaved}. Training goes on and tries again at the next save; until then a restart "
             f"goes back to {newest[0] if newest else 'the beginning'}"
@@ -210,7 +211,7 @@ class Checkpoints:
         good = files.newest_whole(self.folder, self.log.line, until)
         if good is None:
             raise ValueError(f"{self.folder} has no checkpoint of step {until} or before")
-        for path in files.steps(self.folder):
+        for path in steps(self.folder):
             if path.name > good.name:
                 files.remove(path)
 
@@ -262,9 +263,9 @@ class Checkpoints:
         if path is None:
             return None
         if files.pointed(self.folder) != path.name:
-            self.log.line(f"{self.folder / files.LATEST} did not name {path.name}, the newest whole checkpoint; now it does")
+            self.log.line(f"{self.folder / LATEST} did not name {path.name}, the newest whole checkpoint; now it does")
             files.point(path)
-        return path, json.loads((path / files.TRAINER).read_bytes())
+        return path, json.loads((path / TRAINER).read_bytes())
 
 
 def _named(pieces: list[zero_state.Piece]) -> dict[str, PieceTensor]:

@@ -11,6 +11,7 @@ from pretrain.checkpoint import files
 from pretrain.checkpoint.lock import acquire
 from pretrain.checkpoint.pieces import kind_of, read, saved_tensors
 from pretrain.checkpoint.retention import Retention, saved_in, score_of
+from pretrain.run_directory import CHECKPOINTS, TRAINER, name_of, step_of, steps
 
 
 def run(folder: Path, verify: bool, compared: Sequence[str] | None, keep: int | None) -> int:
@@ -24,11 +25,11 @@ def run(folder: Path, verify: bool, compared: Sequence[str] | None, keep: int | 
     Raises:
         ValueError: no checkpoints there, none is whole, or the run is in use and can't be pruned.
     """
-    checkpoints = folder / "checkpoints"
-    if not files.steps(checkpoints):
+    checkpoints = folder / CHECKPOINTS
+    if not steps(checkpoints):
         raise ValueError(f"there are no checkpoints in {checkpoints}")
     if compared:
-        return compare(*(checkpoints / files.name_of(int(name)) if name.isdigit() else Path(name) for name in compared))
+        return compare(*(checkpoints / name_of(int(name)) if name.isdigit() else Path(name) for name in compared))
     if keep is not None:
         return prune(folder, keep)
     return show(checkpoints, verify)
@@ -38,7 +39,7 @@ def show(folder: Path, verify: bool) -> int:
     """Prints a line for each checkpoint; returns 1 when one that was verified is damaged."""
     pointed, damaged = files.pointed(folder), 0
     print(f"{'step':>9} {'epoch':>8} {'saved':16} {'MB':>9} {'ranks':>5} {'ZeRO':>4} {'top-1':>7}  state")
-    for path in files.steps(folder):
+    for path in steps(folder):
         faults = files.verify(path) if verify else []
         damaged += bool(faults)
         state = ("; ".join(faults) or "whole") if verify else ", ".join(sorted({kind_of(name) for name in _names(path)}))
@@ -47,11 +48,11 @@ def show(folder: Path, verify: bool) -> int:
 
 
 def _row(path: Path) -> str:
-    step = int(path.name.removeprefix("step-"))
+    step = step_of(path)
     saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
     size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
     try:
-        trainer = json.loads((path / files.TRAINER).read_bytes())
+        trainer = json.loads((path / TRAINER).read_bytes())
     except (OSError, ValueError):
         return f"{step:9} {'?':>8} {saved:16} {size:9.1f} {'?':>5} {'?':>4} {'?':>7}"
     top1 = score_of(trainer, "top1")
@@ -110,11 +111,11 @@ def prune(run: Path, keep: int) -> int:
         raise ValueError(f"--prune {keep} would remove the last checkpoint; keep 1 or more")
     lock = acquire(run, print)
     try:
-        folder = run / "checkpoints"
+        folder = run / CHECKPOINTS
         files.remove_leftovers(folder, print)
         newest = files.newest_whole(folder, print)
         assert newest is not None
-        trainer = json.loads((newest / files.TRAINER).read_bytes())
+        trainer = json.loads((newest / TRAINER).read_bytes())
         chosen = trainer["config"]["run"]
         every = round(chosen["keep_every"] * trainer["step"] / trainer["epoch"])
         retention = Retention(keep, every, chosen["keep_best"])

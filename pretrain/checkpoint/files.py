@@ -16,9 +16,9 @@ from typing import Any
 import xxhash
 
 from data.files import checksum, sync
+from pretrain.run_directory import LATEST, MANIFEST, name_of, steps
 
 FORMAT = 2
-MANIFEST, TRAINER, LATEST = "MANIFEST.json", "trainer.json", "latest"
 Entry = dict[str, Any]  # {"bytes": size, "xxh3_128": checksum in hex} of a file
 _BLOCK_BYTES = 8 << 20  # large: after each the thread has to get the interpreter's lock back from training
 _VERIFY_THREADS = 8
@@ -112,15 +112,6 @@ def remove(path: Path) -> None:
     doomed = temporary(path.parent, "removed", path.name)
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def steps(folder: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the oldest first."""
-    return sorted(folder.glob("step-" + "[0-9]" * 9))
-
-
-def name_of(step: int) -> str:
-    return f"step-{step:09d}"
 
 
 def newest_whole(folder: Path, log: Callable[[str], None], until: int | None = None) -> Path | None:

@@ -23,8 +23,7 @@ import torch.distributed as dist
 
 from pretrain.engine import from_rank_0
 from pretrain.place import host
-
-BEAT_S, PATIENCE_S = 10.0, 60.0
+from pretrain.run_directory import BEAT_S, PATIENCE_S, holder, locks, machine, started
 
 
 class RunLock:
@@ -76,7 +75,7 @@ def acquire(run: Path, log: Callable[[str], None]) -> Path:
     try:
         run.mkdir(parents=True, exist_ok=True)
         while True:
-            held = _locks(run)
+            held = locks(run)
             for path in held[-1:]:
                 _must_be_gone(path, log)
             mine = run / f"lock-{_number(held[-1]) + 1 if held else 1:06d}"
@@ -86,7 +85,7 @@ def acquire(run: Path, log: Callable[[str], None]) -> Path:
                 continue
             os.write(descriptor, json.dumps(_this_process()).encode())
             os.close(descriptor)
-            if _locks(run)[-1] == mine:  # else a listing from memory had hidden a newer one
+            if locks(run)[-1] == mine:  # else a listing from memory had hidden a newer one
                 for path in held:
                     path.unlink(missing_ok=True)
                 return mine
@@ -95,46 +94,34 @@ def acquire(run: Path, log: Callable[[str], None]) -> Path:
         raise ValueError(f"run directory {run} can't be written to: {error}") from error
 
 
-def _locks(run: Path) -> list[Path]:
-    return sorted(run.glob("lock-" + "[0-9]" * 6))
-
-
 def _number(path: Path) -> int:
     return int(path.name.removeprefix("lock-"))
 
 
 def _must_be_gone(path: Path, log: Callable[[str], None]) -> None:
     """Raises ValueError when the lock's holder lives."""
-    holder = _holder(path)
-    if holder is None:  # made in this moment
+    held = holder(path)
+    if held is None:  # made in this moment
         time.sleep(min(1.0, PATIENCE_S / 10))
-        holder = _holder(path)
+        held = holder(path)
     who = (
-        f"{path.parent} is in use by job {holder['job'] or 'without a number'}, process {holder['pid']} on {holder['host']}, "
-        f"since {holder['since']}"
-        if holder
+        f"{path.parent} is in use by job {held['job'] or 'without a number'}, process {held['pid']} on {held['host']}, "
+        f"since {held['since']}"
+        if held
         else f"{path.parent} is in use"
     )
-    if holder and holder["job"] and holder["job"] == os.environ.get("SLURM_JOB_ID"):
+    if held and held["job"] and held["job"] == os.environ.get("SLURM_JOB_ID"):
         # Slurm has started the job again: whatever is left of the earlier start, on a node that it has lost, must not go on.
         log(f"{who}, an earlier start of this job: taking over")
         return
-    if holder and holder["machine"] == _machine():
-        alive = _started(holder["pid"]) == holder["started"]
+    if held and held["machine"] == machine():
+        alive = started(held["pid"]) == held["started"]
     else:
         log(f"{who}: watching {path.name} for up to {PATIENCE_S:.0f} s to see whether that still runs")
         alive = _beats(path)
     if alive:
         raise ValueError(f"{who}; wait until it ends, or give this job its own name or run.dir")
     log(f"{who}, which runs no more: taking over")
-
-
-def _holder(path: Path) -> dict[str, Any] | None:
-    """Who holds the lock; None while that is being written, or was cut short."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _beats(path: Path) -> bool:
@@ -164,21 +151,6 @@ def _this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": _machine(),
-        "started": _started(os.getpid()),
+        "machine": machine(),
+        "started": started(os.getpid()),
     }
-
-
-def _machine() -> str:
-    """What tells apart all places in which a process number can mean another process: machine, its start, container."""
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
-
-
-def _started(pid: int) -> int | None:
-    """When a process started, in the machine's own count; None where there is no such process, or it has ended."""
-    try:
-        # proc(5): after the name in brackets, the state is the 3rd field and the start the 22nd.
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.checkpoint.files import TRAINER, steps
+from pretrain.run_directory import TRAINER, step_of, steps
 
 Best = Literal["none", "top1", "top5", "loss"]
 
@@ -41,6 +41,12 @@ class Retention:
         """Whether a checkpoint of this step would be kept for good, so that it has to be saved."""
         return (self.every > 0 and step % self.every == 0) or (self.best != "none" and evaluated)
 
+    def next_save(self, step: int, every: int, evaluate_every: int, total: int) -> int:
+        """The step of the next checkpoint after `step`, of a job that saves every so many steps and evaluates every so many; at the end
+        of training, its last one."""
+        periods = [every, self.every, evaluate_every if self.best != "none" else 0]
+        return min(total, *((step // period + 1) * period for period in periods if period))
+
     def let_go(self, saved: Sequence[Saved], whole: int) -> list[Path]:
         """Those that need not stay.
 
@@ -61,7 +67,7 @@ class Retention:
 
 def saved_in(folder: Path, best: Best) -> list[Saved]:
     """The checkpoints of a run, the oldest first, with their scores by `best`."""
-    return [Saved(path, int(path.name.removeprefix("step-")), _score(path, best)) for path in steps(folder)]
+    return [Saved(path, step_of(path), _score(path, best)) for path in steps(folder)]
 
 
 def score_of(trainer: dict[str, Any], best: Best) -> float | None:

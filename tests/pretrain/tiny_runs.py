@@ -43,7 +43,7 @@ def worker(folder: str) -> None:
             stats.finish()
             for key, tensor in model.state_dict().items():
                 average[key] = tensor.clone() if key.endswith("num_batches_tracked") else 0.9 * average[key] + 0.1 * tensor
-        trainer = {"step": 2, "identity": {}, "classes": CLASSES, "evaluation": None}
+        trainer = {"step": 2, "identity": {"steps": 2}, "classes": CLASSES, "evaluation": None}
         checkpoints.save({**trainer, "config": settings.as_dict(config)})
         checkpoints.close()
         torch.save({"raw": {key: tensor.clone() for key, tensor in model.state_dict().items()}, "ema": average}, Path(folder, f"{name}.pt"))
