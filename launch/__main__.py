@@ -5,7 +5,7 @@
 
 As a task of a Slurm step (srun, one task a GPU) it starts the rank that SLURM_PROCID says (launch/task.py). Elsewhere it starts one
 process for each GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all
-when one fails.
+when one fails. When training is complete it exports the weights (run.export).
 There the exit code is the job's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again, 86 ended by RUN/STOP.
 
 torchrun works too: torchrun --nproc-per-node=8 -m pretrain train CONFIG key=value …
@@ -17,9 +17,11 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import FrameType
 
 from launch import task
+from pretrain import config as settings
 from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
 
 # Seconds. A rank that was told to stop saves first; one that hangs instead is killed. When a rank fails, the others have a moment:
@@ -33,7 +35,12 @@ def main() -> int:
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
         os.environ |= slurm_rank(dict(os.environ))
         return task.run(command)
-    return run_here(command, ranks_here())
+    code = run_here(command, ranks_here())
+    if code == 0 and job:
+        from pretrain.export import release
+
+        release(Path(settings.load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run.dir))
+    return code
 
 
 def slurm_rank(environment: dict[str, str]) -> dict[str, str]:

@@ -31,6 +31,7 @@ from pretrain import attempts
 from pretrain import config as settings
 from pretrain.attempts import FAILED, Attempt, End, heard
 from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG, EXIT_UNFIT
+from pretrain.run_directory import CHECKPOINTS, step_of, steps
 
 FAILURES = ("crashed", "hung", "unfit")
 SHORTEST_DELAY_S, LONGEST_DELAY_S = 120, 3600  # before a job is started again that made no progress; doubles each time. Slurm's own is 120
@@ -148,8 +149,7 @@ def export(run: Path, end: End) -> End:
     from pretrain.export import release
 
     try:
-        for path in release(run):
-            print(f"exported {path}", flush=True)
+        release(run)
     except Exception as error:  # whatever it is, the run itself is safe, and another attempt only exports
         return replace(end, outcome="crashed", reason=f"training is complete, but not exported: {type(error).__name__}: {error}")
     return end
@@ -241,7 +241,8 @@ def _time(seconds: float) -> str:
 
 def newest(run: Path) -> int:
     """Step of the newest checkpoint, which has its name only since it is whole; 0 without one."""
-    return max((int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*")), default=0)
+    found = steps(run / CHECKPOINTS)
+    return step_of(found[-1]) if found else 0
 
 
 if __name__ == "__main__":

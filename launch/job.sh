@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# What the job scripts have in common:  job.sh CONFIG [key=value …]  trains;  job.sh evaluate SOURCE …  evaluates
-# Inside a Slurm job: one task a GPU on every node, started again by Slurm after stops and failures (launch/attempt.py decides).
-# Elsewhere: on this machine.
+# What the job scripts have in common:
+#
+#   job.sh CONFIG [key=value …]     trains; inside a Slurm job it is started again after stops and failures (launch/attempt.py decides)
+#   job.sh evaluate SOURCE …        what follows is for `python -m pretrain evaluate`
+#   job.sh export RUN …             weights of runs that are complete
+#
+# Inside a Slurm job with one task a GPU on every node, elsewhere on this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,40 +16,25 @@ if [[ -f launch/site.env ]]; then
     source launch/site.env
 fi
 export NO_COLOR=1
-job=("$@")
-if [[ $1 != evaluate ]]; then
-    job=("$1" "${SETTINGS[@]}" "${@:2}") # of two values for a key the later one counts
-fi
-
 if [[ $PYTHON == .venv/* && ! -x $PYTHON ]]; then
     echo "error: $PWD/.venv is missing; make it with: make setup" >&2
     exit 2
 fi
-if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-    exec "${WRAP[@]}" "$PYTHON" -m launch "${job[@]}"
-fi
-trap : TERM # comes with the end of a job; what is told of it is told below
-
-# The first node's address as Slurm itself reaches it, and a port of this job's own, another one after each restart.
-NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
-MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
-MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
-export NODES MASTER_ADDR MASTER_PORT
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 
 # A step of one task a GPU: each has its own cores, and its memory beside them. A task that fails takes the step down at once.
+export SLURM_KILL_BAD_EXIT=1 SLURM_WAIT=300
 step() {
-    srun --kill-on-bad-exit=1 --wait=300 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores --mem-bind=local \
+    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores --mem-bind=local \
         "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" "$@"
 }
 
-# One process beside the step, on this node.
+# One process on this node, beside the step if there is one.
 alone() {
-    local in_container=()
-    if [[ ${#CONTAINER[@]} != 0 ]]; then
-        in_container=(srun --overlap --nodes=1 --ntasks=1 "${CONTAINER[@]}")
+    local inside=()
+    if [[ -n "${SLURM_JOB_ID:-}" && ${#CONTAINER[@]} != 0 ]]; then
+        inside=(srun --overlap --nodes=1 --ntasks=1 "${CONTAINER[@]}")
     fi
-    "${in_container[@]}" "${WRAP[@]}" "$PYTHON" "$@"
+    "${inside[@]}" "${WRAP[@]}" "$PYTHON" "$@"
 }
 
 # Puts the job back into the queue:  requeue SECONDS [NODE,NODE]
@@ -65,8 +54,9 @@ requeue() {
             sort -u | grep -cvxFf <(scontrol show hostnames "$excluded") || true)
         if ((usable >= SLURM_JOB_NUM_NODES)); then
             scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
+            echo "without $excluded from now on"
         else
-            echo "without $2 the partition has $usable nodes for this job of $SLURM_JOB_NUM_NODES: it stays"
+            echo "without $2 the partition has $usable nodes for this job of $SLURM_JOB_NUM_NODES, so it may be given $2 again"
         fi
     fi
     if (($1 > 0)); then
@@ -74,8 +64,29 @@ requeue() {
     fi
 }
 
+if [[ $1 == export ]]; then
+    for run in "${@:2}"; do
+        alone -m pretrain export "$run"
+    done
+    exit
+fi
+job=("$@")
+if [[ $1 != evaluate ]]; then
+    job=("$1" "${SETTINGS[@]}" "${@:2}") # of two values for a key the later one counts
+fi
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    exec "${WRAP[@]}" "$PYTHON" -m launch "${job[@]}"
+fi
+
+# The first node's address as Slurm itself reaches it, and a port of this job's own, another one after each restart.
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
+MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
+export NODES MASTER_ADDR MASTER_PORT
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+trap : TERM # comes with the end of a job; what is told of it is told below
 if [[ $1 == evaluate ]]; then
-    step -m launch "${job[@]}"
+    step -m launch "${job[@]}" 2>&1 | { grep --line-buffered -v '^@van-pretrain ' || true; }
     exit
 fi
 
@@ -83,7 +94,8 @@ exec 3>&1 # the job's output; what launch.attempt says on stderr is the verdict
 verdict=$(
     {
         code=0
-        step -m launch.preflight "${job[@]}" && step -m launch "${job[@]}" || code=$?
+        # Tasks of preflight end by themselves, all with the same code, which srun would lose where it ended one.
+        SLURM_KILL_BAD_EXIT=0 step -m launch.preflight "${job[@]}" && step -m launch "${job[@]}" || code=$?
         echo "@van-pretrain {\"kind\": \"step\", \"code\": $code}"
     } 2>&1 | (trap '' TERM USR1 && alone -m launch.attempt "${job[@]}") 2>&1 1>&3
 ) || true

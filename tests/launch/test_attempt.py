@@ -174,7 +174,6 @@ class Job:
             "engine.device=cpu",
             f"run.dir={self.run}",
             "guard.restarts=1",
-            "run.export=[]",
         ]
 
     def attempt(self, number: int, lines: Iterable[str], *settings: str) -> tuple[str, str]:
@@ -213,9 +212,16 @@ def test_a_job_that_fails_at_the_same_step_ends_with_a_summary(job: Job) -> None
     assert "  rank 1 | KeyError: 3" in told
     assert [attempt.end.outcome for attempt in attempts.read(job.run) if attempt.end] == ["crashed", "crashed"]
 
-    _, said = job.attempt(2, [line("rank", **rank(0, 0))])  # submitted anew, it would be another job; in any case it begins without
-    assert said == "complete\n"
+    _, said = job.attempt(2, [line("rank", **rank(0, EXIT_AGAIN))])  # it begins without
+    assert said == "again 0\n"
     assert not (job.run / "FAILED.md").exists()
+
+
+def test_a_run_is_complete_when_its_weights_are_exported(job: Job) -> None:
+    """Here they can't be: there is no checkpoint."""
+    output, said = job.attempt(0, [line("rank", **rank(0, 0)), line("step", code=0)])
+    assert said == "again 120\n"
+    assert "attempt 1 crashed: training is complete, but not exported: ValueError: " in output
 
 
 def test_settings_that_cannot_work_end_the_job_without_touching_the_run(job: Job) -> None:

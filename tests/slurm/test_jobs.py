@@ -1,5 +1,6 @@
 """The job scripts as a user submits them: two nodes train the real models, and what can't work is told in words."""
 
+import json
 import os
 import re
 import shutil
@@ -69,6 +70,23 @@ def test_submission_from_another_folder_says_what_to_do(jobs: Jobs, cluster: Clu
     assert cluster.wait(job, timeout=30) == "FAILED"
     assert cluster.job(job)["ExitCode"] == "2:0"
     assert f"error: submit this from the repository's root: cd REPOSITORY && sbatch launch/{script}" in cluster.output(job)
+
+
+def test_a_site_has_its_own_ways(jobs: Jobs, tmp_path: Path) -> None:
+    """launch/site.env: options of srun, as for a container by pyxis, a command in front of Python, as for Apptainer, and settings."""
+    copy = tmp_path / "copy"
+    shutil.copytree(REPOSITORY / "launch", copy / "launch")
+    for name in (".venv", "configs", "data", "pretrain"):
+        (copy / name).symlink_to(REPOSITORY / name)
+    (copy / "launch" / "site.env").write_text(
+        "CONTAINER=(--comment=in_a_container)\nWRAP=(env NCCL_DEBUG=VERSION)\nSETTINGS=(steps=2 global_batch=8)\nexport OMP_NUM_THREADS=1\n"
+    )
+    output = jobs.complete(jobs.submit("van_b3_in22k.sh", "model.name=van_b0", cwd=copy))
+    assert "complete after 2 steps" in output
+    assert "global batch 4 = " in output  # the command line's outweighs the site's
+    environment = json.loads((jobs.run / "starts" / "0001" / "environment.json").read_text())
+    assert environment["variables"]["NCCL_DEBUG"] == "VERSION"
+    assert sorted(path.name for path in (jobs.run / "weights").iterdir() if path.suffix == ".pth") == ["van_b3_in22k.pth"]
 
 
 def test_script_without_slurm_runs_on_this_machine(tmp_path: Path, drawn: Path) -> None:
