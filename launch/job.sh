@@ -41,9 +41,9 @@ alone() {
 requeue() {
     local excluded usable restarts
     restarts=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP ' Restarts=\K\d+')
-    if [[ $restarts != "${SLURM_RESTART_COUNT:-0}" ]]; then
-        echo "Slurm has started the job again already"
-        exit
+    if [[ $ended || $restarts != "${SLURM_RESTART_COUNT:-0}" ]]; then
+        echo "Slurm itself ends the job or has started it again: it is not put into the queue from here"
+        exit 1
     fi
     trap '' TERM # this script is ended by the next line; the others have to be said after it
     scontrol requeue "$SLURM_JOB_ID"
@@ -84,7 +84,8 @@ MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=
 MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
 export NODES MASTER_ADDR MASTER_PORT
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-trap : TERM # comes with the end of a job; what is told of it is told below
+ended=
+trap 'ended=yes' TERM # comes here when Slurm ends the whole job: cancelled, out of time or out of its nodes
 if [[ $1 == evaluate ]]; then
     step -m launch "${job[@]}" 2>&1 | { grep --line-buffered -v '^@van-pretrain ' || true; }
     exit

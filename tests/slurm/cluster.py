@@ -160,6 +160,14 @@ class Cluster:
             time.sleep(0.1)
         return state
 
+    def wait_until_idle(self, timeout: float = 60) -> None:
+        """Until no node is left with what ended there."""
+        deadline = time.monotonic() + timeout
+        while (states := self._node_states()) != dict.fromkeys(self.nodes, "idle"):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nodes are not idle after {timeout} s: {states}")
+            time.sleep(0.1)
+
     def output(self, job_id: int) -> str:
         path = Path(self.job(job_id)["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""

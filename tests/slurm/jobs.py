@@ -23,7 +23,7 @@ SMALL = (
     "run.log_every=1",
 )  # fmt: skip
 # Where a job's ends are tested and not its model, so that a step takes tenths of a second.
-QUICK = ("model.name=van_b0", "steps=40", "run.save_every=5")
+QUICK = ("model.name=van_b0", "steps=40", "run.save_every=5", "run.export=[]")
 PATIENCE = 240  # seconds; a job takes 20 to 60 where two cores have nothing else to do
 
 
@@ -32,6 +32,7 @@ class Jobs:
 
     def __init__(self, cluster: Cluster, folder: Path, drawn: Path, batches: Sequence[str] = ("global_batch=4", "engine.micro_batch=2")):
         self.cluster, self.folder = cluster, folder
+        folder.mkdir(exist_ok=True)
         self.run = folder / "run"
         self.settings = (*SMALL, *batches, f"data.train={drawn / 'train'}", f"run.dir={self.run}")
         self.submitted: list[int] = []

@@ -199,6 +199,7 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
         assert cluster.wait(one, timeout=60) == "CANCELLED"
         assert "1 cpu ranks; global batch 12 = 1 x 2 x 6" in cluster.output(one)
 
+        cluster.wait_until_idle()
         three = jobs.submit(SCRIPT, *settings, nodes="2-3")
         output = jobs.complete(three)
         assert "3 cpu ranks; global batch 12 = 3 x 2 x 2" in output
