@@ -6,6 +6,8 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
 #SBATCH --time=2:00:00
 #SBATCH --output=%x-%j.out
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch" && exec bash job.sh evaluate "$@"

@@ -6,6 +6,8 @@
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
+#SBATCH --mem=0
+#SBATCH --exclusive
 #SBATCH --time=2-00:00:00
 #SBATCH --signal=USR1@300
 #SBATCH --requeue

@@ -49,7 +49,7 @@ def outcomes(jobs: Jobs, job: int) -> list[str]:
 
 def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     """USR1 ahead of a limit of one minute, by --signal; Slurm sends it up to a minute earlier than it is told to."""
-    job = jobs.submit(SCRIPT, *QUICK, options=["--time=1", "--signal=USR1@20"])
+    job = jobs.submit(SCRIPT, *QUICK, options=["--time=1", "--signal=USR1@45"])
     for number in range(2):
         attempt = jobs.wait_for_attempt(job, number)
         assert attempt.end is not None
