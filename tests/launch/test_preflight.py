@@ -18,12 +18,12 @@ import pynvml
 import pytest
 
 from launch.__main__ import free_port
-from launch.gpus import Gpu, broken, hot, read_gpus
-from launch.network import rounds
-from launch.nodes import BACKBONES, Node, Problem, checkpoint_bytes
-from launch.preflight import counts, find_position, show
-from launch.roll_call import Silent, offset
-from launch.verdict import SKEW, Verdict, judge, judge_absent, judge_silent, pair_rate, read_rate, spans, table
+from launch.preflight.__main__ import counts, find_position, show
+from launch.preflight.gpus import Gpu, broken, hot, read_gpus
+from launch.preflight.network import rounds
+from launch.preflight.nodes import BACKBONES, Node, Problem, checkpoint_bytes
+from launch.preflight.roll_call import Silent, offset
+from launch.preflight.verdict import SKEW, Verdict, judge, judge_absent, judge_silent, pair_rate, read_rate, spans, table
 from pretrain.attempts import heard
 from pretrain.config import load
 
@@ -43,8 +43,8 @@ engine: {device: cpu, micro_batch: 4}
 # `here` may change something first, as a node's own trouble would. The patience is that of rank 0 and of the others.
 PREFLIGHT = """
 import os, signal, sys, time
-import launch.preflight as preflight
-from launch.nodes import Here
+import launch.preflight.__main__ as preflight
+from launch.preflight.nodes import Here
 preflight.PATIENCE = float(os.environ["PATIENCE"])
 exec(os.environ.get("TROUBLE", ""))
 code = preflight.main(sys.argv[1:])
@@ -316,7 +316,7 @@ def test_a_rank_that_hangs_or_dies_is_named(ranks: Ranks, trouble: str, told: st
 
 @pytest.mark.slow
 def test_a_rank_that_dies_in_the_network_is_told_from_those_that_wait_for_it(ranks: Ranks) -> None:
-    wait = "import launch.network as network; network.TIMEOUT /= 5"
+    wait = "import launch.preflight.network as network; network.TIMEOUT /= 5"
     die = "Rank = preflight.Rank; Rank.import_torch = lambda *given: None; Rank.meet = lambda *given: os.kill(os.getpid(), signal.SIGKILL)"
     ended = ranks.run(2, own={0: {"TROUBLE": wait}, 1: {"TROUBLE": die}})
     assert ended.told == {"n1": "rank 1 ended while timing the network"}

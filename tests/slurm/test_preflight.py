@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 LOST = """
 import os, sys
 if os.environ["SLURMD_NODENAME"] == "n1": sys.exit(0)
-import launch.preflight as preflight
+import launch.preflight.__main__ as preflight
 preflight.PATIENCE = 2
 code = preflight.main(sys.argv[1:])
 sys.stdout.flush()

@@ -4,7 +4,7 @@
     node = here.look(share, doing)             # GPUs, versions, disks, data and how fast they are read
     here.recheck({"data.train": [17]})         # shards that another node found damaged
 
-launch/verdict.py judges what all nodes have found.
+verdict.py judges what all nodes have found.
 """
 
 import os
@@ -25,7 +25,7 @@ from data.check import damaged
 from data.index import Index, open_index
 from data.results import commit
 from data.store import FetchedShards, ShardStore
-from launch.gpus import Gpu, read_gpus
+from launch.preflight.gpus import Gpu, read_gpus
 from pretrain.config import Config, as_dict, confirm, flat
 
 PACKAGES = ("torch", "nvidia-nccl-cu13", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.__main__ import free_port, slurm_rank
-from launch.nodes import DATASETS, Here, Node, Problem
-from launch.roll_call import Lead, Task, follow
-from launch.verdict import Verdict, judge, judge_absent, judge_silent, table, uses_gpus
+from launch.preflight.nodes import DATASETS, Here, Node, Problem
+from launch.preflight.roll_call import Lead, Task, follow
+from launch.preflight.verdict import Verdict, judge, judge_absent, judge_silent, table, uses_gpus
 from pretrain import attempts
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError
@@ -169,10 +169,10 @@ class Rank:
         return [[problem.about, problem.text] for problem in self.here.recheck(message["shards"])]
 
     def import_torch(self, message: dict[str, Any], doing: Callable[[str], None]) -> None:
-        import launch.network  # noqa: F401
+        import launch.preflight.network  # noqa: F401
 
     def meet(self, message: dict[str, Any], doing: Callable[[str], None]) -> dict[str, Any]:
-        from launch.network import BYTES, Meeting, measure
+        from launch.preflight.network import BYTES, Meeting, measure
 
         position, device = self.position, message["device"]
         meeting = Meeting(position.rank, position.ranks, message["firsts"], device, position.local_rank, position.address, message["port"])

@@ -1,4 +1,4 @@
-"""What preflight concludes from what all nodes have found: pure functions over launch/nodes.py's dataclasses.
+"""What preflight concludes from what all nodes have found: pure functions over nodes.py's dataclasses.
 
     verdict = judge(nodes)
     print(table(nodes)); verdict.settings, verdict.unfit, verdict.warnings, verdict.code
@@ -14,9 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from launch.gpus import broken, hot
-from launch.nodes import DATASETS, Node, Problem
-from launch.roll_call import Silent
+from launch.preflight.gpus import broken, hot
+from launch.preflight.nodes import DATASETS, Node, Problem
+from launch.preflight.roll_call import Silent
 from pretrain.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 
 SKEW = 1.0  # seconds

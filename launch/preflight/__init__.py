@@ -1,0 +1,1 @@
+"""Whether nodes can do a job, looked at before it starts."""
