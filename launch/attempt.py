@@ -65,7 +65,7 @@ def main() -> int:
     run = Path(config.run.dir)
     (run / "logs").mkdir(parents=True, exist_ok=True)
     job, restart, nodes = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)), os.environ["NODES"].split()
-    this = Attempt(job, restart, time.time(), tuple(nodes), int(os.environ["SLURM_NTASKS"]), saved=newest(run))
+    this = Attempt(job, restart, time.time(), tuple(nodes), int(os.environ["RANKS"]), saved=newest(run))
     history = [attempt for attempt in attempts.read(run) if attempt.job == job]
     attempts.write(run, this)
     (run / FAILED).unlink(missing_ok=True)

@@ -3,9 +3,7 @@
 # On the machine at hand, without Slurm:  bash launch/evaluate.sh …
 #SBATCH --job-name=van_evaluate
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=2:00:00

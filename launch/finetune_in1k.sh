@@ -3,9 +3,7 @@
 # On the machine at hand, without Slurm:  bash launch/finetune_in1k.sh CONFIG [key=value …]
 #SBATCH --job-name=van_finetune_in1k
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=1-00:00:00

@@ -4,6 +4,7 @@
 #   job.sh CONFIG [key=value …]     trains; inside a Slurm job it is started again after stops and failures (launch/attempt.py decides)
 #   job.sh evaluate SOURCE …        what follows is for `python -m pretrain evaluate`
 #   job.sh export RUN …             weights of runs that are complete
+#   job.sh pack SOURCE OUT …        what follows is for `python -m data pack`; inside an array job each task packs a part
 #
 # Inside a Slurm job with one task a GPU on every node, elsewhere on this machine.
 set -euo pipefail
@@ -21,21 +22,17 @@ if [[ $PYTHON == .venv/* && ! -x $PYTHON ]]; then
     exit 2
 fi
 
-# A step of one task a GPU: each has its own cores, and its memory beside them. A task that fails takes the step down at once.
-export SLURM_KILL_BAD_EXIT=1 SLURM_WAIT=300
+# A step of one task a GPU: each has its part of the node's cores, and the memory beside them. A task that fails takes the step down at once.
 step() {
-    srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --cpu-bind=cores --mem-bind=local \
-        "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" "$@"
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --cpus-per-task="$cores" --cpu-bind=cores --mem-bind=local \
+        --wait=300 "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" "$@"
 }
 
 # One process on this node, beside the step if there is one.
-alone() {
-    local inside=()
-    if [[ -n "${SLURM_JOB_ID:-}" && ${#CONTAINER[@]} != 0 ]]; then
-        inside=(srun --overlap --nodes=1 --ntasks=1 "${CONTAINER[@]}")
-    fi
-    "${inside[@]}" "${WRAP[@]}" "$PYTHON" "$@"
-}
+alone=("${WRAP[@]}" "$PYTHON")
+if [[ -n "${SLURM_JOB_ID:-}" && ${#CONTAINER[@]} != 0 ]]; then
+    alone=(srun --overlap --nodes=1 --ntasks=1 "${CONTAINER[@]}" "${alone[@]}")
+fi
 
 # Puts the job back into the queue:  requeue SECONDS [NODE,NODE]
 requeue() {
@@ -66,9 +63,23 @@ requeue() {
 
 if [[ $1 == export ]]; then
     for run in "${@:2}"; do
-        alone -m pretrain export "$run"
+        "${alone[@]}" -m pretrain export "$run"
     done
     exit
+fi
+if [[ $1 == pack ]]; then
+    if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+        exec "${alone[@]}" -m data "$@"
+    fi
+    "${alone[@]}" -m data "$@" --part "$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:?}))/$SLURM_ARRAY_TASK_COUNT" &
+    packing=$! code=0 stopped=
+    trap 'stopped=yes; kill $packing' USR1 # ahead of the time limit
+    wait $packing || code=$?
+    if [[ $stopped ]]; then
+        echo "task $SLURM_ARRAY_TASK_ID of job $SLURM_ARRAY_JOB_ID is short of time; it goes back to the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$code"
 fi
 job=("$@")
 if [[ $1 != evaluate ]]; then
@@ -82,8 +93,10 @@ fi
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
 MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
 MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
-export NODES MASTER_ADDR MASTER_PORT
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
+# Of each node; a script that said it itself (--ntasks-per-node) would be given no more than the least of a range of nodes.
+tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+cores=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))
+export NODES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}" RANKS=$((tasks * SLURM_JOB_NUM_NODES)) SLURM_KILL_BAD_EXIT=1
 ended=
 trap 'ended=yes' TERM # comes here when Slurm ends the whole job: cancelled, out of time or out of its nodes
 if [[ $1 == evaluate ]]; then
@@ -98,7 +111,7 @@ verdict=$(
         # Tasks of preflight end by themselves, all with the same code, which srun would lose where it ended one.
         SLURM_KILL_BAD_EXIT=0 step -m launch.preflight "${job[@]}" && step -m launch "${job[@]}" || code=$?
         echo "@van-pretrain {\"kind\": \"step\", \"code\": $code}"
-    } 2>&1 | (trap '' TERM USR1 && alone -m launch.attempt "${job[@]}") 2>&1 1>&3
+    } 2>&1 | (trap '' TERM USR1 && "${alone[@]}" -m launch.attempt "${job[@]}") 2>&1 1>&3
 ) || true
 read -r what value nodes <<< "$(grep -E '^(complete|again|end)' <<< "$verdict" | tail -n 1)"
 case $what in

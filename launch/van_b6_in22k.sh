@@ -3,9 +3,7 @@
 # On the machine at hand, without Slurm:  bash launch/van_b6_in22k.sh [key=value …]
 #SBATCH --job-name=van_b6_in22k
 #SBATCH --nodes=8
-#SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
-#SBATCH --cpus-per-task=12
 #SBATCH --mem=0
 #SBATCH --exclusive
 #SBATCH --time=2-00:00:00

@@ -178,7 +178,7 @@ class Job:
 
     def attempt(self, number: int, lines: Iterable[str], *settings: str) -> tuple[str, str]:
         """(output, verdict)"""
-        environment = os.environ | {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": str(number), "SLURM_NTASKS": "2", "NODES": "n0 n1 "}
+        environment = os.environ | {"SLURM_JOB_ID": "12", "SLURM_RESTART_COUNT": str(number), "RANKS": "2", "NODES": "n0 n1 "}
         command = [sys.executable, "-m", "launch.attempt", "configs/van_b3_in22k.yaml", *self.settings, *settings]
         done = subprocess.run(
             command, cwd=REPOSITORY, env=environment, input="".join(lines), capture_output=True, text=True, timeout=60, check=True
@@ -231,7 +231,7 @@ def test_settings_that_cannot_work_end_the_job_without_touching_the_run(job: Job
 
 
 def test_signals_to_the_whole_job_do_not_end_the_filter(job: Job, tmp_path: Path) -> None:
-    environment = os.environ | {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "2", "NODES": "n0 n1"}
+    environment = os.environ | {"SLURM_JOB_ID": "12", "RANKS": "2", "NODES": "n0 n1"}
     command = [sys.executable, "-m", "launch.attempt", "configs/van_b3_in22k.yaml", *job.settings]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, text=True, **pipes) as process:
