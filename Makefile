@@ -11,6 +11,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 RUN := .venv/bin/python
 READY := .venv/.ready
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
 
 .PHONY: setup demo test test-fast test-full lint slurm requirements
 
@@ -27,13 +28,13 @@ demo: $(READY)
 	@$(RUN) -m examples.demo
 
 test: $(READY) slurm
-	$(RUN) -m pytest -m "not full"
+	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not full"
 
 test-fast: $(READY)
-	$(RUN) -m pytest -m "not full and not slow and not slurm"
+	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not full and not slow and not slurm"
 
 test-full: $(READY) slurm
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(SIDE_BY_SIDE)
 
 lint: $(READY)
 	.venv/bin/ruff format --check .

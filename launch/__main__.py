@@ -37,9 +37,11 @@ def main() -> int:
         return task.run(command)
     code = run_here(command, ranks_here())
     if code == 0 and job:
-        from pretrain.export import release
+        run = settings.load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run
+        if run.export:
+            from pretrain.export import release
 
-        release(Path(settings.load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run.dir))
+            release(Path(run.dir))
     return code
 
 

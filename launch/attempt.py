@@ -73,7 +73,7 @@ def main() -> int:
     with open(run / "logs" / f"{job}-{restart}.log", "ab") as log:
         told = listen(sys.stdin.buffer, log)
     end = conclude(told, newest(run))
-    if end.outcome == "complete":
+    if end.outcome == "complete" and config.run.export:
         end = export(run, end)
     this = replace(this, end=judge(history, replace(this, end=end), config.guard.restarts))
     assert this.end is not None

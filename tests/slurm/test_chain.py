@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slurm
 REPOSITORY = Path(__file__).parents[2]
 CHAIN = REPOSITORY / "launch" / "van_b3_full.sh"
 # As large as the private cluster is.
-OPTIONS = ("--gpus-per-node=0", "--time=20")
+OPTIONS = ("--cpus-per-task=1", "--gpus-per-node=0", "--time=20")
 PARTS = ["pretrain", "finetune", "evaluate", "export", "finetune", "evaluate", "export"]
 
 
