@@ -57,8 +57,10 @@ def main() -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # for the ranks; what becomes of them is told here
     try:
-        config = settings.load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")])
-    except (ConfigError, OSError):  # preflight says what is wrong
+        # Whether what they name is there is preflight's affair: it may be missing on this node alone.
+        overrides = [word for word in sys.argv[2:] if not word.startswith("--")]
+        config = settings.load(sys.argv[1], overrides, unused=settings.ON_A_NODE)
+    except ConfigError:  # preflight says what is wrong
         listen(sys.stdin.buffer, None)
         print(f"end {EXIT_CONFIG}", file=sys.stderr)
         return 0

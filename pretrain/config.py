@@ -30,6 +30,7 @@ FREE = (
     "engine.device", "engine.zero_stage", "engine.offload", "engine.micro_batch", "guard",
 )  # fmt: skip
 FIXED = ("seed", "global_batch", "epochs", "steps", "samples", "model.name", "model.classes", "data.lanes", "data.window", "data.repeats")
+ON_A_NODE = ("data.train", "data.val", "model.init_from", "run.keep_best")  # what these name, or need, a node may lack that another has
 EXTRAS = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}  # what it takes to use them, as in pyproject.toml
 
 

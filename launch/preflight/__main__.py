@@ -42,8 +42,6 @@ NAMED_SHARDS = 5  # damaged ones that all nodes look at
 _WHY_LENGTH = 140  # characters: the batch script's lines must stay below 1,000 bytes, and JSON may take six for one
 # What rank 0 asks for, in words for when a rank gives no answer.
 LOOK, RECHECK, IMPORT, MEET = "looking at its node", "looking at damaged shards", "importing torch", "timing the network"
-# Keys whose values may be wrong on one node alone: what they name is looked for there.
-_ON_A_NODE = (*DATASETS, "model.init_from")
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,9 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
         config = settings.load(path, overrides)
     except ConfigError as error:
         problems = error.problems
-        if not all(problem.partition(" ")[0] in _ON_A_NODE for problem in problems):
+        if not all(problem.partition(" ")[0] in settings.ON_A_NODE for problem in problems):
             raise
-        config = settings.load(path, overrides, unused=(*_ON_A_NODE, "run.keep_best"))  # which is wrong without data.val
+        config = settings.load(path, overrides, unused=settings.ON_A_NODE)
     try:
         settings.accumulation(config, ranks)
     except ConfigError as error:

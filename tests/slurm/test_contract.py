@@ -159,6 +159,18 @@ def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
+def test_a_node_that_preflight_names_is_left_out(jobs: Jobs, cluster: Cluster) -> None:
+    job = jobs.submit(SCRIPT, *QUICK, "steps=2", PYTHONPATH=str(Path(__file__).parent / "poison"), POISON="preflight on n1")
+    end = jobs.wait_for_attempt(job, 0).end
+    assert end is not None
+    assert (end.outcome, end.excluded, end.again) == ("unfit", ("n1",), True)
+    cluster.skip_requeue_wait(job)
+    output = jobs.complete(job)
+    assert "without n1 from now on" in output
+    assert [attempt.nodes for attempt in jobs.attempts(job)] == [("n0", "n1"), ("n0", "n2")]
+    assert cluster.job(job)["ExcNodeList"] == "n1"
+
+
 def test_a_poison_step_stops_the_job_with_a_summary(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
     job = jobs.submit(SCRIPT, *QUICK, PYTHONPATH=str(Path(__file__).parent / "poison"), POISON="rank 1, step 7")
     end = jobs.wait_for_attempt(job, 0).end

@@ -1,4 +1,8 @@
-"""Kills a rank in a step, as a broken library would: POISON="rank 1, step 7". Python imports this by its name when it starts."""
+"""Breaks a job from outside, as Python imports this by its name when it starts:
+
+POISON="rank 1, step 7"      the rank dies in that step, as of a broken library
+POISON="preflight on n1"     what looks at that node dies, as of a broken driver
+"""
 
 import importlib.abc
 import importlib.machinery
@@ -6,18 +10,20 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-RANK, STEP = map(int, re.findall(r"\d+", os.environ["POISON"]))
 
+class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads a module and changes it."""
 
-class Poisoned(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Loads pretrain.optim with a learning rate that kills at STEP: train.py asks for it at the beginning of each step."""
+    def __init__(self, name: str, change: Callable[[Any], None]):
+        self._name, self._change = name, change
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if name != "pretrain.optim":
+        if name != self._name:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         assert spec is not None
@@ -30,15 +36,28 @@ class Poisoned(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        rate = module.learning_rate
-
-        def learning_rate(step: int, *args: Any) -> float:
-            if step == STEP:
-                os.kill(os.getpid(), signal.SIGSEGV)
-            return rate(step, *args)
-
-        module.learning_rate = learning_rate
+        self._change(module)
 
 
-if os.environ.get("RANK") == str(RANK):
-    sys.meta_path.insert(0, Poisoned())
+def die_in_step(optim: Any) -> None:
+    """train.py asks for the learning rate at the beginning of each step."""
+    rate = optim.learning_rate
+
+    def learning_rate(step: int, *args: Any) -> float:
+        if step == number:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return rate(step, *args)
+
+    optim.learning_rate = learning_rate
+
+
+def die_looking(nodes: Any) -> None:
+    nodes.Here.look = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+
+
+if found := re.fullmatch(r"rank (\d+), step (\d+)", os.environ["POISON"]):
+    rank, number = found[1], int(found[2])
+    if os.environ.get("RANK") == rank:
+        sys.meta_path.insert(0, Changed("pretrain.optim", die_in_step))
+elif os.environ["POISON"] == f"preflight on {os.environ.get('SLURMD_NODENAME')}":
+    sys.meta_path.insert(0, Changed("launch.preflight.nodes", die_looking))
