@@ -25,7 +25,7 @@ from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain.batch_stats import BatchStats
 from pretrain.evaluate import build_model
-from pretrain.metrics import RunLog
+from pretrain.run.metrics import RunLog
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"
 BLOCK = 8 << 20

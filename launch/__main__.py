@@ -22,7 +22,7 @@ from types import FrameType
 
 from launch import task
 from pretrain import config as settings
-from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
 
 # Seconds. A rank that was told to stop saves first; one that hangs instead is killed. When a rank fails, the others have a moment:
 # they may be about to fail of the same, and be the ones who say why.

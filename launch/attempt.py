@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.config_files import ConfigError
-from pretrain import attempts
 from pretrain import config as settings
-from pretrain.attempts import FAILED, Attempt, End, heard
-from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG, EXIT_UNFIT
-from pretrain.run_directory import CHECKPOINTS, step_of, steps
+from pretrain.run import attempts
+from pretrain.run.attempts import FAILED, Attempt, End, heard
+from pretrain.run.directory import CHECKPOINTS, step_of, steps
+from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG, EXIT_UNFIT
 
 FAILURES = ("crashed", "hung", "unfit")
 SHORTEST_DELAY_S, LONGEST_DELAY_S = 120, 3600  # before a job is started again that made no progress; doubles each time. Slurm's own is 120

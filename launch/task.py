@@ -14,9 +14,9 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from pretrain.attempts import tell
-from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
-from pretrain.place import PAGE, Where, host, shared_page
+from pretrain.run.attempts import tell
+from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
+from pretrain.run.place import PAGE, Where, host, shared_page
 
 LAST_LINES = 20
 # What a rank says that failed because another was gone.

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import data
 import pretrain
-from pretrain.exit_codes import EXIT_CONFIG
+from pretrain.run.exit_codes import EXIT_CONFIG
 
 _EXPORTS = ("format", "out", "weights", "dtype", "features_only", "licence", "force")  # options of an export
 
@@ -106,7 +106,7 @@ def _falls_to_us(error: ValueError) -> bool:
 
     if isinstance(error, ConfigError):  # all read the same settings
         return int(os.environ.get("RANK", 0)) == 0
-    from pretrain.faults import first_to_say
+    from pretrain.watch.faults import first_to_say
 
     return first_to_say(str(error))
 
@@ -134,7 +134,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    from pretrain.status import status
+    from pretrain.run.status import status
 
     return status(args.runs, args.follow)
 

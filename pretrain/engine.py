@@ -2,7 +2,7 @@
 
 ZeRO stage, precision and accumulation come from the settings. Weights are fp32 and arithmetic runs under torch's autocast:
 DeepSpeed's own bf16 mode would hold BatchNorm's statistics in bf16, and its torch_autocast would reduce the gradients of convolutions
-and linear layers in bf16. Norm, clipping and loss scale are the guard's (pretrain/guard.py): DeepSpeed's wait for the device in every
+and linear layers in bf16. Norm, clipping and loss scale are the guard's (pretrain/watch/guard.py): DeepSpeed's wait for the device in every
 step, and so does its throughput timer, which is off.
 """
 
@@ -21,7 +21,7 @@ from pretrain import zero_state
 from pretrain.batch_stats import synchronise
 from pretrain.config import Config, EngineConfig
 from pretrain.optim import AdamW, parameter_groups
-from pretrain.place import host
+from pretrain.run.place import host
 
 T = TypeVar("T")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from data.files import publish, sync
 from pretrain.config import Config, from_dict
 from pretrain.initial_weights import read_source
-from pretrain.run_directory import MANIFEST
+from pretrain.run.directory import MANIFEST
 from pretrain.trained import build_trained, open_run
 from pretrain.weights import some, to_format
 

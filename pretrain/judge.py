@@ -23,12 +23,12 @@ from data.loader import EvalLoader
 from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain.config import Config
-from pretrain.damage import check_shards, describe, share
 from pretrain.evaluate import build_model, evaluate, matched, none_left, restriction
 from pretrain.initial_weights import HEAD, misfits, read_source, variant
 from pretrain.probe import NEIGHBOURS, LinearProbe, drawn_samples, features, from_all_ranks, knn_hits
 from pretrain.trained import build_trained, is_run
 from pretrain.van import use_kernels
+from pretrain.watch.damage import check_shards, describe, share
 from pretrain.weights import some
 
 # Of CONFIG: what a job starts from doesn't matter here, and whether there is training data is asked when it is needed.

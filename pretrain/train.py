@@ -26,28 +26,28 @@ from data.recipe import sample_order
 from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain import zero_state
-from pretrain.attempts import STOP
 from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
-from pretrain.damage import check_shards, tell_all
 from pretrain.evaluate import build_model, evaluate, fill, restriction
-from pretrain.exit_codes import EXIT_ENDED
-from pretrain.faults import StopRequests
-from pretrain.flops import mfu, peak_flops, training_flops
-from pretrain.guard import Guard
 from pretrain.initial_weights import start_from
-from pretrain.interval import Interval, Steps
-from pretrain.memory import explained
-from pretrain.metrics import RunLog, duration
 from pretrain.optim import learning_rate, set_learning_rate
-from pretrain.place import Place
-from pretrain.profiling import Profiler
-from pretrain.provenance import provenance, record_start
-from pretrain.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
-from pretrain.stragglers import OwnTime, Slowest
+from pretrain.run.attempts import STOP
+from pretrain.run.exit_codes import EXIT_ENDED
+from pretrain.run.metrics import RunLog, duration
+from pretrain.run.place import Place
+from pretrain.run.provenance import provenance, record_start
 from pretrain.van import use_kernels
-from pretrain.watchdog import Watchdog
+from pretrain.watch.damage import check_shards, tell_all
+from pretrain.watch.faults import StopRequests
+from pretrain.watch.flops import mfu, peak_flops, training_flops
+from pretrain.watch.guard import Guard
+from pretrain.watch.interval import Interval, Steps
+from pretrain.watch.memory import explained
+from pretrain.watch.profiling import Profiler
+from pretrain.watch.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
+from pretrain.watch.stragglers import OwnTime, Slowest
+from pretrain.watch.watchdog import Watchdog
 
 
 def train(config: Config, force_config: bool = False) -> int:

@@ -8,7 +8,7 @@ and then its verdict, which is also the exit code of every rank:
 
     0   fit; there may be warnings
     2   settings, data or software can't work; all problems that could be found are named
-    3   nodes are unfit, and named, also to the batch script (pretrain/attempts.py); or all fail together on the network, and none is named
+    3   nodes are unfit, and named, also to the batch script (attempts.py); or all fail together on the network, and none is named
 
 Rank 0 leads (roll_call.py). The first rank of each node looks at it (nodes.py, gpus.py); when nothing is wrong all ranks import torch
 and time the network (network.py). verdict.py judges. Every wait is bounded, so a node that hangs is named.
@@ -30,11 +30,11 @@ from launch.__main__ import free_port, slurm_rank
 from launch.preflight.nodes import DATASETS, Here, Node, Problem
 from launch.preflight.roll_call import Lead, Task, follow
 from launch.preflight.verdict import Verdict, judge, judge_absent, judge_silent, table, uses_gpus
-from pretrain import attempts
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError
-from pretrain.exit_codes import EXIT_CONFIG, EXIT_UNFIT
-from pretrain.place import host
+from pretrain.run import attempts
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
+from pretrain.run.place import host
 
 PATIENCE = 20.0  # seconds without a sign of a rank
 IMPORT_PATIENCE = 60.0  # seconds; a cold file system takes its time to give all of torch

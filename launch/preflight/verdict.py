@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from launch.preflight.gpus import broken, hot
 from launch.preflight.nodes import DATASETS, Node, Problem
 from launch.preflight.roll_call import Silent
-from pretrain.exit_codes import EXIT_CONFIG, EXIT_UNFIT
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 
 SKEW = 1.0  # seconds
 SLOW = 0.5  # of the others' median

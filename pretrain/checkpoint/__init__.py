@@ -29,7 +29,7 @@ from pretrain.checkpoint.files import newest_whole, verify
 from pretrain.checkpoint.lock import RunLock, hold
 from pretrain.checkpoint.pieces import read
 from pretrain.checkpoint.retention import Retention
-from pretrain.run_directory import LATEST, MANIFEST, TRAINER, steps
+from pretrain.run.directory import LATEST, MANIFEST, TRAINER, steps
 
 __all__ = [
     "LATEST",

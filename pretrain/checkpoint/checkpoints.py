@@ -20,8 +20,8 @@ from pretrain.checkpoint.pieces import METADATA, PieceTensor, ShardReader, file_
 from pretrain.checkpoint.retention import Retention, saved_in
 from pretrain.checkpoint.staging import Staging
 from pretrain.engine import from_rank_0
-from pretrain.metrics import RunLog
-from pretrain.run_directory import LATEST, TRAINER, name_of, steps
+from pretrain.run.directory import LATEST, TRAINER, name_of, steps
+from pretrain.run.metrics import RunLog
 
 # A checkpoint is a little more than its state: .metadata, and trainer.json with all names of classes.
 _ROOM = 1.05

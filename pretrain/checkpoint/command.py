@@ -11,7 +11,7 @@ from pretrain.checkpoint import files
 from pretrain.checkpoint.lock import acquire
 from pretrain.checkpoint.pieces import kind_of, read, saved_tensors
 from pretrain.checkpoint.retention import Retention, saved_in, score_of
-from pretrain.run_directory import CHECKPOINTS, TRAINER, name_of, step_of, steps
+from pretrain.run.directory import CHECKPOINTS, TRAINER, name_of, step_of, steps
 
 
 def run(folder: Path, verify: bool, compared: Sequence[str] | None, keep: int | None) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from data.files import checksum, sync
-from pretrain.run_directory import LATEST, MANIFEST, name_of, steps
+from pretrain.run.directory import LATEST, MANIFEST, name_of, steps
 
 FORMAT = 2
 Entry = dict[str, Any]  # {"bytes": size, "xxh3_128": checksum in hex} of a file

@@ -22,8 +22,8 @@ from typing import Any
 import torch.distributed as dist
 
 from pretrain.engine import from_rank_0
-from pretrain.place import host
-from pretrain.run_directory import BEAT_S, PATIENCE_S, holder, locks, machine, started
+from pretrain.run.directory import BEAT_S, PATIENCE_S, holder, locks, machine, started
+from pretrain.run.place import host
 
 
 class RunLock:

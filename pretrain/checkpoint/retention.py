@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.run_directory import TRAINER, step_of, steps
+from pretrain.run.directory import TRAINER, step_of, steps
 
 Best = Literal["none", "top1", "top5", "loss"]
 

@@ -13,7 +13,7 @@ from pretrain import checkpoint, zero_state
 from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain.batch_stats import BatchStats
-from pretrain.metrics import RunLog
+from pretrain.run.metrics import RunLog
 
 CONFIG = {
     "name": "tiny", "seed": 1, "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3}, "data": {"train": "unused"},

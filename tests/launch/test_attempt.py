@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from launch.attempt import Heard, conclude, fruitless, judge, summary, verdict
-from pretrain import attempts
-from pretrain.attempts import Attempt, End, Outcome, heard, tell
-from pretrain.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
+from pretrain.run import attempts
+from pretrain.run.attempts import Attempt, End, Outcome, heard, tell
+from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
 
 REPOSITORY = Path(__file__).parents[2]
 

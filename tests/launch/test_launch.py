@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import ranks_here, slurm_rank
-from pretrain.attempts import heard
 from pretrain.config import accumulation, load
+from pretrain.run.attempts import heard
 from tests.jobs import SMALL
 
 REPOSITORY = Path(__file__).parents[2]

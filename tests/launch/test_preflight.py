@@ -24,8 +24,8 @@ from launch.preflight.network import rounds
 from launch.preflight.nodes import BACKBONES, Node, Problem, checkpoint_bytes
 from launch.preflight.roll_call import Silent, offset
 from launch.preflight.verdict import SKEW, Verdict, judge, judge_absent, judge_silent, pair_rate, read_rate, spans, table
-from pretrain.attempts import heard
 from pretrain.config import load
+from pretrain.run.attempts import heard
 
 REPOSITORY = Path(__file__).parents[2]
 DAMAGE = b"\xff" * 512  # where a tar header should be

@@ -19,8 +19,8 @@ def run(steps: int, clip: float = 0.0, lr: float = 2e-3, model: dict[str, Any] |
     from pretrain import config as settings
     from pretrain import engine as engines
     from pretrain.batch_stats import BatchStats
-    from pretrain.guard import Guard
     from pretrain.van import VAN
+    from pretrain.watch.guard import Guard
 
     config = settings.from_dict(
         {

@@ -17,7 +17,7 @@ def worker(folder: str) -> None:
     from pretrain.batch_stats import BatchStats
     from pretrain.checkpoint import Checkpoints, Retention, hold
     from pretrain.evaluate import build_model
-    from pretrain.metrics import RunLog
+    from pretrain.run.metrics import RunLog
 
     config = settings.from_dict(
         {

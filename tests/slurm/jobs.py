@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain import attempts
-from pretrain.attempts import Attempt
 from pretrain.checkpoint.files import steps
+from pretrain.run import attempts
+from pretrain.run.attempts import Attempt
 from tests.slurm.cluster import Cluster, processes
 
 REPOSITORY = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.command import compare
-from pretrain.exit_codes import EXIT_CONFIG, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_ENDED
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import QUICK, Jobs, ranks, resumed_at, send
 

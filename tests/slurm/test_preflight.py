@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.attempts import heard
+from pretrain.run.attempts import heard
 from tests.launch.test_preflight import JOB, REPOSITORY
 from tests.slurm.cluster import Cluster
 

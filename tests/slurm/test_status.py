@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import attempts
-from pretrain.attempts import Attempt
-from pretrain.standing import judge, read
+from pretrain.run import attempts
+from pretrain.run.attempts import Attempt
+from pretrain.run.standing import judge, read
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm

@@ -15,7 +15,7 @@ import pytest
 
 from pretrain.checkpoint import lock
 from pretrain.checkpoint.lock import RunLock, acquire
-from pretrain.run_directory import machine, started
+from pretrain.run.directory import machine, started
 
 
 @pytest.fixture(autouse=True)

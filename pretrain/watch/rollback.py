@@ -1,6 +1,6 @@
 """When training goes back: how bad steps are told, what is kept of them, and which batches are left out from then on.
 
-A step that is not finite has changed nothing (pretrain/guard.py). After many in a row, or after a loss far above those before it,
+A step that is not finite has changed nothing (pretrain/watch/guard.py). After many in a row, or after a loss far above those before it,
 training goes back to the newest checkpoint from before them, and leaves out the batches that led there and a number ahead of them
 (as PaLM was trained, arXiv 2204.02311, section 5.1). Step and batch stay bound to each other: a step whose batch is left out makes no
 update, and learning rate, order and randomness of all others are as they were.
@@ -23,7 +23,7 @@ from data.index import Index
 from data.order import SampleOrder, rank_slice
 from data.quarantine import key_if_any
 from pretrain.config import GuardConfig
-from pretrain.interval import Steps
+from pretrain.watch.interval import Steps
 
 _SPAN = 100  # steps that the average of losses goes over
 

@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pretrain import config as settings
-from pretrain import trackers
 from pretrain.config import Config
-from pretrain.metrics import RunLog
+from pretrain.run import trackers
+from pretrain.run.metrics import RunLog
 
 
 def config(**run: Any) -> Config:

@@ -26,8 +26,8 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 def telling(folder: str, out: str, found: list[list[int]], max_bad: float) -> dict[str, Any]:
     """One rank, which has found some of the bad samples."""
     from data.quarantine import Quarantine
-    from pretrain.damage import tell_all
-    from pretrain.metrics import RunLog
+    from pretrain.run.metrics import RunLog
+    from pretrain.watch.damage import tell_all
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -56,7 +56,7 @@ def test_what_one_rank_found_all_know(drawn: Path, tmp_path: Path, max_bad: floa
 
 
 def checking(folders: list[str], checksums: bool) -> str | None:
-    from pretrain.damage import check_shards
+    from pretrain.watch.damage import check_shards
 
     dist.init_process_group("gloo")
     try:
@@ -84,7 +84,7 @@ def test_a_damaged_shard_is_named_at_the_start_by_all_ranks(drawn: Path, tmp_pat
 
 
 def saying(messages: list[str]) -> bool:
-    from pretrain.faults import first_to_say
+    from pretrain.watch.faults import first_to_say
 
     dist.init_process_group("gloo")
     return first_to_say(messages[dist.get_rank()])

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.guard import Guard
+from pretrain.watch.guard import Guard
 
 
 @dataclass(frozen=True, eq=False)

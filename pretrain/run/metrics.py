@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pretrain.trackers import Trackers
+from pretrain.run.trackers import Trackers
 
 
 class RunLog:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from data.check import damaged
 from data.index import Index
 from data.quarantine import BadSample, Quarantine
-from pretrain.metrics import RunLog
+from pretrain.run.metrics import RunLog
 
 _NAMED = 5
 

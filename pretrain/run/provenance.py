@@ -27,7 +27,7 @@ import torch.distributed as dist
 from data.results import commit
 from pretrain import config as settings
 from pretrain.config import Config
-from pretrain.place import host
+from pretrain.run.place import host
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
 STARTS = "starts"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.metrics import RunLog, duration
+from pretrain.run.metrics import RunLog, duration
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.progress import duration
-from pretrain import attempts
-from pretrain.attempts import ATTEMPTS, FAILED, STOP, Attempt, End
-from pretrain.run_directory import CHECKPOINTS, CONFIG, METRICS, PATIENCE_S, TRAINER, locks, machine, started, step_of, steps
+from pretrain.run import attempts
+from pretrain.run.attempts import ATTEMPTS, FAILED, STOP, Attempt, End
+from pretrain.run.directory import CHECKPOINTS, CONFIG, METRICS, PATIENCE_S, TRAINER, locks, machine, started, step_of, steps
 
 TAIL_BYTES = 256 << 10  # of metrics.jsonl; a record has some 400
 SQUEUE_S = 10.0  # that Slurm may take to answer

@@ -17,8 +17,8 @@ from data.packing.synthesize import synthesize
 from data.recipe import sample_order
 from data.settings import DataConfig
 from pretrain.config import GuardConfig
-from pretrain.interval import Steps
-from pretrain.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
+from pretrain.watch.interval import Steps
+from pretrain.watch.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
 from tests.faults import jobs
 
 

@@ -10,7 +10,7 @@ import pretrain.van  # noqa: F401  registers the family with timm
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine import autocast
-from pretrain.memory import activation_bytes, explanation, largest_that_fits
+from pretrain.watch.memory import activation_bytes, explanation, largest_that_fits
 
 GB = 10**9
 

@@ -9,7 +9,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from pretrain.exit_codes import EXIT_AGAIN, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_ENDED
 
 LOOK_S = 2.0  # between looks for the file that asks for an end
 LINGER = 2.0  # seconds: ranks that fail of the same do so within these

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.index import open_index
 from data.packing.synthesize import synthesize
 from pretrain import checkpoint
-from pretrain.provenance import diff, variables
+from pretrain.run.provenance import diff, variables
 from tests.faults import jobs
 from tests.jobs import metrics
 
@@ -182,7 +182,8 @@ def too_small_later() -> None:
 
 def too_small(steps: int) -> None:
     """The memory of a GPU of 60 MB runs out behind so many steps of two micro-steps."""
-    from pretrain import memory, train
+    from pretrain import train
+    from pretrain.watch import memory
 
     calls, loss = itertools.count(), train.mixed_cross_entropy
 

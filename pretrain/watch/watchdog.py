@@ -25,9 +25,9 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pretrain.attempts import tell
-from pretrain.exit_codes import EXIT_HUNG
-from pretrain.place import PARTS, Place, Where
+from pretrain.run.attempts import tell
+from pretrain.run.exit_codes import EXIT_HUNG
+from pretrain.run.place import PARTS, Place, Where
 
 POLL_S = 1.0
 ANSWER_S = 10.0  # for the other ranks to tell where they are

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pretrain.place import Part, Place
+from pretrain.run.place import Part, Place
 
 
 class Profiler:

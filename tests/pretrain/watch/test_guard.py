@@ -37,7 +37,7 @@ class Rank:
         from pretrain import config as settings
         from pretrain import engine as engines
         from pretrain.batch_stats import BatchStats
-        from pretrain.guard import Guard
+        from pretrain.watch.guard import Guard
 
         config = settings.from_dict(CONFIG)
         for key, value in engine.items():
@@ -166,7 +166,7 @@ def test_norm_and_clipping_are_torchs() -> None:
 
 
 def scaled() -> dict[str, Any]:
-    from pretrain import guard as module
+    from pretrain.watch import guard as module
 
     module.GROWTH_INTERVAL = 3
     rank = Rank(scales=True, zero_stage=2)
@@ -264,7 +264,7 @@ def count_reads(file: Path, wrong: bool) -> None:
     """In a rank's process: what the loop of train.py reads between the beginnings of its third and its fifth step, to a file; also of a
     loss, if it is `wrong`."""
     from pretrain import train
-    from pretrain.faults import StopRequests
+    from pretrain.watch.faults import StopRequests
 
     rate, loss, agreed, reads = train.learning_rate, train.mixed_cross_entropy, StopRequests.agreed, Reads()
 

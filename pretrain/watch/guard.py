@@ -1,7 +1,7 @@
 """Between a step's gradients and its update: their norm, clipping, fp16's loss scale, and no update by numbers that are not finite.
 
 All of it stays on the device, and nobody waits for it: torch's fused AdamW takes the scale and the verdict as tensors. The host
-looks at an interval's steps together (pretrain/interval.py) and may then decide to go back (pretrain/rollback.py).
+looks at an interval's steps together (pretrain/watch/interval.py) and may then decide to go back (pretrain/watch/rollback.py).
 """
 
 from typing import Any

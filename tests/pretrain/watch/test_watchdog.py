@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.attempts import heard
-from pretrain.exit_codes import EXIT_HUNG
-from pretrain.place import PARTS, Place, Where
-from pretrain.watchdog import behind
+from pretrain.run.attempts import heard
+from pretrain.run.exit_codes import EXIT_HUNG
+from pretrain.run.place import PARTS, Place, Where
+from pretrain.watch.watchdog import behind
 from tests import jobs
 from tests.ranks import join, kill, start_training
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 ALONE = """
 import ctypes, time
 import torch.distributed as dist
-from pretrain import watchdog
-from pretrain.place import Place
+from pretrain.watch import watchdog
+from pretrain.run.place import Place
 watchdog.POLL_S, watchdog.ANSWER_S = 0.1, 0.3
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 place = Place()
@@ -53,10 +53,10 @@ def test_who_is_behind() -> None:
 
 
 def test_a_place_outlives_its_process() -> None:
-    from pretrain.place import PAGE, shared_page
+    from pretrain.run.place import PAGE, shared_page
 
     page = shared_page()
-    code = "import os; from pretrain.place import Place; Place().at(12, 'optimizer', 3); os.abort()"
+    code = "import os; from pretrain.run.place import Place; Place().at(12, 'optimizer', 3); os.abort()"
     ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | {PAGE: str(page)}, pass_fds=[page], timeout=60)
     assert ended.returncode < 0
     assert Where.of(page) == at(12, "optimizer", 3)
@@ -68,7 +68,8 @@ def test_a_place_outlives_its_process() -> None:
 
 def hang_in_data(rank: int) -> None:
     """In a rank's process: rank 1 never gets its batch of step 5."""
-    from pretrain import train, watchdog
+    from pretrain import train
+    from pretrain.watch import watchdog
 
     watchdog.ANSWER_S = 3.0
     rate = train.learning_rate

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from pretrain import attempts, standing
 from pretrain.__main__ import main
-from pretrain.attempts import ATTEMPTS, Attempt, End
-from pretrain.run_directory import machine, started
-from pretrain.standing import Job, Run, judge, tail
-from pretrain.status import size, status
+from pretrain.run import attempts, standing
+from pretrain.run.attempts import ATTEMPTS, Attempt, End
+from pretrain.run.directory import machine, started
+from pretrain.run.standing import Job, Run, judge, tail
+from pretrain.run.status import size, status
 from tests import jobs
 from tests.ranks import REPOSITORY, join
 
@@ -298,7 +298,7 @@ def test_it_imports_nothing_heavy(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- following
 
 FOLLOW = (
-    "import sys, pretrain.status as s\nfrom pathlib import Path\ns.REDRAW_S = 0.1\nsys.exit(s.status([Path(sys.argv[1])], follow=True))"
+    "import sys, pretrain.run.status as s\nfrom pathlib import Path\ns.REDRAW_S = 0.1\nsys.exit(s.status([Path(sys.argv[1])], follow=True))"
 )
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from pretrain.exit_codes import EXIT_AGAIN, EXIT_ENDED
-from pretrain.faults import SIGNALS
+from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_ENDED
+from pretrain.watch.faults import SIGNALS
 from tests.ranks import run_on_ranks
 
 
 def worker(numbers: list[int], at_step: int, file: str) -> dict[str, Any]:
     """Six steps of a job; before one of them, rank 1 alone gets signals. `file`, if there is one, has been seen by then."""
-    from pretrain import faults
+    from pretrain.watch import faults
 
     dist.init_process_group("gloo")
     faults.LOOK_S = 0.01

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from data.progress import duration
-from pretrain.attempts import Attempt
-from pretrain.standing import Record, Run, date, find, judge, number, read
+from pretrain.run.attempts import Attempt
+from pretrain.run.standing import Record, Run, date, find, judge, number, read
 
 REDRAW_S = 3.0
 ATTEMPTS_SHOWN = 6  # the last ones

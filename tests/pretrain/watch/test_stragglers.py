@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pretrain import config as settings
-from pretrain.stragglers import Slowest
+from pretrain.watch.stragglers import Slowest
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[
 
     from pretrain import engine as engines
     from pretrain.evaluate import build_model
-    from pretrain.stragglers import OwnTime
+    from pretrain.watch.stragglers import OwnTime
 
     torch.set_num_threads(1)
     config = settings.from_dict(
