@@ -11,7 +11,7 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 RUN := .venv/bin/python
 READY := .venv/.ready
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-fast test-full lint slurm requirements
 
