@@ -13,3 +13,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
     synthesize(folder, classes=10, train=120, val=20)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, as files are run side by side."""
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
