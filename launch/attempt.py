@@ -60,11 +60,33 @@ def main() -> int:
         # Whether what they name is there is preflight's affair: it may be missing on this node alone.
         overrides = [word for word in sys.argv[2:] if not word.startswith("--")]
         config = settings.load(sys.argv[1], overrides, unused=settings.ON_A_NODE)
-    except ConfigError:  # preflight says what is wrong
+        run = Path(config.run.dir)
+        this, history = begin(run)
+        log = open(run / "logs" / f"{this.job}-{this.restart}.log", "ab")  # noqa: SIM115
+    except (ConfigError, OSError):  # preflight and the ranks say what is wrong
         listen(sys.stdin.buffer, None)
         print(f"end {EXIT_CONFIG}", file=sys.stderr)
         return 0
-    run = Path(config.run.dir)
+    told = listen(sys.stdin.buffer, log)
+    end = conclude(told, newest(run))
+    if end.outcome == "complete" and config.run.export:
+        end = export(run, end)
+    end = judge(history, replace(this, end=end), config.guard.restarts)
+    this = replace(this, end=end)
+    reason = "what can't work is told above" if end.outcome == "settings" else end.reason
+    print(f"attempt {this.restart + 1} {end.outcome}: {reason}", flush=True)
+    try:
+        attempts.write(run, this)
+        if end.outcome in FAILURES and not end.again:
+            (run / FAILED).write_text(summary(run, [*history, this], told.last))
+    except OSError as error:  # a full disk costs the record, not the job
+        print(f"how this attempt ended could not be recorded in {run}: {error}", flush=True)
+    print(verdict([*history, this]), file=sys.stderr)
+    return 0
+
+
+def begin(run: Path) -> tuple[Attempt, list[Attempt]]:
+    """Records that this attempt has begun; returns it, and those of the same job before it."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
     job, restart, nodes = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)), os.environ["NODES"].split()
     this = Attempt(job, restart, time.time(), tuple(nodes), int(os.environ["RANKS"]), saved=newest(run))
@@ -72,20 +94,7 @@ def main() -> int:
     attempts.write(run, this)
     (run / FAILED).unlink(missing_ok=True)
     print(f"attempt {restart + 1} of job {job}: {this.ranks} ranks on {' '.join(nodes)}", flush=True)
-    with open(run / "logs" / f"{job}-{restart}.log", "ab") as log:
-        told = listen(sys.stdin.buffer, log)
-    end = conclude(told, newest(run))
-    if end.outcome == "complete" and config.run.export:
-        end = export(run, end)
-    this = replace(this, end=judge(history, replace(this, end=end), config.guard.restarts))
-    assert this.end is not None
-    attempts.write(run, this)
-    if this.end.outcome in FAILURES and not this.end.again:
-        (run / FAILED).write_text(summary(run, [*history, this], told.last))
-    reason = "what can't work is told above" if this.end.outcome == "settings" else this.end.reason
-    print(f"attempt {restart + 1} {this.end.outcome}: {reason}", flush=True)
-    print(verdict([*history, this]), file=sys.stderr)
-    return 0
+    return this, history
 
 
 def listen(output: IO[bytes], log: IO[bytes] | None) -> Heard:

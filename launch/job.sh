@@ -31,7 +31,7 @@ step() {
 # One process on this node, beside the step if there is one.
 alone=("${WRAP[@]}" "$PYTHON")
 if [[ -n "${SLURM_JOB_ID:-}" && ${#CONTAINER[@]} != 0 ]]; then
-    alone=(srun --overlap --nodes=1 --ntasks=1 "${CONTAINER[@]}" "${alone[@]}")
+    alone=(srun --overlap --mem=0 --nodes=1 --ntasks=1 "${CONTAINER[@]}" "${alone[@]}")
 fi
 
 # Puts the job back into the queue:  requeue SECONDS [NODE,NODE]

@@ -230,6 +230,25 @@ def test_settings_that_cannot_work_end_the_job_without_touching_the_run(job: Job
     assert not job.run.exists()
 
 
+def test_a_run_directory_that_cannot_be_made_is_for_the_ranks_to_tell(job: Job) -> None:
+    job.run.write_text("a file")
+    output, said = job.attempt(0, ["error: run directory can't be written to\n", line("rank", **rank(0, EXIT_CONFIG))])
+    assert (output, said) == ("error: run directory can't be written to\n", f"end {EXIT_CONFIG}\n")
+
+
+def test_a_full_disk_costs_the_record_and_not_the_job(job: Job) -> None:
+    (job.run / "logs").mkdir(parents=True)
+    (job.run / "attempts.jsonl").symlink_to("/dev/full")
+    output, said = job.attempt(0, [line("rank", **rank(0, EXIT_AGAIN))])
+    assert said == f"end {EXIT_CONFIG}\n"  # it could not begin: preflight says that there is no room
+
+    (job.run / "attempts.jsonl").unlink()
+    (job.run / "logs" / "12-1.log").symlink_to("/dev/full")
+    output, said = job.attempt(1, ["a line\n", line("rank", **rank(0, EXIT_AGAIN))])
+    assert said == "again 0\n"
+    assert "a line\n" in output
+
+
 def test_signals_to_the_whole_job_do_not_end_the_filter(job: Job, tmp_path: Path) -> None:
     environment = os.environ | {"SLURM_JOB_ID": "12", "RANKS": "2", "NODES": "n0 n1"}
     command = [sys.executable, "-m", "launch.attempt", "configs/van_b3_in22k.yaml", *job.settings]
