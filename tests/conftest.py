@@ -1,5 +1,7 @@
 """What tests of several packages share."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
     synthesize(folder, classes=10, train=120, val=20)
     return folder
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Processes that a test starts heed Ctrl-C, also where the tests run in the background of a shell and so ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,6 +1,5 @@
 """What tests of this folder share: datasets of several shards, in folders and at URLs; odd files, and what packing makes of them."""
 
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,14 +74,6 @@ def s3(_s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     yield _s3
     _s3.go_on.set()
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # which a test may have opened in another environment
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """Processes that a test starts heed Ctrl-C, also where the tests run in the background of a shell and so ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def upload(folder: Path, url: str, **options: str) -> None:

@@ -38,7 +38,7 @@ def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, drawn: Path) ->
 
 
 LARGER = [
-    ("van_b4", "59.78", 5),
+    pytest.param("van_b4", "59.78", 5, marks=pytest.mark.full),
     pytest.param("van_b5", "89.21", 6, marks=pytest.mark.full),
     pytest.param("van_b6", "199.07", 12, marks=pytest.mark.full),
 ]

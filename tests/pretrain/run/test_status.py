@@ -158,6 +158,13 @@ def test_states(tmp_path: Path, case: str) -> None:
 # ---------------------------------------------------------------- what is shown
 
 
+@pytest.fixture
+def at_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time is NOW, however long ago these tests were collected."""
+    monkeypatch.setattr(time, "time", lambda: NOW)
+
+
+@pytest.mark.usefixtures("at_now")
 def test_a_run_in_detail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     saved(run, 20)
@@ -209,6 +216,7 @@ def test_all_runs_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [str(tmp_path / "b"), str(tmp_path / "a")]
 
 
+@pytest.mark.usefixtures("at_now")
 def test_a_row_says_why_the_run_was_restarted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run in (tmp_path / "a", tmp_path / "b"):
         trained(run)
@@ -322,6 +330,7 @@ def interrupt(process: subprocess.Popen) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_into_a_pipe_it_tells_what_has_changed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained(run)
@@ -340,6 +349,7 @@ def test_into_a_pipe_it_tells_what_has_changed(tmp_path: Path) -> None:
         os.close(source)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_on_a_terminal_it_draws_in_place(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trained(run)
