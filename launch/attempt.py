@@ -68,7 +68,7 @@ def main() -> int:
         print(f"end {EXIT_CONFIG}", file=sys.stderr)
         return 0
     told = listen(sys.stdin.buffer, log)
-    end = conclude(told, newest(run))
+    end = conclude(told, newest(run), this.ranks)
     if end.outcome == "complete" and config.run.export:
         end = export(run, end)
     end = judge(history, replace(this, end=end), config.guard.restarts)
@@ -125,8 +125,8 @@ def _note(told: Heard, kind: str, values: dict[str, Any]) -> None:
         told.code = values["code"]
 
 
-def conclude(told: Heard, saved: int) -> End:
-    """How an attempt ended, and what of."""
+def conclude(told: Heard, saved: int, ranks: int) -> End:
+    """How an attempt of so many ranks ended, and what of."""
     now = time.time()
     if told.unfit:
         return End(now, "unfit", "; ".join(f"{node}: {why}" for node, why in told.unfit.items()), saved, excluded=tuple(told.unfit))
@@ -152,6 +152,8 @@ def conclude(told: Heard, saved: int) -> End:
         reason = next((line for line in reversed(told.last) if "error" in line), f"the step ended with exit code {told.code}")
         lost = next((found[1] for line in told.last if (found := NODE_FAILURE.search(line))), None)
         return End(now, "settings" if told.code == EXIT_CONFIG else "crashed", reason, saved, host=lost)
+    if silent := sorted(set(range(ranks)) - {rank["rank"] for rank in told.ranks}):
+        return End(now, "crashed", f"rank {silent[0]} did not say how it ended", saved)
     return End(now, "complete", f"complete at step {saved}", saved)
 
 

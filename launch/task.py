@@ -23,6 +23,7 @@ LAST_LINES = 20
 LOST_PEER = re.compile(
     r"connection (was )?(closed|reset)|remote process exited|broken pipe|Dist(Backend|Network|Store)Error", re.IGNORECASE
 )
+HEARD_S = 1.0  # before a task ends: srun drops what reaches it behind the message that the last task has ended (seen with Slurm 22.05)
 LEAVE_S = 3.0  # before other ranks are ended: they may be about to fail of the same, and be the ones who say why
 
 
@@ -53,10 +54,9 @@ def run(command: Sequence[str]) -> int:
         print(f"rank {rank} on {node} {died(code)} in {where}{lines}", flush=True)
     why = f"{died(code)} in {where}"
     tell("rank", rank=rank, host=node, code=code, step=where.computing, why=why, said=said[:300], cause=cause)
+    time.sleep(LEAVE_S if code in (EXIT_CONFIG, 1) else HEARD_S)
     if code in (0, EXIT_AGAIN, EXIT_ENDED):
         return 0
-    if code > 0:
-        time.sleep(LEAVE_S)
     return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
 
 

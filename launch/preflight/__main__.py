@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from launch.__main__ import free_port, slurm_rank
 from launch.preflight.nodes import DATASETS, Here, Node, Problem
 from launch.preflight.roll_call import Lead, Task, follow
 from launch.preflight.verdict import Verdict, judge, judge_absent, judge_silent, table, uses_gpus
+from launch.task import HEARD_S
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError
 from pretrain.run import attempts
@@ -276,4 +278,6 @@ def show(verdict: Verdict, reduced: str) -> None:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
+    if code and "SLURM_STEP_ID" in os.environ:
+        time.sleep(HEARD_S)
     os._exit(code)  # past whatever still hangs

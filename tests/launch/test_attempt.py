@@ -40,42 +40,43 @@ def rank(number: int, code: int, **told: Any) -> dict[str, Any]:
     ],
 )
 def test_outcome_of_what_the_ranks_told(ranks: list[dict[str, Any]], outcome: Outcome) -> None:
-    assert conclude(Heard(ranks=ranks), 5).outcome == outcome
+    assert conclude(Heard(ranks=ranks), 5, 2).outcome == outcome
 
 
 def test_the_rank_that_failed_of_itself_is_the_cause() -> None:
     told = Heard(
         ranks=[rank(0, 1, cause=False, said="Connection closed by peer"), rank(1, 1, said="KeyError: 3"), rank(2, 1, said="KeyError: 4")]
     )
-    end = conclude(told, 5)
+    end = conclude(told, 5, 2)
     assert (end.outcome, end.rank, end.host, end.step) == ("crashed", 1, "n1", 7)
     assert "KeyError: 3" in end.reason
 
 
 def test_a_rank_that_hangs_is_named_by_the_watchdog() -> None:
     told = Heard(ranks=[rank(0, EXIT_HUNG)], hang={"rank": 1, "host": "n1", "step": 4, "reason": "rank 1 on n1 gives no answer"})
-    end = conclude(told, 5)
+    end = conclude(told, 5, 2)
     assert (end.outcome, end.rank, end.host, end.step, end.reason) == ("hung", 1, "n1", 4, "rank 1 on n1 gives no answer")
 
 
 def test_a_node_that_preflight_names_is_left_out() -> None:
-    end = conclude(Heard(unfit={"n1": "no GPU 3", "n2": "no disk"}, code=3), 5)
+    end = conclude(Heard(unfit={"n1": "no GPU 3", "n2": "no disk"}, code=3), 5, 2)
     assert (end.outcome, end.excluded, end.reason) == ("unfit", ("n1", "n2"), "n1: no GPU 3; n2: no disk")
 
 
 def test_a_step_that_ends_without_a_word_of_its_ranks() -> None:
+    assert "rank 1 did not say" in conclude(Heard(ranks=[rank(0, 0)]), 5, 2).reason
     told = Heard(code=1)
     told.last += ["step 3/40", "srun: error: Node failure on n1", "srun: Job step aborted"]
-    end = conclude(told, 5)
+    end = conclude(told, 5, 2)
     assert (end.outcome, end.host, end.reason) == ("crashed", "n1", "srun: error: Node failure on n1")
-    assert conclude(Heard(code=EXIT_CONFIG), 0).outcome == "settings"  # preflight's
-    assert conclude(Heard(code=128 + signal.SIGUSR1), 0).outcome == "stopped"  # told to stop during preflight
+    assert conclude(Heard(code=EXIT_CONFIG), 0, 2).outcome == "settings"  # preflight's
+    assert conclude(Heard(code=128 + signal.SIGUSR1), 0, 2).outcome == "stopped"  # told to stop during preflight
 
 
 def test_a_dead_gpu_leaves_its_node_out() -> None:
     told = Heard(ranks=[rank(1, 1, said="RuntimeError: CUDA error: uncorrectable ECC error encountered")])
-    assert conclude(told, 5).excluded == ("n1",)
-    assert conclude(Heard(ranks=[rank(1, 1, said="RuntimeError: CUDA error: an illegal memory access")]), 5).excluded == ()
+    assert conclude(told, 5, 2).excluded == ("n1",)
+    assert conclude(Heard(ranks=[rank(1, 1, said="RuntimeError: CUDA error: an illegal memory access")]), 5, 2).excluded == ()
 
 
 # ---------------------------------------------------------------- whether there is another one
@@ -219,7 +220,7 @@ def test_a_job_that_fails_at_the_same_step_ends_with_a_summary(job: Job) -> None
 
 def test_a_run_is_complete_when_its_weights_are_exported(job: Job) -> None:
     """Here they can't be: there is no checkpoint."""
-    output, said = job.attempt(0, [line("rank", **rank(0, 0)), line("step", code=0)])
+    output, said = job.attempt(0, [line("rank", **rank(0, 0)), line("rank", **rank(1, 0)), line("step", code=0)])
     assert said == "again 120\n"
     assert "attempt 1 crashed: training is complete, but not exported: ValueError: " in output
 

@@ -14,7 +14,7 @@ from pretrain.run.attempts import heard
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
 
 REPOSITORY = Path(__file__).parents[2]
-TASK = "import sys; from launch import task; task.LEAVE_S = 0.2; sys.exit(task.run([sys.executable, '-c', sys.argv[1]]))"
+TASK = "import sys; from launch import task; task.LEAVE_S = task.HEARD_S = 0.2; sys.exit(task.run([sys.executable, '-c', sys.argv[1]]))"
 RANK = """
 import os, signal, sys, time
 from pretrain.run.place import Place

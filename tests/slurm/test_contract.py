@@ -152,6 +152,7 @@ def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         cluster.restore("n0")
+    cluster.wait_until_idle()
     assert [attempt.nodes for attempt in jobs.attempts(job)] == [("n0", "n1"), ("n1", "n2")]
     assert resumed_at(output) == [5]
     assert "an earlier start of this job: taking over" in output
