@@ -91,14 +91,15 @@ def train(config: Config, force_config: bool = False) -> int:
             log.line(line)
     flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
     log.line(use_kernels(model, config.model.kernels, device))
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, precision = sum(p.numel() for p in model.parameters()), engines.arithmetic(device, config.engine.precision)
     engine = engines.build(config, model, accumulation)
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
     watch = Watch(config.guard)
     log.line(
         f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
-        f"{config.engine.precision}, {ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
+        f"{precision}{'' if precision == config.engine.precision else f', as this {device.type} lacks {config.engine.precision}'}, "
+        f"{ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
         f"{config.engine.micro_batch} x {accumulation}; {len(index)} images, {order.steps_per_epoch} steps an epoch, {total} in all"
     )
 
