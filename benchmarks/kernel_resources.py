@@ -20,9 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pretrain.bench import Layer, layers
-from pretrain.kernels import device
+from pretrain.kernels import depthwise_device, residual_device
 from pretrain.kernels.depthwise import conv_constants, launch_options, weight_gradient_constants
-from pretrain.kernels.residual import TILE
+from pretrain.kernels.residual import BEHIND, SUMS, TILE
 from pretrain.kernels.tiling import WARPS
 
 RESULT = Path(__file__).parent / "results" / "kernel_resources.json"
@@ -47,27 +47,41 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
     """All that a training step compiles for a layer."""
     x = f"*{activations}"
     if not layer.kernel_size:
-        tile = {name: value for name, value in TILE.items() if name.isupper()}
-        both = {"branch": x, "scale": "*fp32", "keep": "*fp32"}
-        forward, backward = {"x": "*fp32", "y": "*fp32"}, {"grad": "*fp32", "branch_grad": x, "partial": "*fp32"}
-        return [
-            Kernel("forward", device.residual_kernel, tile, both | forward, {"num_warps": WARPS}),
-            Kernel("backward", device.residual_backward_kernel, tile, both | backward, {"num_warps": WARPS}),
-        ]
+        return joint_kernels(x)
     shape, options = (layer.channels, layer.size, layer.size), launch_options(4 if activations == "fp32" else 2)
     pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "y": x}
 
     def conv(part: str, changed: dict[str, str], **how: Any) -> Kernel:
         constants = conv_constants(shape, layer.kernel_size, layer.dilation, **how)
-        return Kernel(part, device.conv_kernel, constants, pointers | changed, options)
+        return Kernel(part, depthwise_device.conv_kernel, constants, pointers | changed, options)
 
     found = [conv("forward, GELU", {}, gelu="after"), conv("gradient of GELU", {"grad": x}, gelu="derivative")]
     if not layer.gelu:
         found = [conv("forward", {})]
     found.append(conv("input gradient", {"bias": ""}, flip=True))
     constants = weight_gradient_constants(shape, layer.kernel_size, layer.dilation)
-    found.append(Kernel("weight gradient", device.weight_gradient_kernel, constants, {"x": x, "grad": x, "partial": "*fp32"}, options))
+    found.append(
+        Kernel("weight gradient", depthwise_device.weight_gradient_kernel, constants, {"x": x, "grad": x, "partial": "*fp32"}, options)
+    )
     return found
+
+
+def joint_kernels(x: str) -> list[Kernel]:
+    """Of `pretrain/kernels/residual.py`, as an attention's end takes them, with a shortcut of its own and a norm behind it."""
+    tile, sums = ({name: value for name, value in sizes.items() if name.isupper()} for sizes in (TILE, SUMS))
+    vector, sum_ = "*fp32", "*fp32"
+    branches = {"branch": x, "shortcut": x, "scale": vector, "keep": vector}
+    statistics = {"mean": vector, "rstd": vector}
+    behind = {name: vector for name in BEHIND} | {"normed_grad": x}
+    found = [
+        ("sum", "residual_kernel", tile, branches | {"x": sum_, "y": sum_, "partial": vector}),
+        ("statistics", "statistics_kernel", sums, statistics | {"partial": vector, "variance": vector, "eps": "fp32"}),
+        ("norm", "norm_kernel", tile, statistics | {"y": sum_, "weight": vector, "bias": vector, "normed": x}),
+        ("gradient sums", "norm_sums_kernel", tile, statistics | {"normed_grad": x, "y": sum_, "partial": vector}),
+        ("gradients", "residual_backward_kernel", tile, branches | behind | {"grad": sum_, "branch_grad": x, "partial": vector}),
+    ]
+    options = {"num_warps": WARPS}
+    return [Kernel(part, getattr(residual_device, name), constants, types, options) for part, name, constants, types in found]
 
 
 def resources(kernel: Kernel, capability: int) -> dict[str, Any]:

@@ -167,10 +167,14 @@ def shortcut_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.d
     def backward(y: Tensor) -> Callable[[], Tensor]:
         return lambda: torch.autograd.grad(y, (branch, scale), grad, retain_graph=True)[0]
 
-    fast = backward(scaled_residual(x, branch, scale, keep))
+    fast = backward(scaled_residual(x, branch, None, scale, keep))
     map_bytes = x.numel() * 4 + branch.numel() * branch.element_size()
     return [
-        Part("forward", map_bytes + x.numel() * 4, {"triton": lambda: scaled_residual(x, branch, scale, keep), "pytorch_nhwc": by_steps}),
+        Part(
+            "forward",
+            map_bytes + x.numel() * 4,
+            {"triton": lambda: scaled_residual(x, branch, None, scale, keep), "pytorch_nhwc": by_steps},
+        ),
         Part("backward", map_bytes + branch.numel() * branch.element_size(), {"triton": fast, "pytorch_nhwc": backward(by_steps())}),
     ]
 

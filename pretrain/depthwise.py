@@ -3,7 +3,7 @@
 VAN spends most of a training step in depth-wise convolutions, and oneDNN, behind PyTorch's operator on a CPU, is slow in three of
 their parts: dilation, the weight gradient in bf16, and maps that are smaller than the kernel's reach. DepthwiseConv2d is nn.Conv2d
 (same names, same values) with these three done otherwise when it trains on a CPU. On a GPU it is PyTorch's operator, or the Triton
-kernel of `pretrain.kernels` where `pretrain.van.use_kernels` chose that.
+kernel of `pretrain.kernels` where `pretrain.kernel_choice.use_kernels` chose that.
 
 - **Dilation d as d * d plain convolutions.** Positions of equal (row mod d, column mod d) form a smaller map, a phase, on which the
   dilated kernel is a plain one. The phases are laid side by side in the batch dimension. The sums are the same, bit for bit.
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.kernels import depthwise_conv2d
+from pretrain.kernels.trial import convolution_fault
 
 # Kernel sizes and dilations that the Triton kernels are tuned and tested for.
 _TRITON_SIZES = ((3, 5, 7), (1, 3))
@@ -36,7 +37,13 @@ class DepthwiseConv2d(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim)
         self.gelu = gelu
         self.triton = False
-        self.has_triton = kernel_size in _TRITON_SIZES[0] and dilation in _TRITON_SIZES[1]
+
+    def triton_fault(self, size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why the Triton kernel can't compute this layer on square maps of `size`; None where it can."""
+        k, dilation = self.kernel_size[0], self.dilation[0]
+        if k not in _TRITON_SIZES[0] or dilation not in _TRITON_SIZES[1]:
+            return "there is no such kernel"
+        return convolution_fault(self.in_channels, size, k, dilation, self.gelu, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""

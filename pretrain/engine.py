@@ -20,6 +20,7 @@ import torch.distributed as dist
 from pretrain import zero_state
 from pretrain.batch_stats import synchronise
 from pretrain.config import Config, EngineConfig
+from pretrain.kernel_choice import compile_blocks
 from pretrain.optim import AdamW, parameter_groups
 from pretrain.run.place import host
 
@@ -140,9 +141,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     for number in config.model.checkpoint_stages:
         model.stages[number].grad_checkpointing = True
     if config.model.compile:
-        for stage in model.stages:
-            for block in stage.blocks:
-                block.compile()
+        compile_blocks(model)
     device = torch.device(device_type(config.engine))
     model.forward = autocast(device, config.engine.precision)(model.forward)
     optimizer = AdamW(

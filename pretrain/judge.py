@@ -25,9 +25,9 @@ from pretrain import engine as engines
 from pretrain.config import Config
 from pretrain.evaluate import build_model, evaluate, matched, none_left, restriction
 from pretrain.initial_weights import HEAD, misfits, read_source, variant
+from pretrain.kernel_choice import use_kernels
 from pretrain.probe import NEIGHBOURS, LinearProbe, drawn_samples, features, from_all_ranks, knn_hits
 from pretrain.trained import build_trained, is_run
-from pretrain.van import use_kernels
 from pretrain.watch.damage import check_shards, describe, share
 from pretrain.weights import some
 
@@ -64,7 +64,8 @@ def judge(source: Path, config: Path | None, overrides: list[str], *, average: b
     head = _head(weights, source, val) if train is None else train.classes
     told = restriction(head, val, data.val_except)
     check_shards([val] if train is None else [val, train], checksums=data.check == "checksums")
-    _say(use_kernels(weights.model.to(device), weights.config.model.kernels, device))
+    dtype = engines.PRECISIONS[engines.arithmetic(device, engine.precision)]
+    _say(use_kernels(weights.model.to(device), weights.config.model.kernels, device, data.image_size, dtype))
     place: dict[str, Any] = {"micro_batch": engine.micro_batch, "rank": dist.get_rank(), "ranks": dist.get_world_size(), "device": device}
     hosts = engines.hosts()
     place["ranks_on_node"] = hosts.count(hosts[place["rank"]])

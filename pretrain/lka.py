@@ -14,6 +14,7 @@ import math
 import torch
 from torch import nn
 
+from pretrain.convolutions import PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
 
 
@@ -29,7 +30,7 @@ class LKA(nn.Module):
         self.conv0 = DepthwiseConv2d(dim, 2 * dilation - 1)
         far = math.ceil(kernel_size / dilation)
         self.conv_spatial = DepthwiseConv2d(dim, far, dilation) if far % 2 else _even(dim, far, dilation)
-        self.conv1 = nn.Conv2d(dim, dim, 1)
+        self.conv1 = PointwiseConv2d(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""

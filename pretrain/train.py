@@ -31,13 +31,13 @@ from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
 from pretrain.evaluate import build_model, evaluate, fill, restriction
 from pretrain.initial_weights import start_from
+from pretrain.kernel_choice import use_kernels
 from pretrain.optim import learning_rate, set_learning_rate
 from pretrain.run.attempts import STOP
 from pretrain.run.exit_codes import EXIT_ENDED
 from pretrain.run.metrics import RunLog, duration
 from pretrain.run.place import Place
 from pretrain.run.provenance import provenance, record_start
-from pretrain.van import use_kernels
 from pretrain.watch.damage import check_shards, tell_all
 from pretrain.watch.faults import StopRequests
 from pretrain.watch.flops import mfu, peak_flops, training_flops
@@ -90,9 +90,10 @@ def train(config: Config, force_config: bool = False) -> int:
         for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
             log.line(line)
     flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
-    log.line(use_kernels(model, config.model.kernels, device))
     parameters, precision = sum(p.numel() for p in model.parameters()), engines.arithmetic(device, config.engine.precision)
     engine = engines.build(config, model, accumulation)
+    kernels = config.model.kernels, device, config.data.image_size, engines.PRECISIONS[precision]
+    log.line(use_kernels(model, *kernels))
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
     watch = Watch(config.guard)
@@ -141,7 +142,7 @@ def train(config: Config, force_config: bool = False) -> int:
         """Of the weights and, where one is kept, of their moving average."""
         assert val_loader is not None
         judge = build_model(config).to(device)
-        use_kernels(judge, config.model.kernels, device)
+        use_kernels(judge, *kernels)
         results: dict[str, Any] = {"step": step}
         for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):
             buffers = dict(model.named_buffers())

@@ -19,9 +19,8 @@ either way, and so is the sum that runs along a stage's blocks, because the laye
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -41,47 +40,15 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pretrain.convolutions import ChannelsLastConv2d, PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.kernels import scaled_residual, unusable
+from pretrain.kernels import residual_norm, scaled_residual
 from pretrain.lka import LKA
 
-__all__ = ["VAN", "VARIANTS", "ChannelsLastConv2d", "use_kernels"]
+__all__ = ["VAN", "VARIANTS"]
 
 # How it computes depends on the input's size and device, which tracing does not know; timm's feature extraction keeps it whole.
 register_notrace_module(DepthwiseConv2d)
-
-
-class ChannelsLastConv2d(nn.Conv2d):
-    """A convolution whose weight lies channels-last in memory and yet is a contiguous parameter.
-
-    Convolution libraries want a channels-last weight for channels-last activations, and convert an ordinary one at every step.
-    A parameter with channels-last strides won't do: DeepSpeed broadcasts and flattens parameters as contiguous bytes. So the
-    parameter has the shape (out, kh, kw, in), and forward permutes it to the usual (out, in, kh, kw), which costs nothing. It
-    is worth having for dense kernels larger than 1x1; 1x1 and depth-wise weights are the same bytes either way.
-
-    The state dict shows the usual shape, contiguous, and load_state_dict takes it; the tensor shown is a copy, or with
-    `keep_vars` a view through which gradients reach the parameter.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int = 0) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, stride, padding)
-        self.weight = nn.Parameter(self.weight.detach().permute(0, 2, 3, 1).contiguous())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in, H, W) to (N, out, H', W')."""
-        return self._conv_forward(x, self.weight.permute(0, 3, 1, 2), self.bias)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = destination[prefix + "weight"].permute(0, 3, 1, 2)
-        destination[prefix + "weight"] = weight if keep_vars else weight.contiguous()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        key = prefix + "weight"
-        # A weight of another rank is left as it is: load_state_dict reports it as a size mismatch.
-        if key in state_dict and state_dict[key].ndim == 4:
-            state_dict[key] = state_dict[key].permute(0, 2, 3, 1).contiguous()
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PatchEmbed(nn.Module):
@@ -102,15 +69,19 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj_1 = nn.Conv2d(dim, dim, 1)
+        self.proj_1 = PointwiseConv2d(dim, dim)
         self.act = nn.GELU()
         self.spatial_gating_unit = LKA(dim)
-        self.proj_2 = nn.Conv2d(dim, dim, 1)
+        self.proj_2 = PointwiseConv2d(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
         # The shortcut starts behind the block's BatchNorm, inside the block's own shortcut; the authors meant it so.
-        return x + self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
+        return x + self.branch(x)
+
+    def branch(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the shortcut."""
+        return self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
 
 
 class Mlp(nn.Module):
@@ -118,10 +89,10 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.fc1 = PointwiseConv2d(dim, hidden_dim)
         self.dwconv = DepthwiseConv2d(hidden_dim, 3, gelu=True)
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.fc2 = PointwiseConv2d(hidden_dim, dim)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -151,8 +122,18 @@ class Block(nn.Module):
 
     def _add(self, x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if self.triton and not torch.jit.is_scripting():
-            return scaled_residual(x, branch, scale, _kept(self.drop_path, x))
+            return scaled_residual(x, branch, None, scale, _kept(self.drop_path, x))
         return x + self.drop_path(scale[:, None, None] * branch)
+
+    def joined(self, x: torch.Tensor, normed: torch.Tensor, after: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`forward` in training on Triton's kernels, from one joint to the next: takes the block's input and `norm1` of it, and returns
+        its output and the norm `after` of that, the next block's `norm1`."""
+        kept = _kept(self.drop_path, x)
+        x, normed = residual_norm(x, self.attn.branch(normed), normed, self.layer_scale_1, kept, self.norm2)
+        branch, kept = self.mlp(normed), _kept(self.drop_path, x)
+        if after is None:
+            return scaled_residual(x, branch, None, self.layer_scale_2, kept), None
+        return residual_norm(x, branch, None, self.layer_scale_2, kept, after)
 
 
 def _kept(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -166,7 +147,8 @@ def _kept(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
 class VANStage(nn.Module):
     """One of the four stages: patch embedding, blocks, LayerNorm over channels.
 
-    With `grad_checkpointing` each block keeps its input alone and is computed again in the backward pass.
+    With `grad_checkpointing` each block keeps its input alone and is computed again in the backward pass. With `joins` the blocks' sums
+    and the norms behind them are one operator in training.
     """
 
     def __init__(
@@ -182,6 +164,7 @@ class VANStage(nn.Module):
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
+        self.joins = False
         self.patch_embed = PatchEmbed(in_chans, dim, patch_size, stride)
         self.blocks = nn.Sequential(*(Block(dim, mlp_ratio, drop, drop_path[i]) for i in range(depth)))
         self.norm = LayerNorm2d(dim, eps=1e-6)
@@ -189,29 +172,43 @@ class VANStage(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
         x = self.patch_embed(x)
+        if self.joins and self.training and not torch.jit.is_scripting():
+            return self.norm(self._joined(x))
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x, use_reentrant=False, context_fn=partial(_forward_and_recomputation, block))
+            if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  TorchScript leaves out whole statements
+                x = _recomputed(block, [block.norm1, block.norm2], x)
             else:
                 x = block(x)
         return self.norm(x)
 
+    @torch.jit.unused
+    def _joined(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = cast(list[Block], list(self.blocks))
+        normed: torch.Tensor | None = blocks[0].norm1(x)
+        for block, after in zip(blocks, [*(block.norm1 for block in blocks[1:]), None], strict=True):
+            assert normed is not None
+            if self.grad_checkpointing:
+                x, normed = _recomputed(block.joined, [block.norm2, *([after] if after else [])], x, normed, after)
+            else:
+                x, normed = block.joined(x, normed, after)
+        return x
 
-def _forward_and_recomputation(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The contexts in which torch.utils.checkpoint runs a block the first time and the second time."""
-    return nullcontext(), _RunningStatisticsKept(block)
+
+def _recomputed(function: Callable[..., Any], norms: Sequence[Any], *arguments: Any) -> Any:
+    """`function`, of whose tensors the arguments alone are kept for the backward pass. It trains these BatchNorms."""
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _RunningStatisticsKept(norms)))
 
 
 class _RunningStatisticsKept:
-    """While entered, the BatchNorms of `module` update copies of their running statistics, which are then thrown away.
+    """While entered, these BatchNorms update copies of their running statistics, which are then thrown away.
 
     One training step must move them once, though checkpointing runs the forward pass twice. The copies stand in for the
     statistics, rather than nothing, because checkpointing demands that both passes save the same tensors. May be entered again
     after it was left.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def __init__(self, norms: Sequence[nn.Module]) -> None:
+        self.norms = norms
 
     def __enter__(self) -> None:
         self.kept = [(norm, name, buffer) for norm in self.norms for name, buffer in norm.named_buffers()]
@@ -363,33 +360,6 @@ class VAN(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters to leave undecayed besides biases and norms: the layer scales."""
         return {name for name, _ in self.named_parameters() if "layer_scale" in name}
-
-
-def use_kernels(model: nn.Module, choice: str, device: torch.device) -> str:
-    """Chooses, layer by layer, between the Triton kernels and PyTorch's operators for a model that will run on `device`; returns a line
-    for the log.
-
-    `choice` is `model.kernels` of the settings: "torch"; "auto", Triton where it runs; "triton", which is an error where it doesn't.
-
-    Raises:
-        ValueError: "triton", and the device or a layer can't.
-    """
-    convolutions = [m for m in model.modules() if isinstance(m, DepthwiseConv2d)]
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
-    reason = "as model.kernels=torch asks" if choice == "torch" else unusable(device)
-    for convolution in convolutions:
-        convolution.triton = reason is None and convolution.has_triton
-    for block in blocks:
-        block.triton = reason is None
-    by_triton = sum(convolution.triton for convolution in convolutions)
-    if choice == "triton" and by_triton < len(convolutions):
-        raise ValueError(
-            f"model.kernels=triton can't be: {reason or f'{len(convolutions) - by_triton} convolutions have no such kernel'}; "
-            "model.kernels=auto takes Triton where it runs"
-        )
-    if reason is not None:
-        return f"kernels: PyTorch's, {reason}"
-    return f"kernels: Triton for {by_triton} of {len(convolutions)} depth-wise convolutions, and for {2 * len(blocks)} shortcuts"
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -1,15 +1,15 @@
-"""Triton kernels behind VAN's layers, for channels-last activations on a GPU: depth-wise convolution, and the end of a block's branch.
+"""Triton kernels behind VAN's layers, for channels-last activations on a GPU: depth-wise convolution, and what joins two branches.
 
-    y = depthwise_conv2d(x, weight, bias, dilation=3)              # also: gelu=True
-    x = scaled_residual(x, branch, scale, keep)
+    y = depthwise_conv2d(x, weight, bias, dilation=3)                         # also: gelu=True
+    y, normed = residual_norm(x, branch, shortcut, scale, keep, norm)         # also: scaled_residual, without the norm
 
-Both are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
-work over them. Layers choose them through `pretrain.van.use_kernels`.
+All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
+work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
 
-    tiling.py       how the work is cut, as pure functions of its shape
-    device.py       what runs on the GPU
-    depthwise.py    the convolution: launches and operators
-    residual.py     x + keep * scale * branch, likewise
+    tiling.py       how the convolutions' work is cut, as pure functions of its shape
+    depthwise.py    the convolution: launches and operators              depthwise_device.py   what runs on the GPU
+    residual.py     the end of a branch and the BatchNorm behind it      residual_device.py    likewise
+    trial.py        whether a kernel runs here and agrees with PyTorch
 
 `python -m benchmarks.kernel_resources` compiles them for GPUs that need not be there and reads off registers and spills;
 `python -m pretrain bench --gpu` times them on one that is. docs/performance.md has the reasons, in bytes and multiply-adds.
@@ -18,9 +18,9 @@ work over them. Layers choose them through `pretrain.van.use_kernels`.
 import torch
 
 from pretrain.kernels.depthwise import depthwise_conv2d
-from pretrain.kernels.residual import scaled_residual
+from pretrain.kernels.residual import residual_norm, scaled_residual
 
-__all__ = ["depthwise_conv2d", "scaled_residual", "unusable"]
+__all__ = ["depthwise_conv2d", "residual_norm", "scaled_residual", "unusable"]
 
 
 def unusable(device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""Depth-wise convolution on the kernels of `device.py`: what launches them, and the operators of torch.library over that.
+"""Depth-wise convolution on the kernels of `depthwise_device.py`: what launches them, and the operators of torch.library over that.
 
 `van::depthwise_conv2d` has `van::depthwise_conv2d_backward` for its derivative, and both know their outputs' shapes, so autograd and
 torch.compile take them whole. With `gelu` the operator is GELU of the convolution, and keeps nothing of what lies between: the backward
@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pretrain.kernels.device import conv_kernel, sum_runs_kernel, weight_gradient_kernel
+from pretrain.kernels.depthwise_device import conv_kernel, sum_runs_kernel, weight_gradient_kernel
 from pretrain.kernels.tiling import (
     CHANNELS,
     LANES,

@@ -1,89 +1,236 @@
-"""The end of a block's branch in one pass: x + keep * scale * branch, for layer scale, stochastic depth and shortcut.
+"""What stands between two branches of a stage, in one operator: the end of one branch and the BatchNorm before the next.
 
-The scale is fp32, so PyTorch's product and all that follows it are, each written out and read again. Bytes of traffic for a value:
+    y = scaled_residual(x, branch, shortcut, scale, keep)                  x + keep * scale * (branch + shortcut)
+    y, normed = residual_norm(x, branch, shortcut, scale, keep, norm)      and the BatchNorm of that
 
-                                                                 forward        backward
-    MLP, whose branch is bf16                                    26, here 10    36, here 8
-    attention, whose branch is fp32 (its own shortcut is)        28, here 12    32, here 12
-
-44 and 36 bytes saved. A VAN-B3 has 2.87 M values of each an image of 224 px: 230 MB.
+Layer scale, stochastic depth and shortcut are one pass, in which the norm's statistics are taken; applying the norm is another one. The
+sum is fp32, as the scale is, and what is normed goes straight to the type that autocast gives the convolution behind it. Backward, the
+norm's gradient is added to the sum's in the pass that computes the branch's from both. docs/performance.md counts the bytes.
 """
 
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.kernels.depthwise import channels_last, multiprocessors
-from pretrain.kernels.device import residual_backward_kernel, residual_kernel
+from pretrain.kernels.depthwise_device import sum_runs_kernel
+from pretrain.kernels.residual_device import (
+    norm_kernel,
+    norm_sums_kernel,
+    residual_backward_kernel,
+    residual_kernel,
+    statistics_kernel,
+)
 from pretrain.kernels.tiling import CHANNELS, WARPS
 
 # Eight values a thread of four warps, as in the convolutions.
 PIXELS = 32
 TILE = {"PIXELS": PIXELS, "CHANNELS": CHANNELS, "num_warps": WARPS}
 PROGRAMS_PER_MULTIPROCESSOR = 8
+# Of what adds runs up: hundreds of them for the few channels of the first stage, so many at once, of few channels.
+SUMS = {"RUNS": 256, "CHANNELS": 8, "num_warps": WARPS}
 
 
-@torch.library.custom_op("van::scaled_residual", mutates_args=())
-def scaled_residual(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
-    """x + keep * scale * branch, in the type that PyTorch's promotion gives it.
+def scaled_residual(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> Tensor:
+    """x + keep * scale * (branch + shortcut), in the type that PyTorch's promotion gives it.
 
     Args:
-        x, branch: (N, C, H, W); copied unless they are channels-last.
+        x, branch, shortcut: (N, C, H, W); copied unless they are channels-last. Without a shortcut, None.
         scale: (C,), of the layer scale.
         keep: (N,) in fp32, 0 for a dropped sample and 1 / (1 - drop path) for others; None to keep all as they are.
     """
-    x, branch = channels_last(x), channels_last(branch)
-    n, channels, height, width = x.shape
+    return _residual_operator(x, branch, shortcut, scale, keep)
+
+
+def residual_norm(
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, norm: nn.BatchNorm2d
+) -> tuple[Tensor, Tensor]:
+    """`scaled_residual` and the training BatchNorm of it, whose running statistics move; the latter in autocast's type, if that is on.
+
+    Raises:
+        ValueError: there is one value a channel, which has no variance.
+    """
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"expected more than one value a channel in training, got {tuple(x.shape)}")
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else _promoted(x, branch, scale)
+    y, normed, mean, _, variance = _residual_norm_operator(x, branch, shortcut, scale, keep, norm.weight, norm.bias, norm.eps, dtype)
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean, variance], norm.momentum)
+    return y, normed
+
+
+@torch.library.custom_op("van::scaled_residual", mutates_args=())
+def _residual_operator(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> Tensor:
+    return _residual(x, branch, shortcut, scale, keep, None, *_runs(x))
+
+
+@torch.library.custom_op("van::scaled_residual_backward", mutates_args=())
+def _residual_backward_operator(
+    grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return _residual_backward(channels_last(grad), branch, shortcut, scale, keep, {})
+
+
+@torch.library.custom_op("van::residual_norm", mutates_args=())
+def _residual_norm_operator(
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum, what is normed, and of the sum's values mean, 1 / sqrt(variance + eps), and the variance as BatchNorm keeps it."""
+    runs, per_run = _runs(x)
+    channels, pixels = x.shape[1], x.numel() // x.shape[1]
+    partial = torch.empty(runs, 2, channels, device=x.device)
+    y = _residual(x, branch, shortcut, scale, keep, partial, runs, per_run)
+    mean, rstd, variance = (torch.empty(channels, device=x.device) for _ in range(3))
+    statistics_kernel[(triton.cdiv(channels, SUMS["CHANNELS"]),)](
+        partial, mean, rstd, variance, eps, runs, pixels, per_run, channels, **SUMS
+    )
+    normed = torch.empty_like(y, dtype=dtype, memory_format=torch.channels_last)
+    norm_kernel[_grid(runs, channels)](y, mean, rstd, weight, bias, normed, pixels, per_run, channels, **TILE)
+    return y, normed, mean, rstd, variance
+
+
+@torch.library.custom_op("van::residual_norm_backward", mutates_args=())
+def _residual_norm_backward_operator(
+    grad: Tensor, normed_grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor,
+    branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, branch, scale, weight and bias."""
+    grad, normed_grad = channels_last(grad), channels_last(normed_grad)
+    runs, per_run = _runs(y)
+    channels, pixels = y.shape[1], y.numel() // y.shape[1]
+    partial = torch.empty(runs, 2, channels, device=y.device)
+    norm_sums_kernel[_grid(runs, channels)](normed_grad, y, mean, rstd, partial, pixels, per_run, channels, **TILE)
+    weight_grad, bias_grad = torch.empty(channels, device=y.device), torch.empty(channels, device=y.device)
+    sum_runs_kernel[(2, triton.cdiv(channels, SUMS["CHANNELS"]))](partial, weight_grad, bias_grad, runs, channels, TAPS=1, **SUMS)
+    x_grad = torch.empty_like(y, memory_format=torch.channels_last)
+    behind = {
+        "normed_grad": normed_grad, "y": y, "mean": mean, "rstd": rstd, "weight": weight,
+        "weight_grad": weight_grad, "bias_grad": bias_grad, "x_grad": x_grad,
+    }  # fmt: skip
+    branch_grad, scale_grad = _residual_backward(grad, branch, shortcut, scale, keep, behind)
+    return x_grad, branch_grad, scale_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
+
+
+BEHIND = ("normed_grad", "y", "mean", "rstd", "weight", "weight_grad", "bias_grad", "x_grad")  # what the kernel takes of a norm
+
+
+def _residual(
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
+    partial: Tensor | None, runs: int, per_run: int,
+) -> Tensor:  # fmt: skip
+    x, branch, shortcut = channels_last(x), channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
     y = torch.empty_like(x, dtype=_promoted(x, branch, scale), memory_format=torch.channels_last)
-    pixels = n * height * width
-    residual_kernel[(triton.cdiv(pixels, PIXELS) * triton.cdiv(channels, CHANNELS),)](
-        x, branch, scale, keep, y, pixels, height * width, channels, **TILE
+    pixels, channels = x.numel() // x.shape[1], x.shape[1]
+    residual_kernel[_grid(runs, channels)](
+        x, branch, shortcut, scale, keep, y, partial, pixels, per_run, pixels // len(x), channels, **TILE
     )
     return y
 
 
-@torch.library.custom_op("van::scaled_residual_backward", mutates_args=())
-def _backward_operator(grad: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    grad, branch = channels_last(grad), channels_last(branch)
-    n, channels, height, width = branch.shape
-    pixels, channel_tiles = n * height * width, triton.cdiv(channels, CHANNELS)
-    # One program to a run, as many as fit on the GPU at once: each leaves one partial sum.
-    runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(grad.device) // channel_tiles, triton.cdiv(pixels, PIXELS)))
-    per_run = triton.cdiv(triton.cdiv(pixels, runs), PIXELS) * PIXELS
-    runs = triton.cdiv(pixels, per_run)
+def _residual_backward(
+    grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, behind: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of branch and scale; with what is known of a norm behind the sum, that of x is written too."""
+    branch, shortcut = channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
+    runs, per_run = _runs(branch)
+    pixels, channels = branch.numel() // branch.shape[1], branch.shape[1]
     branch_grad = torch.empty_like(branch, memory_format=torch.channels_last)
-    partial = torch.empty(runs, channels, dtype=torch.float32, device=grad.device)
-    residual_backward_kernel[(runs * channel_tiles,)](
-        grad, branch, scale, keep, branch_grad, partial, pixels, per_run, height * width, channels, **TILE
-    )
+    partial = torch.empty(runs, channels, device=grad.device)
+    residual_backward_kernel[_grid(runs, channels)](
+        grad, branch, shortcut, scale, keep, branch_grad, partial, *(behind.get(name) for name in BEHIND),
+        pixels, per_run, pixels // len(branch), channels, **TILE,
+    )  # fmt: skip
     return branch_grad, partial.sum(0).to(scale.dtype)
 
 
-@scaled_residual.register_fake
-def _(x: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None) -> Tensor:
-    return torch.empty_like(x, dtype=_promoted(x, branch, scale), memory_format=torch.channels_last)
+def _runs(x: Tensor) -> tuple[int, int]:
+    """How many runs of pixels, and how many pixels in each: one program to a run and a tile of channels, as many as fit on the GPU at
+    once. So what is summed in which order follows from the shape and the kind of GPU."""
+    pixels, channel_tiles = x.numel() // x.shape[1], triton.cdiv(x.shape[1], CHANNELS)
+    runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // channel_tiles, triton.cdiv(pixels, PIXELS)))
+    per_run = triton.cdiv(triton.cdiv(pixels, runs), PIXELS) * PIXELS
+    return triton.cdiv(pixels, per_run), per_run
 
 
-@_backward_operator.register_fake
-def _(grad: Tensor, branch: Tensor, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(branch, memory_format=torch.channels_last), torch.empty_like(scale)
+def _grid(runs: int, channels: int) -> tuple[int]:
+    return (runs * triton.cdiv(channels, CHANNELS),)
 
 
 def _promoted(x: Tensor, branch: Tensor, scale: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.promote_types(branch.dtype, scale.dtype))
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, branch, scale, keep = inputs
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+
+
+@_residual_operator.register_fake
+def _(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> Tensor:
+    return _like(x, _promoted(x, branch, scale))
+
+
+@_residual_backward_operator.register_fake
+def _(grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _like(branch, branch.dtype), torch.empty_like(scale)
+
+
+@_residual_norm_operator.register_fake
+def _(
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
+    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    statistics = (torch.empty(x.shape[1], device=x.device) for _ in range(3))
+    return _like(x, _promoted(x, branch, scale)), _like(x, dtype), *statistics  # type: ignore[return-value]
+
+
+@_residual_norm_backward_operator.register_fake
+def _(
+    grad: Tensor, normed_grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor,
+    branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    vectors = (torch.empty_like(t) for t in (scale, weight, bias))
+    return _like(y, y.dtype), _like(branch, branch.dtype), *vectors  # type: ignore[return-value]
+
+
+def _setup_residual(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, *others = inputs
     ctx.x_dtype = x.dtype
-    ctx.save_for_backward(branch, scale, keep)
+    ctx.save_for_backward(*others)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    branch_grad, scale_grad = _backward_operator(grad, *ctx.saved_tensors)
-    return grad.to(ctx.x_dtype), branch_grad, scale_grad, None
+def _residual_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    branch, shortcut, scale, keep = ctx.saved_tensors
+    branch_grad, scale_grad = _residual_backward_operator(grad, branch, shortcut, scale, keep)
+    return grad.to(ctx.x_dtype), branch_grad, _of_shortcut(branch_grad, shortcut), scale_grad, None
 
 
-scaled_residual.register_autograd(_backward, setup_context=_setup_context)
+def _setup_residual_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    x, branch, shortcut, scale, keep, weight, bias, _, _ = inputs
+    y, _, mean, rstd, variance = output
+    ctx.x_dtype = x.dtype
+    ctx.mark_non_differentiable(mean, rstd, variance)
+    ctx.save_for_backward(y, mean, rstd, branch, shortcut, scale, keep, weight, bias)
+
+
+def _residual_norm_gradients(ctx: Any, grad: Tensor, normed_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    x_grad, branch_grad, *vectors = _residual_norm_backward_operator(grad, normed_grad, *saved)
+    scale_grad, weight_grad, bias_grad = vectors
+    shortcut_grad = _of_shortcut(branch_grad, saved[4])
+    return x_grad.to(ctx.x_dtype), branch_grad, shortcut_grad, scale_grad, None, weight_grad, bias_grad, None, None
+
+
+def _of_shortcut(branch_grad: Tensor, shortcut: Tensor | None) -> Tensor | None:
+    return None if shortcut is None else branch_grad.to(shortcut.dtype)
+
+
+_residual_operator.register_autograd(_residual_gradients, setup_context=_setup_residual)
+_residual_norm_operator.register_autograd(_residual_norm_gradients, setup_context=_setup_residual_norm)

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 from triton import knobs
 
-from pretrain import van
+from pretrain import depthwise, kernel_choice
+from pretrain.batch_stats import synchronise
+from pretrain.convolutions import PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.van import VAN, Block, use_kernels
+from pretrain.kernel_choice import compile_blocks, use_kernels
+from pretrain.van import VAN, Block, VANStage
 from tests.ranks import run_on_ranks
 
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+HERE = torch.device(DEVICE)
+ALL = "kernels: Triton for 12 of 12 depth-wise convolutions, 8 of 8 shortcuts, with 4 norms behind them"
 
 
 def tiny() -> VAN:
@@ -37,8 +41,18 @@ def outcome(model: VAN, images: Tensor, precision: torch.dtype) -> dict[str, Ten
     return {"logits": logits.detach().float()} | grads
 
 
+def choose(model: torch.nn.Module, choice: str = "auto") -> str:
+    return use_kernels(model, choice, HERE, 32, torch.float32)
+
+
 @pytest.fixture
-def plain_and_fast(monkeypatch: pytest.MonkeyPatch) -> tuple[VAN, VAN]:
+def usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter passes for a GPU."""
+    monkeypatch.setattr(kernel_choice, "unusable", lambda device: None)
+
+
+@pytest.fixture
+def plain_and_fast(usable: None) -> tuple[VAN, VAN]:
     """A model on PyTorch's operators, and the same one on Triton's."""
     plain = tiny().to(DEVICE).train()
     with torch.no_grad():
@@ -46,8 +60,7 @@ def plain_and_fast(monkeypatch: pytest.MonkeyPatch) -> tuple[VAN, VAN]:
             if "layer_scale" in name:
                 p.fill_(1.0)  # at its initial 0.01 an error of a branch would be a hundredth of itself
     fast = copy.deepcopy(plain)
-    monkeypatch.setattr(van, "unusable", lambda device: None)
-    assert use_kernels(fast, "triton", GPU) == "kernels: Triton for 12 of 12 depth-wise convolutions, and for 8 shortcuts"
+    assert choose(fast, "triton") == ALL
     assert fast.state_dict().keys() == plain.state_dict().keys()
     return plain, fast
 
@@ -56,8 +69,9 @@ IMAGES = torch.randn(3, 3, 32, 44, generator=torch.Generator().manual_seed(1)).t
 
 
 def test_the_model_computes_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
-    """In training, with paths dropped: the same samples drop them, and all gradients are those of PyTorch's operators."""
-    expected, found = (outcome(model, IMAGES.to(DEVICE), torch.float32) for model in plain_and_fast)
+    """In training, with paths dropped: the same samples drop them, and all gradients and running statistics are those of PyTorch's
+    operators."""
+    expected, found = (outcome(model, IMAGES.to(DEVICE), torch.float32) | dict(model.named_buffers()) for model in plain_and_fast)
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()) + 1e-6, msg=lambda t, n=name: f"{n}: {t}"
@@ -76,53 +90,140 @@ def test_under_autocast_it_is_as_close_to_fp32(plain_and_fast: tuple[VAN, VAN]) 
     assert 2 * distances[0] < 0.2 * torch.cat([value.flatten() for value in exact.values()]).norm()  # so the bound says something
 
 
+def test_recomputed_blocks_give_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
+    """Gradient checkpointing on the kernels changes no bit, and moves running statistics once."""
+    _, fast = plain_and_fast
+    again = copy.deepcopy(fast)
+    again.set_grad_checkpointing(True)
+    expected, found = (outcome(model, IMAGES.to(DEVICE), torch.float32) | dict(model.named_buffers()) for model in (fast, again))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_evaluation_is_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
+    with torch.no_grad():
+        expected, found = (model.eval()(IMAGES.to(DEVICE)) for model in plain_and_fast)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators go through torch.compile whole, without a graph break; what it makes of the rest is not wanted here."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keeping(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch.manual_seed(0)
+    stage = VANStage(3, 8, depth=2, mlp_ratio=2, patch_size=7, stride=4, drop=0.0, drop_path=[0.0, 0.5]).to(DEVICE)
+    for module in stage.modules():
+        if isinstance(module, DepthwiseConv2d | Block):
+            module.triton = True
+        elif isinstance(module, PointwiseConv2d):
+            module.by_linear = True
+    stage.joins = True
+    compiled = copy.deepcopy(stage)
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, **how | {"backend": keeping, "fullgraph": True}))
+    compile_blocks(compiled)
+    outcomes = []
+    for each in (stage, compiled):
+        torch.manual_seed(1)
+        each(IMAGES.to(DEVICE)).square().mean().backward()
+        outcomes.append({name: p.grad for name, p in each.named_parameters()} | dict(each.named_buffers()))
+    for name, value in outcomes[0].items():
+        torch.testing.assert_close(outcomes[1][name], value, rtol=1e-5, atol=1e-7, msg=lambda t, n=name: f"{n}: {t}")
+    assert len(graphs) == 2
+    assert all(graph.code.count("van.residual_norm") + graph.code.count("van.scaled_residual") == 2 for graph in graphs)
+
+
 def chosen(model: torch.nn.Module) -> list[bool]:
-    return [m.triton for m in model.modules() if isinstance(m, DepthwiseConv2d | Block)]
+    kinds = {DepthwiseConv2d: "triton", Block: "triton", VANStage: "joins", PointwiseConv2d: "by_linear"}
+    return [getattr(m, kinds[type(m)]) for m in model.modules() if type(m) in kinds]
 
 
 def test_auto_is_pytorch_on_a_cpu() -> None:
     model = tiny()
-    assert use_kernels(model, "auto", CPU) == "kernels: PyTorch's, the device is cpu"
+    assert use_kernels(model, "auto", torch.device("cpu"), 32, torch.float32) == "kernels: PyTorch's, the device is cpu"
     assert not any(chosen(model))
 
 
-def test_torch_is_pytorch_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(van, "unusable", lambda device: None)
-    model = tiny()
-    use_kernels(model, "auto", GPU)
+def test_torch_is_pytorch_everywhere(usable: None) -> None:
+    model = tiny().to(DEVICE)
+    assert choose(model) == ALL
     assert all(chosen(model))
-    assert use_kernels(model, "torch", GPU) == "kernels: PyTorch's, as model.kernels=torch asks"
+    assert choose(model, "torch") == "kernels: PyTorch's, as model.kernels=torch asks"
     assert not any(chosen(model))
 
 
 def test_triton_is_an_error_where_it_cant_run() -> None:
     with pytest.raises(ValueError, match=r"model\.kernels=triton can't be: the device is cpu; model\.kernels=auto takes"):
-        use_kernels(tiny(), "triton", CPU)
+        use_kernels(tiny(), "triton", torch.device("cpu"), 32, torch.float32)
 
 
-def test_a_layer_without_a_kernel_falls_back_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(van, "unusable", lambda device: None)
+def test_a_layer_without_a_kernel_falls_back_alone(usable: None) -> None:
     model = tiny()
     model.stages[0].blocks[0].attn.spatial_gating_unit.conv_spatial = DepthwiseConv2d(8, 9, 2)  # type: ignore[union-attr, index]
-    assert use_kernels(model, "auto", GPU) == "kernels: Triton for 11 of 12 depth-wise convolutions, and for 8 shortcuts"
+    told = choose(model)
+    assert told.startswith("kernels: Triton for 11 of 12 depth-wise convolutions, 8 of 8 shortcuts")
+    assert told.endswith("; not for 9x9 dilation 2, 8 channels, 8 px (there is no such kernel)")
     assert chosen(model).count(False) == 1
-    with pytest.raises(ValueError, match="1 convolutions have no such kernel"):
-        use_kernels(model, "triton", GPU)
+    with pytest.raises(ValueError, match=r"9x9 dilation 2.*there is no such kernel"):
+        choose(model, "triton")
+
+
+@pytest.mark.parametrize("wrong", ["fails", "differs"])
+def test_a_kernel_that_does_not_work_here_is_left_out(usable: None, monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """One that can't be launched, and one whose results are wrong: each is found before the first step, and the model computes as ever."""
+    from pretrain.kernels import trial
+
+    right = trial.depthwise_conv2d
+
+    def broken(x: Tensor, weight: Tensor, *others: object) -> Tensor:
+        if weight.shape[-1] == 7 and wrong == "fails":
+            raise RuntimeError("out of resource: shared memory\nRequired: …")
+        y = right(x, weight, *others)  # type: ignore[arg-type]
+        return torch.cat([y[:, :, :1] * 1.2, y[:, :, 1:]], 2) if weight.shape[-1] == 7 else y
+
+    trial.convolution_fault.cache_clear()
+    monkeypatch.setattr(trial, "depthwise_conv2d", broken)
+    model = tiny().to(DEVICE)
+    told = choose(model)
+    trial.convolution_fault.cache_clear()
+    reason = "RuntimeError: out of resource: shared memory" if wrong == "fails" else "differs from PyTorch's by"
+    assert f"7x7 dilation 3, 8 channels, 8 px ({reason}" in told
+    assert told.startswith("kernels: Triton for 8 of 12 depth-wise convolutions, 8 of 8 shortcuts")
+    assert {m.kernel_size[0] for m in model.modules() if isinstance(m, DepthwiseConv2d) and not m.triton} == {7}
+    assert model(IMAGES.to(DEVICE)).isfinite().all()
+
+
+def test_a_joint_that_does_not_work_here_is_left_out(usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_choice, "joint_fault", lambda channels, *_: "no" if channels == 12 else None)
+    model = tiny().to(DEVICE)
+    assert choose(model).endswith("6 of 8 shortcuts, with 3 norms behind them; not for shortcuts of 12 channels (no)")
+    assert [stage.joins for stage in model.stages] == [True, False, True, True]
+
+
+def test_norms_over_all_ranks_stay_pytorchs(usable: None) -> None:
+    model = tiny().to(DEVICE)
+    synchronise(model)
+    assert choose(model).endswith("8 of 8 shortcuts, with 0 norms behind them")
 
 
 def test_old_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert use_kernels(tiny(), "auto", GPU) == "kernels: PyTorch's, compute capability 7.5 is below 8.0, which bf16 needs"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert "Triton for 12 of 12" in use_kernels(tiny(), "auto", GPU)
+    told = use_kernels(tiny(), "auto", gpu, 32, torch.float32)
+    assert told == "kernels: PyTorch's, compute capability 7.5 is below 8.0, which bf16 needs"
 
 
-def test_all_layers_of_the_published_models_have_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(van, "unusable", lambda device: None)
+def test_all_layers_of_the_published_models_have_kernels(usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((depthwise, "convolution_fault"), (kernel_choice, "joint_fault")):
+        monkeypatch.setattr(module, name, lambda *_: None)  # too slow in the interpreter
     for name in ("van_b3", "van_b6"):
         with torch.device("meta"):
             model = timm.create_model(name)
-        use_kernels(model, "triton", GPU)
+        choose(model, "triton")
         assert all(chosen(model))
 
 
@@ -140,10 +241,9 @@ def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
     engines.start(config.engine)
     model = tiny()
     model.set_grad_checkpointing([False, False, False, True])
-    for module in model.modules():
-        if isinstance(module, DepthwiseConv2d | Block):
-            module.triton = fast
+    kernel_choice.unusable = lambda device: None  # type: ignore[assignment]
     engine = engines.build(config, model, 1)
+    use_kernels(model, "triton" if fast else "torch", HERE, 32, torch.bfloat16)
     engine.train()
     losses = []
     for step in range(4):

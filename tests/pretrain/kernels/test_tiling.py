@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pretrain.kernels.device import _place
+from pretrain.kernels.depthwise_device import _place
 from pretrain.kernels.tiling import (
     CHANNELS,
     LANES,

@@ -1,0 +1,73 @@
+"""Whether a kernel runs on this device and agrees with PyTorch's operators, asked before a job relies on it.
+
+Each question compiles what the first training step would compile, so it costs a job little: Triton keeps what it has compiled.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.kernels.depthwise import depthwise_conv2d
+from pretrain.kernels.residual import residual_norm
+
+# Of the largest value. Rounding to bf16 is 2**-9 of a value, of which the gradients sum some; a wrong kernel is wrong by much more.
+TOLERANCE = 0.03
+
+
+@cache
+def convolution_fault(channels: int, size: int, k: int, dilation: int, gelu: bool, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with `depthwise_conv2d` on maps of this size; None if nothing is."""
+
+    def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.conv2d(x, weight, bias, padding=dilation * (k // 2), dilation=dilation, groups=channels)
+        return F.gelu(y) if gelu else y
+
+    def own(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return depthwise_conv2d(x.to(dtype), weight, bias, dilation, gelu).float()
+
+    shapes = [(2, channels, size, size), (channels, 1, k, k), (channels,)]
+    return _fault(own, by_pytorch, shapes, device)
+
+
+@cache
+def joint_fault(channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with `residual_norm`, whose code is the same for maps of any size; None if nothing is."""
+    keep = torch.tensor([1.25, 0.0], device=device)
+
+    def both(y: Tensor, normed: Tensor) -> Tensor:
+        return torch.cat([y, normed.float()])
+
+    def norm() -> nn.BatchNorm2d:
+        return nn.BatchNorm2d(channels, device=device)
+
+    def by_pytorch(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        y = x + keep[:, None, None, None] * scale[:, None, None] * (branch + branch)
+        return both(y, norm()(y))
+
+    def own(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
+        return both(*residual_norm(x, branch.to(dtype), branch.to(dtype), scale, keep, norm()))
+
+    shape = (2, channels, 8, 8)
+    return _fault(own, by_pytorch, [shape, shape, (channels,)], device)
+
+
+def _fault(own: Callable[..., Tensor], reference: Callable[..., Tensor], shapes: list[tuple[int, ...]], device: torch.device) -> str | None:
+    """Compares values and gradients for drawn inputs, of which maps are channels-last."""
+    generator = torch.Generator(device).manual_seed(0)
+    inputs = [torch.randn(shape, generator=generator, device=device) / shape[-1] ** (len(shape) == 4 and shape[1] == 1) for shape in shapes]
+    try:
+        found, expected = (_values_and_gradients(function, inputs) for function in (own, reference))
+    except Exception as error:  # of the compiler, the driver or the kernel's launch: whatever it is, the layer can do without
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    distance = max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(found, expected, strict=True))
+    return None if distance <= TOLERANCE else f"differs from PyTorch's by {distance:.0%}"
+
+
+def _values_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [t.to(memory_format=torch.channels_last) if t.ndim == 4 else t for t in inputs]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y.square().mean(), leaves)]
