@@ -72,7 +72,7 @@ def joint_kernels(x: str) -> list[Kernel]:
     vector, sum_ = "*fp32", "*fp32"
     branches = {"branch": x, "shortcut": x, "scale": vector, "keep": vector}
     statistics = {"mean": vector, "rstd": vector}
-    behind = {name: vector for name in BEHIND} | {"normed_grad": x}
+    behind = dict.fromkeys(BEHIND, vector) | {"normed_grad": x}
     found = [
         ("sum", "residual_kernel", tile, branches | {"x": sum_, "y": sum_, "partial": vector}),
         ("statistics", "statistics_kernel", sums, statistics | {"partial": vector, "variance": vector, "eps": "fp32"}),

@@ -40,6 +40,12 @@ def _kept(values, keep, pixel, end, map_pixels):
     return values
 
 
+@triton.jit
+def _sum(x, branch, shortcut, scales, keep, pixel, end, map_pixels, at, here):
+    added = _kept(_branch(branch, shortcut, at, here) * scales, keep, pixel, end, map_pixels)
+    return tl.load(x + at, mask=here, other=0.0).to(tl.float32) + added
+
+
 @triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"])
 def residual_kernel(
     x, branch, shortcut, scale, keep, y, partial, pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
@@ -50,17 +56,15 @@ def residual_kernel(
     scales = tl.load(scale + c, mask=some_channel).to(tl.float32)[None, :]
     # Distances are taken from the run's first pixel: from zero, squares would cancel out where the mean is far from it.
     if partial is not None:
-        pixel = begin + tl.arange(0, 1)
-        at, here = _places(pixel, end, c, some_channel, channels)
-        pivot = _kept(_branch(branch, shortcut, at, here) * scales, keep, pixel, end, map_pixels)
-        pivot += tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        first_pixel = begin + tl.arange(0, 1)
+        its_place, is_here = _places(first_pixel, end, c, some_channel, channels)
+        pivot = _sum(x, branch, shortcut, scales, keep, first_pixel, end, map_pixels, its_place, is_here)
         sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
         squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
         at, here = _places(pixel, end, c, some_channel, channels)
-        total = _kept(_branch(branch, shortcut, at, here) * scales, keep, pixel, end, map_pixels)
-        total += tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        total = _sum(x, branch, shortcut, scales, keep, pixel, end, map_pixels, at, here)
         tl.store(y + at, total.to(y.dtype.element_ty), mask=here)
         if partial is not None:
             distance = tl.where(here, total - pivot, 0.0)
