@@ -38,6 +38,7 @@ from pretrain.run.metrics import RunLog, duration
 from pretrain.run.place import Place
 from pretrain.run.provenance import provenance, record_start
 from pretrain.van import use_kernels
+from pretrain.watch import traffic
 from pretrain.watch.damage import check_shards, tell_all
 from pretrain.watch.faults import StopRequests
 from pretrain.watch.flops import mfu, peak_flops, training_flops
@@ -91,16 +92,21 @@ def train(config: Config, force_config: bool = False) -> int:
             log.line(line)
     flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
     log.line(use_kernels(model, config.model.kernels, device))
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = [p.numel() for p in model.parameters()]
     engine = engines.build(config, model, accumulation)
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
     watch = Watch(config.guard)
     log.line(
-        f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
+        f"{config.model.name}, {sum(parameters) / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
         f"{config.engine.precision}, {ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
         f"{config.engine.micro_batch} x {accumulation}; {len(index)} images, {order.steps_per_epoch} steps an epoch, {total} in all"
     )
+
+    if ranks > 1:
+        channels = stats.flat.numel() // 2
+        sent = traffic.communication(parameters, channels, stage=config.engine.zero_stage, accumulation=accumulation)
+        log.line(traffic.in_words(sent, ranks))
 
     # ---------------------------------------------------------------- where an earlier start of this run got to
     # What, together with the step, decides which samples follow and how; a run can't change it half-way.
