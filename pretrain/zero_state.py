@@ -9,7 +9,7 @@ Checkpoints save and load these views, and evaluation puts whole tensors togethe
     whole_tensors(engine, "ema")            collective: the whole tensors, on every rank
 
 How each stage addresses its pieces was read in DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py (_link_all_hp_params),
-stage3.py (_get_fp32_opt_state_partition). Check again when its version moves.
+stage3.py (_get_fp32_opt_state_partition). So was what `leave_out_norm` and `leave_out_wait` change. Check again when its version moves.
 """
 
 import itertools
@@ -94,6 +94,27 @@ def leave_out_norm(engine: Any) -> None:
     if engine.zero_optimization_stage() == 3 and not _offloads(engine):
         engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
         engine.optimizer.unscale_and_clip_grads = lambda *_: None
+
+
+def leave_out_wait(engine: Any) -> None:
+    """Makes the end of ZeRO-1's and 2's reductions, which run on a stream of their own beside the backward pass, known to the device's
+    other work alone, where DeepSpeed lets the host wait for the device in each of them. ZeRO-3 keeps such a wait."""
+    if engine.zero_optimization_stage() not in (1, 2) or _offloads(engine):
+        return
+    from deepspeed.accelerator import get_accelerator
+
+    optimizer = engine.optimizer
+    epilogue = optimizer.independent_gradient_partition_epilogue
+
+    def by_streams() -> None:
+        optimizer.reduce_ipg_grads()  # the last bucket
+        if optimizer.reduction_stream is not None:
+            get_accelerator().current_stream().wait_stream(optimizer.reduction_stream)
+        optimizer.overlap_comm = False  # the epilogue has nothing left to reduce, and nothing to wait for
+        epilogue()
+        optimizer.overlap_comm = True
+
+    optimizer.independent_gradient_partition_epilogue = by_streams
 
 
 def _offloads(engine: Any) -> bool:

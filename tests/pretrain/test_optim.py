@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.van  # noqa: F401  registers the family with timm
 from data.packing.synthesize import synthesize
@@ -204,3 +206,41 @@ def test_state_keys_name_what_has_a_weights_shape(ema_decay: float, keys: tuple[
             state = optimizer.state[weight]
             assert tuple(key for key in state if state[key].shape == weight.shape) == optimizer.state_keys == keys, when
         steps(optimizer, weights, 1)
+
+
+class Operators(TorchDispatchMode):
+    """While entered, counts operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view:
+            self.found[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def update(kind: type[torch.optim.AdamW], tensors: int, **kwargs: Any) -> Counter[str]:
+    """The operators of the gradients' norm and of an update of so many tensors, as guard.py has it."""
+    weights = [nn.Parameter(torch.ones(5)) for _ in range(tensors)]
+    optimizer = kind(weights, lr=1e-3, **kwargs)
+    for weight in weights:
+        weight.grad = torch.ones(5)
+    if isinstance(optimizer, AdamW):
+        optimizer.start_states(weights)
+    optimizer.step()  # torch's creates its states
+    with Operators() as operators:
+        norm = nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
+        if isinstance(optimizer, AdamW):
+            optimizer.grad_scale, optimizer.found_inf = norm.clamp(min=1.0), torch.zeros(())
+        optimizer.step()
+    return operators.found
+
+
+def test_an_update_is_as_many_operators_for_any_number_of_tensors() -> None:
+    few, many = (update(AdamW, tensors, ema_decay=0.9) for tensors in (3, 300))
+    assert few == many
+    assert {"aten::_fused_adamw_", "aten::_foreach_lerp_", "aten::_foreach_norm"} <= set(few)
+    few, many = (update(torch.optim.AdamW, tensors, foreach=False) for tensors in (3, 300))
+    assert many.total() > 50 * few.total()  # the control

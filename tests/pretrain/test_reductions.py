@@ -1,0 +1,176 @@
+"""Reductions of gradients beside the backward pass: when they begin, and that nothing and nobody waits for them who need not."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.overlap import Overlap, overlap, read
+from tests.ranks import run_on_ranks
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+WHOLE = 500_000_000  # elements: DeepSpeed's default, and one bucket for the whole model
+
+
+def build(stage: int) -> tuple[Any, Any]:
+    """The engine of one rank, two micro-batches of two samples a step, and its guard."""
+    from pretrain import config as settings
+    from pretrain import engine as engines
+    from pretrain.van import VAN
+    from pretrain.watch.guard import Guard
+
+    config = settings.from_dict(
+        {
+            "name": "narrow", "seed": 1, "global_batch": 8, "epochs": 1.0, "data": {"train": "unused"}, "optim": {"lr": 1e-3},
+            "model": {"name": "van_b0", "classes": 4},
+            "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 2, "zero_stage": stage},
+        }
+    )  # fmt: skip
+    if not dist.is_initialized():
+        engines.start(config.engine)
+    torch.manual_seed(0)
+    engine = engines.build(config, VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1)), 2)
+    return engine, Guard(engine, clip=1.0, scales=False)
+
+
+def step(engine: Any, guard: Any, number: int, profiler: Any = None) -> None:
+    def part(name: str, micro_step: int) -> Any:
+        return profiler.part(name, micro_step) if profiler is not None else nullcontext()
+
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+    for micro_step, own in enumerate(torch.arange(8).view(2, 2, 2)[dist.get_rank()]):
+        with part("forward", micro_step):
+            loss = nn.functional.cross_entropy(engine(images[own]), torch.arange(8)[own] % 4)
+        with part("backward", micro_step):
+            engine.backward(guard.scaled(loss))
+        if micro_step == 1:
+            guard.check()
+        with part("optimizer", micro_step):
+            engine.step()
+
+
+# ---------------------------------------------------------------- order on a GPU
+
+
+def ordered() -> dict[str, tuple[int, int, list[str]]]:
+    """Streams that operators ran on, waits of the host, and races (streams.py) of three steps."""
+    from pretrain import zero_state
+    from tests.pretrain.streams import Streams
+
+    def watched(stage: int, deaf: bool = False) -> tuple[int, int, list[str]]:
+        streams = Streams()
+        engine, guard = build(stage)
+        if deaf:
+            streams.main.wait_stream = lambda other: None  # type: ignore[method-assign]
+        with streams.watched():
+            for number in range(STEPS):
+                step(engine, guard, number)
+        return len(streams.used), streams.host_waits, streams.races
+
+    found = {"ZeRO-1": watched(1), "ZeRO-2": watched(2), "deaf": watched(1, deaf=True)}
+    with patch.object(zero_state, "leave_out_wait", lambda engine: None):
+        return found | {"DeepSpeed's": watched(2)}
+
+
+def test_the_device_orders_reductions_and_the_host_waits_for_none() -> None:
+    for found in run_on_ranks(2, ordered):
+        assert found["ZeRO-1"] == found["ZeRO-2"] == (2, 0, [])
+        assert found["DeepSpeed's"] == (2, 2 * STEPS, [])
+        assert any("copy_" in race for race in found["deaf"][2])  # the control: the stream of all else never waits
+
+
+def test_memory_that_is_freed_in_use_is_a_race() -> None:
+    from tests.pretrain.streams import Streams
+
+    found = []
+    for records in (False, True):
+        streams = Streams()
+        with streams.watched():
+            tensor, other = torch.ones(3), streams.Stream()
+            other.wait_stream(streams.main)
+            with streams.stream(other):
+                tensor.add_(1)
+                if records:
+                    tensor.record_stream(other)
+            del tensor
+            torch.ones(3)
+        found.append(streams.races)
+    assert found == [["memory freed in use, before a tensor of (3,)"], []]
+
+
+# ---------------------------------------------------------------- bits
+
+
+def trained() -> dict[int, list[tuple[int, list[float]]]]:
+    """By stage: in buckets, in one, and a step more, how many elements are reduced together, and all of this rank's weights."""
+    from pretrain import engine as engines
+    from pretrain import zero_state
+
+    def weights(stage: int, steps: int = STEPS) -> tuple[int, list[float]]:
+        engine, guard = build(stage)
+        for number in range(steps):
+            step(engine, guard, number)
+        pieces = [piece.tensors["weight"] for piece in zero_state.local_pieces(engine)]
+        return engine.zero_reduce_bucket_size(), torch.cat(pieces).tolist()
+
+    found = {}
+    for stage in (1, 2, 3):
+        with patch.object(engines, "bucket_size", lambda model: WHOLE):
+            one = weights(stage)
+        found[stage] = [weights(stage), one, weights(stage, STEPS + 1)]
+    return found
+
+
+def test_buckets_change_no_bit() -> None:
+    for found in run_on_ranks(2, trained):
+        for (size, weights), (whole, expected), (_, control) in found.values():
+            assert size < len(weights) < whole == WHOLE
+            assert weights == expected
+            assert weights != control
+
+
+# ---------------------------------------------------------------- a trace
+
+
+def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
+    """By stage and whether there are buckets, what the trace of two steps tells, on rank 0."""
+    from pretrain import engine as engines
+    from pretrain.run.place import Place
+    from pretrain.watch.profiling import Profiler
+
+    def trace(stage: int, place: Path) -> Overlap | None:
+        engine, guard = build(stage)
+        profiler = Profiler(Place(), range(1, 3), place, print)
+        for number in range(4):
+            profiler.at(number)
+            step(engine, guard, number, profiler)
+        return overlap(read(next(place.iterdir()))) if dist.get_rank() == 0 else None
+
+    found = {}
+    for stage in (1, 2):
+        found[stage, True] = trace(stage, folder / f"{stage}")
+        with patch.object(engines, "bucket_size", lambda model: WHOLE):
+            found[stage, False] = trace(stage, folder / f"{stage}-control")
+    return found  # type: ignore[return-value]
+
+
+def test_a_trace_shows_reductions_within_the_backward_pass(tmp_path: Path) -> None:
+    found = run_on_ranks(2, traced, folder=tmp_path)[0]
+    for stage in (1, 2):
+        ours, one = found[stage, True], found[stage, False]
+        passes = 2 * stage  # two steps of two micro-steps: stage 1 reduces in the last one, stage 2 in each
+        assert len(ours.early) == len(ours.ahead) == passes
+        for early, all_of_them in ours.early:
+            assert early >= 5
+            assert all_of_them - early <= 2
+        assert min(ours.ahead) > 0.3
+        assert one.early == [(0, 1)] * passes  # the control
+        assert ours.collectives > one.collectives
+        assert ours.communication > 0  # which a CPU waits for: only a GPU computes beside it
