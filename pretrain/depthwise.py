@@ -1,15 +1,17 @@
 """Depth-wise convolution: PyTorch's operator where that is fast, and other ways where it is not.
 
-VAN spends most of a training step in depth-wise convolutions, and oneDNN, behind PyTorch's operator on a CPU, is slow in three of
-their parts: dilation, the weight gradient in bf16, and maps that are smaller than the kernel's reach. DepthwiseConv2d is nn.Conv2d
-(same names, same values) with these three done otherwise when it trains on a CPU. On a GPU it is PyTorch's operator, or the Triton
-kernel of `pretrain.kernels` where `pretrain.van.use_kernels` chose that.
+VAN spends most of a training step in depth-wise convolutions, and oneDNN, behind PyTorch's operator on a CPU, is slow in four of
+their parts: dilation, the weight gradient in bf16, maps that are smaller than the kernel's reach, and all of it in 16 bits on a CPU without
+instructions for them. DepthwiseConv2d is nn.Conv2d (same names, same values) with these done otherwise on a CPU, the first three when it
+trains. On a GPU it is PyTorch's operator, or the Triton kernel of `pretrain.kernels` where `pretrain.van.use_kernels` chose that.
 
 - **Dilation d as d * d plain convolutions.** Positions of equal (row mod d, column mod d) form a smaller map, a phase, on which the
   dilated kernel is a plain one. The phases are laid side by side in the batch dimension. The sums are the same, bit for bit.
 - **The input gradient as a forward convolution** with the kernel turned round.
 - **The weight gradient in fp32**; and where the kernel reaches across the whole map, as a product and a sum for each tap, over the
   positions at which it meets the map at all.
+- **16 bits in fp32** where the CPU lacks their instructions: what comes in and goes out is 16 bits wide all the same. The weights are not
+  rounded then.
 
 `python -m benchmarks.depthwise_cpu` measures this beside PyTorch's operator.
 """
@@ -24,6 +26,15 @@ from pretrain.kernels import depthwise_conv2d
 
 # Kernel sizes and dilations that the Triton kernels are tuned and tested for.
 _TRITON_SIZES = ((3, 5, 7), (1, 3))
+# Of 16 bits, what this CPU has no instructions for: AVX2 alone has neither.
+_WITHOUT_INSTRUCTIONS = {
+    dtype
+    for dtype, supported in (
+        (torch.bfloat16, torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+        (torch.float16, torch.ops.mkldnn._is_mkldnn_fp16_supported()),
+    )
+    if not supported
+}
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -45,41 +56,48 @@ class DepthwiseConv2d(nn.Conv2d):
         else:  # TorchScript leaves out only what stands in the other branch
             if self.triton:
                 return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0], self.gelu)
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
             # A 3x3 is only slow on maps that it reaches across.
-            if self.training and x.device.type == "cpu" and (self.kernel_size[0] > 3 or min(x.shape[2:]) <= self.kernel_size[0] - 1):
-                y = _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])
+            slow = self.training and (self.kernel_size[0] > 3 or min(x.shape[2:]) <= self.kernel_size[0] - 1)
+            if x.device.type == "cpu" and (slow or dtype in _WITHOUT_INSTRUCTIONS):
+                y = _OnCpu.apply(x, self.weight, self.bias, self.dilation[0], dtype)
             else:
                 y = super().forward(x)
         return F.gelu(y) if self.gelu else y
 
 
-class _TrainedOnCpu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dilation: int) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.dilation = dilation
-        return _same_convolution(x, weight, bias, dilation)
+class _OnCpu(torch.autograd.Function):
+    """The convolution and its gradients; `dtype` is that of the result, autocast's where it is on."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, dilation: int, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.dilation = dilation
+        with torch.autocast("cpu", enabled=False):
+            return _same_convolution(x, weight, bias, dilation, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _same_convolution(grad, weight.flip(2, 3).to(grad.dtype), None, ctx.dilation).to(x.dtype)
+            grad_x = _same_convolution(grad, weight.flip(2, 3), None, ctx.dilation, grad.dtype).to(x.dtype)
         exact = torch.promote_types(weight.dtype, torch.float32)
         x, grad = x.to(exact), grad.to(exact)
         reach = ctx.dilation * (weight.shape[-1] - 1)
         by_taps = min(x.shape[2:]) <= reach
         grad_weight = (_weight_gradient_by_taps if by_taps else _weight_gradient)(x, grad, weight, ctx.dilation)
-        return grad_x, grad_weight.to(weight.dtype), grad.sum((0, 2, 3)).to(weight.dtype), None
+        return grad_x, grad_weight.to(weight.dtype), grad.sum((0, 2, 3)).to(weight.dtype), None, None
 
 
-def _same_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+def _same_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, dtype: torch.dtype) -> Tensor:
     height, width = x.shape[2:]
+    computed = torch.float32 if dtype in _WITHOUT_INSTRUCTIONS else dtype
+    x, weight, bias = x.to(computed), weight.to(computed), None if bias is None else bias.to(computed)
     if dilation > 1:
         x = _split_phases(x, dilation)
-    y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+    y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0]).to(dtype)
     return _join_phases(y, dilation, height, width) if dilation > 1 else y
 
 

@@ -121,6 +121,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=PRECISIONS[precision], enabled=precision != "fp32")
 
 
+def compile_blocks(model: Any) -> None:
+    """torch.compile, block by block: blocks of one shape share what is compiled."""
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.compile()
+
+
 def build(config: Config, model: Any, accumulation: int) -> Any:
     """Wraps the model in DeepSpeed's engine, with its optimizer's states created. What the settings say of how the model computes
     (precision, compilation, recomputation, BatchNorm over all ranks) is done to it here."""
@@ -132,9 +139,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     for number in config.model.checkpoint_stages:
         model.stages[number].grad_checkpointing = True
     if config.model.compile:
-        for stage in model.stages:
-            for block in stage.blocks:
-                block.compile()
+        compile_blocks(model)
     device = torch.device(device_type(config.engine))
     model.forward = autocast(device, config.engine.precision)(model.forward)
     optimizer = AdamW(

@@ -1,6 +1,6 @@
 """How fast this machine's GPU runs VAN's depth-wise layers: Triton's kernels beside PyTorch's operator in both memory layouts.
 
-    python -m pretrain bench --gpu [--model van_b3] [--image-size 224] [--batch 64] [--precision bf16] [--out FILE.json]
+    python -m pretrain bench --gpu --only layers [--model van_b3 …] [--image-size 224] [--batch 64] [--precision bf16]
 
 Each layer of the model that differs from the others is timed by itself, forward, input gradient and weight gradient, with the L2 cache
 cleared before every run. Beside the medians stand the bytes a second that the layer's maps amount to, each read or written once, and what
@@ -19,7 +19,6 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.testing import do_bench
 
@@ -72,8 +71,8 @@ def layers(model_name: str, image_size: int) -> list[Layer]:
     return [Layer(**{**layer.__dict__, "count": found.count(layer)}) for layer in dict.fromkeys(found)]
 
 
-def bench_gpu(model_name: str, image_size: int, batch: int, precision: str) -> dict[str, Any]:
-    """All figures, to be written as JSON.
+def usable_gpu() -> torch.device:
+    """The GPU, with cuDNN set to choose its algorithms by time.
 
     Raises:
         ValueError: no GPU, or one that the kernels can't run on.
@@ -83,12 +82,7 @@ def bench_gpu(model_name: str, image_size: int, batch: int, precision: str) -> d
     if reason is not None:
         raise ValueError(f"bench --gpu can't run here: {reason}")
     torch.backends.cudnn.benchmark = True
-    machine = {
-        "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-    }  # fmt: skip
-    job = {"model": model_name, "image_size": image_size, "batch": batch, "precision": precision}
-    return machine | job | bench(layers(model_name, image_size), batch, PRECISIONS[precision], device)
+    return device
 
 
 def bench(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
