@@ -94,7 +94,8 @@ def _feed(args: Namespace, device: torch.device) -> None:
     command = f"python -m pretrain bench --{device.type.replace('cuda', 'gpu')} --rounds {args.rounds} --steps {args.steps}"
     command += f" --feed {' '.join(args.feed)}"
     packages = ["torch", "deepspeed", "nvidia-dali-cuda130"]
-    record(_file(args, "feed", device), command, packages, **about(device), config=settings.as_dict(config), **found)
+    job = {"model": config.model.name, "kernels": config.model.kernels, "image_size": config.data.image_size}
+    record(_file(args, "feed", device), command, packages, **about(device), **job, precision=config.engine.precision, **found)
 
 
 def about(device: torch.device) -> dict[str, Any]:

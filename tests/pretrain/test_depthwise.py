@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain import depthwise
 from pretrain.depthwise import DepthwiseConv2d
 
 # kernel, dilation; height, width: maps of 1, smaller than the kernel's reach, prime sizes, no multiple of the dilation
@@ -59,6 +60,24 @@ def test_weight_gradients_under_autocast_are_closer_to_exact_than_pytorchs(kerne
         assert error[0] <= error[1] * 1.01
     assert mine[2].dtype == torch.float32
     assert mine[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_bf16_without_instructions_is_computed_in_fp32(kernel_size: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this CPU has. What a CPU with instructions does rounds the weights, and so gives other values."""
+    torch.manual_seed(0)
+    layer = DepthwiseConv2d(8, kernel_size).train(training)
+    x = torch.randn(2, 8, 14, 14).bfloat16().to(memory_format=torch.channels_last)
+    exact = F.conv2d(x.float(), layer.weight, layer.bias, padding=kernel_size // 2, groups=8).bfloat16()
+    found = {}
+    for without in (True, False):
+        monkeypatch.setattr(depthwise, "_WITHOUT_INSTRUCTIONS", {torch.bfloat16} if without else set())
+        with torch.autocast("cpu", torch.bfloat16):
+            found[without] = layer(x)
+    assert found[True].dtype == found[False].dtype == torch.bfloat16
+    assert torch.equal(found[True], exact)
+    assert not torch.equal(found[False], exact)
 
 
 def test_only_training_on_a_cpu_is_done_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

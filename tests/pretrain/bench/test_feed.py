@@ -14,7 +14,6 @@ from pretrain.__main__ import main
 from pretrain.bench import feed
 from tests.jobs import SMALL
 
-
 WAIT_S = 0.4
 
 
