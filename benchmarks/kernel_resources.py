@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pretrain.bench import Layer, layers
+from pretrain.bench.layers import Layer, layers
 from pretrain.kernels import depthwise_device, residual_device
 from pretrain.kernels.depthwise import conv_constants, launch_options, weight_gradient_constants
 from pretrain.kernels.residual import BEHIND, SUMS, TILE

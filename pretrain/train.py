@@ -38,11 +38,7 @@ from pretrain.run.exit_codes import EXIT_ENDED
 from pretrain.run.metrics import RunLog, duration
 from pretrain.run.place import Place
 from pretrain.run.provenance import provenance, record_start
-<<<<<<< HEAD
-=======
-from pretrain.van import use_kernels
 from pretrain.watch import traffic
->>>>>>> comm
 from pretrain.watch.damage import check_shards, tell_all
 from pretrain.watch.faults import StopRequests
 from pretrain.watch.flops import mfu, peak_flops, training_flops
@@ -106,73 +102,6 @@ def train(config: Config, force_config: bool = False) -> int:
         f"{config.model.name}, {sum(parameters) / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
         f"{precision}{'' if precision == config.engine.precision else f', as this {device.type} lacks {config.engine.precision}'}, "
         f"{ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
-from pretrain.watch.damage import check_shards, tell_all
-from pretrain.watch.faults import StopRequests
-from pretrain.watch.flops import mfu, peak_flops, training_flops
-from pretrain.watch.guard import Guard
-from pretrain.watch.interval import Interval, Steps
-from pretrain.watch.memory import explained
-from pretrain.watch.profiling import Profiler
-from pretrain.watch.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
-from pretrain.watch.stragglers import OwnTime, Slowest
-from pretrain.watch.watchdog import Watchdog
-
-
-def train(config: Config, force_config: bool = False) -> int:
-    """Runs the job; returns the process's exit code. With `force_config` a run goes on though its settings have changed.
-
-    Raises:
-        ValueError: what can't work, before the first step: batch sizes, data, weights or a checkpoint that do not fit.
-    """
-    # ---------------------------------------------------------------- processes
-    device = engines.start(config.engine)
-    rank, ranks, hosts = dist.get_rank(), dist.get_world_size(), engines.hosts()
-    accumulation = settings.accumulation(config, ranks)
-    folder, place = Path(config.run.dir), Place()
-    watchdog = Watchdog(place, hosts, config.guard.step_limit, config.guard.start_limit)
-    log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
-    lock = hold(folder, log.line)
-    if steps(folder / "checkpoints") and (folder / "config.yaml").exists():
-        for change in settings.confirm(config, folder / "config.yaml", force_config):
-            log.line(f"changed by --force-config: {change}")
-
-    # ---------------------------------------------------------------- data
-    index = open_index(config.data.train, config.data.cache)
-    if len(index.classes) != config.model.classes:
-        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}; make them agree")
-    val = open_index(config.data.val, config.data.cache) if config.data.val is not None else None
-    if val is not None and (told := restriction(index.classes, val, config.data.val_except)):
-        log.line(f"evaluation: {told}")
-    check_shards([index, val] if val else [index], checksums=config.data.check == "checksums")
-    quarantine = Quarantine(index, config.data.max_bad, folder / "quarantine.jsonl")
-    val_quarantine = Quarantine(val, config.data.max_bad, folder / "quarantine.jsonl", replaces=False) if val else None
-    order = sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
-    total, warmup = settings.lengths(config, order.steps_per_epoch)
-    evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
-
-    # ---------------------------------------------------------------- model and engine
-    torch.manual_seed(config.seed)
-    model = build_model(config)
-    # A run that goes on takes all from its checkpoint; what it once started from may be gone by then.
-    if config.model.init_from and not steps(folder / "checkpoints"):
-        for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
-            log.line(line)
-    flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
-    parameters, precision = [p.numel() for p in model.parameters()], engines.arithmetic(device, config.engine.precision)
-    engine = engines.build(config, model, accumulation)
-    kernels = config.model.kernels, device, config.data.image_size, engines.PRECISIONS[precision]
-    log.line(use_kernels(model, *kernels))
-    stats = BatchStats(model, config.engine.ema_decay)
-    guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
-    watch = Watch(config.guard)
-    log.line(
-        f"{config.model.name}, {sum(parameters) / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
-        f"{precision}{'' if precision == config.engine.precision else f', as this {device.type} lacks {config.engine.precision}'}, "
-        f"{ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
-=======
-        f"{config.model.name}, {sum(parameters) / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
-        f"{config.engine.precision}, {ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
->>>>>>> comm
         f"{config.engine.micro_batch} x {accumulation}; {len(index)} images, {order.steps_per_epoch} steps an epoch, {total} in all"
     )
     if ranks > 1:

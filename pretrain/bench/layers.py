@@ -1,6 +1,6 @@
 """How fast this machine's GPU runs VAN's depth-wise layers: Triton's kernels beside PyTorch's operator in both memory layouts.
 
-    python -m pretrain bench --gpu [--model van_b3] [--image-size 224] [--batch 64] [--precision bf16] [--out FILE.json]
+    python -m pretrain bench --gpu --only layers [--model van_b3 …] [--image-size 224] [--batch 64] [--precision bf16]
 
 Each layer of the model that differs from the others is timed by itself, forward, input gradient and weight gradient, with the L2 cache
 cleared before every run. Beside the medians stand the bytes a second that the layer's maps amount to, each read or written once, and what
@@ -19,12 +19,11 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.testing import do_bench
 
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.kernels import scaled_residual, unusable
+from pretrain.kernels import residual_norm, unusable
 from pretrain.kernels.depthwise import by_taps, conv, weight_gradient
 from pretrain.van import VAN, Block
 
@@ -34,7 +33,7 @@ COPY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Layer:
-    """A depth-wise convolution on square maps of `size` px, or with kernel size 0 a branch's shortcut; the model has `count` of them."""
+    """A depth-wise convolution on square maps of `size` px, or with kernel size 0 what joins two branches; the model has `count` of them."""
 
     channels: int
     size: int
@@ -44,7 +43,7 @@ class Layer:
     count: int = 1
 
     def __str__(self) -> str:
-        kind = f"{self.kernel_size}x{self.kernel_size}" if self.kernel_size else "shortcut"
+        kind = f"{self.kernel_size}x{self.kernel_size}" if self.kernel_size else "joint"
         return f"{kind}{f' dilation {self.dilation}' if self.dilation > 1 else ''}, {self.channels} channels, {self.size} px"
 
 
@@ -58,7 +57,7 @@ class Part:
 
 
 def layers(model_name: str, image_size: int) -> list[Layer]:
-    """The depth-wise layers and shortcuts of a model, each kind once."""
+    """The depth-wise layers and joints of a model, each kind once."""
     with torch.device("meta"):
         model = cast(VAN, timm.create_model(model_name))
     found: list[Layer] = []
@@ -72,8 +71,8 @@ def layers(model_name: str, image_size: int) -> list[Layer]:
     return [Layer(**{**layer.__dict__, "count": found.count(layer)}) for layer in dict.fromkeys(found)]
 
 
-def bench_gpu(model_name: str, image_size: int, batch: int, precision: str) -> dict[str, Any]:
-    """All figures, to be written as JSON.
+def usable_gpu() -> torch.device:
+    """The GPU, with cuDNN set to choose its algorithms by time.
 
     Raises:
         ValueError: no GPU, or one that the kernels can't run on.
@@ -83,12 +82,7 @@ def bench_gpu(model_name: str, image_size: int, batch: int, precision: str) -> d
     if reason is not None:
         raise ValueError(f"bench --gpu can't run here: {reason}")
     torch.backends.cudnn.benchmark = True
-    machine = {
-        "gpu": torch.cuda.get_device_name(device), "torch": torch.__version__, "triton": triton.__version__,
-        "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(),
-    }  # fmt: skip
-    job = {"model": model_name, "image_size": image_size, "batch": batch, "precision": precision}
-    return machine | job | bench(layers(model_name, image_size), batch, PRECISIONS[precision], device)
+    return device
 
 
 def bench(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -98,7 +92,7 @@ def bench(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.dev
     rows: list[dict[str, Any]] = []
     for layer in chosen:
         torch.manual_seed(0)
-        for part in (parts if layer.kernel_size else shortcut_parts)(layer, batch, dtype, device):
+        for part in (parts if layer.kernel_size else joint_parts)(layer, batch, dtype, device):
             row: dict[str, Any] = {**layer.__dict__, "part": part.name, "map_bytes": part.map_bytes, "difference": difference(part)}
             for way, run in part.ways.items():
                 row[way] = summary(times_ms(run, device), part.map_bytes, copy)
@@ -154,28 +148,31 @@ def parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) ->
     return found
 
 
-def shortcut_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
-    """A branch's end, with paths dropped, by Triton and step by step; the sum along the blocks is fp32."""
+def joint_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
+    """The end of an attention and the norm behind it, with paths dropped, by Triton and step by step; the sum along the blocks is fp32.
+    Bytes are those of the operator's passes: one and another forward, and two backward."""
     shape = (batch, layer.channels, layer.size, layer.size)
-    x, branch, grad = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(3))
-    branch, scale = branch.to(dtype).requires_grad_(), torch.randn(layer.channels, device=device, requires_grad=True)
+    x, branch, shortcut, grad, normed_grad = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(5))
+    x, branch, shortcut, normed_grad = x.requires_grad_(), branch.to(dtype).requires_grad_(), shortcut.to(dtype), normed_grad.to(dtype)
+    scale, norm = torch.randn(layer.channels, device=device, requires_grad=True), torch.nn.BatchNorm2d(layer.channels, device=device)
     keep = torch.empty(batch, device=device).bernoulli_(0.9) / 0.9
 
-    def by_steps() -> Tensor:
-        return x + (scale[:, None, None] * branch) * keep[:, None, None, None]
+    def by_triton() -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return residual_norm(x, branch, shortcut, scale, keep, norm)
 
-    def backward(y: Tensor) -> Callable[[], Tensor]:
-        return lambda: torch.autograd.grad(y, (branch, scale), grad, retain_graph=True)[0]
+    def by_steps() -> tuple[Tensor, Tensor]:
+        y = x + (scale[:, None, None] * (shortcut.float() + branch)) * keep[:, None, None, None]
+        return y, norm(y).to(dtype)
 
-    fast = backward(scaled_residual(x, branch, None, scale, keep))
-    map_bytes = x.numel() * 4 + branch.numel() * branch.element_size()
+    def backward(results: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+        leaves = (x, branch, scale, norm.weight, norm.bias)
+        return lambda: torch.autograd.grad(results, leaves, (grad, normed_grad), retain_graph=True)[0]
+
+    full, small = x.numel() * 4, branch.numel() * branch.element_size()
     return [
-        Part(
-            "forward",
-            map_bytes + x.numel() * 4,
-            {"triton": lambda: scaled_residual(x, branch, None, scale, keep), "pytorch_nhwc": by_steps},
-        ),
-        Part("backward", map_bytes + branch.numel() * branch.element_size(), {"triton": fast, "pytorch_nhwc": backward(by_steps())}),
+        Part("forward", 3 * full + 3 * small, {"triton": lambda: by_triton()[1], "pytorch_nhwc": lambda: by_steps()[1]}),
+        Part("backward", 4 * full + 5 * small, {"triton": backward(by_triton()), "pytorch_nhwc": backward(by_steps())}),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The GPU benchmark: what it would time, and that it can tell; Triton's kernels in the interpreter, on maps of a few pixels."""
+"""The benchmark of layers: what it would time, and that it can tell; Triton's kernels in the interpreter, on maps of a few pixels."""
 
 import json
 
@@ -6,26 +6,26 @@ import pytest
 import torch
 from triton import knobs
 
-from pretrain import bench
 from pretrain.__main__ import main
-from pretrain.bench import Layer, Part
+from pretrain.bench import layers
+from pretrain.bench.layers import Layer, Part
 
 DEVICE = torch.device("cpu" if knobs.runtime.interpret else "cuda")
 
 
 def test_layers_are_those_of_the_model() -> None:
-    found = bench.layers("van_b3", 224)
+    found = layers.layers("van_b3", 224)
     assert len(found) == 4 * 4
     assert found[:4] == [
         Layer(64, 56, 0, count=6), Layer(64, 56, 5, count=3), Layer(64, 56, 7, 3, count=3), Layer(512, 56, 3, gelu=True, count=3),
     ]  # fmt: skip
     assert sum(layer.count for layer in found if layer.kernel_size) == 3 * 38
-    assert [layer.size for layer in bench.layers("van_b6", 200)[::4]] == [50, 25, 13, 7]
+    assert [layer.size for layer in layers.layers("van_b6", 200)[::4]] == [50, 25, 13, 7]
 
 
 def test_every_part_is_timed_in_every_way_and_agrees(capsys: pytest.CaptureFixture[str]) -> None:
     chosen = [Layer(8, 5, 7, 3), Layer(8, 4, 3, gelu=True), Layer(8, 4, 0)]
-    figures = json.loads(json.dumps(bench.bench(chosen, 2, torch.float32, DEVICE)))
+    figures = json.loads(json.dumps(layers.bench(chosen, 2, torch.float32, DEVICE)))
     assert [(row["kernel_size"], row["part"]) for row in figures["rows"]] == [
         (7, "forward"), (7, "input gradient"), (7, "weight gradient"),
         (3, "forward"), (3, "input gradient"), (3, "weight gradient"), (3, "forward, GELU"), (0, "forward"), (0, "backward"),
@@ -44,7 +44,7 @@ def test_every_part_is_timed_in_every_way_and_agrees(capsys: pytest.CaptureFixtu
 def test_a_wrong_result_would_be_seen() -> None:
     right = torch.ones(4)
     wrong = torch.tensor([1.0, 1.0, 1.5, 1.0])
-    assert bench.difference(Part("", 0, {"triton": lambda: wrong, "pytorch_nhwc": lambda: right})) == 0.5
+    assert layers.difference(Part("", 0, {"triton": lambda: wrong, "pytorch_nhwc": lambda: right})) == 0.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
