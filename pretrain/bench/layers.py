@@ -33,7 +33,7 @@ COPY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Layer:
-    """A depth-wise convolution on square maps of `size` px, or with kernel size 0 what joins two branches; the model has `count` of them."""
+    """A depth-wise convolution on square maps of `size` px, or with kernel size 0 a joint; the model has `count` of them."""
 
     channels: int
     size: int

@@ -10,7 +10,7 @@ the update by AdamW. Images and labels lie on the device already.
 | `peer_fp16` | the authors' | their --amp: fp16 autocast, loss scaled; contiguous | waits for the GPU, as their loop does |
 | `peer_fp16_nhwc` | the authors' | the same with their --channels-last | the same |
 | `peer_compiled` | the authors' | as `peer_fp16_nhwc` | torch.compile of the whole model |
-| `own_…` | ours, channels-last | fp32, or bf16 as a job has it | our fused AdamW; PyTorch's operators or Triton's kernels, compiled or not |
+| `own_…` | ours, channels-last | fp32, or bf16 as a job has it | our fused AdamW; PyTorch's operators or Triton's, compiled or not |
 | `engine` | ours | bf16 | what a job runs: DeepSpeed ZeRO-1 on one rank, the guard, BatchNorm's statistics |
 
 A compiled way takes the micro-batch that is best for the same way uncompiled, as each other size would be compiled for minutes.
