@@ -121,8 +121,12 @@ class Block(nn.Module):
         return self._add(x, self.mlp(self.norm2(x)), self.layer_scale_2)
 
     def _add(self, x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        if self.triton and not torch.jit.is_scripting():
-            return scaled_residual(x, branch, None, scale, _kept(self.drop_path, x))
+        if not torch.jit.is_scripting():
+            if self.triton:
+                return scaled_residual(x, branch, None, scale, _kept(self.drop_path, x))
+            if torch.compiler.is_compiling():
+                kept = _kept(self.drop_path, x)
+                return x + scale[:, None, None] * (branch if kept is None else branch * kept[:, None, None, None])
         return x + self.drop_path(scale[:, None, None] * branch)
 
     def joined(self, x: torch.Tensor, normed: torch.Tensor, after: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -137,10 +141,12 @@ class Block(nn.Module):
 
 
 def _kept(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """What DropPath multiplies each sample by, (N,); None where that is 1. Draws the numbers that it would draw."""
+    """What DropPath multiplies each sample by, (N,); None where that is 1. Draws the numbers that it would draw, unless compiled."""
     if not (isinstance(drop_path, DropPath) and drop_path.training):
         return None
     keep = 1 - drop_path.drop_prob
+    if torch.compiler.is_compiling():  # which would make a graph for each block, taking what bernoulli_ is given for a constant
+        return (torch.rand(len(x), device=x.device) < keep) / keep
     return torch.empty(len(x), device=x.device).bernoulli_(keep).div_(keep)
 
 

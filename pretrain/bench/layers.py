@@ -163,7 +163,7 @@ def joint_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.devi
 
     def by_steps() -> tuple[Tensor, Tensor]:
         y = x + (scale[:, None, None] * (shortcut.float() + branch)) * keep[:, None, None, None]
-        return y, norm(y).to(dtype)
+        return y, F.batch_norm(y, None, None, norm.weight, norm.bias, training=True).to(dtype)
 
     def backward(results: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
         leaves = (x, branch, scale, norm.weight, norm.bias)

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from pretrain import engine as engines
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -115,7 +116,18 @@ def test_lower_precision_is_close_to_fp32(precision: str) -> None:
     one, _ = run_on_ranks(2, run, steps=5, precision=precision)
     exact, _ = run_on_ranks(2, run, steps=5)
     assert one["losses"] == pytest.approx(exact["losses"], rel=3e-2)
-    assert one["losses"] != exact["losses"]
+    # A CPU without bf16 computes in fp32.
+    assert (one["losses"] == exact["losses"]) == (engines.arithmetic(torch.device("cpu"), precision) == "fp32")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_fp32_where_a_cpu_has_none(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    used = {(device.type, wish): engines.arithmetic(device, wish) for device in (cpu, gpu) for wish in engines.PRECISIONS}
+    assert {key: found for key, found in used.items() if found != key[1]} == ({} if supported else {("cpu", "bf16"): "fp32"})
+    with engines.autocast(cpu, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if supported else torch.float32)
 
 
 # ---------------------------------------------------------------- BatchNorm over all ranks

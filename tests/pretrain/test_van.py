@@ -13,11 +13,12 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import van
-from pretrain.van import ChannelsLastConv2d
+from pretrain.convolutions import ChannelsLastConv2d
 from pretrain.weights import from_format, to_format
 
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -187,7 +188,7 @@ def test_grad_checkpointing_changes_nothing(enable: bool | list[bool]) -> None:
 
 
 def test_without_care_checkpointing_would_move_the_statistics_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(van, "_forward_and_recomputation", lambda block: (nullcontext(), nullcontext()))
+    monkeypatch.setattr(van, "_RunningStatisticsKept", lambda norms: nullcontext())
     expected = train_step(small_model())
     model = small_model()
     model.set_grad_checkpointing()
@@ -301,6 +302,18 @@ def test_norm_statistics_stay_fp32_under_autocast() -> None:
     x = projected.permute(0, 2, 3, 1)
     _, mean, rstd = torch.native_layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     assert mean.dtype == rstd.dtype == torch.float32
+
+
+def test_blocks_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
+    """A graph for each block would go over the compiler's limit, and the blocks behind it would not be compiled."""
+    counter = CompileCounter()
+    model = small_model(depths=(3, 3, 9, 3), drop_path_rate=0.3).train()
+    for stage in model.stages:
+        for block in stage.blocks:  # type: ignore[union-attr]
+            block.compile(backend=counter)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        model(images(2, 64, 64)).sum().backward()
+    assert counter.frame_count <= 8
 
 
 # ChannelsLastConv2d
