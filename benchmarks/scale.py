@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pretrain.van  # noqa: F401  registers the models
 from data.results import record
 from pretrain import config as settings
+from pretrain.bench import roofline
 from pretrain.engine import bucket_size
 from pretrain.watch.memory import activation_bytes, largest_that_fits
 from pretrain.watch.traffic import FP32, communication
@@ -35,9 +36,12 @@ VARIANTS = ("van_b3", "van_b4", "van_b5", "van_b6")
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 IMAGES = 14_197_122  # of ImageNet-22K
 CUTS = ("eager", "fused")  # one kernel an operator, and all that could be fused is
-# Images a second that an H200's memory and arithmetic allow at 224 px in either cut: bounds from shapes, which no kernel reaches.
-RATES = {"van_b3": (2565, 4040), "van_b4": (1970, 3100), "van_b5": (1805, 2730), "van_b6": (735, 1135)}
-MEMORY, MEMORY_RATE = 141e9, 4.8e12  # an H200's, bytes and bytes/s (data sheet)
+H200 = roofline.DEVICES["NVIDIA H200"]
+MEMORY = 141e9  # bytes of it (data sheet)
+# What kernels are assumed to get out of it: 85 % of its memory's rate, 70 % of large matrix products', 30 % of its fp32 lanes'.
+ATTAINED = roofline.Device(0.85 * H200.bytes_per_s, 0.7 * H200.tensor_flops, 0.3 * H200.core_flops)
+# Images a second at 224 px in either cut.
+RATES = {name: [roofline.attainable(name, 224, cut, ATTAINED) for cut in (roofline.EAGER, roofline.FUSED)] for name in VARIANTS}
 NODE = 8  # GPUs
 NVLINK = 450e9  # bytes/s of a GPU in each direction (data sheet: 900 GB/s in both)
 NETWORKS = {"400 Gb/s a GPU": NODE * 50e9, "100 Gb/s a node": 12.5e9}  # bytes/s of a node in each direction
@@ -164,7 +168,7 @@ def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
     reduction = times["gradients"]
     # The last bucket is full when the backward pass has ended. Stage 0 begins then.
     exposed = reduction if stage == 0 else max(reduction / buckets, reduction - passes * BACKWARD * micro_step)
-    update = UPDATE * job.size / (gpus if stage else 1) / MEMORY_RATE
+    update = UPDATE * job.size / (gpus if stage else 1) / H200.bytes_per_s
     gather = times.get("weights", 0.0)
     total = accumulation * micro_step + exposed + times.get("norm", 0.0) + times["statistics"] + update + gather
     return Step(gpus, micro_batch, accumulation, accumulation * micro_step, reduction, exposed, gather, update, total, host > images)

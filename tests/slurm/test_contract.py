@@ -48,9 +48,10 @@ def outcomes(jobs: Jobs, job: int) -> list[str]:
 
 
 def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, drawn: Path, undisturbed: Jobs) -> None:
-    """USR1 ahead of a limit of one minute, by --signal; Slurm sends it up to a minute earlier than it is told to."""
+    """USR1 ahead of the time limit, by --signal, as soon as the job has begun; Slurm sends it up to a minute earlier than it is told to. It
+    waits for the job's start, which takes some of what is left until the limit."""
     slowly = (f"data.val={drawn / 'val'}", "run.eval_every=0.01")  # an evaluation each step, so that it is not through before
-    job = jobs.submit(SCRIPT, *QUICK, *slowly, options=["--time=1", "--signal=USR1@58"])
+    job = jobs.submit(SCRIPT, *QUICK, *slowly, options=["--time=4", "--signal=USR1@238"])
     for number in range(2):
         attempt = jobs.wait_for_attempt(job, number)
         assert attempt.end is not None
@@ -65,6 +66,7 @@ def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, drawn: Path, undistu
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
+@pytest.mark.full
 def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
     job = jobs.submit(SCRIPT, *QUICK, "run.save_every=1000")
     jobs.wait_for_step(job, 3)
@@ -72,7 +74,7 @@ def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tm
     urgent.write_text("#!/bin/bash\nsleep 1\n")
     preempting = cluster.sbatch(urgent, cwd=tmp_path, options=["--partition=urgent", "--nodes=3", f"--cpus-per-task={cluster.cpus}"])
     jobs.wait_for_attempt(job, 0)
-    cluster.wait(preempting, "COMPLETED", timeout=60)
+    cluster.wait(preempting, "COMPLETED", timeout=240)
     cluster.skip_requeue_wait(job)
 
     jobs.wait_for(job, lambda: len(resumed_at(cluster.output(job))) == 1)
@@ -136,6 +138,7 @@ def test_a_hard_life(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
+@pytest.mark.full
 def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     """The first one, with the batch script and rank 0, which holds the run directory's lock and lives on without doing anything."""
     job = jobs.submit(SCRIPT, *QUICK)
@@ -189,6 +192,7 @@ def test_a_poison_step_stops_the_job_with_a_summary(jobs: Jobs, cluster: Cluster
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
+@pytest.mark.full
 def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Path, drawn: Path, undisturbed: Jobs) -> None:
     """Two nodes, ended by RUN/STOP; one node, cancelled; then as many as there are, three."""
     batches = ("global_batch=12", "engine.micro_batch=2")
@@ -202,7 +206,7 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
         two = jobs.submit(SCRIPT, *settings)
         jobs.wait_for_step(two, 2)
         (jobs.run / "STOP").touch()
-        assert cluster.wait(two, timeout=60) == "FAILED"
+        assert cluster.wait(two, timeout=240) == "FAILED"
         assert cluster.job(two)["ExitCode"] == f"{EXIT_ENDED}:0"
         assert outcomes(jobs, two) == ["ended"]
         assert not (jobs.run / "STOP").exists()
@@ -211,7 +215,7 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
         one = jobs.submit(SCRIPT, *settings, nodes="1")
         jobs.wait_for_step(one, stopped + 3)
         cluster.run("scancel", str(one))
-        assert cluster.wait(one, timeout=60) == "CANCELLED"
+        assert cluster.wait(one, timeout=240) == "CANCELLED"
         assert "1 cpu ranks; global batch 12 = 1 x 2 x 6" in cluster.output(one)
 
         cluster.wait_until_idle()
@@ -235,7 +239,7 @@ def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed
     jobs.wait_for(first, lambda: (jobs.run / "metrics.jsonl").exists())
     send(cluster, 1, signal.SIGSTOP)  # so that it is there for as long as the other one looks
     second = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2"])
-    assert cluster.wait(second, timeout=120) == "FAILED"
+    assert cluster.wait(second, timeout=240) == "FAILED"
     assert cluster.job(second)["ExitCode"] == f"{EXIT_CONFIG}:0"
     assert cluster.job(second)["Restarts"] == "0"
     assert f"is in use by job {first}" in cluster.output(second)
@@ -246,7 +250,7 @@ def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed
 
 def test_a_setting_that_cannot_work_is_never_tried_again(jobs: Jobs, cluster: Cluster) -> None:
     job = jobs.submit(SCRIPT, *QUICK, nodes="3")  # a global batch of 4
-    assert cluster.wait(job, timeout=60) == "FAILED"
+    assert cluster.wait(job, timeout=240) == "FAILED"
     assert cluster.job(job)["ExitCode"] == f"{EXIT_CONFIG}:0"
     assert cluster.job(job)["Restarts"] == "0"
     output = cluster.output(job)

@@ -57,10 +57,14 @@ def test_memory_is_private_or_shared(simulated: Path) -> None:
 
 
 def test_private_bytes() -> None:
-    before = private_bytes()
-    array = np.ones(5_000_000)
-    assert 38e6 < private_bytes() - before < 45e6
-    del array
+    """Of three looks: a kernel that reclaims pages of files meanwhile can take some away from one."""
+    grown = []
+    for _ in range(3):
+        before = private_bytes()
+        array = np.ones(5_000_000)
+        grown.append(private_bytes() - before)
+        del array
+    assert 38e6 < sorted(grown)[1] < 45e6
 
 
 @pytest.mark.slow
