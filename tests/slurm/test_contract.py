@@ -234,6 +234,7 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
         whole.end()
 
 
+@pytest.mark.full
 def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     first = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2", "--output=/dev/null"])
     jobs.wait_for(first, lambda: (jobs.run / "metrics.jsonl").exists())
