@@ -41,7 +41,7 @@ class ModelConfig:
     drop_path: float = 0.0  # stochastic depth of the last block; rises linearly from 0 over all blocks
     init_from: str | None = None  # weights to start from: a file or folder of any format, a run directory or a checkpoint
     head_init: Literal["keep", "zero", "map"] = "map"  # its head: as it is, all zeros, or the rows of the classes that are in the data
-    # Of depth-wise convolutions, shortcuts and norms. auto: Triton where it runs, on GPUs; triton: an error where it does not; torch: never.
+    # Of convolutions, shortcuts and norms. auto: Triton where it runs, on GPUs; triton: an error where it does not; torch: never.
     # They have not run on a GPU yet, so a job has to ask for them.
     kernels: Literal["auto", "triton", "torch"] = "torch"
     # Stages (0 to 3) whose blocks keep their input alone for the backward pass and compute the rest again: less memory, a third more work.
