@@ -25,7 +25,7 @@ SMALL = (
 )  # fmt: skip
 # Where a job's ends are tested and not its model, so that a step takes tenths of a second.
 QUICK = ("model.name=van_b0", "steps=40", "run.save_every=5", "run.export=[]")
-PATIENCE = 240  # seconds; a job takes 20 to 60 where two cores have nothing else to do
+PATIENCE = 600  # seconds; a job takes 20 to 60 where two cores have nothing else to do
 
 
 class Jobs:

@@ -74,7 +74,7 @@ def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tm
     urgent.write_text("#!/bin/bash\nsleep 1\n")
     preempting = cluster.sbatch(urgent, cwd=tmp_path, options=["--partition=urgent", "--nodes=3", f"--cpus-per-task={cluster.cpus}"])
     jobs.wait_for_attempt(job, 0)
-    cluster.wait(preempting, "COMPLETED", timeout=240)
+    cluster.wait(preempting, "COMPLETED", timeout=600)
     cluster.skip_requeue_wait(job)
 
     jobs.wait_for(job, lambda: len(resumed_at(cluster.output(job))) == 1)
@@ -181,7 +181,7 @@ def test_a_poison_step_stops_the_job_with_a_summary(jobs: Jobs, cluster: Cluster
     assert end is not None
     assert (end.outcome, end.step, end.rank, end.again) == ("crashed", 7, 1, True)
     cluster.skip_requeue_wait(job)
-    assert cluster.wait(job, timeout=240) == "FAILED"
+    assert cluster.wait(job, timeout=600) == "FAILED"
     assert [attempt.end.again for attempt in jobs.attempts(job) if attempt.end] == [True, False]
     told = (jobs.run / "FAILED.md").read_text()
     assert "step 7 has failed twice in a row: rank 1 on n1 was killed by SIGSEGV in step 7 (data)" in told
@@ -206,7 +206,7 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
         two = jobs.submit(SCRIPT, *settings)
         jobs.wait_for_step(two, 2)
         (jobs.run / "STOP").touch()
-        assert cluster.wait(two, timeout=240) == "FAILED"
+        assert cluster.wait(two, timeout=600) == "FAILED"
         assert cluster.job(two)["ExitCode"] == f"{EXIT_ENDED}:0"
         assert outcomes(jobs, two) == ["ended"]
         assert not (jobs.run / "STOP").exists()
@@ -215,7 +215,7 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
         one = jobs.submit(SCRIPT, *settings, nodes="1")
         jobs.wait_for_step(one, stopped + 3)
         cluster.run("scancel", str(one))
-        assert cluster.wait(one, timeout=240) == "CANCELLED"
+        assert cluster.wait(one, timeout=600) == "CANCELLED"
         assert "1 cpu ranks; global batch 12 = 1 x 2 x 6" in cluster.output(one)
 
         cluster.wait_until_idle()
@@ -240,18 +240,18 @@ def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed
     jobs.wait_for(first, lambda: (jobs.run / "metrics.jsonl").exists())
     send(cluster, 1, signal.SIGSTOP)  # so that it is there for as long as the other one looks
     second = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2"])
-    assert cluster.wait(second, timeout=240) == "FAILED"
+    assert cluster.wait(second, timeout=600) == "FAILED"
     assert cluster.job(second)["ExitCode"] == f"{EXIT_CONFIG}:0"
     assert cluster.job(second)["Restarts"] == "0"
     assert f"is in use by job {first}" in cluster.output(second)
     send(cluster, 1, signal.SIGCONT)
-    cluster.wait(first, "COMPLETED", timeout=240)
+    cluster.wait(first, "COMPLETED", timeout=600)
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
 def test_a_setting_that_cannot_work_is_never_tried_again(jobs: Jobs, cluster: Cluster) -> None:
     job = jobs.submit(SCRIPT, *QUICK, nodes="3")  # a global batch of 4
-    assert cluster.wait(job, timeout=240) == "FAILED"
+    assert cluster.wait(job, timeout=600) == "FAILED"
     assert cluster.job(job)["ExitCode"] == f"{EXIT_CONFIG}:0"
     assert cluster.job(job)["Restarts"] == "0"
     output = cluster.output(job)
