@@ -92,6 +92,7 @@ def a_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
     return sizes, channels, found
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_step_sends_what_is_said(ranks: int) -> None:
