@@ -120,7 +120,7 @@ def stop() -> None:
 
 def arithmetic(device: torch.device, precision: str) -> str:
     """What a precision of the settings comes to on a device: bf16 is fp32 on a CPU that has no instructions for it, where PyTorch's
-    convolutions in bf16 are plain loops, ten times as slow as those in fp32."""
+    convolutions in bf16 are plain loops, many times as slow as those in fp32."""
     lacking = device.type == "cpu" and precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "fp32" if lacking else precision
 

@@ -125,8 +125,8 @@ class Block(nn.Module):
             if self.triton:
                 return scaled_residual(x, branch, None, scale, _kept(self.drop_path, x))
             if torch.compiler.is_compiling():
-                kept = _kept(self.drop_path, x)
-                return x + scale[:, None, None] * (branch if kept is None else branch * kept[:, None, None, None])
+                kept, scaled = _kept(self.drop_path, x), scale[:, None, None] * branch
+                return x + (scaled if kept is None else scaled * kept[:, None, None, None].to(scaled.dtype))
         return x + self.drop_path(scale[:, None, None] * branch)
 
     def joined(self, x: torch.Tensor, normed: torch.Tensor, after: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -199,6 +199,26 @@ def test_a_kernel_that_does_not_work_here_is_left_out(usable: None, monkeypatch:
     assert model(IMAGES.to(DEVICE)).isfinite().all()
 
 
+@pytest.mark.parametrize("wrong", ["no gradient through the norm", "not a number"])
+def test_a_joint_with_wrong_results_is_found(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    from pretrain.kernels import trial
+
+    right = trial.residual_norm
+
+    def broken(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+        y, normed = right(x, *others)  # type: ignore[arg-type]
+        if wrong == "not a number":  # of the last gradients alone
+            scale = others[2]
+            scale.register_hook(lambda grad: grad * torch.nan)  # type: ignore[attr-defined]
+            return y, normed
+        return y, normed.detach()
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert trial.joint_fault.__wrapped__(40, dtype, HERE) is None
+    monkeypatch.setattr(trial, "residual_norm", broken)
+    assert str(trial.joint_fault.__wrapped__(40, torch.float32, HERE)).startswith("differs from PyTorch's by")
+
+
 def test_a_joint_that_does_not_work_here_is_left_out(usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_choice, "joint_fault", lambda channels, *_: "no" if channels == 12 else None)
     model = tiny().to(DEVICE)
