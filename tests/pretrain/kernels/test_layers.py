@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from triton import knobs
 
 from pretrain import depthwise, kernel_choice
@@ -137,6 +138,21 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(outcomes[1][name], value, rtol=1e-5, atol=1e-7, msg=lambda t, n=name: f"{n}: {t}")
     assert len(graphs) == 2
     assert all(graph.code.count("van.residual_norm") + graph.code.count("van.scaled_residual") == 2 for graph in graphs)
+
+
+@pytest.mark.slow
+def test_joints_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
+    """As blocks do (test_van.py): else the compiler's limit would leave the blocks behind it uncompiled."""
+    stage = VANStage(3, 8, depth=6, mlp_ratio=2, patch_size=7, stride=4, drop=0.0, drop_path=[0, 0.1, 0.2, 0.3, 0.4, 0.5]).to(DEVICE)
+    counter = CompileCounter()
+    for module in stage.modules():
+        if isinstance(module, DepthwiseConv2d | Block):
+            module.triton = True
+        if isinstance(module, Block):
+            module.joined = torch.compile(module.joined, backend=counter)  # type: ignore[method-assign]
+    stage.joins = True
+    stage(IMAGES.to(DEVICE))
+    assert counter.frame_count <= 4  # without a path to drop, with one, with any, and the last
 
 
 def chosen(model: torch.nn.Module) -> list[bool]:
