@@ -16,6 +16,7 @@ from data.results import record
 from pretrain.bench import layers, peer, roofline
 from pretrain.bench.measure import measure, row
 from pretrain.bench.ways import Job, Way, new_model, ways
+from pretrain.engine import PRECISIONS
 from pretrain.watch.flops import mfu, peak_flops, training_flops
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -50,7 +51,7 @@ def _layers(args: Namespace, model: str, device: torch.device) -> None:
     batch = args.batch or LAYER_BATCH
     job = {"model": model, "image_size": args.image_size, "batch": batch, "precision": args.precision}
     print(f"\n{model}, {args.image_size} px, {batch} images, {args.precision}", flush=True)
-    found = layers.bench(layers.layers(model, args.image_size), batch, layers.PRECISIONS[args.precision], device)
+    found = layers.bench(layers.layers(model, args.image_size), batch, PRECISIONS[args.precision], device)
     command = f"python -m pretrain bench --gpu --only layers {_options(job)}"
     record(_file(args, "layers", device), command, ["torch", "triton"], **about(device), **job, **found)
 

@@ -19,7 +19,8 @@ from data.mixing import mix_pairs
 from data.pipeline import Batch
 from data.recipe import sample_order
 from pretrain import engine as engines
-from pretrain.bench.measure import deciles
+from pretrain.bench.layers import deciles
+from pretrain.bench.measure import wait_for
 from pretrain.bench.ways import engine_step
 from pretrain.config import Config
 from pretrain.evaluate import build_model
@@ -53,11 +54,11 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
     def stretch(batches: Iterator[Batch]) -> float:
         for _ in range(ahead):
             step(next(batches))
-        _wait_for(device)
+        wait_for(device)
         began = time.perf_counter()
         for _ in range(steps):
             step(next(batches))
-        _wait_for(device)
+        wait_for(device)
         return steps * micro_batch / (time.perf_counter() - began)
 
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -72,8 +73,3 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
                 print(f"round {number + 1} of {rounds}  {kind:9} {rates[kind][-1]:9.2f} images/s", flush=True)
     ratio = statistics.median(a / b for a, b in zip(rates["fed"], rates["repeated"], strict=True))
     return {"micro_batch": micro_batch, "fed_to_repeated": ratio, **{f"{kind}_images_per_s": deciles(rates[kind]) for kind in KINDS}}
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

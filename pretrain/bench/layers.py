@@ -12,7 +12,7 @@ in the activations' type. Triton's times hold the reordering of the weights that
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,7 +27,6 @@ from pretrain.kernels import residual_norm, unusable
 from pretrain.kernels.depthwise import by_taps, conv, weight_gradient
 from pretrain.van import VAN, Block
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COPY_BYTES = 2**30
 
 
@@ -196,13 +195,17 @@ def times_ms(run: Callable[[], Tensor], device: torch.device) -> list[float]:
 
 def summary(times: list[float], map_bytes: int, copy: float) -> dict[str, float]:
     """Median and deciles in ms, number of runs, and the median's bytes a second with their share of a copy's."""
-    tenths = statistics.quantiles(times, n=10, method="inclusive")
-    median = statistics.median(times)
-    speed = map_bytes / (median / 1000)
-    return {
-        "median_ms": median, "tenth_ms": tenths[0], "ninetieth_ms": tenths[-1], "runs": len(times),
-        "bytes_per_s": speed, "share_of_copy": speed / copy,
+    found = deciles(times)
+    speed = map_bytes / (found["median"] / 1000)
+    return {f"{name}_ms": value for name, value in found.items()} | {
+        "runs": len(times), "bytes_per_s": speed, "share_of_copy": speed / copy,
     }  # fmt: skip
+
+
+def deciles(values: Sequence[float]) -> dict[str, float]:
+    """Median, and where a tenth lies below and above; of one value, that one."""
+    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]]
+    return {"median": statistics.median(values), "tenth": tenths[0], "ninetieth": tenths[-1]}
 
 
 def copy_bytes_per_s(device: torch.device) -> float:

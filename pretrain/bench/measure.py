@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.bench.layers import deciles
 from pretrain.bench.ways import Job, Step, Way, new_model
 
 WARM_UP = {"cuda": 5, "cpu": 1}  # steps; cuDNN and compilers choose in them
@@ -165,15 +166,15 @@ def _turn(one: Measured, running: Running, device: torch.device) -> None:
 
 def _steps(running: Running, count: int, device: torch.device) -> float:
     """Seconds a step of so many; the device is waited for before them and behind them, not in between."""
-    _wait_for(device)
+    wait_for(device)
     began = time.perf_counter()
     for _ in itertools.repeat(None, count):
         running()
-    _wait_for(device)
+    wait_for(device)
     return (time.perf_counter() - began) / count
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -188,12 +189,6 @@ def _forget(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def deciles(values: Sequence[float]) -> dict[str, float]:
-    """Median, and where a tenth lies below and above; of one value, that one."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]]
-    return {"median": statistics.median(values), "tenth": tenths[0], "ninetieth": tenths[-1]}
 
 
 def ratios(one: Measured, others: Sequence[Measured]) -> dict[str, float]:

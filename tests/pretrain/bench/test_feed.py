@@ -13,6 +13,7 @@ from data.pipeline import Batch
 from pretrain.__main__ import main
 from pretrain.bench import feed
 from tests.jobs import SMALL
+from tests.ranks import run_on_ranks
 
 WAIT_S = 0.4
 
@@ -26,14 +27,19 @@ class Slow(TrainLoader):
             yield batch
 
 
-def test_a_loader_that_does_not_keep_up_shows(drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def slowly_fed(arguments: list[str]) -> int:
+    """The command, in a process that is a job's only rank."""
+    feed.TrainLoader = Slow  # type: ignore[misc]
+    sys.argv = ["pretrain", "bench", *arguments]
+    return main()
+
+
+def test_a_loader_that_does_not_keep_up_shows(drawn: Path, tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(SMALL)
     settings = [f"data.train={drawn / 'train'}", "engine.micro_batch=2", "engine.precision=fp32", "data.mixup=0.8", "data.lanes=2"]
     options = ["--rounds", "1", "--steps", "3", "--out", str(tmp_path), "--feed", str(config), *settings]
-    monkeypatch.setattr(feed, "TrainLoader", Slow)
-    monkeypatch.setattr(sys, "argv", ["pretrain", "bench", "--cpu", *options])
-    assert main() == 0
+    assert run_on_ranks(1, slowly_fed, arguments=["--cpu", *options]) == [0]
     (found,) = json.loads((tmp_path / "feed_cpu.json").read_text())
     assert found["micro_batch"] == 2
     fed_s, repeated_s = (2 / found[f"{kind}_images_per_s"]["median"] for kind in feed.KINDS)

@@ -17,6 +17,7 @@ from pretrain.bench.command import judged, table
 from pretrain.bench.measure import Measured, best_batch, measure, ratios, row, start
 from pretrain.bench.ways import Job, Step, Way, ways
 from pretrain.van import VAN
+from tests.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 JOB = Job("van_b0", 32, CPU, classes=10, drop_path=0.5)
@@ -58,9 +59,15 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return main()
 
 
-def test_every_way_of_a_cpu_in_one_run(authors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--image-size", "32", "--batch", "2", "--rounds", "2", "--out", tmp_path)
-    assert command(monkeypatch, "--cpu", "--peer", authors, *options) == 0
+def every_way(arguments: list[str]) -> int:
+    """The command, in a process that is a job's only rank, as the engine wants one."""
+    sys.argv = ["pretrain", "bench", *arguments]
+    return main()
+
+
+def test_every_way_of_a_cpu_in_one_run(authors: Path, tmp_path: Path) -> None:
+    options = ["--image-size", "32", "--batch", "2", "--rounds", "2", "--out", str(tmp_path)]
+    assert run_on_ranks(1, every_way, arguments=["--cpu", "--peer", str(authors), *options]) == [0]
     (found,) = json.loads((tmp_path / "steps_cpu.json").read_text())
     assert str(authors) not in json.dumps(found)
     assert found["peer_sha256"] == peer.fingerprint(peer.load(authors))
