@@ -24,6 +24,7 @@ def record(out: Path, command: str, packages: Sequence[str], **result: Any) -> N
     }
     found = json.loads(json.dumps(found), parse_float=lambda text: float(f"{float(text):.4g}"))  # figures to four digits
     others = json.loads(out.read_text()) if out.exists() else []
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps([*(other for other in others if other["command"] != command), found], indent=1) + "\n")
 
 

@@ -66,9 +66,9 @@ def every_way(arguments: list[str]) -> int:
 
 
 def test_every_way_of_a_cpu_in_one_run(authors: Path, tmp_path: Path) -> None:
-    options = ["--image-size", "32", "--batch", "2", "--rounds", "2", "--out", str(tmp_path)]
+    options = ["--image-size", "32", "--batch", "2", "--rounds", "2", "--out", str(tmp_path / "results")]
     assert run_on_ranks(1, every_way, arguments=["--cpu", "--peer", str(authors), *options]) == [0]
-    (found,) = json.loads((tmp_path / "steps_cpu.json").read_text())
+    (found,) = json.loads((tmp_path / "results" / "steps_cpu.json").read_text())
     assert str(authors) not in json.dumps(found)
     assert found["peer_sha256"] == peer.fingerprint(peer.load(authors))
     assert {"commit", "machine", "versions", "instructions", "threads"} <= found.keys()
