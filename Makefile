@@ -21,7 +21,7 @@ $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed; name one with make PYTHON=…" >&2; exit 2; }
 	$(PYTHON) -m venv .venv || { echo "error: the venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	.venv/bin/uv pip install --quiet --python $(RUN) -r requirements.txt
+	.venv/bin/uv pip install --quiet --compile-bytecode --python $(RUN) -r requirements.txt
 	@touch $@
 
 demo: $(READY)

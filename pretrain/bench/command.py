@@ -60,9 +60,9 @@ def _steps(args: Namespace, model: str, device: torch.device, authors: Any) -> N
     job = Job(model, args.image_size, device)
     batch = args.batch or (CPU_BATCH if device.type == "cpu" else None)
     print(f"\n{model}, {args.image_size} px: a training step", flush=True)
-    copy = layers.copy_bytes_per_s(device)
+    limits = {"copy_bytes_per_s": layers.copy_bytes_per_s(device), "product_flops_per_s": layers.product_flops_per_s(device)}
     found = measure(job, chosen(ways(device, authors), args.ways), batch=batch, rounds=args.rounds)
-    rows = judged([row(one, found) for one in found], job, copy)
+    rows = judged([row(one, found) for one in found], job, **limits)
     print("\n".join(table(rows)), flush=True)
     options = {"model": model, "image_size": args.image_size, "batch": batch, "rounds": args.rounds}
     options |= {"ways": args.ways and " ".join(args.ways), "peer": authors and "PATH"}
@@ -70,7 +70,7 @@ def _steps(args: Namespace, model: str, device: torch.device, authors: Any) -> N
     theirs = {"peer_sha256": peer.fingerprint(authors)} if authors is not None else {}
     packages = ["torch", "triton", "timm", "deepspeed"]
     described = {"model": model, "image_size": args.image_size, "drop_path": job.drop_path, "classes": job.classes}
-    record(_file(args, "steps", device), command, packages, **about(device), **described, **theirs, copy_bytes_per_s=copy, rows=rows)
+    record(_file(args, "steps", device), command, packages, **about(device), **described, **theirs, **limits, rows=rows)
 
 
 def chosen(all_ways: Sequence[Way], names: Sequence[str] | None) -> list[Way]:
@@ -113,19 +113,20 @@ def about(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def judged(rows: Sequence[dict[str, Any]], job: Job, copy: float) -> list[dict[str, Any]]:
-    """The rows with what of a GPU each used: MFU, the share of the fused roofline by its data sheet, and the share of a measured copy's
-    bytes/s that the fused roofline's bytes come to. The first two only where the GPU is in their tables, none on a CPU."""
-    if job.device.type == "cpu":
-        return list(rows)
+def judged(rows: Sequence[dict[str, Any]], job: Job, copy_bytes_per_s: float, product_flops_per_s: float) -> list[dict[str, Any]]:
+    """The rows with what of the device each used: the share of a measured matrix product's FLOP/s; and of a GPU the share of a measured
+    copy's bytes/s that the fused roofline's bytes come to, MFU, and the share of the fused roofline by its data sheet, the last two only
+    where it is in their tables."""
     flops, peak = training_flops(new_model(job), job.image_size), peak_flops(job.device, "bf16")
-    sheet = roofline.by_name(torch.cuda.get_device_name(job.device))
+    sheet = roofline.by_name(torch.cuda.get_device_name(job.device)) if job.device.type == "cuda" else None
     least = roofline.image_bytes(job.model, job.image_size, roofline.FUSED)
     found = []
     for one in rows:
         if "failed" not in one:
             rate = one["images_per_s"]["median"]
-            one = one | {"share_of_copy": rate * least / copy}
+            one = one | {"share_of_product": rate * flops / product_flops_per_s}
+            if job.device.type == "cuda":
+                one["share_of_copy"] = rate * least / copy_bytes_per_s
             if peak is not None:
                 one["mfu"] = mfu(rate, flops, peak)
             if sheet is not None:
@@ -149,6 +150,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             "mfu": "MFU {:.1%}",
             "share_of_roofline": "{:.0%} of the roofline",
             "share_of_copy": "{:.0%} of a copy",
+            "share_of_product": "{:.0%} of a product",
         }
         line += "".join(f"  {text.format(one[key])}" for key, text in shares.items() if key in one)
         line += "".join(f"  {times:.2f} x {peer}" for peer, times in one.get("times_the", {}).items())

@@ -213,3 +213,10 @@ def copy_bytes_per_s(device: torch.device) -> float:
     source = torch.empty(COPY_BYTES if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / (statistics.median(times_ms(lambda: target.copy_(source), device)) / 1000)
+
+
+def product_flops_per_s(device: torch.device) -> float:
+    """Of a product of two square matrices, large enough to be bound by arithmetic: bf16 on a GPU, fp32 on a CPU."""
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    matrix = torch.randn(side, side, dtype=dtype, device=device)  # a GPU runs faster on constants
+    return 2 * side**3 / (statistics.median(times_ms(lambda: matrix @ matrix, device)) / 1000)

@@ -78,6 +78,7 @@ def test_every_way_of_a_cpu_in_one_run(authors: Path, tmp_path: Path) -> None:
         assert len(one["rounds"]) == 2
         assert one["images_per_s"]["tenth"] <= one["images_per_s"]["median"] <= one["images_per_s"]["ninetieth"]
         assert ("times_the" in one) == (not name.startswith("peer"))
+        assert 0 < one["share_of_product"] < 1
     # The same weights, images and dropped paths: what is compared computes the same. The engine's numbers are those of the bare step.
     assert rows["own_fp32"]["first_loss"] == pytest.approx(rows["peer_fp32"]["first_loss"], rel=1e-3)
     assert rows["own_bf16"]["first_loss"] == pytest.approx(rows["own_fp32"]["first_loss"], rel=1e-2)
@@ -131,7 +132,7 @@ def test_a_way_that_fails_is_told_and_the_others_go_on(capsys: pytest.CaptureFix
     assert rows[1]["failed"] == "StopIteration: no message"
     assert len(rows[2]["rounds"]) == 2
     assert capsys.readouterr().out.count("failed: ") == 2
-    assert sum("failed: " in line for line in table(judged(rows, JOB, 1.0))) == 2
+    assert sum("failed: " in line for line in table(judged(rows, JOB, 1.0, 1.0))) == 2
 
 
 @pytest.mark.parametrize(
