@@ -56,6 +56,7 @@ def join() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it said
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 

@@ -16,7 +16,6 @@ the update by AdamW. Images and labels lie on the device already.
 A compiled way takes the micro-batch that is best for the same way uncompiled, as each other size would be compiled for minutes.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -165,7 +164,6 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.train import mixed_cross_entropy
     from pretrain.watch.guard import Guard
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it said
     if not dist.is_initialized():
         engines.join()
     device = engines.start(config.engine)
