@@ -166,8 +166,8 @@ def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
     calls = {"gradients": passes * buckets, "weights": 2}  # two groups of parameters
     times = {what: transfer(part.sent(gpus), calls.get(what, 1) * hops(part.kind, gpus), gpus, network) for what, part in parts.items()}
     reduction = times["gradients"]
-    # The last bucket is full when the backward pass has ended. Stage 0 begins then.
-    exposed = reduction if stage == 0 else max(reduction / buckets, reduction - passes * BACKWARD * micro_step)
+    # The last bucket is full when the backward pass has ended.
+    exposed = max(reduction / buckets, reduction - passes * BACKWARD * micro_step)
     update = UPDATE * job.size / (gpus if stage else 1) / H200.bytes_per_s
     gather = times.get("weights", 0.0)
     total = accumulation * micro_step + exposed + times.get("norm", 0.0) + times["statistics"] + update + gather

@@ -22,6 +22,7 @@ from pretrain.batch_stats import synchronise
 from pretrain.config import Config, EngineConfig
 from pretrain.kernel_choice import compile_blocks
 from pretrain.optim import AdamW, parameter_groups
+from pretrain.reductions import Reductions
 from pretrain.run.place import host
 
 T = TypeVar("T")
@@ -152,10 +153,13 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
         eps=config.optim.eps,
         ema_decay=config.engine.ema_decay,
     )
-    zero: dict[str, Any] = {"stage": config.engine.zero_stage, "reduce_bucket_size": bucket_size(model)}
+    stage, size = config.engine.zero_stage, bucket_size(model)
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": size}
     if config.engine.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    elif config.engine.zero_stage in (1, 2):
+    elif stage == 1:
+        zero |= {"compute_grad_norm": False, "overlap_comm": False, "contiguous_gradients": False}  # so it has no hooks
+    elif stage == 2:
         zero |= {"compute_grad_norm": False, "overlap_comm": True}  # in stage 3 that is DeepSpeed's default
     settings = {
         "train_micro_batch_size_per_gpu": config.engine.micro_batch,
@@ -169,6 +173,8 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     zero_state.leave_out_norm(engine)
     zero_state.leave_out_wait(engine)
+    if stage == 0 or (stage == 1 and not config.engine.offload):
+        Reductions(engine, size)
     zero_state.start_optimizer(engine)
     return engine
 

@@ -97,9 +97,9 @@ def leave_out_norm(engine: Any) -> None:
 
 
 def leave_out_wait(engine: Any) -> None:
-    """Makes the end of ZeRO-1's and 2's reductions, which run on a stream of their own beside the backward pass, known to the device's
-    other work alone, where DeepSpeed lets the host wait for the device in each of them. ZeRO-3 keeps such a wait."""
-    if engine.zero_optimization_stage() not in (1, 2) or _offloads(engine):
+    """Makes the end of ZeRO-2's reductions, which run on a stream of their own beside the backward pass, known to the device's other work
+    alone, where DeepSpeed lets the host wait for the device in each of them. ZeRO-3 keeps such a wait."""
+    if engine.zero_optimization_stage() != 2 or _offloads(engine):
         return
     from deepspeed.accelerator import get_accelerator
 

@@ -51,7 +51,7 @@ def test_what_must_hold(cut: str) -> None:
         for gpus, one in zip(GPUS, steps, strict=True):
             none, two = (step(JOB, gpus, network, cut, stage) for stage in (0, 2))
             assert two.total >= one.total  # it reduces in every micro-step
-            assert (none.exposed, none.gather) == (one.reduction, 0)
+            assert (none.exposed, none.gather) == (one.exposed, 0)
         assert step(JOB, 128, SLOW, cut).total > step(JOB, 128, FAST, cut).total
         assert step(JOB, NODE, SLOW, cut) == step(JOB, NODE, FAST, cut)
     few = step(JOB, 512, FAST, cut)

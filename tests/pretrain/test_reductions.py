@@ -62,28 +62,34 @@ def step(engine: Any, guard: Any, number: int, profiler: Any = None) -> None:
 def ordered() -> dict[str, tuple[int, int, list[str]]]:
     """Streams that operators ran on, waits of the host, and races (streams.py) of three steps."""
     from pretrain import zero_state
-    from tests.pretrain.streams import Streams
+    from tests.pretrain.streams import Stream, Streams
 
-    def watched(stage: int, deaf: bool = False) -> tuple[int, int, list[str]]:
-        streams = Streams()
+    def watched(stage: int, deaf: str = "") -> tuple[int, int, list[str]]:
+        streams, wait_stream = Streams(), Stream.wait_stream
         engine, guard = build(stage)
-        if deaf:
-            streams.main.wait_stream = lambda other: None  # type: ignore[method-assign]
-        with streams.watched():
+
+        def heard(stream: Stream, other: Stream) -> None:
+            if deaf != ("main" if stream is streams.main else "reductions"):
+                wait_stream(stream, other)
+
+        with streams.watched(), patch.object(Stream, "wait_stream", heard):
             for number in range(STEPS):
                 step(engine, guard, number)
         return len(streams.used), streams.host_waits, streams.races
 
-    found = {"ZeRO-1": watched(1), "ZeRO-2": watched(2), "deaf": watched(1, deaf=True)}
+    found = {f"ZeRO-{stage}": watched(stage) for stage in (0, 1, 2)}
+    found |= {f"{stage}, deaf {stream}": watched(stage, stream) for stage in (0, 1, 2) for stream in ("main", "reductions")}
     with patch.object(zero_state, "leave_out_wait", lambda engine: None):
         return found | {"DeepSpeed's": watched(2)}
 
 
 def test_the_device_orders_reductions_and_the_host_waits_for_none() -> None:
     for found in run_on_ranks(2, ordered):
-        assert found["ZeRO-1"] == found["ZeRO-2"] == (2, 0, [])
+        assert found["ZeRO-0"] == found["ZeRO-1"] == found["ZeRO-2"] == (2, 0, [])
         assert found["DeepSpeed's"] == (2, 2 * STEPS, [])
-        assert any("copy_" in race for race in found["deaf"][2])  # the control: the stream of all else never waits
+        for stage in (0, 1, 2):  # the controls: one of both streams never waits for the other
+            assert any("reads" in race or "copy_" in race for race in found[f"{stage}, deaf main"][2])
+            assert any("cat" in race or "copy_" in race or "div_" in race for race in found[f"{stage}, deaf reductions"][2])
 
 
 def test_memory_that_is_freed_in_use_is_a_race() -> None:
@@ -121,7 +127,7 @@ def trained() -> dict[int, list[tuple[int, list[float]]]]:
         return engine.zero_reduce_bucket_size(), torch.cat(pieces).tolist()
 
     found = {}
-    for stage in (1, 2, 3):
+    for stage in range(4):
         with patch.object(engines, "bucket_size", lambda model: WHOLE):
             one = weights(stage)
         found[stage] = [weights(stage), one, weights(stage, STEPS + 1)]
@@ -154,7 +160,7 @@ def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
         return overlap(read(next(place.iterdir()))) if dist.get_rank() == 0 else None
 
     found = {}
-    for stage in (1, 2):
+    for stage in (0, 1, 2):
         found[stage, True] = trace(stage, folder / f"{stage}")
         with patch.object(engines, "bucket_size", lambda model: WHOLE):
             found[stage, False] = trace(stage, folder / f"{stage}-control")
@@ -163,9 +169,9 @@ def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
 
 def test_a_trace_shows_reductions_within_the_backward_pass(tmp_path: Path) -> None:
     found = run_on_ranks(2, traced, folder=tmp_path)[0]
-    for stage in (1, 2):
+    for stage in (0, 1, 2):
         ours, one = found[stage, True], found[stage, False]
-        passes = 2 * stage  # two steps of two micro-steps: stage 1 reduces in the last one, stage 2 in each
+        passes = 4 if stage == 2 else 2  # two steps of two micro-steps: stages 0 and 1 reduce in the last one, stage 2 in each
         assert len(ours.early) == len(ours.ahead) == passes
         for early, all_of_them in ours.early:
             assert early >= 5
