@@ -33,7 +33,8 @@ class Reductions:
         self.buckets = in_buckets(list(engine.module.parameters()), size)
         partitioned = engine.zero_optimization_stage() == 1
         own = set(map(id, chain(*engine.optimizer.params_in_partition) if partitioned else engine.module.parameters()))
-        self.own = [[id(parameter) in own for parameter in bucket] for bucket in self.buckets]  # whose means this rank needs
+        # Positions in each bucket whose means this rank needs.
+        self.own = [[place for place, parameter in enumerate(bucket) if id(parameter) in own] for bucket in self.buckets]
         self._begin()
         for number, bucket in enumerate(self.buckets):
             for parameter in bucket:
@@ -59,15 +60,16 @@ class Reductions:
             together.div_(dist.get_world_size())
             dist.all_reduce(together)
             means = together.split([gradient.numel() for gradient in gradients])
-            own = [pair for pair, is_own in zip(zip(gradients, means, strict=True), self.own[number], strict=True) if is_own]
-            if own:
-                torch._foreach_copy_(*map(list, zip(*own, strict=True)))
+            if self.own[number]:
+                torch._foreach_copy_([gradients[place] for place in self.own[number]], [means[place] for place in self.own[number]])
 
     def _finish(self) -> None:
         if not self.engine.is_gradient_accumulation_boundary():
             return
         if self.next < len(self.buckets):
-            raise RuntimeError(f"{sum(self.missing)} parameters got no gradient in a step's last backward pass")
+            raise RuntimeError(
+                f"{sum(self.missing)} parameters got no gradient in a step's last backward pass: each must have a part in the loss"
+            )
         self._begin()
         if self.stream is not None:
             self.accelerator.current_stream().wait_stream(self.stream)

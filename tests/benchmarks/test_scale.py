@@ -71,7 +71,6 @@ def test_launches_are_counted() -> None:
     with torch.device("meta"):
         small = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         van = timm.create_model("van_b0", num_classes=10)
-    assert launches(small)["fused"] == 3 + 2 + 4
-    parameters = len(list(van.parameters()))
-    assert launches(van)["fused"] == 3 * (13 * 8 + 4) + 2 * (13 * 2 + 4) + parameters
-    assert launches(van)["eager"] > 6 * (13 * 8 + 4) + parameters
+    assert launches(small)["fused"] == 3 + 2
+    assert launches(van)["fused"] == 3 * (13 * 8 + 4) + 2 * (13 * 2 + 4)
+    assert launches(van)["eager"] > 6 * (13 * 8 + 4)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.overlap import Overlap, overlap, read
+from pretrain.reductions import in_buckets
 from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -54,6 +55,30 @@ def step(engine: Any, guard: Any, number: int, profiler: Any = None) -> None:
             guard.check()
         with part("optimizer", micro_step):
             engine.step()
+
+
+# ---------------------------------------------------------------- buckets
+
+
+def test_buckets_are_filled_from_the_last_parameter_on() -> None:
+    parameters = [torch.empty(size) for size in (4, 3, 9, 2, 2)]
+    assert [[one.numel() for one in bucket] for bucket in in_buckets(parameters, 7)] == [[2, 2], [9], [3, 4]]
+
+
+def without_a_head(stage: int) -> str:
+    engine, guard = build(stage)
+    engine.module.forward_head = lambda x: x.mean((2, 3))[:, :4]
+    try:
+        step(engine, guard, 0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_parameter_without_a_gradient_is_told(stage: int) -> None:
+    told = run_on_ranks(2, without_a_head, stage=stage)
+    assert all("parameters got no gradient in a step's last backward pass" in one for one in told)
 
 
 # ---------------------------------------------------------------- order on a GPU
