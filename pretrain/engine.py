@@ -184,7 +184,8 @@ def bucket_size(model: torch.nn.Module) -> int:
     when it ends and messages are long (VAN-B3 with 21,841 classes 45 MB, B6 108 MB), but no less than the largest parameter, as
     a larger one would be reduced by itself.
 
-    A backward pass allocates two such buckets. By DeepSpeed's default, 500 M elements, they would be 4 GB, and the whole model one.
+    DeepSpeed, which reduces in stages 2 and 3, allocates two such buckets for a backward pass. By its default, 500 M elements, they would
+    be 4 GB, and the whole model one.
     """
     sizes = [parameter.numel() for parameter in model.parameters()]
     return max(-(-sum(sizes) // 8), *sizes)

@@ -41,10 +41,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> dict[i
     return folders
 
 
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
+def final_state(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
     path = checkpoint.newest_whole(folder / "run" / "checkpoints", print)
     assert path is not None
-    assert path.name == f"step-{STEPS:09d}"
+    assert path.name == f"step-{steps:09d}"
     return checkpoint.read(path, KINDS)
 
 
@@ -89,6 +89,18 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(undisturbe
     assert "stopped at step" in (tmp_path / "log").read_text()
     jobs.run(tmp_path, drawn, f"steps={STEPS}", "run.save_every=1000", ranks=2)
     assert different(final_state(tmp_path), final_state(undisturbed[1])) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_on_three_ranks_too(tmp_path: Path, drawn: Path, stage: int) -> None:
+    """Where what ranks add depends on the order in which they add it."""
+    options = (f"engine.zero_stage={stage}", "global_batch=12", "engine.micro_batch=2", "steps=8")
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    jobs.run(whole, drawn, *options, ranks=3)
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "run" / "checkpoints" / "step-000000008")
+    assert "resumed at step 4 of 8" in jobs.run(resumed, drawn, *options, ranks=3)
+    assert different(final_state(resumed, 8), final_state(whole, 8)) == []
 
 
 def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: dict[int, Path], tmp_path: Path, drawn: Path) -> None:
