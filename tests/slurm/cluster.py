@@ -33,11 +33,13 @@ FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PRE
 # checks memory at submission and then doesn't count it. The hosts are called localhost because the machine's own name may not
 # resolve. A scheduling delay of 0 starts jobs in about 1 s instead of 3. MinJobAge keeps ended jobs for a day, for job() and
 # output(). SlurmdTimeout makes a dead node DOWN after 20 to 30 s, pings being a third of it apart. Jobs in `urgent` preempt those in
-# `main`, which have GraceTime seconds to leave. No test sends mail.
+# `main`, which have GraceTime seconds to leave. No test sends mail. Clusters side by side number their jobs differently, as
+# launch/job.sh takes a job's port by its number.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
@@ -92,7 +94,9 @@ class Cluster:
             f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={node_port} CPUs={self.cpus} RealMemory=1000000"
             for node, node_port in zip(self.nodes, node_ports, strict=True)
         )
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         settings = {"root": self.root, "user": getpass.getuser(), "listen": _listen(), "port": port, "nodes": nodes}
+        settings |= {"first_job": 1 + 400 * worker}
         self.config.write_text(CONFIG.format_map(settings))
         # slurmd loads a cgroup plugin whatever the other settings; v2's needs systemd, v1's does nothing until it is used.
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
