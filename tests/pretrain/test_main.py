@@ -1,6 +1,7 @@
 """The command line of a rank."""
 
 import argparse
+import gc
 import os
 import signal
 import subprocess
@@ -68,3 +69,14 @@ def test_stop_signal_during_the_start_is_kept_for_the_first_step(tmp_path: Path,
 def holds(pid: int, number: signal.Signals) -> bool:
     status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return bool(int(status["SigBlk"], 16) & 1 << (number - 1))
+
+
+def test_what_is_imported_for_good_is_left_out_of_garbage_collection() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with command.lasting_imports():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
