@@ -138,6 +138,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
+    import_muon()
     if config.engine.sync_bn:
         synchronise(model)
     for number in config.model.checkpoint_stages:
@@ -177,6 +178,19 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
         Reductions(engine, size)
     zero_state.start_optimizer(engine)
     return engine
+
+
+def import_muon() -> None:
+    """Imports what DeepSpeed's ZeRO imports of the optimizer Muon whichever optimizer there is, with torch.compile switched off: its
+    decorators there would import all of inductor, 560 modules and more than a second of every rank's start."""
+    switch = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    del os.environ[switch]
+    if before is not None:
+        os.environ[switch] = before
 
 
 def bucket_size(model: torch.nn.Module) -> int:

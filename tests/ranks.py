@@ -27,7 +27,6 @@ import psutil
 from launch.__main__ import free_port
 
 REPOSITORY = Path(__file__).parent.parent
-HEAVY = ["torch", "deepspeed", "timm", "nvidia.dali.fn", "torch.distributed.checkpoint", "pretrain.train", "pretrain.van"]
 PATIENCE_S, LEAVE_S = 240, 5
 Prepare = Callable[[int], None]
 
@@ -144,7 +143,7 @@ def _is_stopped(process: multiprocessing.Process) -> bool:
 
 def _context() -> multiprocessing.context.ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
+    context.set_forkserver_preload(["tests.heavy"])
     return context
 
 

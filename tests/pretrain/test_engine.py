@@ -1,5 +1,7 @@
 """What the engine's keys change and what they must not: ZeRO stages, offload, recomputation, compilation, BatchNorm over all ranks."""
 
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from tests.ranks import run_on_ranks
 pytestmark = pytest.mark.slow
 
 STEPS = 50
+INDUCTOR, SWITCH = "torch._inductor.compile_fx", "TORCHDYNAMO_DISABLE"
 
 
 def run(steps: int, clip: float = 0.0, lr: float = 2e-3, model: dict[str, Any] | None = None, **engine: Any) -> dict[str, Any]:
@@ -73,6 +76,20 @@ def test_every_zero_stage_trains_as_plain_data_parallel() -> None:
         for losses in found.values():
             assert losses == pytest.approx(plain, rel=1e-3)
         assert control != pytest.approx(plain, rel=1e-3)
+
+
+def imported() -> tuple[list[bool], str]:
+    """Inductor, by engines of all stages and then by torch.compile."""
+    os.environ[SWITCH] = "0"
+    for stage in range(4):
+        run(1, zero_stage=stage)
+    before = INDUCTOR in sys.modules
+    torch.compile(torch.neg)
+    return [before, INDUCTOR in sys.modules], os.environ[SWITCH]
+
+
+def test_inductor_is_not_imported_for_nothing() -> None:
+    assert run_on_ranks(2, imported) == [([False, True], "0")] * 2
 
 
 # ---------------------------------------------------------------- memory and compilation

@@ -1,0 +1,12 @@
+"""Imports what takes seconds to import, for the process that ranks of tests are forked from."""
+
+from pretrain.__main__ import lasting_imports
+
+with lasting_imports():
+    import deepspeed  # noqa: F401
+    import nvidia.dali.fn  # noqa: F401
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.utils.tensorboard  # noqa: F401
+
+    import pretrain.train  # noqa: F401
