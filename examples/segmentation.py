@@ -110,7 +110,7 @@ def train(model: Segmenter, images: Tensor, masks: Tensor, steps: int) -> list[f
     return losses
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def predict(model: Segmenter, images: Tensor) -> Tensor:
     """The class id of each pixel, int64 (N, H, W)."""
     model.eval()

@@ -2,8 +2,9 @@
 
 VAN spends most of a training step in depth-wise convolutions, and oneDNN, behind PyTorch's operator on a CPU, is slow in three of
 their parts: dilation, the weight gradient in bf16, and maps that are smaller than the kernel's reach. DepthwiseConv2d is nn.Conv2d
-(same names, same values) with these three done otherwise when it trains on a CPU. On a GPU it is PyTorch's operator, or the Triton
-kernel of `pretrain.kernels` where `pretrain.kernel_choice.use_kernels` chose that.
+(same names, same values) with these three done otherwise when it trains on a CPU, and dilation under torch.inference_mode too;
+whatever else traces or exports a model meets PyTorch's operator. On a GPU it is that, or the Triton kernel of `pretrain.kernels`
+where `pretrain.kernel_choice.use_kernels` chose it.
 
 - **Dilation d as d * d plain convolutions.** Positions of equal (row mod d, column mod d) form a smaller map, a phase, on which the
   dilated kernel is a plain one. The phases are laid side by side in the batch dimension. The sums are the same, bit for bit.
@@ -55,6 +56,8 @@ class DepthwiseConv2d(nn.Conv2d):
             # A 3x3 is only slow on maps that it reaches across.
             if self.training and x.device.type == "cpu" and (self.kernel_size[0] > 3 or min(x.shape[2:]) <= self.kernel_size[0] - 1):
                 y = _TrainedOnCpu.apply(x, self.weight, self.bias, self.dilation[0])
+            elif self.dilation[0] > 1 and torch.is_inference_mode_enabled() and x.device.type == "cpu":
+                y = _same_convolution(x, self.weight, self.bias, self.dilation[0])
             else:
                 y = super().forward(x)
         return F.gelu(y) if self.gelu else y

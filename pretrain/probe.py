@@ -38,15 +38,15 @@ def drawn_samples(index: Index, labels: np.ndarray, per_class: int) -> np.ndarra
     return np.sort(ids[order[np.arange(len(ids)) - first < per_class]])
 
 
-@torch.no_grad()
 def features(model: nn.Module, loader: EvalLoader, precision: str) -> tuple[Tensor, Tensor]:
     """The features, float32 (n, head_hidden_size), and labels, int64 (n,), of this rank's images, on the device."""
     model.eval()
     found = [torch.empty(0, int(model.head_hidden_size), device=loader.device)]  # type: ignore[arg-type]
     labels = [torch.empty(0, dtype=torch.int64, device=loader.device)]
     for batch in loader:
-        with autocast(loader.device, precision):
-            found.append(model.forward_head(model.forward_features(batch.images), pre_logits=True).float())  # type: ignore[operator]
+        with torch.inference_mode(), autocast(loader.device, precision):
+            own = model.forward_head(model.forward_features(batch.images), pre_logits=True).float()  # type: ignore[operator]
+        found.append(own.clone())  # what inference mode made can take no part in a probe's gradient
         labels.append(batch.labels)
     return torch.cat(found), torch.cat(labels)
 

@@ -147,18 +147,17 @@ def whole_tensors(engine: Any, key: str) -> dict[str, Tensor]:
     """The whole tensors of one key ("weight", "ema", …) by parameter name, put together from all ranks' pieces. Collective."""
     stage = engine.zero_optimization_stage()
     shapes = {name: p.ds_shape if stage == 3 else p.shape for name, p in engine.module.named_parameters()}
-    pieces = {piece.name: piece for piece in local_pieces(engine)}
+    pieces = local_pieces(engine)
     if stage == 0:
-        return {name: pieces[name].tensors[key].view(shape) for name, shape in shapes.items()}
-    whole = {}
-    for name, shape in shapes.items():
-        flat = torch.zeros(shape.numel(), device=engine.device)
-        if name in pieces:
-            part = pieces[name].tensors[key]
-            flat.narrow(0, pieces[name].start, part.numel()).copy_(part)
-        dist.all_reduce(flat)  # every element comes from one rank, so the sum is exact
-        whole[name] = flat.view(shape)
-    return whole
+        return {piece.name: piece.tensors[key].view(shapes[piece.name]) for piece in pieces}
+    sizes = [shape.numel() for shape in shapes.values()]
+    together = torch.zeros(sum(sizes), device=engine.device)
+    whole = dict(zip(shapes, together.split(sizes), strict=True))
+    for piece in pieces:
+        part = piece.tensors[key]
+        whole[piece.name].narrow(0, piece.start, part.numel()).copy_(part)
+    dist.all_reduce(together)  # every element comes from one rank, so the sum is exact
+    return {name: whole[name].view(shape) for name, shape in shapes.items()}
 
 
 def _flat_weights(engine: Any) -> list[Tensor]:

@@ -107,6 +107,7 @@ def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
         checkpoints = tmp_path / "run" / "checkpoints"
 
         def at_rest() -> bool:  # the other rank may still be removing the older checkpoint
+            assert all(process.exitcode is None for process in first), jobs.log_of(tmp_path)
             if psutil.Process(first[1].pid).status() != psutil.STATUS_STOPPED:
                 return False
             names = {path.name for path in checkpoints.iterdir()}

@@ -41,7 +41,10 @@ def test_dilation_by_phases_is_exact(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     layer = DepthwiseConv2d(16, 7, 3).bfloat16()
     x = torch.randn(2, 16, *size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    assert torch.equal(layer.train()(x), layer.eval()(x))
+    plain = layer.eval()(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), plain)
+    assert torch.equal(layer.train()(x), plain)
 
 
 @pytest.mark.parametrize(("kernel_size", "dilation"), LAYERS)
@@ -61,11 +64,16 @@ def test_weight_gradients_under_autocast_are_closer_to_exact_than_pytorchs(kerne
     assert mine[1].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_only_training_on_a_cpu_is_done_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dilation", [1, 3])
+def test_only_training_and_dilation_in_inference_are_done_otherwise(monkeypatch: pytest.MonkeyPatch, dilation: int) -> None:
     called = []
-    layer = DepthwiseConv2d(4, 5)
+    layer, x = DepthwiseConv2d(4, 5, dilation), torch.ones(1, 4, 9, 9)
     monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: called.append(x) or x)
-    layer.train()(torch.ones(1, 4, 9, 9))
+    layer.train()(x)
     assert not called
-    layer.eval()(torch.ones(1, 4, 9, 9))
-    assert called
+    with torch.inference_mode():
+        layer.eval()(x)
+    assert len(called) == (dilation == 1)
+    with torch.no_grad():  # as exports and traces have it
+        layer(x)
+    assert len(called) == 1 + (dilation == 1)
