@@ -66,16 +66,18 @@ def run_here(command: list[str], ranks: int) -> int:
     """Runs `command` as every rank of a job on this machine; returns 0, or the exit code of the first rank that failed."""
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
-    processes = [
-        subprocess.Popen(command, env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(ranks)
-    ]
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, pass_on)
+    with task.usr1_waiting():
+        processes = [
+            subprocess.Popen(command, env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(ranks)
+        ]
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, pass_on)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the ranks itself
     failed = wait(processes)
     if failed is None:

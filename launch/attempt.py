@@ -128,6 +128,9 @@ def _note(told: Heard, kind: str, values: dict[str, Any]) -> None:
 def conclude(told: Heard, saved: int, ranks: int) -> End:
     """How an attempt of so many ranks ended, and what of."""
     now = time.time()
+    stopped = End(now, "stopped", f"told to stop; saved at step {saved}", saved)
+    if told.code == 128 + signal.SIGUSR1:  # it came before a task could heed it, and what else failed, failed of that
+        return stopped
     if told.unfit:
         return End(now, "unfit", "; ".join(f"{node}: {why}" for node, why in told.unfit.items()), saved, excluded=tuple(told.unfit))
     failed = [rank for rank in told.ranks if rank["code"] not in (0, EXIT_AGAIN, EXIT_ENDED)]
@@ -143,11 +146,11 @@ def conclude(told: Heard, saved: int, ranks: int) -> End:
             now, outcomes.get(first["code"], "crashed"), reason, saved, step=first["step"], rank=first["rank"], host=first["host"],
             excluded=(first["host"],) if dead else (),
         )  # fmt: skip
-    codes = {EXIT_AGAIN if told.code == 128 + signal.SIGUSR1 else told.code, *(rank["code"] for rank in told.ranks)}
+    codes = {told.code, *(rank["code"] for rank in told.ranks)}
     if EXIT_ENDED in codes:
         return End(now, "ended", f"asked to by {attempts.STOP}; saved at step {saved}", saved)
     if EXIT_AGAIN in codes:
-        return End(now, "stopped", f"told to stop; saved at step {saved}", saved)
+        return stopped
     if told.code:
         reason = next((line for line in reversed(told.last) if "error" in line), f"the step ended with exit code {told.code}")
         lost = next((found[1] for line in told.last if (found := NODE_FAILURE.search(line))), None)

@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from pretrain.run.attempts import tell
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
@@ -32,14 +33,15 @@ def run(command: Sequence[str]) -> int:
     rank, node, page = int(os.environ["RANK"]), host(), shared_page()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # Slurm sends it to the rank too. Not SIG_IGN, which the rank would inherit
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {PAGE: str(page)},
-        pass_fds=[page],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    with usr1_waiting():
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {PAGE: str(page)},
+            pass_fds=[page],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
     assert process.stdout is not None
     last: deque[str] = deque(maxlen=LAST_LINES)
     for line in process.stdout:
@@ -58,6 +60,15 @@ def run(command: Sequence[str]) -> int:
     if code in (0, EXIT_AGAIN, EXIT_ENDED):
         return 0
     return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
+
+
+@contextmanager
+def usr1_waiting() -> Iterator[None]:
+    """What is started inside has USR1 held back, so that one in the moments before Python runs doesn't kill it: a rank takes it before its
+    first step (pretrain/watch/faults.py). This process takes it at the end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    yield
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def died(code: int) -> str:

@@ -70,7 +70,15 @@ def test_a_step_that_ends_without_a_word_of_its_ranks() -> None:
     end = conclude(told, 5, 2)
     assert (end.outcome, end.host, end.reason) == ("crashed", "n1", "srun: error: Node failure on n1")
     assert conclude(Heard(code=EXIT_CONFIG), 0, 2).outcome == "settings"  # preflight's
-    assert conclude(Heard(code=128 + signal.SIGUSR1), 0, 2).outcome == "stopped"  # told to stop during preflight
+
+
+def test_told_to_stop_before_a_task_could_heed_it() -> None:
+    """The other tasks end by what the first one's end brings."""
+    code = 128 + signal.SIGUSR1
+    assert conclude(Heard(code=code), 0, 2).outcome == "stopped"
+    assert conclude(Heard(code=code, unfit={"n1": "ended while looking at its node"}), 0, 2).outcome == "stopped"
+    assert conclude(Heard(code=code, ranks=[rank(0, -signal.SIGKILL)]), 0, 2).outcome == "stopped"
+    assert conclude(Heard(code=128 + signal.SIGSEGV, ranks=[rank(0, -signal.SIGKILL)]), 0, 2).outcome == "crashed"
 
 
 def test_a_dead_gpu_leaves_its_node_out() -> None:

@@ -156,6 +156,7 @@ def stop(number, frame):
     stopping = number
 stopping = 0
 signal.signal(signal.SIGUSR1, stop); signal.signal(signal.SIGTERM, stop)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 Path(f"ready{rank}").touch()
 while not stopping: time.sleep(0.02)
 Path(f"stopped{rank}").write_text(str(stopping))
@@ -166,6 +167,16 @@ sys.exit(85)
     launcher.send_signal(number)
     assert end(launcher) == 85
     assert [(tmp_path / f"stopped{rank}").read_text() for rank in range(3)] == [str(int(number))] * 3
+
+
+def test_usr1_to_ranks_that_have_hardly_begun(tmp_path: Path) -> None:
+    """It waits until they take it, and the launcher itself is not ended either."""
+    code = "Path(f'{rank}').touch(); time.sleep(1); Path(f'pending {rank}').write_text(str(signal.SIGUSR1 in signal.sigpending()))"
+    launcher = start(tmp_path, code, 2)
+    wait_for(tmp_path / "0", tmp_path / "1")
+    launcher.send_signal(signal.SIGUSR1)
+    assert end(launcher) == 0
+    assert [(tmp_path / f"pending {rank}").read_text() for rank in range(2)] == ["True", "True"]
 
 
 def test_who_stopped_on_request_leaves_the_others_time_to_finish(tmp_path: Path) -> None:

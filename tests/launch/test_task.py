@@ -96,6 +96,7 @@ def test_a_signal_to_the_task_is_the_ranks_affair(tmp_path: Path) -> None:
     ready, stopped = tmp_path / "ready", tmp_path / "stopped"
     task = start(f"""
 signal.signal(signal.SIGUSR1, lambda *_: (open({str(stopped)!r}, 'w').close(), sys.exit({EXIT_AGAIN})))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGUSR1}})
 open({str(ready)!r}, 'w').close(); time.sleep(60)""")
     deadline = time.monotonic() + 30
     while not ready.exists():
@@ -114,4 +115,9 @@ open({str(ready)!r}, 'w').close(); time.sleep(60)""")
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_the_rank_does_not_inherit_what_the_task_does_with_a_signal(number: signal.Signals) -> None:
     ended, output, _ = run(f"print(signal.getsignal({int(number)}) == signal.SIG_DFL)")
+    assert (ended, output) == (0, ["True"])
+
+
+def test_usr1_does_not_kill_a_rank_that_has_hardly_begun() -> None:
+    ended, output, _ = run("os.kill(os.getpid(), signal.SIGUSR1); print(signal.sigpending() == {signal.SIGUSR1})")
     assert (ended, output) == (0, ["True"])

@@ -23,6 +23,7 @@ from tests.slurm.jobs import QUICK, Jobs, ranks, resumed_at, send
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 SCRIPT = "van_b3_in22k.sh"
+POISON = str(Path(__file__).parent / "poison")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +48,10 @@ def outcomes(jobs: Jobs, job: int) -> list[str]:
     return [attempt.end.outcome if attempt.end else "without a word" for attempt in jobs.attempts(job)]
 
 
-def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, drawn: Path, undisturbed: Jobs) -> None:
-    """USR1 ahead of the time limit, by --signal, as soon as the job has begun; Slurm sends it up to a minute earlier than it is told to. It
-    waits for the job's start, which takes some of what is left until the limit."""
-    slowly = (f"data.val={drawn / 'val'}", "run.eval_every=0.01")  # an evaluation each step, so that it is not through before
-    job = jobs.submit(SCRIPT, *QUICK, *slowly, options=["--time=4", "--signal=USR1@238"])
+def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
+    """USR1 ahead of the time limit, by --signal. Slurm looks every half minute, and sends it half a minute earlier than it is told to: from
+    15 to 45 seconds after the job's start."""
+    job = jobs.submit(SCRIPT, *QUICK, options=["--time=4", "--signal=USR1@195"], PYTHONPATH=POISON, POISON="slow twice")
     for number in range(2):
         attempt = jobs.wait_for_attempt(job, number)
         assert attempt.end is not None
@@ -164,7 +164,7 @@ def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
 
 
 def test_a_node_that_preflight_names_is_left_out(jobs: Jobs, cluster: Cluster) -> None:
-    job = jobs.submit(SCRIPT, *QUICK, "steps=2", PYTHONPATH=str(Path(__file__).parent / "poison"), POISON="preflight on n1")
+    job = jobs.submit(SCRIPT, *QUICK, "steps=2", PYTHONPATH=POISON, POISON="preflight on n1")
     end = jobs.wait_for_attempt(job, 0).end
     assert end is not None
     assert (end.outcome, end.excluded, end.again) == ("unfit", ("n1",), True)
@@ -176,7 +176,7 @@ def test_a_node_that_preflight_names_is_left_out(jobs: Jobs, cluster: Cluster) -
 
 
 def test_a_poison_step_stops_the_job_with_a_summary(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
-    job = jobs.submit(SCRIPT, *QUICK, PYTHONPATH=str(Path(__file__).parent / "poison"), POISON="rank 1, step 7")
+    job = jobs.submit(SCRIPT, *QUICK, PYTHONPATH=POISON, POISON="rank 1, step 7")
     end = jobs.wait_for_attempt(job, 0).end
     assert end is not None
     assert (end.outcome, end.step, end.rank, end.again) == ("crashed", 7, 1, True)

@@ -2,6 +2,7 @@
 
 POISON="rank 1, step 7"      the rank dies in that step, as of a broken library
 POISON="preflight on n1"     what looks at that node dies, as of a broken driver
+POISON="slow twice"          a step takes three seconds more, until the job has been started twice again
 """
 
 import importlib.abc
@@ -10,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -51,6 +53,16 @@ def die_in_step(optim: Any) -> None:
     optim.learning_rate = learning_rate
 
 
+def take_three_seconds(optim: Any) -> None:
+    rate = optim.learning_rate
+
+    def learning_rate(*args: Any) -> float:
+        time.sleep(3)
+        return rate(*args)
+
+    optim.learning_rate = learning_rate
+
+
 def die_looking(nodes: Any) -> None:
     nodes.Here.look = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 
@@ -59,5 +71,8 @@ if found := re.fullmatch(r"rank (\d+), step (\d+)", os.environ["POISON"]):
     rank, number = found[1], int(found[2])
     if os.environ.get("RANK") == rank:
         sys.meta_path.insert(0, Changed("pretrain.optim", die_in_step))
+elif os.environ["POISON"] == "slow twice":
+    if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
+        sys.meta_path.insert(0, Changed("pretrain.optim", take_three_seconds))
 elif os.environ["POISON"] == f"preflight on {os.environ.get('SLURMD_NODENAME')}":
     sys.meta_path.insert(0, Changed("launch.preflight.nodes", die_looking))
