@@ -1,6 +1,6 @@
-"""The depth-wise convolution that trains on a CPU beside PyTorch's operator, and what it is worth in a whole training step.
+"""The depth-wise convolution of a CPU beside PyTorch's operator, and what it is worth in a whole training step and in an evaluation.
 
-    python -m benchmarks.depthwise_cpu [--image-size 64] [--batch 32]
+    python -m benchmarks.depthwise_cpu [--image-size 64] [--batch 32] [--precision bf16 fp32]
 
 Both ways run in turn in one process, on one thread; times are the smallest of several rounds, and what counts is their ratio. The
 result goes to benchmarks/results/depthwise_cpu.json.
@@ -20,6 +20,7 @@ import pretrain.van  # noqa: F401  registers the family with timm
 from data.results import record
 from pretrain.depthwise import DepthwiseConv2d
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RESULT = Path(__file__).parent / "results" / "depthwise_cpu.json"
 ROUNDS = 5
 
@@ -43,20 +44,27 @@ def smallest_times(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
     return found
 
 
-def layer(kind: type[DepthwiseConv2d], dim: int, size: int, kernel_size: int, dilation: int, batch: int) -> Callable[[], None]:
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def layer(
+    kind: type[DepthwiseConv2d], dim: int, size: int, kernel_size: int, dilation: int, batch: int, precision: str
+) -> Callable[[], None]:
     conv = kind(dim, kernel_size, dilation)
-    x = torch.randn(batch, dim, size, size).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(batch, dim, size, size).to(PRECISIONS[precision], memory_format=torch.channels_last).requires_grad_()
     grad = torch.randn_like(x)
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(precision):
             y = conv(x)
         y.backward(grad)
 
     return step
 
 
-def model(kind: type[DepthwiseConv2d], name: str, size: int, batch: int, precision: torch.dtype) -> Callable[[], None]:
+def models(kind: type[DepthwiseConv2d], name: str, size: int, batch: int, precision: str) -> dict[str, Callable[[], None]]:
+    """A training step, and an evaluation's."""
     net = timm.create_model(name, num_classes=1000)
     for module in net.modules():
         if isinstance(module, DepthwiseConv2d):
@@ -64,25 +72,33 @@ def model(kind: type[DepthwiseConv2d], name: str, size: int, batch: int, precisi
     x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
     target = torch.arange(batch) % 1000
 
-    def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+    def train() -> None:
+        net.train()
+        with autocast(precision):
             loss = nn.functional.cross_entropy(net(x).float(), target)
         loss.backward()
         net.zero_grad()
 
-    return step
+    @torch.inference_mode()
+    def evaluate() -> None:
+        net.eval()
+        with autocast(precision):
+            net(x)
+
+    return {"training step": train, "evaluation": evaluate}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="the layers are of the first")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
 
-    def compare(what: str, make: Callable[[type[DepthwiseConv2d]], Callable[[], None]]) -> None:
-        times = smallest_times({"pytorch_ms": make(Plain), "own_ms": make(DepthwiseConv2d)})
+    def compare(what: str, plain: Callable[[], None], own: Callable[[], None]) -> None:
+        times = smallest_times({"pytorch_ms": plain, "own_ms": own})
         rows.append({"what": what, **{k: round(v, 2) for k, v in times.items()}, "ratio": round(times["pytorch_ms"] / times["own_ms"], 2)})
         print(f"{what:52} PyTorch {times['pytorch_ms']:8.2f} ms   own {times['own_ms']:8.2f} ms   {rows[-1]['ratio']:5.2f} x", flush=True)
 
@@ -90,12 +106,15 @@ def main() -> None:
         size = args.image_size // stride
         for width, kernel_size, dilation in ((dim, 5, 1), (dim, 7, 3), (dim * (8 if stride < 16 else 4), 3, 1)):
             what = f"{width} channels, {size} px, {kernel_size}x{kernel_size}, dilation {dilation}"
-            shape = (width, size, kernel_size, dilation, args.batch)
-            compare(what, lambda kind, shape=shape: layer(kind, *shape))  # type: ignore[misc]
-    for precision in (torch.bfloat16, torch.float32):
-        what = f"training step of VAN-B0, {args.image_size} px, {str(precision).removeprefix('torch.')}"
-        compare(what, lambda kind, precision=precision: model(kind, "van_b0", args.image_size, args.batch, precision))  # type: ignore[misc]
+            shape = (width, size, kernel_size, dilation, args.batch, args.precision[0])
+            compare(what, layer(Plain, *shape), layer(DepthwiseConv2d, *shape))
+    for precision in args.precision:
+        plain, own = (models(kind, "van_b0", args.image_size, args.batch, precision) for kind in (Plain, DepthwiseConv2d))
+        for what in plain:
+            compare(f"{what} of VAN-B0, {args.image_size} px, {precision}", plain[what], own[what])
     command = f"python -m benchmarks.depthwise_cpu --image-size {args.image_size} --batch {args.batch}"
+    if args.precision != list(PRECISIONS):
+        command += f" --precision {' '.join(args.precision)}"
     record(RESULT, command, ["torch"], cpu=torch.backends.cpu.get_cpu_capability(), rows=rows)
 
 

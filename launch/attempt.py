@@ -137,13 +137,15 @@ def conclude(told: Heard, saved: int, ranks: int) -> End:
     if told.hang is not None:
         where = {key: told.hang[key] for key in ("step", "rank", "host")}
         return End(now, "hung", told.hang["reason"], saved, **where)
+    lost = next((found[1] for line in told.last if (found := NODE_FAILURE.search(line))), None)
     if failed:
         first = next((rank for rank in failed if rank["cause"]), failed[0])
+        blamed = {"rank": first["rank"], "host": first["host"]} if first["cause"] else {"host": lost}
         reason = f"rank {first['rank']} on {first['host']} {first['why']}" + (f": {first['said']}" if first["code"] > 0 else "")
         outcomes: dict[int, attempts.Outcome] = {EXIT_CONFIG: "settings", EXIT_HUNG: "hung"}
         dead = DEAD_GPU.search("\n".join([first["said"], *(line for line in told.last if line.startswith(f"  rank {first['rank']} | "))]))
         return End(
-            now, outcomes.get(first["code"], "crashed"), reason, saved, step=first["step"], rank=first["rank"], host=first["host"],
+            now, outcomes.get(first["code"], "crashed"), reason, saved, step=first["step"], **blamed,
             excluded=(first["host"],) if dead else (),
         )  # fmt: skip
     codes = {told.code, *(rank["code"] for rank in told.ranks)}
@@ -153,7 +155,6 @@ def conclude(told: Heard, saved: int, ranks: int) -> End:
         return stopped
     if told.code:
         reason = next((line for line in reversed(told.last) if "error" in line), f"the step ended with exit code {told.code}")
-        lost = next((found[1] for line in told.last if (found := NODE_FAILURE.search(line))), None)
         return End(now, "settings" if told.code == EXIT_CONFIG else "crashed", reason, saved, host=lost)
     if silent := sorted(set(range(ranks)) - {rank["rank"] for rank in told.ranks}):
         return End(now, "crashed", f"rank {silent[0]} did not say how it ended", saved)
@@ -227,7 +228,8 @@ def summary(run: Path, history: Sequence[Attempt], last: Iterable[str]) -> str:
         f"| {attempt.saved} | {attempt.end.saved if attempt.end else ''} | {_cell(attempt.end)} |"
         for attempt in history
     ]
-    where = f"Step {end.step}, rank {end.rank} on {end.host}." if end.step is not None else ""
+    who = f", rank {end.rank} on {end.host}" if end.rank is not None else ""
+    where = f"Step {end.step}{who}." if end.step is not None else ""
     return f"""# Job {history[-1].job} in {run} has ended: {end.outcome}
 
 {end.reason}

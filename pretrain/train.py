@@ -146,7 +146,9 @@ def train(config: Config, force_config: bool = False) -> int:
     def evaluate_all() -> dict[str, Any]:
         """Of the weights and, where one is kept, of their moving average."""
         assert val_loader is not None
-        judge = build_model(config).to(device)
+        with torch.device("meta"):  # what it would start from is overwritten
+            judge = build_model(config)
+        judge.to_empty(device=device)
         use_kernels(judge, *kernels)
         results: dict[str, Any] = {"step": step}
         for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):

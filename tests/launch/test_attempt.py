@@ -52,6 +52,15 @@ def test_the_rank_that_failed_of_itself_is_the_cause() -> None:
     assert "KeyError: 3" in end.reason
 
 
+def test_nobody_is_blamed_where_all_failed_of_another() -> None:
+    """As in a start that is told to end by TERM, or of a node that is gone."""
+    told = Heard(ranks=[rank(0, -15, cause=False), rank(1, -15, cause=False)])
+    end = conclude(told, 5, 2)
+    assert (end.outcome, end.rank, end.host, end.step) == ("crashed", None, None, 7)
+    told.last.append("srun: error: Node failure on n1")
+    assert conclude(told, 5, 2).host == "n1"
+
+
 def test_a_rank_that_hangs_is_named_by_the_watchdog() -> None:
     told = Heard(ranks=[rank(0, EXIT_HUNG)], hang={"rank": 1, "host": "n1", "step": 4, "reason": "rank 1 on n1 gives no answer"})
     end = conclude(told, 5, 2)
