@@ -19,8 +19,9 @@ from torch import nn
 import pretrain.van  # noqa: F401  registers the family with timm
 from data.results import record
 from pretrain.depthwise import DepthwiseConv2d
+from pretrain.engine import PRECISIONS
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TRIED = ["bf16", "fp32"]
 RESULT = Path(__file__).parent / "results" / "depthwise_cpu.json"
 ROUNDS = 5
 
@@ -92,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--image-size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="the layers are of the first")
+    parser.add_argument("--precision", nargs="+", choices=TRIED, default=TRIED, help="the layers are of the first")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
@@ -113,7 +114,7 @@ def main() -> None:
         for what in plain:
             compare(f"{what} of VAN-B0, {args.image_size} px, {precision}", plain[what], own[what])
     command = f"python -m benchmarks.depthwise_cpu --image-size {args.image_size} --batch {args.batch}"
-    if args.precision != list(PRECISIONS):
+    if args.precision != TRIED:
         command += f" --precision {' '.join(args.precision)}"
     record(RESULT, command, ["torch"], cpu=torch.backends.cpu.get_cpu_capability(), rows=rows)
 

@@ -182,14 +182,15 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
 
 def import_muon() -> None:
     """Imports what DeepSpeed's ZeRO imports of the optimizer Muon whichever optimizer there is, with torch.compile switched off: its
-    decorators there would import all of inductor, 560 modules and more than a second of every rank's start."""
+    decorators would import all of inductor at every rank's start."""
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
-    del os.environ[switch]
-    if before is not None:
+    if before is None:
+        del os.environ[switch]
+    else:
         os.environ[switch] = before
 
 

@@ -3,6 +3,7 @@
 import errno
 import itertools
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +11,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "utime")
 Act = Callable[[int, str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Killed(BaseException):
     """Ends the writing thread as if its process had been killed: no call after it gets to the disk either."""
+
+
+@contextmanager
+def small_file_system(place: Path, size: str) -> Iterator[Path]:
+    """Mounts an empty one there, of a size in mount's words; skips the test where that is not allowed."""
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system needs root: {mounted.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 @contextmanager

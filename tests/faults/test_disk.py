@@ -4,7 +4,6 @@ has a control, in which what keeps it is switched off and the same check must fa
 import errno
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.checkpoint import files, staging
-from tests.faults.disk import Dies, FailsOnce, ReadOnly, Slow, Watched, disk
+from tests.faults.disk import Dies, FailsOnce, ReadOnly, Slow, Watched, disk, small_file_system
 from tests.faults.session import KINDS, Session, different, everywhere, hidden
 from tests.ranks import run_on_ranks
 
@@ -202,13 +201,8 @@ def test_control_without_copies_or_waiting_they_are_not(tmp_path: Path, unprotec
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1.5 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system needs root: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_file_system(tmp_path / "small", "1536k") as place:
+        yield place
 
 
 def fills_the_disk(folder: str, checked: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pytest
 from data.packing.synthesize import synthesize
 from pretrain import checkpoint
 from tests.faults import jobs
+from tests.faults.disk import small_file_system
 from tests.faults.points import Fault
 from tests.faults.sweep import Case, cases, play
 from tests.ranks import PATIENCE_S, join, kill
@@ -138,13 +139,8 @@ def files_of(run: Path) -> dict[Path, bytes]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system on which one checkpoint of the job has room, and not a second one."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", place], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system needs root: {mounted.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", place], check=True)
+    with small_file_system(tmp_path / "small", "100m") as place:
+        yield place
 
 
 def test_a_job_on_a_full_disk_trains_on_and_says_at_its_end_what_is_not_saved(
