@@ -1,9 +1,9 @@
-"""What the engine costs the host for each parameter, by ZeRO stage, on this machine's CPU.
+"""What the engine costs the host in a step, by ZeRO stage, on this machine's CPU.
 
     python -m benchmarks.hooks
 
-A model of 500 parameters of four values each, which takes no time to compute, is trained by `pretrain/engine.py` on one rank, in turns
-with a plain backward pass. What is left is Python and the launching of small operators, which no GPU takes over, so it stands beside
+A VAN-B3 of eight channels, which takes little time to compute, is trained by `pretrain/engine.py` on one rank, in turns with the same model
+without an engine. What an engine takes longer is Python and the launching of small operators, which no GPU takes over, so it stands beside
 the cost of launching one operator. Results go to benchmarks/results/hooks.json.
 """
 
@@ -13,67 +13,64 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
 
 from data.results import record
 from pretrain import config as settings
 from pretrain import engine as engines
+from pretrain.van import VAN, VARIANTS
 
-PARAMETERS = 500
-STAGES = (0, 1, 2, 3)
+PARTS = ("forward", "backward", "update")
 LAUNCHES = 20_000
 RESULT = Path(__file__).parent / "results" / "hooks.json"
+Run = Callable[[], dict[str, float]]
 
 
-class Chain(nn.Module):
-    """Multiplies by one parameter after another."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.factors = nn.ParameterList(nn.Parameter(torch.ones(4)) for _ in range(PARAMETERS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for factor in self.factors:
-            x = x * factor
-        return x.sum()
+def narrow() -> VAN:
+    return VAN(num_classes=10, embed_dims=(8, 8, 8, 8), mlp_ratios=(1, 1, 1, 1), depths=VARIANTS["van_b3"]["depths"])
 
 
-def plain() -> Callable[[], tuple[float, float]]:
-    model = Chain()
+def timed(forward: Callable[[torch.Tensor], torch.Tensor], backward: Callable[[torch.Tensor], None], update: Callable[[], None]) -> Run:
+    """Seconds of each part of a step."""
+    images = torch.randn(2, 3, 32, 32)
 
-    def run() -> tuple[float, float]:
-        model.zero_grad()
-        loss = model(torch.ones(4))
-        began = time.perf_counter()
-        loss.backward()
-        return time.perf_counter() - began, 0.0
+    def run() -> dict[str, float]:
+        times = [time.perf_counter()]
+        loss = forward(images).sum()
+        times.append(time.perf_counter())
+        backward(loss)
+        times.append(time.perf_counter())
+        update()
+        times.append(time.perf_counter())
+        return {part: end - begin for part, begin, end in zip(PARTS, times, times[1:], strict=False)}
 
     return run
 
 
-def by_engine(stage: int) -> Callable[[], tuple[float, float]]:
-    """Seconds of a backward pass with all that its hooks do, and of the update."""
+def plain() -> Run:
+    """Without an update."""
+    model = narrow()
+    return timed(model, torch.Tensor.backward, model.zero_grad)
+
+
+def by_engine(stage: int) -> Run:
     config = settings.from_dict(
         {
-            "name": "hooks", "global_batch": 1, "epochs": 1.0, "model": {"name": "van_b0", "classes": 10}, "data": {"train": "none"},
-            "optim": {"lr": 1e-3}, "engine": {"micro_batch": 1, "device": "cpu", "precision": "fp32", "zero_stage": stage},
+            "name": "hooks", "global_batch": 2, "epochs": 1.0, "model": {"name": "van_b3", "classes": 10}, "data": {"train": "none"},
+            "optim": {"lr": 1e-3}, "engine": {"micro_batch": 2, "device": "cpu", "precision": "fp32", "zero_stage": stage},
         }
     )  # fmt: skip
     engines.start(config.engine)
-    engine: Any = engines.build(config, Chain(), 1)
-    engine.train()
+    engine: Any = engines.build(config, narrow(), 1)
+    return timed(engine, engine.backward, engine.step)
 
-    def run() -> tuple[float, float]:
-        loss = engine(torch.ones(4))
-        began = time.perf_counter()
-        engine.backward(loss)
-        ended = time.perf_counter()
-        engine.step()
-        return ended - began, time.perf_counter() - ended
 
-    return run
+def by_layer() -> Run:
+    """ZeRO-3 as DeepSpeed has it by default, with its hooks on every layer."""
+    with patch("deepspeed.utils.set_z3_leaf_modules"):
+        return by_engine(3)
 
 
 def launch_s() -> float:
@@ -90,28 +87,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     engines.join()
-    runs = {"plain": plain()} | {f"ZeRO-{stage}": by_engine(stage) for stage in STAGES}
-    for run in runs.values():
-        run()
-    rounds = [{name: run() for name, run in runs.items()} | {"launch": launch_s()} for _ in range(args.rounds)]
-    launch = statistics.median(one["launch"] for one in rounds)
+    runs = {"plain": plain()} | {f"ZeRO-{stage}": by_engine(stage) for stage in range(4)} | {"ZeRO-3 by layer": by_layer()}
+    for _ in range(3):  # ZeRO-3 learns in its first steps what to gather when
+        for run in runs.values():
+            run()
+    rounds = [({name: run() for name, run in runs.items()}, launch_s()) for _ in range(args.rounds)]
+    launch = statistics.median(seconds for _, seconds in rounds)
     print(f"launching an operator: {launch * 1e6:.1f} us")
     rows = []
-    for stage in STAGES:
-        backward = [(one[f"ZeRO-{stage}"][0] - one["plain"][0]) / PARAMETERS for one in rounds]
-        update = [one[f"ZeRO-{stage}"][1] / PARAMETERS for one in rounds]
-        found = {
-            f"{what}_launches": statistics.median(seconds / one["launch"] for seconds, one in zip(times, rounds, strict=True))
-            for what, times in (("backward", backward), ("update", update))
-        }
-        us = statistics.median(backward) * 1e6
-        rows.append({"stage": stage, "backward_us": us, "update_us": statistics.median(update) * 1e6, **found})
-        print(
-            f"ZeRO-{stage}, a parameter: {us:.0f} us more in the backward pass, {found['backward_launches']:.0f} launches; "
-            f"{rows[-1]['update_us']:.0f} us in the update, {found['update_launches']:.0f} launches"
+    for name in list(runs)[1:]:
+        more = {part: [times[name][part] - times["plain"][part] for times, _ in rounds] for part in PARTS}
+        launches = [sum(more[part][number] for part in PARTS) / seconds for number, (_, seconds) in enumerate(rounds)]
+        rows.append(
+            {"engine": name}
+            | {f"{part}_ms": statistics.median(times) * 1e3 for part, times in more.items()}
+            | {"launches": statistics.median(launches)}
         )
-    packages = ["torch", "deepspeed"]
-    record(RESULT, f"python -m benchmarks.hooks --rounds {args.rounds}", packages, parameters=PARAMETERS, launch_us=launch * 1e6, rows=rows)
+        print(name, *(f"{part} {rows[-1][f'{part}_ms']:.1f} ms" for part in PARTS), f"{rows[-1]['launches']:.0f} launches", sep=", ")
+    parameters = len(list(narrow().parameters()))
+    plain_ms = {part: statistics.median(times["plain"][part] for times, _ in rounds) * 1e3 for part in PARTS[:2]}
+    record(
+        RESULT, f"python -m benchmarks.hooks --rounds {args.rounds}", ["torch", "deepspeed"],
+        parameters=parameters, launch_us=launch * 1e6, plain_ms=plain_ms, rows=rows,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pretrain.kernel_choice import compile_blocks
 from pretrain.optim import AdamW, parameter_groups
 from pretrain.reductions import Reductions
 from pretrain.run.place import host
+from pretrain.van import Block
 
 T = TypeVar("T")
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -137,6 +138,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     (precision, compilation, recomputation, BatchNorm over all ranks) is done to it here."""
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from deepspeed.utils import set_z3_leaf_modules
 
     import_muon()
     if config.engine.sync_bn:
@@ -162,6 +164,11 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
         zero |= {"compute_grad_norm": False, "overlap_comm": False, "contiguous_gradients": False}  # so it has no hooks
     elif stage == 2:
         zero |= {"compute_grad_norm": False, "overlap_comm": True}  # in stage 3 that is DeepSpeed's default
+    if stage == 3:
+        # Weights are gathered block by block, and hooks run once a block. By itself DeepSpeed does that for each layer, of which a block
+        # has eighteen, and gathers small parameters, most of a VAN's, one by one behind every update, for which the host then waits.
+        set_z3_leaf_modules(model, [Block])
+        zero["stage3_param_persistence_threshold"] = 0
     settings = {
         "train_micro_batch_size_per_gpu": config.engine.micro_batch,
         "zero_force_ds_cpu_optimizer": False,  # offloaded or not, our own AdamW updates

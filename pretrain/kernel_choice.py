@@ -13,9 +13,10 @@ from pretrain.kernels.trial import joint_fault
 from pretrain.van import VAN, Block, VANStage
 
 
-def use_kernels(model: nn.Module, choice: str, device: torch.device, image_size: int, dtype: torch.dtype) -> str:
+def use_kernels(model: nn.Module, choice: str, device: torch.device, image_size: int, dtype: torch.dtype, zero_stage: int = 0) -> str:
     """Chooses, layer by layer, between Triton's kernels and PyTorch's operators for a model that will train on `device` on square images
-    with activations of `dtype`; returns a line for the log. To be called when the BatchNorms are what they will be.
+    with activations of `dtype`; returns a line for the log. To be called when the BatchNorms are what they will be. In ZeRO-3, which
+    fetches weights block by block, no shortcut takes the next block's norm along.
 
     `choice` is `model.kernels` of the settings: "torch"; "auto", Triton where it runs and agrees with PyTorch, which is tried here;
     "triton", which is an error where it doesn't.
@@ -37,7 +38,8 @@ def use_kernels(model: nn.Module, choice: str, device: torch.device, image_size:
     for stage, info in zip(stages, van.feature_info, strict=True):
         channels, size = info["num_chs"], -(-image_size // info["reduction"])
         joint = good(f"shortcuts of {channels} channels", lambda c=channels: joint_fault(c, dtype, device))  # type: ignore[misc]
-        stage.joins = joint and all(type(norm) is nn.BatchNorm2d for block in stage.blocks for norm in (block.norm1, block.norm2))
+        norms = [norm for block in cast(list[Block], list(stage.blocks)) for norm in (block.norm1, block.norm2)]
+        stage.joins = joint and zero_stage < 3 and all(type(norm) is nn.BatchNorm2d for norm in norms)
         for module in stage.modules():
             if isinstance(module, Block):
                 module.triton = joint

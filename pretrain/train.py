@@ -93,7 +93,7 @@ def train(config: Config, force_config: bool = False) -> int:
     flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
     parameters, precision = [p.numel() for p in model.parameters()], engines.arithmetic(device, config.engine.precision)
     engine = engines.build(config, model, accumulation)
-    kernels = config.model.kernels, device, config.data.image_size, engines.PRECISIONS[precision]
+    kernels = config.model.kernels, device, config.data.image_size, engines.PRECISIONS[precision], config.engine.zero_stage
     log.line(use_kernels(model, *kernels))
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")

@@ -133,14 +133,8 @@ def publish(engine: Any) -> None:
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
     elif stage == 3:
-        optimizer = engine.optimizer
-        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # Small parameters are kept whole on every rank as well.
-        persistent = optimizer.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
+        for group in range(len(engine.optimizer.fp32_partitioned_groups_flat)):
+            engine.optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
 
 def whole_tensors(engine: Any, key: str) -> dict[str, Tensor]:

@@ -169,7 +169,7 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     device = engines.start(config.engine)
     engine: Any = engines.build(config, model, 1)
     dtype = engines.PRECISIONS[engines.arithmetic(device, config.engine.precision)]
-    use_kernels(model, config.model.kernels, device, config.data.image_size, dtype)
+    use_kernels(model, config.model.kernels, device, config.data.image_size, dtype, config.engine.zero_stage)
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
     engine.train()

@@ -8,8 +8,8 @@ all-gather or a reduce-scatter, twice for an all-reduce (Patarasuk and Yuan, J. 
 step that ranks tell each other on the host, what they do at a log line, and SyncBatchNorm's sums in the forward pass.
 
 DeepSpeed 0.19.8 averages gradients by all-reduce in stages 0 to 2, though in stages 1 and 2 a rank keeps only its part, and in stage 2
-in every micro-step. Stage 3 keeps gathered weights from the forward to the backward pass, as its max_reuse_distance is more
-than a VAN has, and gathers parameters up to PERSISTENT elements once a step, behind the update.
+in every micro-step. Stage 3 gathers weights in every micro-step, and keeps them from the forward to the backward pass, as its
+max_reuse_distance is more than a VAN has.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 FP32 = 4  # bytes of a weight, a gradient and a statistic
-PERSISTENT = 100_000  # DeepSpeed's stage3_param_persistence_threshold
 TIMES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 
@@ -45,10 +44,9 @@ def communication(parameters: Sequence[int], channels: int, *, stage: int, accum
     """
     total = FP32 * sum(parameters)
     if stage == 3:
-        gathered = FP32 * sum(size for size in parameters if size > PERSISTENT)
         found = [
             Collective("gradients", "reduce-scatter", accumulation * total),
-            Collective("weights", "all-gather", accumulation * gathered + total - gathered),
+            Collective("weights", "all-gather", accumulation * total),
         ]
     else:
         found = [Collective("gradients", "all-reduce", (accumulation if stage == 2 else 1) * total)]

@@ -167,6 +167,36 @@ def test_buckets_change_no_bit() -> None:
             assert weights != control
 
 
+# ---------------------------------------------------------------- ZeRO-3
+
+
+def fetched() -> dict[str, tuple[int, int]]:
+    """By block and by layer: how often a module's weights are asked for in a step, and gathered."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from torch.profiler import profile
+
+    def counted() -> tuple[int, int]:
+        engine, guard = build(3)
+        for number in range(STEPS):  # it learns in its first steps what to gather when
+            step(engine, guard, number)
+        fetch = Coordinator.fetch_sub_module
+        with patch.object(Coordinator, "fetch_sub_module", autospec=True, side_effect=fetch) as fetches, profile() as profiled:
+            step(engine, guard, STEPS)
+        return fetches.call_count, sum(event.name == "c10d::_allgather_base_" for event in profiled.events())
+
+    by_block = counted()
+    with patch("deepspeed.utils.set_z3_leaf_modules"):
+        return {"block": by_block, "layer": counted()}
+
+
+def test_zero_3_fetches_weights_block_by_block() -> None:
+    """And all in one message a micro-step, as this model is smaller than what DeepSpeed gathers at once."""
+    for found in run_on_ranks(2, fetched):
+        fetches, gathers = found["block"]
+        assert gathers == 2
+        assert found["layer"][0] > 3 * fetches
+
+
 # ---------------------------------------------------------------- a trace
 
 

@@ -281,7 +281,7 @@ def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
     model.set_grad_checkpointing([False, False, False, True])
     kernel_choice.unusable = lambda device: None  # type: ignore[assignment]
     engine = engines.build(config, model, 1)
-    use_kernels(model, "triton" if fast else "torch", HERE, 32, torch.bfloat16)
+    use_kernels(model, "triton" if fast else "torch", HERE, 32, torch.bfloat16, stage)
     engine.train()
     losses = []
     for step in range(4):
