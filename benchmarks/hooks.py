@@ -91,21 +91,16 @@ def main() -> None:
     for _ in range(3):  # ZeRO-3 learns in its first steps what to gather when
         for run in runs.values():
             run()
-    rounds = [({name: run() for name, run in runs.items()}, launch_s()) for _ in range(args.rounds)]
-    launch = statistics.median(seconds for _, seconds in rounds)
+    launch = statistics.median(launch_s() for _ in range(args.rounds))
+    rounds = [{name: run() for name, run in runs.items()} for _ in range(args.rounds)]
     print(f"launching an operator: {launch * 1e6:.1f} us")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in list(runs)[1:]:
-        more = {part: [times[name][part] - times["plain"][part] for times, _ in rounds] for part in PARTS}
-        launches = [sum(more[part][number] for part in PARTS) / seconds for number, (_, seconds) in enumerate(rounds)]
-        rows.append(
-            {"engine": name}
-            | {f"{part}_ms": statistics.median(times) * 1e3 for part, times in more.items()}
-            | {"launches": statistics.median(launches)}
-        )
-        print(name, *(f"{part} {rows[-1][f'{part}_ms']:.1f} ms" for part in PARTS), f"{rows[-1]['launches']:.0f} launches", sep=", ")
+        more = {part: statistics.median(times[name][part] - times["plain"][part] for times in rounds) for part in PARTS}
+        rows.append({"engine": name} | {f"{part}_ms": 1e3 * more[part] for part in PARTS} | {"launches": sum(more.values()) / launch})
+        print(name, *(f"{part} {1e3 * more[part]:.1f} ms" for part in PARTS), f"{rows[-1]['launches']:.0f} launches", sep=", ")
     parameters = len(list(narrow().parameters()))
-    plain_ms = {part: statistics.median(times["plain"][part] for times, _ in rounds) * 1e3 for part in PARTS[:2]}
+    plain_ms = {part: statistics.median(times["plain"][part] for times in rounds) * 1e3 for part in PARTS[:2]}
     record(
         RESULT, f"python -m benchmarks.hooks --rounds {args.rounds}", ["torch", "deepspeed"],
         parameters=parameters, launch_us=launch * 1e6, plain_ms=plain_ms, rows=rows,
