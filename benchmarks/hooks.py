@@ -86,7 +86,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    engines.join()
     runs = {"plain": plain()} | {f"ZeRO-{stage}": by_engine(stage) for stage in range(4)} | {"ZeRO-3 by layer": by_layer()}
     for _ in range(3):  # ZeRO-3 learns in its first steps what to gather when
         for run in runs.values():

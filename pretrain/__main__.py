@@ -1,7 +1,8 @@
 """One process of a job, or what a run made: train, status, evaluate, export, checkpoints; or how fast a machine is: bench.
 
 python -m pretrain train CONFIG [--force-config] key=value …
-    one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set; `python -m launch` starts them all
+    one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set, or the only one, without them; `python -m launch`
+    starts one for each GPU
 python -m pretrain status [RUN …] [--follow]
     how a run stands, or as a table all runs below runs/ or below the folders that are named; needs no GPU and no job of its own
 python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] [--probe N]

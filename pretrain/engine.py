@@ -33,7 +33,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def start(engine: EngineConfig) -> torch.device:
-    """Joins the job's processes, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say; returns this rank's device.
+    """Joins the job's processes, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say; returns this rank's device. Where RANK
+    isn't set, this process is alone.
 
     Raises:
         ValueError: engine.device=cuda and this rank has no GPU.
@@ -48,6 +49,8 @@ def start(engine: EngineConfig) -> torch.device:
     # On a CPU DeepSpeed would compile a collective of its own, which needs a C++ compiler; gloo's serve.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" not in os.environ and not dist.is_initialized():
+        _be_alone(backend)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     return device
 
@@ -58,8 +61,12 @@ def join() -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it said
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _be_alone(backend)
+
+
+def _be_alone(backend: str) -> None:
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it said
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def rank_device(engine: EngineConfig) -> torch.device:

@@ -24,7 +24,6 @@ from typing import Any, cast
 
 import timm
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -164,8 +163,6 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.train import mixed_cross_entropy
     from pretrain.watch.guard import Guard
 
-    if not dist.is_initialized():
-        engines.join()
     device = engines.start(config.engine)
     engine: Any = engines.build(config, model, 1)
     dtype = engines.PRECISIONS[engines.arithmetic(device, config.engine.precision)]
