@@ -1,6 +1,7 @@
 # make demo          the main job, small, on this machine (GPUs where there are some)
-# make test          all tests but the long sweeps
+# make test          what to run before a commit: everything, but not in every variant
 # make test-fast     those that take seconds
+# make test-ci       all tests but the long sweeps
 # make test-full     the long sweeps as well
 # make lint          format, lint, types, shell scripts
 # make setup         .venv with everything pinned; the others do it first
@@ -13,7 +14,7 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-fast test-full lint slurm requirements
+.PHONY: setup demo test test-fast test-ci test-full lint slurm requirements
 
 setup: $(READY)
 
@@ -28,6 +29,9 @@ demo: $(READY)
 	@$(RUN) -m examples.demo
 
 test: $(READY) slurm
+	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not long and not full"
+
+test-ci: $(READY) slurm
 	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not full"
 
 test-fast: $(READY)

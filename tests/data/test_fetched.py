@@ -477,7 +477,10 @@ def test_a_store_that_may_be_read_but_not_listed(s3: Proxy, tmp_path: Path) -> N
 # ---------------------------------------------------------------- the command line
 
 
-def test_stats_order_and_verify_of_a_url(s3: Proxy, many_shards: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_order_and_verify_of_a_url(
+    s3: Proxy, many_shards: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.remote.FIRST_PAUSE", 0.01)
     outputs = []
     job = tmp_path / "job.yaml"
     for place in (str(many_shards.folder), TRAIN):
@@ -488,7 +491,7 @@ def test_stats_order_and_verify_of_a_url(s3: Proxy, many_shards: Index, tmp_path
     assert outputs[:2] == outputs[2:]
     assert not s3.shards()
     s3.fail(many_shards.shards[2].name, "ever-corrupt")
-    assert main(["verify", TRAIN, "--cache", str(tmp_path)]) == 1
+    assert main(["verify", TRAIN, "--cache", str(tmp_path), "--workers", "1"]) == 1
     line, _ = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{TRAIN}/{many_shards.shards[2].name}: other bytes than were packed")
     s3.clear()

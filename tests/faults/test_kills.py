@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,15 @@ from tests.ranks import PATIENCE_S, join, kill
 pytestmark = pytest.mark.slow
 
 # Each signal, in and beside the save, in one ZeRO stage: they share what they are compared with. The whole sweep takes long.
-FEW = ("SIGTERM, optimizer's step", "SIGKILL, before the manifest", "SIGSTOP, before the pointer", "SIGKILL, pruning")
-ALL = [pytest.param(case, id=str(case), marks=() if str(case).startswith(FEW) else pytest.mark.full) for case in cases()]
+FEW = ("SIGTERM, optimizer's step", "SIGKILL, before the manifest")
+MORE = ("SIGSTOP, before the pointer", "SIGKILL, pruning")
+
+
+def mark(case: str) -> Any:
+    return () if case.startswith(FEW) else pytest.mark.long if case.startswith(MORE) else pytest.mark.full
+
+
+ALL = [pytest.param(case, id=str(case), marks=mark(str(case))) for case in cases()]
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +46,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[int], Path]:
     """The folder of a job that was left alone, by ZeRO stage."""
-    folders: dict[int, Path] = {}
 
+    @cache
     def of_stage(stage: int) -> Path:
-        if stage not in folders:
-            folder = tmp_path_factory.mktemp(f"undisturbed-{stage}")
-            ended = jobs.run(folder, images, f"engine.zero_stage={stage}")
-            assert ended.codes == [0, 0], jobs.log_of(folder)
-            folders[stage] = folder
-        return folders[stage]
+        folder = tmp_path_factory.mktemp(f"undisturbed-{stage}")
+        ended = jobs.run(folder, images, f"engine.zero_stage={stage}")
+        assert ended.codes == [0, 0], jobs.log_of(folder)
+        return folder
 
     return of_stage
 
@@ -97,6 +102,7 @@ def test_control_what_is_not_restored_shows(
     assert not jobs.same_end(folder, undisturbed(2))
 
 
+@pytest.mark.long
 def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
     tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
 ) -> None:
@@ -143,6 +149,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
+@pytest.mark.long
 def test_a_job_on_a_full_disk_trains_on_and_says_at_its_end_what_is_not_saved(
     small_disk: Path, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
 ) -> None:

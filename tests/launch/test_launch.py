@@ -225,6 +225,7 @@ def local(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_torchrun_trains_stops_goes_on_and_exports(tmp_path: Path, drawn: Path) -> None:
     run = tmp_path / "run"

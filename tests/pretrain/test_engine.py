@@ -68,6 +68,7 @@ def every_stage() -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.long
 def test_every_zero_stage_trains_as_plain_data_parallel() -> None:
     for found in run_on_ranks(2, every_stage):
         plain, control = found.pop("ZeRO-0"), found.pop("control")

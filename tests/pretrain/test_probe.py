@@ -185,6 +185,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
         optimizer.step()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_training_makes_features_better(tmp_path: Path) -> None:

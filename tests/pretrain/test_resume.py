@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 20
 STAGES = (0, 1, 2, 3)
+TESTED = [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long), 3]
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 GOLDEN = Path(__file__).parent.parent / "reference" / "golden_losses.json"
 
@@ -32,13 +34,16 @@ def this_cpu() -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> dict[int, Path]:
-    """The folder of an undisturbed run for each ZeRO stage, on two ranks."""
-    folders = {}
-    for stage in STAGES:
-        folders[stage] = tmp_path_factory.mktemp(f"zero-{stage}")
-        jobs.run(folders[stage], drawn, f"steps={STEPS}", f"engine.zero_stage={stage}", ranks=2)
-    return folders
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Callable[[int], Path]:
+    """The folder of an undisturbed run by ZeRO stage, on two ranks."""
+
+    @cache
+    def of_stage(stage: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"zero-{stage}")
+        jobs.run(folder, drawn, f"steps={STEPS}", f"engine.zero_stage={stage}", ranks=2)
+        return folder
+
+    return of_stage
 
 
 def final_state(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
@@ -61,8 +66,8 @@ def wait_until(happened: Callable[[], bool], job: list[multiprocessing.Process],
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_killed_and_resumed_is_bit_identical(undisturbed: dict[int, Path], tmp_path: Path, drawn: Path, stage: int) -> None:
+@pytest.mark.parametrize("stage", TESTED)
+def test_killed_and_resumed_is_bit_identical(undisturbed: Callable[[int], Path], tmp_path: Path, drawn: Path, stage: int) -> None:
     options = (f"steps={STEPS}", f"engine.zero_stage={stage}")
     job = jobs.start(tmp_path, drawn, *options, ranks=2)
     try:
@@ -71,13 +76,15 @@ def test_killed_and_resumed_is_bit_identical(undisturbed: dict[int, Path], tmp_p
         kill(job)
     output = jobs.run(tmp_path, drawn, *options, ranks=2)
     assert "resumed at step 12 of 20" in output or "resumed at step 16 of 20" in output
-    assert different(final_state(tmp_path), final_state(undisturbed[stage])) == []
+    assert different(final_state(tmp_path), final_state(undisturbed(stage))) == []
     # The steps after the resume were the same ones, seen from outside too.
     resumed = {record["step"]: record["loss"] for record in jobs.metrics(tmp_path, "train")}
-    assert resumed == {record["step"]: record["loss"] for record in jobs.metrics(undisturbed[stage], "train")}
+    assert resumed == {record["step"]: record["loss"] for record in jobs.metrics(undisturbed(stage), "train")}
 
 
-def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(undisturbed: dict[int, Path], tmp_path: Path, drawn: Path) -> None:
+def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(
+    undisturbed: Callable[[int], Path], tmp_path: Path, drawn: Path
+) -> None:
     job = jobs.start(tmp_path, drawn, f"steps={STEPS}", "run.save_every=1000", ranks=2)
     metrics = tmp_path / "run" / "metrics.jsonl"
     try:
@@ -88,10 +95,10 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(undisturbe
         kill(job)
     assert "stopped at step" in (tmp_path / "log").read_text()
     jobs.run(tmp_path, drawn, f"steps={STEPS}", "run.save_every=1000", ranks=2)
-    assert different(final_state(tmp_path), final_state(undisturbed[1])) == []
+    assert different(final_state(tmp_path), final_state(undisturbed(1))) == []
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", TESTED[:2])
 def test_on_three_ranks_too(tmp_path: Path, drawn: Path, stage: int) -> None:
     """Where what ranks add depends on the order in which they add it."""
     options = (f"engine.zero_stage={stage}", "global_batch=12", "engine.micro_batch=2", "steps=8")
@@ -103,7 +110,7 @@ def test_on_three_ranks_too(tmp_path: Path, drawn: Path, stage: int) -> None:
     assert different(final_state(resumed, 8), final_state(whole, 8)) == []
 
 
-def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: dict[int, Path], tmp_path: Path, drawn: Path) -> None:
+def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: Callable[[int], Path], tmp_path: Path, drawn: Path) -> None:
     """Only the order of sums differs, and what a rank's own random numbers and statistics decide, which are off here."""
     alike = (f"steps={STEPS}", "model.drop_path=0", "engine.precision=fp32", "engine.micro_batch=8", "run.keep=20")
     two = tmp_path / "two"
@@ -127,14 +134,14 @@ def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: 
     assert different(final_state(four), final_state(two)) != []
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_golden_losses(undisturbed: dict[int, Path], stage: int) -> None:
+@pytest.mark.parametrize("stage", TESTED)
+def test_golden_losses(undisturbed: Callable[[int], Path], stage: int) -> None:
     """A change that is not about the computation leaves every loss as it was. To record new ones, after a change that is:
 
     python -m tests.pretrain.test_resume
     """
     golden = json.loads(GOLDEN.read_text())
-    losses = [record["loss"] for record in jobs.metrics(undisturbed[stage], "train")]
+    losses = [record["loss"] for record in jobs.metrics(undisturbed(stage), "train")]
     assert len(losses) == STEPS
     if golden["cpu"] == this_cpu():
         assert losses == golden["losses"][str(stage)]

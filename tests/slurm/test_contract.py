@@ -91,6 +91,7 @@ def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tm
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
+@pytest.mark.long
 def test_a_hard_life(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     """One job: a rank killed on the second node, a rank that hangs, a node drained between restarts."""
     job = jobs.submit(SCRIPT, *QUICK, "guard.step_limit=3", "guard.start_limit=100")
@@ -163,6 +164,7 @@ def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
+@pytest.mark.long
 def test_a_node_that_preflight_names_is_left_out(jobs: Jobs, cluster: Cluster) -> None:
     job = jobs.submit(SCRIPT, *QUICK, "steps=2", PYTHONPATH=POISON, POISON="preflight on n1")
     end = jobs.wait_for_attempt(job, 0).end
@@ -175,6 +177,7 @@ def test_a_node_that_preflight_names_is_left_out(jobs: Jobs, cluster: Cluster) -
     assert cluster.job(job)["ExcNodeList"] == "n1"
 
 
+@pytest.mark.long
 def test_a_poison_step_stops_the_job_with_a_summary(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
     job = jobs.submit(SCRIPT, *QUICK, PYTHONPATH=POISON, POISON="rank 1, step 7")
     end = jobs.wait_for_attempt(job, 0).end

@@ -106,6 +106,7 @@ def test_evaluation_is_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators go through torch.compile whole, without a graph break; what it makes of the rest is not wanted here."""
@@ -266,7 +267,7 @@ def test_all_layers_of_the_published_models_have_kernels(usable: None, monkeypat
 
 
 def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
-    """One rank: four steps, with gradient checkpointing in the last stage."""
+    """One rank: two steps, with gradient checkpointing in the last stage."""
     from pretrain import config as settings
     from pretrain import engine as engines
 
@@ -284,7 +285,7 @@ def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
     use_kernels(model, "triton" if fast else "torch", HERE, 32, torch.bfloat16, stage)
     engine.train()
     losses = []
-    for step in range(4):
+    for step in range(2):
         torch.manual_seed(step)
         loss = torch.nn.functional.cross_entropy(engine(IMAGES).float(), torch.tensor([0, 2, 1]))
         engine.backward(loss)

@@ -37,6 +37,7 @@ def check(rows: list[dict[str, Any]], kernels: int) -> None:
         assert row["shared_bytes"] == 0 or not convolution or row["part"] == "weight gradient", row
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_nothing_spills_on_hopper(tmp_path: Path) -> None:
     out = tmp_path / "resources.json"
