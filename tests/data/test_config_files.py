@@ -1,6 +1,7 @@
 """Settings files: how they build on one another, what is told of a bad one, and schemas that are a part of what the files hold."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,8 @@ from data import config_files
 from data.config_files import ConfigError
 from data.packing.synthesize import synthesize
 from data.settings import JobData, invalid_data
+from tests.data import config_errors
+from tests.data.config_errors import write
 
 
 @dataclass
@@ -44,22 +47,7 @@ def job(tmp_path: Path) -> Path:
     return write(tmp_path / "job.yaml", "name: tiny\nepochs: 3\noptim: {lr: 1e-3}\n")
 
 
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-def problems(path: Path, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load(path, overrides)
-    assert all(problem in str(caught.value) for problem in caught.value.problems)
-    return caught.value.problems
-
-
-def the_problem(path: Path, *overrides: str) -> str:
-    (problem,) = problems(path, *overrides)
-    return problem
+problems, the_problem = partial(config_errors.problems, load), partial(config_errors.the_problem, load)
 
 
 def test_later_files_win_and_the_command_line_wins_last(tmp_path: Path, job: Path) -> None:

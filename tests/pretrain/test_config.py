@@ -4,6 +4,7 @@ one another are in tests/data/test_config_files.py."""
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from data.packing.synthesize import synthesize
 from data.settings import JobData
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError, accumulation, as_dict, from_dict, load, save
+from tests.data import config_errors
+from tests.data.config_errors import write
 
 REPOSITORY = Path(__file__).parents[2]
 JOB = """
@@ -40,22 +43,7 @@ def job(tmp_path: Path, dataset: Path) -> Path:
     return write(tmp_path / "job.yaml", f"{JOB}\ndata: {{train: {dataset / 'train'}}}\n")
 
 
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
-    return path
-
-
-def problems(path: Path, *overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load(path, overrides)
-    assert all(problem in str(caught.value) for problem in caught.value.problems)
-    return caught.value.problems
-
-
-def the_problem(path: Path, *overrides: str) -> str:
-    (problem,) = problems(path, *overrides)
-    return problem
+problems, the_problem = partial(config_errors.problems, load), partial(config_errors.the_problem, load)
 
 
 # ---------------------------------------------------------------- what is wrong with a value
