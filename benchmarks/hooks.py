@@ -69,7 +69,7 @@ def by_engine(stage: int) -> Run:
 
 def by_layer() -> Run:
     """ZeRO-3 as DeepSpeed has it by default, with its hooks on every layer."""
-    with patch("deepspeed.utils.set_z3_leaf_modules"):
+    with patch("deepspeed.utils.set_z3_leaf_module"):
         return by_engine(3)
 
 

@@ -145,7 +145,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     (precision, compilation, recomputation, BatchNorm over all ranks) is done to it here."""
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-    from deepspeed.utils import set_z3_leaf_modules
+    from deepspeed.utils import set_z3_leaf_module
 
     import_muon()
     if config.engine.sync_bn:
@@ -174,7 +174,8 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     if stage == 3:
         # Weights are gathered block by block, and hooks run once a block. By itself DeepSpeed does that for each layer, of which a block
         # has eighteen, and gathers small parameters, most of a VAN's, one by one behind every update, for which the host then waits.
-        set_z3_leaf_modules(model, [Block])
+        for module in model.modules():
+            set_z3_leaf_module(module, isinstance(module, Block))
         zero["stage3_param_persistence_threshold"] = 0
     settings = {
         "train_micro_batch_size_per_gpu": config.engine.micro_batch,

@@ -185,7 +185,7 @@ def fetched() -> dict[str, tuple[int, int]]:
         return fetches.call_count, sum(event.name == "c10d::_allgather_base_" for event in profiled.events())
 
     by_block = counted()
-    with patch("deepspeed.utils.set_z3_leaf_modules"):
+    with patch("deepspeed.utils.set_z3_leaf_module"):
         return {"block": by_block, "layer": counted()}
 
 
