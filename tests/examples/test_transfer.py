@@ -13,6 +13,7 @@ from tests.ranks import join, start_training
 SMALL = ["steps=2", "run.log_every=1", "run.eval_every=0.01", "global_batch=8", "engine.micro_batch=4", "data.image_size=32"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Real jobs, of two steps; their processes are forked instead of launched."""

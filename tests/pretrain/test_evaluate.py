@@ -323,6 +323,7 @@ def test_a_probe_of_weights_without_a_head(
 # ---------------------------------------------------------------- whole jobs
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_watches_a_part_of_its_classes(drawn: Path, tmp_path: Path) -> None:
     """And its ranks, started for the evaluation alone, find the same again."""

@@ -159,6 +159,7 @@ def trained() -> dict[int, list[tuple[int, list[float]]]]:
     return found
 
 
+@pytest.mark.long
 def test_buckets_change_no_bit() -> None:
     for found in run_on_ranks(2, trained):
         for (size, weights), (whole, expected), (_, control) in found.values():

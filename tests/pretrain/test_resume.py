@@ -98,7 +98,8 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(
     assert different(final_state(tmp_path), final_state(undisturbed(1))) == []
 
 
-@pytest.mark.parametrize("stage", TESTED[:2])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES[:2])
 def test_on_three_ranks_too(tmp_path: Path, drawn: Path, stage: int) -> None:
     """Where what ranks add depends on the order in which they add it."""
     options = (f"engine.zero_stage={stage}", "global_batch=12", "engine.micro_batch=2", "steps=8")

@@ -91,6 +91,8 @@ def test_under_autocast_it_is_as_close_to_fp32(plain_and_fast: tuple[VAN, VAN]) 
     assert 2 * distances[0] < 0.2 * torch.cat([value.flatten() for value in exact.values()]).norm()  # so the bound says something
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_recomputed_blocks_give_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
     """Gradient checkpointing on the kernels changes no bit, and moves running statistics once."""
     _, fast = plain_and_fast
@@ -141,6 +143,7 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(graph.code.count("van.residual_norm") + graph.code.count("van.scaled_residual") == 2 for graph in graphs)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_joints_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
     """As blocks do (test_van.py): else the compiler's limit would leave the blocks behind it uncompiled."""

@@ -369,6 +369,7 @@ def test_on_a_terminal_it_draws_in_place(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a job's life
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_is_followed_through_its_life(tmp_path: Path, drawn: Path) -> None:
     run, settings = tmp_path / "run", ("steps=30", "run.save_every=10", "run.eval_every=1")

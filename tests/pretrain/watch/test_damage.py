@@ -111,6 +111,7 @@ def final_state(folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read(path, KINDS)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_goes_on_and_resumes_the_same(drawn: Path, tmp_path: Path) -> None:
     train = {3: "cut", 4: "zeros", 60: "no tables", 61: "no tables", 90: "another size", 119: "no tables"}

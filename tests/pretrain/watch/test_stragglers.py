@@ -53,7 +53,7 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[
     return found, times
 
 
-@pytest.mark.parametrize(("zero_stage", "slow_rank", "where"), [(1, 1, "forward"), (3, 2, "data")])
+@pytest.mark.parametrize(("zero_stage", "slow_rank", "where"), [(1, 1, "forward"), pytest.param(3, 2, "data", marks=pytest.mark.long)])
 def test_the_slow_rank_is_named(zero_stage: int, slow_rank: int, where: str) -> None:
     results: list[Any] = run_on_ranks(3, session, zero_stage=zero_stage, slow_rank=slow_rank, where=where)
     found = results[0][0]
