@@ -276,6 +276,8 @@ def check_uses(order: SampleOrder, ranks: int, start: int, end: int) -> int:
     return count
 
 
+@pytest.mark.long
+@pytest.mark.slow
 def test_shard_uses_are_those_of_the_batches() -> None:
     """Brute force, over the end of an epoch and from the middle of one."""
     seen = 0

@@ -223,6 +223,7 @@ def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.long
 def test_a_trace_shows_reductions_within_the_backward_pass(tmp_path: Path) -> None:
     found = run_on_ranks(2, traced, folder=tmp_path)[0]
     for stage in (0, 1, 2):

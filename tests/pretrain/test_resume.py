@@ -111,6 +111,7 @@ def test_on_three_ranks_too(tmp_path: Path, drawn: Path, stage: int) -> None:
     assert different(final_state(resumed, 8), final_state(whole, 8)) == []
 
 
+@pytest.mark.long
 def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: Callable[[int], Path], tmp_path: Path, drawn: Path) -> None:
     """Only the order of sums differs, and what a rank's own random numbers and statistics decide, which are off here."""
     alike = (f"steps={STEPS}", "model.drop_path=0", "engine.precision=fp32", "engine.micro_batch=8", "run.keep=20")

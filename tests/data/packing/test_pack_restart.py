@@ -182,6 +182,7 @@ def test_ended_at_some_steps(few: tuple[Path, dict[str, bytes]], tmp_path: Path)
     assert sweep(few, tmp_path / "in", first=2, step=9) > 8
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_ended_at_every_step(few: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     assert sweep(few, tmp_path / "in", first=1, step=1) > 75

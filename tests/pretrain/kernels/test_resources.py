@@ -54,6 +54,7 @@ def test_nothing_spills_anywhere(tmp_path: Path, activations: str, image_size: s
     check(json.loads(out.read_text())["rows"], kernels=3 * 9 * (5 + 3 + 3 + 4))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_spills_would_be_seen(tmp_path: Path) -> None:
     """The control: with a third of the registers there are some."""

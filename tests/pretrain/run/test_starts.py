@@ -154,6 +154,7 @@ def test_what_decides_the_samples_can_not_be_forced(stopped: Path, dataset: Path
 # ---------------------------------------------------------------- a trace
 
 
+@pytest.mark.long
 def test_a_trace_holds_the_parts_of_its_steps_and_changes_nothing(finished: Path, dataset: Path, tmp_path: Path) -> None:
     output = run(tmp_path, dataset, "profile=2:4")
     path = tmp_path / "run" / "profile" / "steps-2-4-rank-0.json.gz"

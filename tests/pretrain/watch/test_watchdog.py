@@ -104,6 +104,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(tmp_path: Path, drawn: Path) -> 
     assert "in learning_rate" in log  # where rank 1 sleeps
 
 
+@pytest.mark.long
 def test_what_takes_long_but_moves_goes_on() -> None:
     code, output, _ = alone("""
 time.sleep(1)  # the start
