@@ -35,7 +35,7 @@ test-ci: $(READY) slurm
 	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not full"
 
 test-fast: $(READY)
-	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not full and not slow and not slurm"
+	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm and not long and not full"
 
 test-full: $(READY) slurm
 	$(RUN) -m pytest $(SIDE_BY_SIDE)
