@@ -30,6 +30,8 @@ from tests.data.conftest import upload
 from tests.data.servers import Proxy, web_server
 from tests.data.test_store import whole
 
+pytestmark = pytest.mark.slow
+
 TRAIN = "s3://bucket/train"
 
 

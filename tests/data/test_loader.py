@@ -25,6 +25,8 @@ from data.shards import Sample, write_dataset
 from data.store import ShardStore
 from tests.data.servers import Proxy
 
+pytestmark = pytest.mark.slow
+
 MEAN, STD = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
 GLOBAL_BATCH = 16
 

@@ -8,6 +8,8 @@ from timm.data import auto_augment as timm_augment
 from data.operators import CpuResizer, apply_layer, operator_inputs, resize
 from data.randaugment import Layer, Operator, color_jitter, parse_policy, rand_augment
 
+pytestmark = pytest.mark.slow
+
 SIZE, COUNT = 224, 32
 FILL = (124, 116, 104)
 GEOMETRY = (Operator.ROTATE, Operator.SHEAR_X, Operator.SHEAR_Y, Operator.TRANSLATE_X, Operator.TRANSLATE_Y)

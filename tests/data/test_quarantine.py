@@ -33,6 +33,8 @@ from tests.data.damage import KINDS, damaged_copy
 from tests.data.servers import Proxy
 from tests.data.test_loader import only
 
+pytestmark = pytest.mark.slow
+
 GLOBAL_BATCH, SAMPLES = 16, 64  # every sample is used in every epoch
 STEPS = 2 * SAMPLES // GLOBAL_BATCH
 PNGS, WEBPS = (7, 27), (33,)

@@ -11,6 +11,8 @@ from torchvision.transforms import ColorJitter
 
 from data.randaugment import Layer, Operator, Policy, color_jitter, parse_policy, rand_augment
 
+pytestmark = pytest.mark.slow
+
 DRAWS = 100_000
 RECIPE = "rand-m9-mstd0.5-inc1"
 POLICIES = [RECIPE, "rand-m9-mstd0.5", "rand-m6-n3-mstd1-inc1", "rand-m15-n1-p0.8-mmax20-inc1", "rand-m8-mstd101-inc1", "rand"]

@@ -21,6 +21,8 @@ from data.settings import DataConfig
 from data.store import ShardStore
 from tests.data.test_operators import difference, in_timm
 
+pytestmark = pytest.mark.slow
+
 SIZE, SEED, GLOBAL_BATCH = 224, 3, 16
 RAND = "rand-m9-mstd0.5-inc1"
 RECIPES: dict[str, dict[str, Any]] = {

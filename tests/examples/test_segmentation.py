@@ -10,6 +10,8 @@ from data.packing.drawings import PATTERNS
 from examples import segmentation
 from examples.segmentation import FPN, SIZE, Segmenter, check_features, draw_set, load_backbone, main, scores, train
 
+pytestmark = pytest.mark.slow
+
 CLASSES = len(PATTERNS)
 
 

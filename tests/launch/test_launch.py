@@ -16,6 +16,8 @@ from pretrain.config import accumulation, load
 from pretrain.run.attempts import heard
 from tests.jobs import SMALL
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 

@@ -19,6 +19,8 @@ import pytest
 from launch.__main__ import free_port
 from pretrain.run.attempts import heard
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 DAMAGE = b"\xff" * 512  # where a tar header should be
 

@@ -29,6 +29,8 @@ from tests.data.damage import damaged_copy
 from tests.pretrain.tiny_runs import CLASSES, new_model
 from tests.ranks import REPOSITORY, run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SETTINGS = DataConfig(image_size=32, decode_threads=1, read_threads=1)
 WIDE = [*list(PATTERNS)[::-1], "a", "b", "c"]  # the ten classes of the drawn images in another order, and others

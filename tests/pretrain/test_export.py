@@ -23,6 +23,8 @@ from pretrain.trained import build_trained, open_run
 from pretrain.weights import FORMATS, to_format
 from tests.pretrain.tiny_runs import CLASSES, assert_held, assert_same, held, new_model
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference" / "van_state_dicts.json").read_text())
 
 

@@ -16,6 +16,8 @@ from pretrain.initial_weights import start_from
 from pretrain.weights import FORMATS, to_format
 from tests.pretrain.tiny_runs import CLASSES, assert_same, held, new_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -21,6 +21,8 @@ from pretrain import van
 from pretrain.convolutions import ChannelsLastConv2d
 from pretrain.weights import from_format, to_format
 
+pytestmark = pytest.mark.slow
+
 REFERENCE = Path(__file__).parents[1] / "reference"
 GOLDEN = json.loads((REFERENCE / "van_golden.json").read_text())
 STATE_DICTS = json.loads((REFERENCE / "van_state_dicts.json").read_text())

@@ -11,6 +11,8 @@ from torch import nn
 
 from tests.pretrain.test_van import Copies, images, meta_model, small_model
 
+pytestmark = pytest.mark.slow
+
 # timm's interface
 
 

@@ -14,6 +14,8 @@ from data.order import SampleOrder
 from data.recipe import Recipe
 from data.settings import DataConfig
 
+pytestmark = pytest.mark.slow
+
 PLAIN = DataConfig(image_size=48, mixup=0, cutmix=0, mean=(0, 0, 0), std=(1, 1, 1), lanes=5)
 
 

@@ -14,6 +14,8 @@ from data.inspect.report import bars, binned, draw, stats, write_report
 from data.shards import Sample, write_dataset
 from tests.data.foreign import JPEGS
 
+pytestmark = pytest.mark.slow
+
 
 def test_stats(dataset: Index) -> None:
     text = stats(dataset)

@@ -21,6 +21,8 @@ from data.packing.pack import pack_shard
 from tests.data.packing.test_workers import in_session
 from tests.data.packs import DRAWN, HOLDOUT, files_of, quietly, tree, write_tree
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[3]
 
 

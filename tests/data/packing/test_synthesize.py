@@ -11,6 +11,8 @@ from data.packing.drawings import PATTERNS, SHAPES, SURFACES
 from data.packing.synthesize import SETS, images, synthesize
 from data.store import ShardStore
 
+pytestmark = pytest.mark.slow
+
 
 def test_synthesize(tmp_path: Path) -> None:
     train, val = synthesize(tmp_path / "out", classes=4, train=60, val=20, seed=1)

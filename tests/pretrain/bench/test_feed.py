@@ -15,6 +15,8 @@ from pretrain.bench import feed
 from tests.jobs import SMALL
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 0.4
 
 

@@ -19,6 +19,8 @@ from pretrain.bench.ways import Job, Step, Way, ways
 from pretrain.van import VAN
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 JOB = Job("van_b0", 32, CPU, classes=10, drop_path=0.5)
 # What the authors' file is to the benchmark: functions by the models' names, registered, and weights under their own names.

@@ -14,6 +14,8 @@ from triton import knobs
 from pretrain.kernels import depthwise_conv2d
 from pretrain.kernels.depthwise import weight_gradient
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
 ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of a value stored in this type; sums are fp32
 LAYERS = [(3, 1), (5, 1), (7, 3)]  # VAN's kernel sizes and dilations

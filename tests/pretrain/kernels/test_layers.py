@@ -21,6 +21,8 @@ from pretrain.kernel_choice import compile_blocks, use_kernels
 from pretrain.van import VAN, Block, VANStage
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
 HERE = torch.device(DEVICE)
 ALL = "kernels: Triton for 12 of 12 depth-wise convolutions, 8 of 8 shortcuts, with 4 norms behind them"

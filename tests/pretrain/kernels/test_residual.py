@@ -10,6 +10,8 @@ from triton import knobs
 
 from pretrain.kernels import residual_norm, scaled_residual
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
 
 

@@ -7,6 +7,8 @@ import torch
 import pretrain.van  # noqa: F401  registers the family with timm
 from pretrain.watch.flops import mfu, peak_by_name, peak_flops, training_flops
 
+pytestmark = pytest.mark.slow
+
 # Multiply-adds of a forward pass at 224 px with 1,000 classes, in G: arXiv 2202.09741, tables 2 and 5, which call them FLOPs.
 PAPER = {"van_b0": 0.9, "van_b1": 2.5, "van_b2": 5.0, "van_b3": 9.0, "van_b4": 12.2, "van_b5": 17.2, "van_b6": 38.4}
 

@@ -12,6 +12,8 @@ from pretrain.config import Config
 from pretrain.engine import autocast
 from pretrain.watch.memory import activation_bytes, explanation, largest_that_fits
 
+pytestmark = pytest.mark.slow
+
 GB = 10**9
 
 

@@ -17,6 +17,8 @@ from pretrain.watch.watchdog import behind
 from tests import jobs
 from tests.ranks import join, kill, start_training
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[3]
 
 ALONE = """
