@@ -16,6 +16,8 @@ from pretrain.run import attempts
 from pretrain.run.attempts import Attempt, End, Outcome, heard, tell
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).parents[2]
 
 

@@ -23,6 +23,8 @@ from data.packing.plan import Settings
 from data.packing.sources import encoded_key
 from tests.data.packs import BROKEN, DRAWN, HOLDOUT, ODD_NAMES, SMALL, contents, files_of, quietly, rejected, tar_of, tree, write_tree
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_ends_where(source: Path, tmp_path: Path) -> None:
     [index] = quietly(source, tmp_path / "out")
