@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -44,7 +45,7 @@ def timed(forward: Callable[[torch.Tensor], torch.Tensor], backward: Callable[[t
         times.append(time.perf_counter())
         update()
         times.append(time.perf_counter())
-        return {part: end - begin for part, begin, end in zip(PARTS, times, times[1:], strict=False)}
+        return {part: end - begin for part, (begin, end) in zip(PARTS, pairwise(times), strict=True)}
 
     return run
 
@@ -68,7 +69,7 @@ def by_engine(stage: int) -> Run:
 
 
 def by_layer() -> Run:
-    """ZeRO-3 as DeepSpeed has it by default, with its hooks on every layer."""
+    """ZeRO-3 with DeepSpeed's hooks on every layer, as by default."""
     with patch("deepspeed.utils.set_z3_leaf_module"):
         return by_engine(3)
 

@@ -346,7 +346,6 @@ def digest(many_shards: Index) -> str:
     return hashlib.sha256(b"".join(whole(many_shards))).hexdigest()
 
 
-@pytest.mark.slow
 def test_the_ranks_of_a_node_fetch_a_shard_once(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
     """Three processes, from an empty cache: index and shards are asked for once each."""
     with Readers(3, tmp_path, 1.0) as readers:
@@ -355,7 +354,6 @@ def test_the_ranks_of_a_node_fetch_a_shard_once(s3: Proxy, many_shards: Index, t
     assert s3.shards() == {shard.name: 1 for shard in many_shards.shards}
 
 
-@pytest.mark.slow
 def test_ranks_share_a_cache_that_is_too_small_for_all_shards(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
     bound = 7 * int(many_shards.shard_bytes.max())
     folder = tmp_path / many_shards.fingerprint
@@ -370,7 +368,6 @@ def test_ranks_share_a_cache_that_is_too_small_for_all_shards(s3: Proxy, many_sh
     assert bound / 2 < most <= bound
 
 
-@pytest.mark.slow
 def test_ranks_go_on_when_one_is_killed_in_a_download(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
     stalled = many_shards.shards[5].name
     s3.fail(stalled, "stall")

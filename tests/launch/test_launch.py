@@ -228,7 +228,6 @@ def local(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_torchrun_trains_stops_goes_on_and_exports(tmp_path: Path, drawn: Path) -> None:
     run = tmp_path / "run"
     places = (f"data.train={drawn / 'train'}", f"data.val={drawn / 'val'}", f"run.dir={run}", "steps=8")

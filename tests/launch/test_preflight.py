@@ -133,7 +133,6 @@ def test_a_machine_alone_is_fit(ranks: Ranks) -> None:
     assert not (ranks.folder / "run").exists()
 
 
-@pytest.mark.slow
 def test_two_nodes_are_fit(ranks: Ranks, drawn: Path) -> None:
     ended = ranks.run(2)
     assert ended.codes == [0, 0], ended.err
@@ -308,7 +307,6 @@ def test_a_rank_that_hangs_or_dies_is_named(ranks: Ranks, trouble: str, told: st
     assert ended.seconds < 20
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_in_the_network_is_told_from_those_that_wait_for_it(ranks: Ranks) -> None:
     wait = "import launch.preflight.network as network; network.TIMEOUT /= 5"
     die = "Rank = preflight.Rank; Rank.import_torch = lambda *given: None; Rank.meet = lambda *given: os.kill(os.getpid(), signal.SIGKILL)"

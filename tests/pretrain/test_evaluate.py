@@ -182,7 +182,6 @@ def evaluating(folder: str, without: list[str]) -> dict[str, Any] | str:
             engines.stop()
 
 
-@pytest.mark.slow
 def test_each_image_counts_once_on_any_number_of_ranks(drawn: Path, tmp_path: Path) -> None:
     index = damaged_copy(open_index(drawn / "val"), tmp_path / "val", {3: "cut", 10: "no tables", 12: "zeros"})
     expected = evaluating(str(index.folder), ["dots"])  # in this process alone
@@ -326,7 +325,6 @@ def test_a_probe_of_weights_without_a_head(
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_job_watches_a_part_of_its_classes(drawn: Path, tmp_path: Path) -> None:
     """And its ranks, started for the evaluation alone, find the same again."""
     classes = ["zigzags", "crosses", "rings"]

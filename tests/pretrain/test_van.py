@@ -307,7 +307,6 @@ def test_norm_statistics_stay_fp32_under_autocast() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_blocks_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
     """A graph for each block would go over the compiler's limit, and the blocks behind it would not be compiled."""
     counter = CompileCounter()

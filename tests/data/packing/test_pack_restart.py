@@ -79,7 +79,6 @@ def test_killed_twice(source: Path, packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.slow
 def test_killed_at_twenty_moments(source: Path, packed: Path, tmp_path: Path) -> None:
     whole = duration_of(source, tmp_path / "whole" / "in")
     draw = random.Random(0)
@@ -185,7 +184,6 @@ def test_ended_at_some_steps(few: tuple[Path, dict[str, bytes]], tmp_path: Path)
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_ended_at_every_step(few: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     assert sweep(few, tmp_path / "in", first=1, step=1) > 75
 

@@ -94,7 +94,6 @@ def test_under_autocast_it_is_as_close_to_fp32(plain_and_fast: tuple[VAN, VAN]) 
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_recomputed_blocks_give_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
     """Gradient checkpointing on the kernels changes no bit, and moves running statistics once."""
     _, fast = plain_and_fast
@@ -111,7 +110,6 @@ def test_evaluation_is_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """The operators go through torch.compile whole, without a graph break; what it makes of the rest is not wanted here."""
     graphs: list[torch.fx.GraphModule] = []
@@ -146,7 +144,6 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_joints_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
     """As blocks do (test_van.py): else the compiler's limit would leave the blocks behind it uncompiled."""
     stage = VANStage(3, 8, depth=6, mlp_ratio=2, patch_size=7, stride=4, drop=0.0, drop_path=[0, 0.1, 0.2, 0.3, 0.4, 0.5]).to(DEVICE)
@@ -254,6 +251,13 @@ def test_norms_over_all_ranks_stay_pytorchs(usable: None) -> None:
     assert choose(model).endswith("8 of 8 shortcuts, with 0 norms behind them")
 
 
+def test_in_zero_3_norms_stay_pytorchs(usable: None) -> None:
+    """The next block's weights are not there yet."""
+    model = tiny().to(DEVICE)
+    assert use_kernels(model, "auto", HERE, 32, torch.float32, 3).endswith("8 of 8 shortcuts, with 0 norms behind them")
+    assert not any(stage.joins for stage in model.stages)
+
+
 def test_old_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -300,7 +304,6 @@ def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_trains_in_deepspeed_as_pytorchs_operators_do(stage: int) -> None:
     """In bf16. Stage 3 takes weights away between forward and backward; the operators find them again."""
@@ -310,7 +313,6 @@ def test_trains_in_deepspeed_as_pytorchs_operators_do(stage: int) -> None:
     assert abs(plain[-1] - plain[0]) > 0.1  # a step's weight updates are seen in the losses
 
 
-@pytest.mark.slow
 def test_a_job_says_at_its_start_that_triton_cant_run(tmp_path: Path, drawn: Path) -> None:
     """Exit code 2, before anything is trained."""
     settings = (

@@ -84,7 +84,6 @@ def hang_in_data(rank: int) -> None:
     train.learning_rate = learning_rate  # type: ignore[assignment]
 
 
-@pytest.mark.slow
 def test_a_rank_that_hangs_is_named_and_all_end(tmp_path: Path, drawn: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(jobs.SMALL)
@@ -129,7 +128,6 @@ def test_a_step_over_its_limit_ends(part: str) -> None:
     assert time.monotonic() - began < 30
 
 
-@pytest.mark.slow
 def test_who_holds_pythons_lock_for_good_is_ended_too() -> None:
     assert ctypes.PyDLL(None).sleep  # calls without giving the lock up
     code, output, errors = alone('place.at(0, "data"); time.sleep(0.3); ctypes.PyDLL(None).sleep(100)')
