@@ -117,6 +117,11 @@ def leave_out_wait(engine: Any) -> None:
     optimizer.independent_gradient_partition_epilogue = by_streams
 
 
+def optimizer_device(engine: Any) -> torch.device:
+    """Where weights are updated: with engine.offload on the host."""
+    return _flat_weights(engine)[0].device
+
+
 def _offloads(engine: Any) -> bool:
     return engine.zero_offload_optimizer() is not None
 

@@ -45,12 +45,12 @@ class Guard:
             dist.all_reduce(square)
         self.norm = square.sqrt() / self.scale
         self.found_inf = (~torch.isfinite(self.norm)).float()
-        optimizer = self.engine.basic_optimizer
-        optimizer.found_inf = self.found_inf
+        optimizer, device = self.engine.basic_optimizer, zero_state.optimizer_device(self.engine)
+        optimizer.found_inf = self.found_inf.to(device)
         if self.clip:
-            optimizer.grad_scale = self.scale * ((self.norm + 1e-6) / self.clip).clamp(min=1.0)
+            optimizer.grad_scale = (self.scale * ((self.norm + 1e-6) / self.clip).clamp(min=1.0)).to(device)
         elif self._growth is not None:
-            optimizer.grad_scale = self.scale.clone()  # of this step; the next one's follows
+            optimizer.grad_scale = self.scale.to(device, copy=True)  # of this step; the next one's follows
         if self._growth is not None:
             torch._amp_update_scale_(self.scale, self._growth, self.found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL)
 
