@@ -1,0 +1,102 @@
+"""What a training step asks of the host, without a GPU: kernels launched, waits, memory, and how long the host takes.
+
+    python -m benchmarks.host
+
+Whole steps of VAN-B3 at 224 px run on a GPU that computes nothing (benchmarks/idle_gpu), in turns: our model as `pretrain.bench` has it, and
+what a job runs (`engine_step`), in each ZeRO stage. PyTorch, DeepSpeed and Triton do all that they do with a real one. A step on one can't
+be shorter than this, and is, wherever computing takes longer. Times are of this machine's CPU; the rest holds for any. Results
+go to benchmarks/results/host.json.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import idle_gpu
+from data.results import record
+
+RESULT = Path(__file__).parent / "results" / "host.json"
+MODEL, IMAGE_SIZE = "van_b3", 224
+ENGINES: dict[str, dict[str, Any]] = {
+    **{f"engine, ZeRO-{stage}": {"engine": {"zero_stage": stage}} for stage in range(4)},
+    "engine, kernels": {"model": {"kernels": "triton"}},
+}
+
+
+def steps(micro_batch: int) -> dict[str, Callable[[], object]]:
+    """A training step of each kind, on one batch over and over."""
+    import torch
+
+    from pretrain import config as settings
+    from pretrain.bench.ways import Job, engine_step, new_model, ways
+    from pretrain.kernels import trial
+
+    trial._fault = lambda *_: None  # type: ignore[assignment]  # what this GPU computes agrees with nothing
+    job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0))
+    images = torch.zeros(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
+    labels = torch.zeros(micro_batch, dtype=torch.int64, device=job.device)
+    found: dict[str, Callable[[], object]] = {}
+    for way in ways(job.device, None):
+        if way.name in ("own", "own_kernels"):
+            found[way.name] = lambda step=way.build(job): step(images, labels)  # type: ignore[misc]
+    for name, given in ENGINES.items():
+        config = settings.from_dict(
+            {
+                "name": "host", "global_batch": micro_batch, "epochs": 1.0, "data": {"train": "none", "image_size": IMAGE_SIZE},
+                "optim": {"lr": 1e-3}, "model": {"name": MODEL, "classes": job.classes, "drop_path": job.drop_path} | given.get("model", {}),
+                "engine": {"micro_batch": micro_batch, "device": "cuda"} | given.get("engine", {}),
+            }
+        )  # fmt: skip
+        found[name] = lambda step=engine_step(config, new_model(job)): step(images, labels[:, None], None)  # type: ignore[misc]
+    return found
+
+
+def measure(args: argparse.Namespace) -> None:
+    gpu, all_steps = idle_gpu.IdleGpu(), steps(args.micro_batch)
+    gpu.rest()
+    for step in all_steps.values():
+        for _ in range(4):  # kernels are compiled in the first, and ZeRO-3 learns what to gather when
+            step()
+    times: dict[str, list[float]] = {name: [] for name in all_steps}
+    for _ in range(args.rounds):
+        for name, step in all_steps.items():
+            began = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - began)
+    rows = []
+    for name, step in all_steps.items():
+        gpu.watch()
+        step()
+        gpu.rest()
+        ms = 1e3 * statistics.median(times[name])
+        rows.append({"step": name, "host_ms": ms, "launches": gpu.kernels.total(), "waits": gpu.stacks.total()})
+        print(f"{name:20} {ms:6.0f} ms {rows[-1]['launches']:6} launches {rows[-1]['waits']:3} waits", flush=True)
+        if args.kernels:
+            print("\n".join(f"    {count:5} {kernel[: args.kernels]}" for kernel, count in gpu.kernels.most_common(30)))
+    command = f"python -m benchmarks.host --micro-batch {args.micro_batch} --rounds {args.rounds}"
+    record(RESULT, command, ["torch", "deepspeed", "triton"], model=MODEL, image_size=IMAGE_SIZE, micro_batch=args.micro_batch, rows=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kernels", type=int, metavar="WIDTH", help="also list each step's kernels, by names of that width")
+    args = parser.parse_args()
+    if "IDLE_GPU" in os.environ:
+        measure(args)
+        os._exit(0)  # what PyTorch frees at the end, this GPU need not
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | idle_gpu.build(Path(folder)) | {"IDLE_GPU": "1"}
+        sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.host", *sys.argv[1:]], env=environment).returncode)
+
+
+if __name__ == "__main__":
+    main()

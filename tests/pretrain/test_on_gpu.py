@@ -1,0 +1,90 @@
+"""What a job does with a GPU, without one: a whole job on a GPU that computes nothing (benchmarks/idle_gpu).
+
+Its numbers mean nothing; what the host asks of the GPU does. No step waits for the device, in any function of PyTorch, DeepSpeed or this
+project, unless a line of the log or a checkpoint is due.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import idle_gpu
+from tests.jobs import SMALL
+
+pytestmark = pytest.mark.slow
+DUE = {3, 5, 6}  # of seven steps: a line of the log, a checkpoint, the end
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return idle_gpu.build(tmp_path_factory.mktemp("idle_gpu"))
+
+
+def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **environment: str) -> tuple[list[dict[str, Any]], str]:
+    """What is known of each step that came to its end, and all that the job printed."""
+    config = folder / "small.yaml"
+    config.write_text(SMALL)
+    given = [
+        f"data.train={drawn / 'train'}",
+        f"run.dir={folder / 'run'}",
+        "engine.device=cuda",
+        "epochs=1",
+        "run.log_every=4",
+        "run.save_every=6",
+    ]
+    command = [sys.executable, "-m", "tests.pretrain.gpu_job", str(config), *given, "engine.micro_batch=8", *settings]
+    ran = subprocess.run(command, env=os.environ | gpu | environment, capture_output=True, text=True, timeout=1200)
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    return [line for line in lines if line.get("step", -1) >= 0], ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["engine.zero_stage=0", "engine.precision=fp16", "optim.clip_grad=1"],
+        pytest.param(["engine.zero_stage=1", "model.kernels=triton"], marks=pytest.mark.full),  # compiles for minutes
+        pytest.param(["engine.zero_stage=2"], marks=pytest.mark.full),
+        pytest.param(["engine.zero_stage=1", "engine.sync_bn=true", "model.checkpoint_stages=[0,1]"], marks=pytest.mark.full),
+    ],
+    ids=" ".join,
+)
+def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str, str], settings: list[str]) -> None:
+    steps, output = job(tmp_path, drawn, gpu, *settings)
+    waits = {line["step"]: line["waits"] for line in steps}
+    assert {step: found for step, found in waits.items() if step > 0 and step not in DUE} == {1: {}, 2: {}, 4: {}}, output[-4000:]
+    assert waits[3]["pretrain/watch/interval.py:close"]  # a wait is seen where there is one
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["engine.offload=true"],
+        pytest.param(["engine.zero_stage=3", "engine.offload=true", "engine.precision=fp16"], marks=pytest.mark.full),
+    ],
+    ids=" ".join,
+)
+def test_offloaded_optimizers_get_the_verdict_where_they_are(tmp_path: Path, drawn: Path, gpu: dict[str, str], settings: list[str]) -> None:
+    """Moving average, loss scale and clipping read numbers of the GPU on the host. (The count of updates, too, is then one that such a GPU
+    made up, so no checkpoint can be written in the end.)"""
+    steps, output = job(tmp_path, drawn, gpu, *settings, "optim.clip_grad=1", "run.save_every=8")
+    assert [line["step"] for line in steps] == [0, 1, 2, 3, 4, 5], output[-4000:]
+
+
+@pytest.mark.full
+def test_zero_3_waits_once_forward_and_once_backward(tmp_path: Path, drawn: Path, gpu: dict[str, str]) -> None:
+    steps, _ = job(tmp_path, drawn, gpu, "engine.zero_stage=3")
+    assert [sum(line["waits"].values()) for line in steps if line["step"] in (1, 2, 4)] == [4, 4, 4]  # of two micro-steps
+
+
+def test_out_of_memory_names_the_micro_batch_that_fits(tmp_path: Path, drawn: Path, gpu: dict[str, str]) -> None:
+    wanted = ["data.image_size=224", "global_batch=64", "engine.micro_batch=64"]
+    _, output = job(tmp_path, drawn, gpu, *wanted, IDLE_GPU_BYTES=str(3 << 30))
+    assert "out of memory with engine.micro_batch=64: of 3.2 GB" in output
+    assert "engine.micro_batch=32 should fit" in output
+    _, output = job(tmp_path, drawn, gpu, *wanted, "engine.micro_batch=32", IDLE_GPU_BYTES=str(3 << 30))
+    assert '"code": 0' in output
