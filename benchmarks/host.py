@@ -27,6 +27,8 @@ MODEL, IMAGE_SIZE = "van_b3", 224
 ENGINES: dict[str, dict[str, Any]] = {
     **{f"engine, ZeRO-{stage}": {"engine": {"zero_stage": stage}} for stage in range(4)},
     "engine, kernels": {"model": {"kernels": "triton"}},
+    "engine, graphs": {"model": {"graphs": True}},
+    "engine, kernels, graphs": {"model": {"kernels": "triton", "graphs": True}},
 }
 
 

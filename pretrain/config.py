@@ -26,7 +26,7 @@ from pretrain.weights import FORMATS
 # For all others a run wants --force-config, but for those that decide the samples: these it can't change at all (checkpoints).
 FREE = (
     "profile", "run", "data.train", "data.val", "data.cache", "data.cache_gb", "data.check", "data.max_bad", "data.decode_threads",
-    "data.hw_decoder_load", "data.read_threads", "data.val_except", "model.kernels", "model.checkpoint_stages", "model.compile",
+    "data.hw_decoder_load", "data.read_threads", "data.val_except", "model.kernels", "model.checkpoint_stages", "model.compile", "model.graphs",
     "engine.device", "engine.zero_stage", "engine.offload", "engine.micro_batch", "guard",
 )  # fmt: skip
 FIXED = ("seed", "global_batch", "epochs", "steps", "samples", "model.name", "model.classes", "data.lanes", "data.window", "data.repeats")
@@ -47,6 +47,8 @@ class ModelConfig:
     # Stages (0 to 3) whose blocks keep their input alone for the backward pass and compute the rest again: less memory, a third more work.
     checkpoint_stages: list[int] = field(default_factory=list)
     compile: bool = False  # torch.compile, each kind of block once; the first step takes minutes
+    # On GPUs, stages as CUDA graphs: a micro-step costs the host some calls instead of thousands. They have not run on a GPU yet.
+    graphs: bool = False
 
 
 @dataclass
@@ -307,6 +309,10 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
             wrong.append((second, f"can't be given beside {first}"))
     if values.get("engine.offload") and values.get("engine.zero_stage") == 0:
         wrong.append(("engine.offload", "needs engine.zero_stage 1, 2 or 3"))
+    if values.get("model.graphs"):
+        without = {"engine.zero_stage": (0, 1), "engine.offload": (False,), "engine.sync_bn": (False,), "model.checkpoint_stages": ([],)}
+        against = [f"{key}={values[key]}" for key, can in without.items() if key in values and values[key] not in can]
+        wrong += [("model.graphs", f"can't be beside {', '.join(against)}")] if against else []
     wrong += failing(values, ["model.checkpoint_stages"], lambda stages: set(stages) <= {0, 1, 2, 3}, "must be of stages 0, 1, 2 and 3")
     wrong += failing(values, ["run.export"], lambda formats: set(formats) <= set(FORMATS), f"must be of {', '.join(FORMATS)}")
     wrong += failing(values, ["guard.spike"], lambda value: value == 0 or value > 1, "must be more than 1, or 0 for never")

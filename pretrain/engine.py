@@ -190,7 +190,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     zero_state.leave_out_norm(engine)
     zero_state.leave_out_wait(engine)
     if stage == 0 or (stage == 1 and not config.engine.offload):
-        Reductions(engine, size)
+        engine.reductions = Reductions(engine, size)
     zero_state.start_optimizer(engine)
     return engine
 

@@ -1,15 +1,13 @@
 """The mean of the gradients over all ranks, bucket by bucket beside the backward pass, in ZeRO stages 0 and 1.
 
-DeepSpeed runs some hundred lines of Python for each parameter of a backward pass, which takes the host as long as launching 40 operators
-(`python -m benchmarks.hooks`): VAN-B3 has 862 parameters and B6 2,402. Here a parameter costs the host a count, and a bucket some
-operators. In stages 2 and 3, which partition gradients, and with offload, DeepSpeed reduces.
+DeepSpeed runs some hundred lines of Python for each parameter of a backward pass: VAN-B3 has 862 and B6 2,402. Here a parameter costs the
+host a count, and a bucket some operators (`python -m benchmarks.host`). In stages 2 and 3, which partition gradients, and with offload, DeepSpeed reduces.
 
 What DeepSpeed does with its own reductions was read in 0.19.8: runtime/engine.py (allreduce_gradients), runtime/zero/stage_1_and_2.py
 (reduce_gradients, independent_gradient_partition_epilogue). Check again when its version moves.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -39,17 +37,18 @@ class Reductions:
         # Positions in each bucket whose means this rank needs.
         self.own = [[place for place, parameter in enumerate(bucket) if id(parameter) in own] for bucket in self.buckets]
         self._begin()
-        for number, bucket in enumerate(self.buckets):
-            for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(partial(self._ready, number))
+        self.number = {id(parameter): number for number, bucket in enumerate(self.buckets) for parameter in bucket}
+        for parameter in engine.module.parameters():
+            parameter.register_post_accumulate_grad_hook(self.ready)
         engine.allreduce_gradients = self._finish  # DeepSpeed calls it behind every backward pass
 
     def _begin(self) -> None:
         self.missing, self.next = [len(bucket) for bucket in self.buckets], 0
 
-    def _ready(self, number: int, parameter: Tensor) -> None:
+    def ready(self, parameter: Tensor) -> None:
+        """A backward pass has added to this parameter's gradient. Called by autograd, and by graphs, which autograd does not see into."""
         if self.engine.is_gradient_accumulation_boundary():
-            self.missing[number] -= 1
+            self.missing[self.number[id(parameter)]] -= 1
             while self.next < len(self.buckets) and not self.missing[self.next]:
                 self._reduce(self.next)
                 self.next += 1

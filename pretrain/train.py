@@ -30,6 +30,7 @@ from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
 from pretrain.evaluate import build_model, evaluate, fill, restriction
+from pretrain.graphs import use_graphs
 from pretrain.initial_weights import start_from
 from pretrain.kernel_choice import use_kernels
 from pretrain.optim import learning_rate, set_learning_rate
@@ -230,6 +231,8 @@ def train(config: Config, force_config: bool = False) -> int:
     log.start_progress(step, total)
     with val_loader or nullcontext(), StopRequests(folder / STOP) as stop, explained(config, ranks, device, lambda: step >= warm):
         engine.train()
+        if config.model.graphs:
+            log.line(use_graphs(engine, config))
         while step < total and not stopping:
             with TrainLoader(
                 index, order, config.data, start=step, end=total, passes=rollbacks.passes, quarantine=quarantine, **own_part

@@ -21,7 +21,10 @@
 /* ---- What is known of what was asked for ---- */
 
 static void (*on_launch)(const char *), (*on_wait)(const char *);
-static volatile int capturing; /* as one graph at a time is captured, in one process */
+/* One graph at a time is captured, in one process. Meanwhile a thread may not wait, unless it says that it knows what it does. */
+static volatile int capturing;
+static __thread int captures, mode = cudaStreamCaptureModeGlobal;
+static enum cudaStreamCaptureMode strictness;
 
 /* To be called with each kernel's name, and with each function that lets the host wait; null for nothing. */
 void idle_watch(void (*launch)(const char *), void (*wait)(const char *)) { on_launch = launch; on_wait = wait; }
@@ -31,7 +34,8 @@ static cudaError_t launched(const char *name) {
   return cudaSuccess;
 }
 static cudaError_t waited(const char *function) {
-  if (capturing) return cudaErrorStreamCaptureUnsupported;
+  if (capturing && mode != cudaStreamCaptureModeRelaxed && (captures || strictness == cudaStreamCaptureModeGlobal))
+    return cudaErrorStreamCaptureUnsupported;
   if (on_wait) on_wait(function);
   return cudaSuccess;
 }
@@ -198,7 +202,12 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least
 cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) { snprintf(id, size, "0000:01:00.0"); return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) { *can = 0; return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize(void) { return waited("cudaDeviceSynchronize"); }
-const char *cudaGetErrorString(cudaError_t error) { return error == cudaErrorMemoryAllocation ? "out of memory" : "no such thing on an idle GPU"; }
+const char *cudaGetErrorString(cudaError_t error) { 
+  return error == cudaErrorMemoryAllocation            ? "out of memory"
+         : error == cudaErrorStreamCaptureUnsupported ? "waiting while a graph is captured"
+         : error == cudaErrorStreamCaptureImplicit    ? "the default stream waits for what a graph captures"
+                                                      : "no such thing on an idle GPU";
+}
 const char *cudaGetErrorName(cudaError_t error) { return "cudaError"; }
 
 /* ---- Streams, events, graphs ---- */
@@ -211,11 +220,20 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waited("cudaStre
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { *event = handle(); return cudaSuccess; }
 cudaError_t cudaEventCreate(cudaEvent_t *event) { *event = handle(); return cudaSuccess; }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); return cudaSuccess; }
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { clock_gettime(CLOCK_MONOTONIC, (struct timespec *)event); return cudaSuccess; }
+struct event { struct timespec at; int captured; };
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  struct event *recorded = (struct event *)event;
+  clock_gettime(CLOCK_MONOTONIC, &recorded->at);
+  recorded->captured = capturing && stream; /* not the default stream, which can't be captured */
+  return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+  return capturing && !stream && ((struct event *)event)->captured ? cudaErrorStreamCaptureImplicit : cudaSuccess;
+}
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) { return cudaEventRecord(event, stream); }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waited("cudaEventSynchronize"); }
 cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) {
-  struct timespec *a = (struct timespec *)begin, *b = (struct timespec *)end;
+  struct timespec *a = &((struct event *)begin)->at, *b = &((struct event *)end)->at;
   *ms = (b->tv_sec - a->tv_sec) * 1e3 + (b->tv_nsec - a->tv_nsec) / 1e6;
   return cudaSuccess;
 }
@@ -227,8 +245,16 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
   if (n) *n = 0;
   return cudaSuccess;
 }
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) { capturing = cudaStreamCaptureStatusActive; return cudaSuccess; }
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) { capturing = 0, *graph = handle(); return cudaSuccess; }
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode wanted) {
+  capturing = cudaStreamCaptureStatusActive, captures = 1, strictness = wanted;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) { capturing = captures = 0, *graph = handle(); return cudaSuccess; }
+cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *wanted) {
+  enum cudaStreamCaptureMode before = mode;
+  mode = *wanted, *wanted = before;
+  return cudaSuccess;
+}
 cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long flags) { *ready = handle(); return cudaSuccess; }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) { return launched("graph"); }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) { *count = 1; return cudaSuccess; }

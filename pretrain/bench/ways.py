@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from pretrain import config as settings
 from pretrain import engine as engines
 from pretrain.bench import peer
+from pretrain.graphs import use_graphs
 from pretrain.kernel_choice import compile_blocks, use_kernels
 from pretrain.optim import AdamW, parameter_groups
 from pretrain.van import VAN
@@ -170,6 +171,8 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
     engine.train()
+    if config.model.graphs:
+        use_graphs(engine, config)
 
     def step(images: Tensor, targets: Tensor, share: Tensor | None) -> Tensor:
         loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)

@@ -1,0 +1,209 @@
+"""The stages' forward and backward passes as CUDA graphs, so that a training step costs the host a few calls and not thousands.
+
+    log.line(use_graphs(engine, config))     # before the first step
+
+A VAN launches some four thousand kernels in a micro-step, most of them short (`python -m benchmarks.host`). A graph is what one pass of a
+stage launches, recorded once and then started as a whole: same kernels, same order, same memory. Each of the four stages has two, so that
+the gradients of a stage are reduced beside the backward pass of those in front of it. Gradients are added up in tensors that stay, which
+become the parameters' `grad` at a step's first pass. What is not a micro-batch's training pass goes the ordinary way: other shapes,
+evaluation.
+
+Drop path draws anew in each pass, from the generator of the device and its seed, as without graphs (torch.cuda.graph registers it).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from pretrain import engine as engines
+from pretrain.config import Config
+from pretrain.van import VAN, VANStage
+
+WARM_UP = 3  # passes before recording, in which libraries choose their kernels, and Triton compiles
+TOLERANCE = 0.01  # of the gradients' norm. Some of cuDNN's weight gradients are not the same in every bit twice; a wrong graph is far off
+
+Pass = Callable[[], tuple[Tensor, ...]]
+
+
+class CudaGraph:
+    """Results of a pass, in memory that stays, and what computes them again from what is then in the tensors that it read."""
+
+    pool: Any = None  # of all graphs, which run in the order in which they are recorded
+
+    def __init__(self, function: Pass):
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do meanwhile, as DALI's, is not this one's capture.
+        with torch.cuda.graph(self._graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
+            self.results = tuple(result.detach() for result in function())
+        CudaGraph.pool = self._graph.pool()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class GraphedStage:
+    """Takes the place of a stage's `forward`.
+
+    Args:
+        ready: to be told of each parameter whose gradient a backward pass has added to.
+    """
+
+    def __init__(self, stage: VANStage, ready: Callable[[Tensor], None]):
+        self.stage, self.eager, self.ready = stage, stage.forward, ready
+        self.parameters = list(stage.parameters())
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        # Hooks keep the parameters' own nodes in autograd's graphs alive, with the stream of their first use, which would wait for others.
+        self.leaves = {name: parameter.detach().requires_grad_() for name, parameter in stage.named_parameters()}
+
+    def compute(self, x: Tensor) -> Tensor:
+        """What is recorded: `eager`, on the leaves."""
+        return cast(Tensor, functional_call(self.stage, self.leaves, (x,)))
+
+    def record(self, x: Tensor, needs_gradient: bool, graph: Callable[[Pass], Any]) -> Tensor:
+        """Records the forward pass on `x`, where the inputs of later passes are to be too; returns its output."""
+        self.input = x.detach().requires_grad_(needs_gradient)
+        self._made: Tensor | None = None
+
+        def forward() -> tuple[Tensor]:
+            self._made = self.compute(self.input)
+            return (self._made,)
+
+        self._forward = graph(forward)
+        self.output: Tensor = self._forward.results[0]
+        return self.output
+
+    def record_backward(self, output_gradient: Tensor, graph: Callable[[Pass], Any]) -> Tensor | None:
+        """Likewise; returns the input's gradient, where it needs one."""
+        self.output_gradient = output_gradient
+        leaves = [*([self.input] if self.input.requires_grad else []), *self.leaves.values()]
+
+        def backward() -> tuple[Tensor, ...]:
+            found = torch.autograd.grad([cast(Tensor, self._made)], leaves, [self.output_gradient])
+            torch._foreach_add_(self.gradients, found[-len(self.parameters) :])
+            return found[: len(found) - len(self.parameters)]
+
+        self._backward = graph(backward)
+        self._made = None
+        self.input_gradient = next(iter(self._backward.results), None)
+        return self.input_gradient
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
+        if not (self.stage.training and torch.is_grad_enabled() and x.shape == self.input.shape):
+            return self.eager(x)
+        if self.parameters[0].grad is None:
+            torch._foreach_zero_(self.gradients)
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+        return cast(Tensor, _Replayed.apply(x, self.parameters[0], self))
+
+    def forward_pass(self, x: Tensor) -> Tensor:
+        _copy(self.input, x)
+        self._forward.replay()
+        return self.output.detach()
+
+    def backward_pass(self, output_gradient: Tensor) -> Tensor | None:
+        _copy(self.output_gradient, output_gradient)
+        self._backward.replay()
+        for parameter in self.parameters:
+            self.ready(parameter)
+        return self.input_gradient
+
+
+class _Replayed(torch.autograd.Function):
+    """Takes a parameter so that there is a backward pass where the input needs no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parameter: Tensor, stage: GraphedStage) -> Tensor:
+        ctx.stage = stage
+        return stage.forward_pass(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, output_gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        return ctx.stage.backward_pass(output_gradient), None, None
+
+
+def _copy(to: Tensor, tensor: Tensor) -> None:
+    """Unless it lies there already, as what the stage beside this one has made does."""
+    if to.data_ptr() != tensor.data_ptr():
+        with torch.no_grad():
+            to.copy_(tensor)
+
+
+def use_graphs(engine: Any, config: Config) -> str:
+    """Records the stages of an engine's model and puts the graphs in their place; returns a line for the log. To be called when all else is
+    decided of how the model computes, and where its parameters and buffers lie."""
+    if engine.device.type != "cuda":
+        return f"graphs: none on a {engine.device.type}"
+    size, precision = config.data.image_size, engines.PRECISIONS[config.engine.precision]
+    images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
+    # The weights that autocast keeps once it has cast them would not be cast again by a graph.
+    with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
+        return graph_stages(engine.module, engine.reductions.ready, images, CudaGraph)
+
+
+def graph_stages(model: VAN, ready: Callable[[Tensor], None], images: Tensor, graph: Callable[[Pass], Any]) -> str:
+    """`use_graphs` with the parts of an engine: `images` (N, 3, H, W) are overwritten, and hold those of all later passes. What the graphs
+    compute is compared with what the stages do; where that differs, the model is left as it was."""
+    stages = [GraphedStage(cast(VANStage, stage), lambda _: None) for stage in model.stages]
+    with _kept(model.buffers()):
+        for _ in range(WARM_UP):
+            expected = _gradients(stages, images.normal_())
+        _record(stages, images, graph)
+        distance = _distance(stages, images, expected)
+    if not distance <= TOLERANCE:  # what is not a number is wrong
+        return f"graphs: none, as their gradients differ from those without by {distance:.1%}"
+    for one in stages:
+        one.ready = ready
+        one.stage.forward = one  # type: ignore[method-assign,assignment]
+    return f"graphs: {len(stages)} stages, forward and backward"
+
+
+def _gradients(stages: Sequence[GraphedStage], x: Tensor) -> list[Tensor]:
+    """Of all parameters, without graphs, from a drawn gradient of the last output."""
+    torch.manual_seed(0)
+    for one in stages:
+        x = one.compute(x)
+    return list(torch.autograd.grad([x], [leaf for one in stages for leaf in one.leaves.values()], [_drawn(x)]))
+
+
+def _record(stages: Sequence[GraphedStage], x: Tensor, graph: Callable[[Pass], Any]) -> None:
+    for one in stages:
+        x = one.record(x, one is not stages[0], graph)
+    gradient: Tensor | None = torch.empty_like(x)
+    for one in reversed(stages):
+        assert gradient is not None
+        gradient = one.record_backward(gradient, graph)
+
+
+def _distance(stages: Sequence[GraphedStage], x: Tensor, expected: list[Tensor]) -> float:
+    """Between the gradients of the graphs and others, of the latter's norm."""
+    torch.manual_seed(0)
+    torch._foreach_zero_([gradient for one in stages for gradient in one.gradients])
+    for one in stages:
+        x = one.forward_pass(x)
+    gradient: Tensor | None = _drawn(x)
+    for one in reversed(stages):
+        assert gradient is not None
+        gradient = one.backward_pass(gradient)
+    torch._foreach_sub_(expected, [gradient for one in stages for gradient in one.gradients])
+    return float(torch.nn.utils.get_total_norm(expected) / torch.nn.utils.get_total_norm([g for one in stages for g in one.gradients]))
+
+
+def _drawn(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device).to(y.dtype)
+
+
+@contextmanager
+def _kept(tensors: Iterator[Tensor]) -> Iterator[None]:
+    """What these hold is the same afterwards."""
+    before = [(tensor, tensor.clone()) for tensor in tensors]
+    yield
+    for tensor, values in before:
+        tensor.copy_(values)
