@@ -189,6 +189,7 @@ def build(config: Config, model: Any, accumulation: int) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     zero_state.leave_out_norm(engine)
     zero_state.leave_out_wait(engine)
+    zero_state.leave_out_relinking(engine)
     if stage == 0 or (stage == 1 and not config.engine.offload):
         engine.reductions = Reductions(engine, size)
     zero_state.start_optimizer(engine)

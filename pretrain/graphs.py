@@ -46,6 +46,18 @@ class CudaGraph:
         self._graph.replay()
 
 
+class Plain(nn.Module):
+    """A stage's own forward, also where another one stands in its place."""
+
+    def __init__(self, stage: VANStage):
+        super().__init__()
+        self.stage, self.compute = stage, stage.forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
+        return self.compute(x)
+
+
 class GraphedStage:
     """Takes the place of a stage's `forward`.
 
@@ -54,15 +66,15 @@ class GraphedStage:
     """
 
     def __init__(self, stage: VANStage, ready: Callable[[Tensor], None]):
-        self.stage, self.eager, self.ready = stage, stage.forward, ready
+        self.stage, self.plain, self.ready = stage, Plain(stage), ready
         self.parameters = list(stage.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         # Hooks keep the parameters' own nodes in autograd's graphs alive, with the stream of their first use, which would wait for others.
-        self.leaves = {name: parameter.detach().requires_grad_() for name, parameter in stage.named_parameters()}
+        self.leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.plain.named_parameters()}
 
     def compute(self, x: Tensor) -> Tensor:
-        """What is recorded: `eager`, on the leaves."""
-        return cast(Tensor, functional_call(self.stage, self.leaves, (x,)))
+        """What is recorded: the stage with the leaves for its parameters."""
+        return cast(Tensor, functional_call(self.plain, self.leaves, (x,)))
 
     def record(self, x: Tensor, needs_gradient: bool, graph: Callable[[Pass], Any]) -> Tensor:
         """Records the forward pass on `x`, where the inputs of later passes are to be too; returns its output."""
@@ -95,7 +107,7 @@ class GraphedStage:
     def __call__(self, x: Tensor) -> Tensor:
         """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
         if not (self.stage.training and torch.is_grad_enabled() and x.shape == self.input.shape):
-            return self.eager(x)
+            return self.plain.compute(x)
         if self.parameters[0].grad is None:
             torch._foreach_zero_(self.gradients)
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):

@@ -9,7 +9,7 @@ Checkpoints save and load these views, and evaluation puts whole tensors togethe
     whole_tensors(engine, "ema")            collective: the whole tensors, on every rank
 
 How each stage addresses its pieces was read in DeepSpeed 0.19.8: runtime/zero/stage_1_and_2.py (_link_all_hp_params),
-stage3.py (_get_fp32_opt_state_partition). So was what `leave_out_norm` and `leave_out_wait` change. Check again when its version moves.
+stage3.py (_get_fp32_opt_state_partition). So was what the functions change that leave something out. Check again when its version moves.
 """
 
 import itertools
@@ -115,6 +115,13 @@ def leave_out_wait(engine: Any) -> None:
         optimizer.overlap_comm = True
 
     optimizer.independent_gradient_partition_epilogue = by_streams
+
+
+def leave_out_relinking(engine: Any) -> None:
+    """Makes ZeRO-1 and 2 let the parameters be views of their flat buffers, which they are since the engine was built. DeepSpeed makes
+    them so anew behind every update, parameter by parameter."""
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._update_model_bit16_weights = lambda group: None
 
 
 def optimizer_device(engine: Any) -> torch.device:

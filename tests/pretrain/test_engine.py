@@ -18,12 +18,16 @@ STEPS = 50
 INDUCTOR, SWITCH = "torch._inductor.compile_fx", "TORCHDYNAMO_DISABLE"
 
 
-def run(steps: int, clip: float = 0.0, lr: float = 2e-3, model: dict[str, Any] | None = None, **engine: Any) -> dict[str, Any]:
+def run(
+    steps: int, clip: float = 0.0, lr: float = 2e-3, model: dict[str, Any] | None = None, graphs: bool = False, **engine: Any
+) -> dict[str, Any]:
     """One rank's losses of a narrow VAN that learns four classes, with accumulation, drop path and a moving average."""
     from pretrain import config as settings
     from pretrain import engine as engines
     from pretrain.batch_stats import BatchStats
+    from pretrain.graphs import graph_stages
     from pretrain.van import VAN
+    from tests.pretrain.test_graphs import Rerun
     from pretrain.watch.guard import Guard
 
     config = settings.from_dict(
@@ -40,6 +44,9 @@ def run(steps: int, clip: float = 0.0, lr: float = 2e-3, model: dict[str, Any] |
     network = VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), drop_path_rate=0.1)
     built = engines.build(config, network, settings.accumulation(config, dist.get_world_size()))
     stats, guard, losses = BatchStats(network, 0.9), Guard(built, clip=clip, scales=config.engine.precision == "fp16"), []
+    if graphs:
+        line = graph_stages(network, built.reductions.ready, torch.empty(4, 3, 32, 32).to(memory_format=torch.channels_last), Rerun)
+        assert line == "graphs: 4 stages, forward and backward"
     for step in range(steps):
         drawn = torch.Generator().manual_seed(step)
         labels = torch.arange(16) % 4
@@ -77,6 +84,16 @@ def test_every_zero_stage_trains_as_plain_data_parallel() -> None:
         for losses in found.values():
             assert losses == pytest.approx(plain, rel=1e-3)
         assert control != pytest.approx(plain, rel=1e-3)
+
+
+def with_graphs() -> list[dict[str, Any]]:
+    return [run(4, clip=1.0, zero_stage=stage, graphs=graphs) for stage in (0, 1) for graphs in (False, True)]
+
+
+def test_graphs_train_as_without() -> None:
+    for plain_0, graphs_0, plain_1, graphs_1 in run_on_ranks(2, with_graphs):
+        assert graphs_0 == plain_0
+        assert graphs_1 == plain_1
 
 
 def imported() -> tuple[list[bool], str]:

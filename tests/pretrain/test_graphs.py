@@ -1,0 +1,94 @@
+"""Stages as graphs, with graphs that a CPU can have: they compute a pass again, into the tensors that hold the first one's results. That
+training is the same bit for bit, with two ranks, accumulation and drop path, is in test_engine.py, and that CUDA could capture the passes,
+as far as that can be known without it, in test_on_gpu.py."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pretrain.graphs import Pass, graph_stages
+from pretrain.van import VAN
+
+
+class Rerun:
+    def __init__(self, function: Pass):
+        self.function = function
+        self.results = tuple(result.detach().clone() for result in function())
+
+    def replay(self) -> None:
+        with torch.enable_grad():  # a replay is inside of an operator of autograd, where it is off
+            made = self.function()
+        for result, again in zip(self.results, made, strict=True):
+            result.copy_(again.detach())
+
+
+class Stale(Rerun):
+    """What a graph would be that reads from other memory than later passes write to."""
+
+    def replay(self) -> None:
+        pass
+
+
+def narrow() -> VAN:
+    torch.manual_seed(0)
+    return VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), drop_path_rate=0.3).train()
+
+
+def images(count: int) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count)).to(memory_format=torch.channels_last)
+
+
+def gradients(model: VAN, *batches: Tensor) -> list[Tensor]:
+    torch.manual_seed(3)
+    for batch in batches:
+        model(batch).square().mean().backward()
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def graphed(graph: Callable[[Pass], Rerun] = Rerun) -> tuple[VAN, str, list[Tensor]]:
+    """A model with graphs for four images, the line for the log, and the parameters whose gradients were told of."""
+    model, told = narrow(), list[Tensor]()
+    return model, graph_stages(model, told.append, torch.empty_like(images(4)), graph), told
+
+
+def test_gradients_add_up_over_micro_steps_and_start_anew_with_each_step() -> None:
+    model, _, _ = graphed()
+    for batches in ([images(4)], [images(4), images(4) + 1], [images(4) * 2]):
+        for graphs, plain in zip(gradients(model, *batches), gradients(narrow(), *batches), strict=True):
+            torch.testing.assert_close(graphs, plain, rtol=0, atol=0)
+
+
+def test_batches_of_other_sizes_and_evaluation_go_the_ordinary_way() -> None:
+    model, _, _ = graphed()
+    batches = [images(4), images(3), images(4) + 1]
+    for graphs, plain in zip(gradients(model, *batches), gradients(narrow(), *batches), strict=True):
+        torch.testing.assert_close(graphs, plain, rtol=0, atol=0)
+    model, plain_model = graphed()[0].eval(), narrow().eval()
+    with torch.no_grad():
+        assert torch.equal(model(images(4)), plain_model(images(4)))
+
+
+def test_each_gradient_of_the_stages_is_told_of_once_a_pass_from_the_last_stage_on() -> None:
+    model, _, told = graphed()
+    gradients(model, images(4))
+    stages = [list(map(id, stage.parameters())) for stage in model.stages]
+    assert list(map(id, told)) == [parameter for stage in reversed(stages) for parameter in stage]
+
+
+def test_recording_leaves_the_model_as_it_was() -> None:
+    model, line, told = graphed()
+    assert line == "graphs: 4 stages, forward and backward"
+    assert not told
+    for (name, tensor), other in zip(model.state_dict().items(), narrow().state_dict().values(), strict=True):
+        assert torch.equal(tensor, other), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_graph_that_computes_something_else_is_not_used() -> None:
+    model, line, _ = graphed(Stale)
+    assert line.startswith("graphs: none, as their gradients differ from those without by ")
+    for found, plain in zip(gradients(model, images(4)), gradients(narrow(), images(4)), strict=True):
+        assert torch.equal(found, plain)
