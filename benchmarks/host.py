@@ -2,20 +2,22 @@
 
     python -m benchmarks.host
 
-Whole steps of VAN-B3 at 224 px run on a GPU that computes nothing (benchmarks/idle_gpu), in turns: our model as `pretrain.bench` has it, and
-what a job runs (`engine_step`), in each ZeRO stage. PyTorch, DeepSpeed and Triton do all that they do with a real one. A step on one can't
-be shorter than this, and is, wherever computing takes longer. Times are of this machine's CPU; the rest holds for any. Results
-go to benchmarks/results/host.json.
+Whole steps of VAN-B3 at 224 px run on a GPU that computes nothing (benchmarks/idle_gpu), in turns: our model as `pretrain.bench` has it,
+and what a job runs (`engine_step`), in each ZeRO stage. PyTorch, DeepSpeed and Triton do all that they do with a real one, on which no
+step can be shorter. Times are of this machine's CPU; launches, kernels and waits hold for any. Results go to
+benchmarks/results/host.json.
 """
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,12 @@ from data.results import record
 
 RESULT = Path(__file__).parent / "results" / "host.json"
 MODEL, IMAGE_SIZE = "van_b3", 224
-ENGINES: dict[str, dict[str, Any]] = {
-    **{f"engine, ZeRO-{stage}": {"engine": {"zero_stage": stage}} for stage in range(4)},
-    "engine, kernels": {"model": {"kernels": "triton"}},
-    "engine, graphs": {"model": {"graphs": True}},
-    "engine, kernels, graphs": {"model": {"kernels": "triton", "graphs": True}},
+# What a job's settings have beside the defaults: `model` and `engine`.
+ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{f"engine, ZeRO-{stage}": ({}, {"zero_stage": stage}) for stage in range(4)},
+    "engine, kernels": ({"kernels": "triton"}, {}),
+    "engine, graphs": ({"graphs": True}, {}),
+    "engine, kernels, graphs": ({"kernels": "triton", "graphs": True}, {}),
 }
 
 
@@ -38,25 +41,24 @@ def steps(micro_batch: int) -> dict[str, Callable[[], object]]:
 
     from pretrain import config as settings
     from pretrain.bench.ways import Job, engine_step, new_model, ways
-    from pretrain.kernels import trial
 
-    trial._fault = lambda *_: None  # type: ignore[assignment]  # what this GPU computes agrees with nothing
+    idle_gpu.trust()
     job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0))
     images = torch.zeros(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=job.device)
     found: dict[str, Callable[[], object]] = {}
     for way in ways(job.device, None):
         if way.name in ("own", "own_kernels"):
-            found[way.name] = lambda step=way.build(job): step(images, labels)  # type: ignore[misc]
-    for name, given in ENGINES.items():
+            found[way.name] = partial(way.build(job), images, labels)
+    for name, (model, engine) in ENGINES.items():
         config = settings.from_dict(
             {
                 "name": "host", "global_batch": micro_batch, "epochs": 1.0, "data": {"train": "none", "image_size": IMAGE_SIZE},
-                "optim": {"lr": 1e-3}, "model": {"name": MODEL, "classes": job.classes, "drop_path": job.drop_path} | given.get("model", {}),
-                "engine": {"micro_batch": micro_batch, "device": "cuda"} | given.get("engine", {}),
+                "optim": {"lr": 1e-3}, "model": {"name": MODEL, "classes": job.classes, "drop_path": job.drop_path} | model,
+                "engine": {"micro_batch": micro_batch, "device": "cuda"} | engine,
             }
         )  # fmt: skip
-        found[name] = lambda step=engine_step(config, new_model(job)): step(images, labels[:, None], None)  # type: ignore[misc]
+        found[name] = partial(engine_step(config, new_model(job)), images, labels[:, None], None)
     return found
 
 
@@ -78,8 +80,11 @@ def measure(args: argparse.Namespace) -> None:
         step()
         gpu.rest()
         ms = 1e3 * statistics.median(times[name])
-        rows.append({"step": name, "host_ms": ms, "launches": gpu.kernels.total(), "waits": gpu.stacks.total()})
-        print(f"{name:20} {ms:6.0f} ms {rows[-1]['launches']:6} launches {rows[-1]['waits']:3} waits", flush=True)
+        graphs = {kernel: int(found[1]) for kernel in gpu.kernels if (found := re.fullmatch(r"graph of (\d+) kernels", kernel))}
+        in_graphs = sum(gpu.kernels[graph] * (held - 1) for graph, held in graphs.items())
+        launches = gpu.kernels.total()
+        rows.append({"step": name, "host_ms": ms, "launches": launches, "kernels": launches + in_graphs, "waits": gpu.stacks.total()})
+        print(f"{name:24} {ms:6.0f} ms {launches:6} launches {launches + in_graphs:6} kernels {rows[-1]['waits']:3} waits", flush=True)
         if args.kernels:
             print("\n".join(f"    {count:5} {kernel[: args.kernels]}" for kernel, count in gpu.kernels.most_common(30)))
     command = f"python -m benchmarks.host --micro-batch {args.micro_batch} --rounds {args.rounds}"

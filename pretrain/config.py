@@ -26,8 +26,8 @@ from pretrain.weights import FORMATS
 # For all others a run wants --force-config, but for those that decide the samples: these it can't change at all (checkpoints).
 FREE = (
     "profile", "run", "data.train", "data.val", "data.cache", "data.cache_gb", "data.check", "data.max_bad", "data.decode_threads",
-    "data.hw_decoder_load", "data.read_threads", "data.val_except", "model.kernels", "model.checkpoint_stages", "model.compile", "model.graphs",
-    "engine.device", "engine.zero_stage", "engine.offload", "engine.micro_batch", "guard",
+    "data.hw_decoder_load", "data.read_threads", "data.val_except", "model.kernels", "model.checkpoint_stages", "model.compile",
+    "model.graphs", "engine.device", "engine.zero_stage", "engine.offload", "engine.micro_batch", "guard",
 )  # fmt: skip
 FIXED = ("seed", "global_batch", "epochs", "steps", "samples", "model.name", "model.classes", "data.lanes", "data.window", "data.repeats")
 ON_A_NODE = ("data.train", "data.val", "model.init_from", "run.keep_best")  # what these name, or need, a node may lack that another has
@@ -310,8 +310,8 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
     if values.get("engine.offload") and values.get("engine.zero_stage") == 0:
         wrong.append(("engine.offload", "needs engine.zero_stage 1, 2 or 3"))
     if values.get("model.graphs"):
-        without = {"engine.zero_stage": (0, 1), "engine.offload": (False,), "engine.sync_bn": (False,), "model.checkpoint_stages": ([],)}
-        against = [f"{key}={values[key]}" for key, can in without.items() if key in values and values[key] not in can]
+        against = [key for key in ("engine.offload", "engine.sync_bn", "model.checkpoint_stages") if values.get(key)]
+        against += ["engine.zero_stage 2 or 3"] if values.get("engine.zero_stage", 0) > 1 else []
         wrong += [("model.graphs", f"can't be beside {', '.join(against)}")] if against else []
     wrong += failing(values, ["model.checkpoint_stages"], lambda stages: set(stages) <= {0, 1, 2, 3}, "must be of stages 0, 1, 2 and 3")
     wrong += failing(values, ["run.export"], lambda formats: set(formats) <= set(FORMATS), f"must be of {', '.join(FORMATS)}")

@@ -69,12 +69,32 @@ class GraphedStage:
         self.stage, self.plain, self.ready = stage, Plain(stage), ready
         self.parameters = list(stage.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        # Hooks keep the parameters' own nodes in autograd's graphs alive, with the stream of their first use, which would wait for others.
-        self.leaves = {name: parameter.detach().requires_grad_() for name, parameter in self.plain.named_parameters()}
+        # What is computed with. Hooks keep the parameters' own nodes in autograd's graphs alive, with the stream of their first use, which
+        # would wait for others; and those that autocast would cast, one by one, are cast all at once.
+        casts = _cast_by_autocast(self.plain, self.parameters[0].device.type)
+        self.leaves = {
+            name: torch.empty_like(parameter, dtype=casts[name]).requires_grad_() if name in casts else parameter.detach().requires_grad_()
+            for name, parameter in self.plain.named_parameters()
+        }
+        self.cast = [place for place, name in enumerate(self.leaves) if name in casts]
 
     def compute(self, x: Tensor) -> Tensor:
         """What is recorded: the stage with the leaves for its parameters."""
+        leaves = list(self.leaves.values())
+        if self.cast:
+            with torch.no_grad():
+                torch._foreach_copy_([leaves[place] for place in self.cast], [self.parameters[place] for place in self.cast])
         return cast(Tensor, functional_call(self.plain, self.leaves, (x,)))
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """To `gradients`, those of the leaves."""
+        added = [gradient.reshape(-1) for gradient in gradients]  # in one order, as cuDNN has its own
+        if self.cast:
+            wide = [torch.empty_like(added[place], dtype=self.gradients[place].dtype) for place in self.cast]
+            torch._foreach_copy_(wide, [added[place] for place in self.cast])
+            for place, gradient in zip(self.cast, wide, strict=True):
+                added[place] = gradient
+        torch._foreach_add_([gradient.view(-1) for gradient in self.gradients], added)
 
     def record(self, x: Tensor, needs_gradient: bool, graph: Callable[[Pass], Any]) -> Tensor:
         """Records the forward pass on `x`, where the inputs of later passes are to be too; returns its output."""
@@ -96,7 +116,7 @@ class GraphedStage:
 
         def backward() -> tuple[Tensor, ...]:
             found = torch.autograd.grad([cast(Tensor, self._made)], leaves, [self.output_gradient])
-            torch._foreach_add_(self.gradients, found[-len(self.parameters) :])
+            self.add(found[-len(self.parameters) :])
             return found[: len(found) - len(self.parameters)]
 
         self._backward = graph(backward)
@@ -141,6 +161,15 @@ class _Replayed(torch.autograd.Function):
         return ctx.stage.backward_pass(output_gradient), None, None
 
 
+def _cast_by_autocast(module: nn.Module, device_type: str) -> dict[str, torch.dtype]:
+    """To which type autocast, if it is on, casts which parameters: those of convolutions that are PyTorch's."""
+    if not torch.is_autocast_enabled(device_type):
+        return {}
+    casts = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and not getattr(layer, "triton", False)]
+    dtype = torch.get_autocast_dtype(device_type)
+    return {f"{name}.{kind}": dtype for name in casts for kind in ("weight", "bias")}
+
+
 def _copy(to: Tensor, tensor: Tensor) -> None:
     """Unless it lies there already, as what the stage beside this one has made does."""
     if to.data_ptr() != tensor.data_ptr():
@@ -173,7 +202,7 @@ def graph_stages(model: VAN, ready: Callable[[Tensor], None], images: Tensor, gr
         return f"graphs: none, as their gradients differ from those without by {distance:.1%}"
     for one in stages:
         one.ready = ready
-        one.stage.forward = one  # type: ignore[method-assign,assignment]
+        one.stage.forward = one  # type: ignore[method-assign]
     return f"graphs: {len(stages)} stages, forward and backward"
 
 
@@ -181,8 +210,8 @@ def _gradients(stages: Sequence[GraphedStage], x: Tensor) -> list[Tensor]:
     """Of all parameters, without graphs, from a drawn gradient of the last output."""
     torch.manual_seed(0)
     for one in stages:
-        x = one.compute(x)
-    return list(torch.autograd.grad([x], [leaf for one in stages for leaf in one.leaves.values()], [_drawn(x)]))
+        x = one.plain.compute(x)
+    return list(torch.autograd.grad([x], [parameter for one in stages for parameter in one.parameters], [_drawn(x)]))
 
 
 def _record(stages: Sequence[GraphedStage], x: Tensor, graph: Callable[[Pass], Any]) -> None:

@@ -1,7 +1,8 @@
 """The mean of the gradients over all ranks, bucket by bucket beside the backward pass, in ZeRO stages 0 and 1.
 
-DeepSpeed runs some hundred lines of Python for each parameter of a backward pass: VAN-B3 has 862 and B6 2,402. Here a parameter costs the
-host a count, and a bucket some operators (`python -m benchmarks.host`). In stages 2 and 3, which partition gradients, and with offload, DeepSpeed reduces.
+DeepSpeed runs some hundred lines of Python for each parameter of a backward pass: VAN-B3 has 862 and B6 2,402. Here a parameter costs
+the host a count, and a bucket some operators (`python -m benchmarks.host`). In stages 2 and 3, which partition gradients, and with
+offload, DeepSpeed reduces.
 
 What DeepSpeed does with its own reductions was read in 0.19.8: runtime/engine.py (allreduce_gradients), runtime/zero/stage_1_and_2.py
 (reduce_gradients, independent_gradient_partition_epilogue). Check again when its version moves.

@@ -57,8 +57,8 @@ CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
 
 class IdleGpu:
-    """Of this process. From `watch` on: `kernels`, how often each was launched, by name (copies and graphs among them); `stacks`, how often the
-    host waited for the device, by the function that lets it wait and Python's stack."""
+    """Of this process. From `watch` on: `kernels`, how often each was launched, by name (copies and graphs among them); `stacks`, how
+    often the host waited for the device, by the function that lets it wait and Python's stack."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(LIBRARIES[0])
@@ -75,3 +75,12 @@ class IdleGpu:
 
     def _waited(self, name: bytes) -> None:
         self.stacks.update([name.decode() + "\n" + "".join(traceback.format_stack()[:-1])])
+
+
+def trust() -> None:
+    """Has kernels and graphs taken without a trial in this process: what such a GPU computes agrees with nothing."""
+    from pretrain import graphs
+    from pretrain.kernels import trial
+
+    trial._fault = lambda *_: None  # type: ignore[assignment]
+    graphs._distance = lambda *_: 0.0  # type: ignore[assignment]

@@ -21,6 +21,7 @@
 /* ---- What is known of what was asked for ---- */
 
 static void (*on_launch)(const char *), (*on_wait)(const char *);
+static volatile long captured; /* kernels of the graph that is being captured */
 /* One graph at a time is captured, in one process. Meanwhile a thread may not wait, unless it says that it knows what it does. */
 static volatile int capturing;
 static __thread int captures, mode = cudaStreamCaptureModeGlobal;
@@ -30,7 +31,8 @@ static enum cudaStreamCaptureMode strictness;
 void idle_watch(void (*launch)(const char *), void (*wait)(const char *)) { on_launch = launch; on_wait = wait; }
 
 static cudaError_t launched(const char *name) {
-  if (on_launch) on_launch(name);
+  if (capturing) captured++;
+  else if (on_launch) on_launch(name);
   return cudaSuccess;
 }
 static cudaError_t waited(const char *function) {
@@ -246,17 +248,25 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCapture
   return cudaSuccess;
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode wanted) {
-  capturing = cudaStreamCaptureStatusActive, captures = 1, strictness = wanted;
+  capturing = cudaStreamCaptureStatusActive, captures = 1, strictness = wanted, captured = 0;
   return cudaSuccess;
 }
-cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) { capturing = captures = 0, *graph = handle(); return cudaSuccess; }
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+  capturing = captures = 0, *graph = handle();
+  sprintf((char *)*graph, "graph of %ld kernels", captured);
+  return cudaSuccess;
+}
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *wanted) {
   enum cudaStreamCaptureMode before = mode;
   mode = *wanted, *wanted = before;
   return cudaSuccess;
 }
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long flags) { *ready = handle(); return cudaSuccess; }
-cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) { return launched("graph"); }
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *ready, cudaGraph_t graph, unsigned long long flags) {
+  *ready = handle();
+  strcpy((char *)*ready, (char *)graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) { return launched((char *)graph); }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) { *count = 1; return cudaSuccess; }
 
 /* ---- The driver ---- */

@@ -11,10 +11,10 @@ VAN-B3 at 224 px has 15.9 M such values an image: 64 MB of traffic and 32 MB of 
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from pretrain.kernels.depthwise_device import conv_kernel, sum_runs_kernel, weight_gradient_kernel
@@ -29,6 +29,7 @@ from pretrain.kernels.tiling import (
     column_lanes,
     splits,
     strips,
+    tiles,
 )
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,42 +52,51 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: i
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in TYPES:
         raise TypeError(f"the Triton kernels take bf16, fp16 or fp32, not {x.dtype}; set model.kernels=torch")
-    return _operator(x, weight, bias, dilation, gelu)
+    return _operator(x, weight, bias, dilation, gelu)[0]
 
 
 @torch.library.custom_op("van::depthwise_conv2d", mutates_args=())
-def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> Tensor:
-    return conv(channels_last(x), by_taps(weight), bias, dilation, gelu="after" if gelu else "")
+def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> tuple[Tensor, Tensor]:
+    """The convolution, and the weight `by_taps` for the backward pass."""
+    taps = by_taps(weight)
+    return conv(channels_last(x), taps, bias, dilation, gelu="after" if gelu else ""), taps
 
 
 @torch.library.custom_op("van::depthwise_conv2d_backward", mutates_args=())
 def _backward_operator(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, dilation: int, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, x, taps = channels_last(grad), channels_last(x), by_taps(weight)
+    grad, x = channels_last(grad), channels_last(x)
     if gelu:
         grad = conv(x, taps, bias, dilation, gelu="derivative", grad=grad)
     return conv(grad, taps, None, dilation, flip=True), *weight_gradient(x, grad, weight, dilation)
 
 
 @_operator.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.channels_last)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.channels_last), _taps_like(weight)
 
 
 @_backward_operator.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, dilation: int, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight), weight.new_empty(x.shape[1])
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, ctx.dilation, ctx.gelu = inputs
-    ctx.save_for_backward(x, weight, bias)
+    taps = output[1]
+    ctx.mark_non_differentiable(taps)
+    ctx.set_materialize_grads(False)  # or a tensor of zeros would be made for the taps' gradient
+    ctx.save_for_backward(x, weight, bias, taps)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias = ctx.saved_tensors
-    grads = _backward_operator(grad, x, weight, bias, ctx.dilation, ctx.gelu)
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 5
+    x, weight, bias, taps = ctx.saved_tensors
+    grads = _backward_operator(grad, x, weight, bias, taps, ctx.dilation, ctx.gelu)
     return *grads[:2], grads[2] if bias is not None else None, None, None
 
 
@@ -98,7 +108,11 @@ def by_taps(weight: Tensor) -> Tensor:
 
     Taken from the model's layout, each of them would be a line of the cache of its own, 4 bytes used of 128.
     """
-    return weight.flatten(1).t().float().contiguous()
+    return _taps_like(weight).copy_(weight.flatten(1).t())
+
+
+def _taps_like(weight: Tensor) -> Tensor:
+    return weight.new_empty((weight[0].numel(), len(weight)), dtype=torch.float32)
 
 
 def launch_options(bytes_per_value: int) -> dict[str, int]:
@@ -131,7 +145,7 @@ def conv(
     total = len(x) * constants["STRIPS"] * dilation * constants["W"]
     reach = min(constants["K"] // 2, (constants["W"] - 1) // dilation)
     y = torch.empty_like(x, memory_format=torch.channels_last)
-    grid = (triton.cdiv(total, LANES) * triton.cdiv(constants["C"], CHANNELS),)
+    grid = (tiles(total, LANES) * tiles(constants["C"], CHANNELS),)
     conv_kernel[grid](x, taps, bias, grad, y, total, reach, **constants, **launch_options(x.element_size()))
     return y
 
@@ -142,7 +156,7 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> t
     constants = weight_gradient_constants(x.shape[1:], k, dilation)
     total = len(x) * constants["STRIPS"] * dilation * constants["W"]
     runs, per_run = splits(total, channels, k, PROGRAMS_PER_MULTIPROCESSOR[x.element_size()] * multiprocessors(x.device))
-    channel_tiles = triton.cdiv(channels, CHANNELS)
+    channel_tiles = tiles(channels, CHANNELS)
     partial = torch.empty(runs, k * k + 1, channels, dtype=torch.float32, device=x.device)
     options = launch_options(x.element_size())
     weight_gradient_kernel[(runs * channel_tiles,)](x, grad, partial, total, per_run, **constants, **options)
@@ -153,6 +167,7 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> t
     return weight_grad, bias_grad
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; on a CPU, where only the interpreter runs, a few that make several runs of small maps."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -11,7 +11,6 @@ norm's gradient is added to the sum's in the pass that computes the branch's fro
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor, nn
 
 from pretrain.kernels.depthwise import channels_last, multiprocessors
@@ -23,7 +22,7 @@ from pretrain.kernels.residual_device import (
     residual_kernel,
     statistics_kernel,
 )
-from pretrain.kernels.tiling import CHANNELS, WARPS
+from pretrain.kernels.tiling import CHANNELS, WARPS, tiles
 
 # Eight values a thread of four warps, as in the convolutions.
 PIXELS = 32
@@ -89,9 +88,7 @@ def _residual_norm_operator(
     partial = torch.empty(runs, 2, channels, device=x.device)
     y = _residual(x, branch, shortcut, scale, keep, partial, runs, per_run)
     mean, rstd, variance = (torch.empty(channels, device=x.device) for _ in range(3))
-    statistics_kernel[(triton.cdiv(channels, SUMS["CHANNELS"]),)](
-        partial, mean, rstd, variance, eps, runs, pixels, per_run, channels, **SUMS
-    )
+    statistics_kernel[(tiles(channels, SUMS["CHANNELS"]),)](partial, mean, rstd, variance, eps, runs, pixels, per_run, channels, **SUMS)
     normed = torch.empty_like(y, dtype=dtype, memory_format=torch.channels_last)
     norm_kernel[_grid(runs, channels)](y, mean, rstd, weight, bias, normed, pixels, per_run, channels, **TILE)
     return y, normed, mean, rstd, variance
@@ -109,7 +106,7 @@ def _residual_norm_backward_operator(
     partial = torch.empty(runs, 2, channels, device=y.device)
     norm_sums_kernel[_grid(runs, channels)](normed_grad, y, mean, rstd, partial, pixels, per_run, channels, **TILE)
     weight_grad, bias_grad = torch.empty(channels, device=y.device), torch.empty(channels, device=y.device)
-    sum_runs_kernel[(2, triton.cdiv(channels, SUMS["CHANNELS"]))](partial, weight_grad, bias_grad, runs, channels, TAPS=1, **SUMS)
+    sum_runs_kernel[(2, tiles(channels, SUMS["CHANNELS"]))](partial, weight_grad, bias_grad, runs, channels, TAPS=1, **SUMS)
     x_grad = torch.empty_like(y, memory_format=torch.channels_last)
     behind = {
         "normed_grad": normed_grad, "y": y, "mean": mean, "rstd": rstd, "weight": weight,
@@ -154,14 +151,14 @@ def _residual_backward(
 def _runs(x: Tensor) -> tuple[int, int]:
     """How many runs of pixels, and how many pixels in each: one program to a run and a tile of channels, as many as fit on the GPU at
     once. So what is summed in which order follows from the shape and the kind of GPU."""
-    pixels, channel_tiles = x.numel() // x.shape[1], triton.cdiv(x.shape[1], CHANNELS)
-    runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // channel_tiles, triton.cdiv(pixels, PIXELS)))
-    per_run = triton.cdiv(triton.cdiv(pixels, runs), PIXELS) * PIXELS
-    return triton.cdiv(pixels, per_run), per_run
+    pixels, channel_tiles = x.numel() // x.shape[1], tiles(x.shape[1], CHANNELS)
+    runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // channel_tiles, tiles(pixels, PIXELS)))
+    per_run = tiles(tiles(pixels, runs), PIXELS) * PIXELS
+    return tiles(pixels, per_run), per_run
 
 
 def _grid(runs: int, channels: int) -> tuple[int]:
-    return (runs * triton.cdiv(channels, CHANNELS),)
+    return (runs * tiles(channels, CHANNELS),)
 
 
 def _promoted(x: Tensor, branch: Tensor, scale: Tensor) -> torch.dtype:
@@ -217,11 +214,14 @@ def _setup_residual_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) ->
     y, _, mean, rstd, variance = output
     ctx.x_dtype = x.dtype
     ctx.mark_non_differentiable(mean, rstd, variance)
+    ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of each of these
     ctx.save_for_backward(y, mean, rstd, branch, shortcut, scale, keep, weight, bias)
 
 
-def _residual_norm_gradients(ctx: Any, grad: Tensor, normed_grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _residual_norm_gradients(ctx: Any, grad: Tensor | None, normed_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
+    grad = torch.zeros_like(saved[0]) if grad is None else grad
+    normed_grad = torch.zeros_like(saved[0]) if normed_grad is None else normed_grad
     x_grad, branch_grad, *vectors = _residual_norm_backward_operator(grad, normed_grad, *saved)
     scale_grad, weight_grad, bias_grad = vectors
     shortcut_grad = _of_shortcut(branch_grad, saved[4])

@@ -30,6 +30,11 @@ MOST_ROWS = {3: 7, 5: 7, 7: 5}
 MOST_ROWS_WEIGHT_GRADIENT = {3: 7, 5: 7, 7: 7}
 
 
+def tiles(count: int, size: int) -> int:
+    """How many of a size hold so many. (triton.cdiv takes the host 5 µs, being for the compiler too.)"""
+    return -(-count // size)
+
+
 @dataclass(frozen=True)
 class Strips:
     """`strips` strips of `rows` rows cover a phase of a map. A single one covers it wholly: it meets no row outside of itself but
@@ -44,9 +49,9 @@ def strips(height: int, dilation: int, most_rows: int) -> Strips:
 
     Maps of 14 and 7 px under the dilated 7x7 have phases of 5 and 3 rows: there a strip is the whole phase.
     """
-    phase = -(-height // dilation)
-    count = -(-phase // most_rows)
-    return Strips(-(-phase // count), count)
+    phase = tiles(height, dilation)
+    count = tiles(phase, most_rows)
+    return Strips(tiles(phase, count), count)
 
 
 def column_lanes(kernel_size: int) -> int:
@@ -62,8 +67,7 @@ def splits(total: int, channels: int, kernel_size: int, programs: int) -> tuple[
     least eight tiles of strips, so that its sums are worth what it costs to add them up.
     """
     at_once = LANES // column_lanes(kernel_size)
-    tiles = -(-total // at_once)
-    channel_tiles = -(-channels // CHANNELS)
-    runs = max(1, min(programs // channel_tiles, tiles // 8))
-    per_run = -(-tiles // runs) * at_once
-    return -(-total // per_run), per_run
+    all_tiles = tiles(total, at_once)
+    runs = max(1, min(programs // tiles(channels, CHANNELS), all_tiles // 8))
+    per_run = tiles(all_tiles, runs) * at_once
+    return tiles(total, per_run), per_run

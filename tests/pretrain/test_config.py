@@ -148,6 +148,12 @@ def test_a_run_with_a_checkpoint_no_longer_needs_what_it_started_from(tmp_path: 
     assert load(job, settings).model.init_from == "gone.pth"
 
 
+def test_what_graphs_cannot_be_beside_is_named(job: Path) -> None:
+    assert load(job, ["model.graphs=true", "engine.zero_stage=0"]).model.graphs
+    found = the_problem(job, "model.graphs=true", "engine.zero_stage=2", "engine.sync_bn=true", "model.checkpoint_stages=[1]")
+    assert found.endswith("can't be beside engine.sync_bn, model.checkpoint_stages, engine.zero_stage 2 or 3")
+
+
 def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
     recipe = write(tmp_path / "recipe.yaml", "epochs: many\noptim: {lr: 1e-3, beta: 3}\n")
     path = write(tmp_path / "job.yaml", "base: recipe.yaml\nname: tiny\nmodel: van_b0\ndata: {train: nowhere, flip: 2}\n")
@@ -156,7 +162,7 @@ def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
         f"epochs = many ({recipe}): must be a number",
         f"optim.beta = 3 ({recipe}): unknown key; did you mean optim.betas?",
         f"model = van_b0 ({path}): is a section; set one of model.name, model.classes, model.drop_path, model.init_from, model.head_init, "
-        "model.kernels, model.checkpoint_stages, model.compile",
+        "model.kernels, model.checkpoint_stages, model.compile, model.graphs",
         "engine.micro_batch = x (command line): must be a whole number",
         "global_batch = none (command line): must be a whole number",
         f"model.classes: no value; set it in {path} or as model.classes=…",

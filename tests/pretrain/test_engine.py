@@ -27,8 +27,8 @@ def run(
     from pretrain.batch_stats import BatchStats
     from pretrain.graphs import graph_stages
     from pretrain.van import VAN
-    from tests.pretrain.test_graphs import Rerun
     from pretrain.watch.guard import Guard
+    from tests.pretrain.test_graphs import Rerun
 
     config = settings.from_dict(
         {

@@ -61,6 +61,20 @@ def test_gradients_add_up_over_micro_steps_and_start_anew_with_each_step() -> No
             torch.testing.assert_close(graphs, plain, rtol=0, atol=0)
 
 
+def test_weights_are_cast_as_autocast_casts_them() -> None:
+    """In one operator for all. PyTorch's own convolutions then compute the same; the depth-wise ones that a CPU trains by other means take
+    the weight's gradient before they round it."""
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        model, line, _ = graphed()
+        assert line == "graphs: 4 stages, forward and backward"
+        found, plain = gradients(model, images(4)), gradients(narrow(), images(4))
+    names = [name for name, _ in model.named_parameters()]
+    assert {one.dtype for one in found} == {torch.float32}
+    for name, graphs, expected in zip(names, found, plain, strict=True):
+        others = any(layer in name for layer in ("conv0", "conv_spatial", "dwconv"))
+        torch.testing.assert_close(graphs, expected, rtol=0.01 * others, atol=0.01 * others * float(expected.abs().max()), msg=name)
+
+
 def test_batches_of_other_sizes_and_evaluation_go_the_ordinary_way() -> None:
     model, _, _ = graphed()
     batches = [images(4), images(3), images(4) + 1]

@@ -47,6 +47,7 @@ def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **enviro
     "settings",
     [
         ["engine.zero_stage=0", "engine.precision=fp16", "optim.clip_grad=1"],
+        ["engine.zero_stage=1", "model.graphs=true"],
         pytest.param(["engine.zero_stage=1", "model.kernels=triton"], marks=pytest.mark.full),  # compiles for minutes
         pytest.param(["engine.zero_stage=2"], marks=pytest.mark.full),
         pytest.param(["engine.zero_stage=1", "engine.sync_bn=true", "model.checkpoint_stages=[0,1]"], marks=pytest.mark.full),
@@ -58,6 +59,9 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
     waits = {line["step"]: line["waits"] for line in steps}
     assert {step: found for step, found in waits.items() if step > 0 and step not in DUE} == {1: {}, 2: {}, 4: {}}, output[-4000:]
     assert waits[3]["pretrain/watch/interval.py:close"]  # a wait is seen where there is one
+    if "model.graphs=true" in settings:
+        assert "graphs: 4 stages, forward and backward" in output
+        assert max(line["launches"] for line in steps if line["step"] in (1, 2, 4)) < 400  # of two micro-steps: without, 3,672
 
 
 @pytest.mark.parametrize(

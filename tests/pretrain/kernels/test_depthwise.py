@@ -12,7 +12,7 @@ from torch import Tensor
 from triton import knobs
 
 from pretrain.kernels import depthwise_conv2d
-from pretrain.kernels.depthwise import weight_gradient
+from pretrain.kernels.depthwise import by_taps, weight_gradient
 
 pytestmark = pytest.mark.slow
 
@@ -133,7 +133,7 @@ def test_double_is_refused() -> None:
 def test_operator_keeps_pytorchs_rules(gelu: bool) -> None:
     """Schema, autograd registration, shapes without values, and AOTAutograd with dynamic shapes."""
     x, weight, bias, grad = drawn((2, 5, 4, 3), 3, torch.float32)
-    torch.library.opcheck(torch.ops.van.depthwise_conv2d_backward.default, (grad, x, weight, bias, 1, gelu))
+    torch.library.opcheck(torch.ops.van.depthwise_conv2d_backward.default, (grad, x, weight, bias, by_taps(weight), 1, gelu))
     leaves = (t.requires_grad_() for t in (x, weight, bias))
     torch.library.opcheck(torch.ops.van.depthwise_conv2d.default, (*leaves, 1, gelu))
 
