@@ -12,13 +12,14 @@ the update by AdamW. Images and labels lie on the device already.
 | `peer_compiled` | the authors' | as `peer_fp16_nhwc` | torch.compile of the whole model |
 | `own_…` | ours, channels-last | fp32, or bf16 as a job has it | our fused AdamW; PyTorch's operators or Triton's, compiled or not |
 | `engine` | ours | bf16 | what a job runs: DeepSpeed ZeRO-1 on one rank, the guard, BatchNorm's statistics |
+| `engine_graphs` | ours | the same | with `model.graphs` |
 
 A compiled way takes the micro-batch that is best for the same way uncompiled, as each other size would be compiled for minutes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -89,7 +90,8 @@ def ways(device: torch.device, authors: ModuleType | None) -> list[Way]:
             Way(name, partial(_own, "bf16", kernels)),
             Way(f"{name}_compiled", partial(_own, "bf16", kernels, compiled=True), batch_of=name),
         ]
-    return [*found, Way("engine", partial(_engine, "triton"), batch_of="own_kernels")]
+    engine = Way("engine", partial(_engine, "triton"), batch_of="own_kernels")
+    return [*found, engine, Way("engine_graphs", partial(_engine, "triton", graphs=True), batch_of="own_kernels")]
 
 
 def new_model(job: Job) -> VAN:
@@ -144,17 +146,20 @@ def _peer(authors: ModuleType, precision: str, job: Job, *, channels_last: bool,
     return step
 
 
-def _engine(kernels: str, job: Job) -> Step:
-    config = settings.from_dict(
-        {
-            "name": "bench", "global_batch": 1, "epochs": 1.0,
-            "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path, "kernels": kernels},
-            "data": {"train": "none", "image_size": job.image_size}, "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
-            "engine": {"micro_batch": 1, "device": job.device.type},
-        }
-    )  # fmt: skip
-    step = engine_step(config, new_model(job))
-    return lambda images, labels: step(images, labels[:, None], None)
+def _engine(kernels: str, job: Job, *, graphs: bool = False) -> Step:
+    @cache
+    def step(batch: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        config = settings.from_dict(
+            {
+                "name": "bench", "global_batch": batch, "epochs": 1.0,
+                "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path, "kernels": kernels, "graphs": graphs},
+                "data": {"train": "none", "image_size": job.image_size}, "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
+                "engine": {"micro_batch": batch, "device": job.device.type},
+            }
+        )  # fmt: skip
+        return engine_step(config, new_model(job))
+
+    return lambda images, labels: step(len(images))(images, labels[:, None], None)
 
 
 def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
