@@ -74,7 +74,7 @@ def _steps(args: Namespace, model: str, device: torch.device, authors: Any) -> N
 
 
 def chosen(all_ways: Sequence[Way], names: Sequence[str] | None) -> list[Way]:
-    """Those of the names, in their own order; all without names.
+    """Those of the names, in their own order; without names all that hold no memory of others.
 
     Raises:
         ValueError: there is no such way here.
@@ -82,7 +82,7 @@ def chosen(all_ways: Sequence[Way], names: Sequence[str] | None) -> list[Way]:
     unknown = set(names or ()) - {way.name for way in all_ways}
     if unknown:
         raise ValueError(f"--ways: no {', '.join(sorted(unknown))} here; there are {', '.join(way.name for way in all_ways)}")
-    return [way for way in all_ways if not names or way.name in names]
+    return [way for way in all_ways if (way.name in names if names else not way.holds)]
 
 
 def _feed(args: Namespace, device: torch.device) -> None:

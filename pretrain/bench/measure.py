@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class Running:
 def start(way: Way, job: Job, batch: int) -> Running:
     """Builds it, with images and labels that follow from a seed."""
     before = _allocated(job.device)
-    step = way.build(job)
+    step = way.build(replace(job, batch=batch))
     numbers = torch.Generator().manual_seed(1)
     images = torch.randn(batch, 3, job.image_size, job.image_size, generator=numbers)
     labels = torch.randint(job.classes, (batch,), generator=numbers)
@@ -149,8 +149,13 @@ def _choose_batch(one: Measured, found: dict[str, Measured], job: Job, batch: in
 
 
 def _warm(one: Measured, job: Job) -> Running:
+    before = _allocated(job.device)
+    if one.way.holds:
+        torch.cuda.reset_peak_memory_stats(job.device)
     running = start(one.way, job, one.batch)
     one.loss = float(running())
+    if one.way.holds:
+        one.memory_bytes = torch.cuda.max_memory_allocated(job.device) - before
     _steps(running, WARM_UP[job.device.type], job.device)
     return running
 

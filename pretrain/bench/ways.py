@@ -12,14 +12,14 @@ the update by AdamW. Images and labels lie on the device already.
 | `peer_compiled` | the authors' | as `peer_fp16_nhwc` | torch.compile of the whole model |
 | `own_…` | ours, channels-last | fp32, or bf16 as a job has it | our fused AdamW; PyTorch's operators or Triton's, compiled or not |
 | `engine` | ours | bf16 | what a job runs: DeepSpeed ZeRO-1 on one rank, the guard, BatchNorm's statistics |
-| `engine_graphs` | ours | the same | with `model.graphs` |
+| `engine_graphs` | ours | the same | with `model.graphs`; taken where it is named |
 
 A compiled way takes the micro-batch that is best for the same way uncompiled, as each other size would be compiled for minutes.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -52,16 +52,19 @@ class Job:
     device: torch.device
     classes: int = 1000
     drop_path: float = 0.1
+    batch: int = 1  # images of a step
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train, and in which layout it takes its images. `batch_of` names the way whose micro-batch it takes over."""
+    """A way to train, and in which layout it takes its images. `batch_of` names the way whose micro-batch it takes over. One that
+    `holds` its memory between steps leaves less to the others, and is taken only where it is named."""
 
     name: str
     build: Callable[[Job], Step]
     channels_last: bool = True
     batch_of: str | None = None
+    holds: bool = False
 
 
 def ways(device: torch.device, authors: ModuleType | None) -> list[Way]:
@@ -91,7 +94,7 @@ def ways(device: torch.device, authors: ModuleType | None) -> list[Way]:
             Way(f"{name}_compiled", partial(_own, "bf16", kernels, compiled=True), batch_of=name),
         ]
     engine = Way("engine", partial(_engine, "triton"), batch_of="own_kernels")
-    return [*found, engine, Way("engine_graphs", partial(_engine, "triton", graphs=True), batch_of="own_kernels")]
+    return [*found, engine, Way("engine_graphs", partial(_engine, "triton", graphs=True), batch_of="own_kernels", holds=True)]
 
 
 def new_model(job: Job) -> VAN:
@@ -147,19 +150,16 @@ def _peer(authors: ModuleType, precision: str, job: Job, *, channels_last: bool,
 
 
 def _engine(kernels: str, job: Job, *, graphs: bool = False) -> Step:
-    @cache
-    def step(batch: int) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        config = settings.from_dict(
-            {
-                "name": "bench", "global_batch": batch, "epochs": 1.0,
-                "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path, "kernels": kernels, "graphs": graphs},
-                "data": {"train": "none", "image_size": job.image_size}, "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
-                "engine": {"micro_batch": batch, "device": job.device.type},
-            }
-        )  # fmt: skip
-        return engine_step(config, new_model(job))
-
-    return lambda images, labels: step(len(images))(images, labels[:, None], None)
+    config = settings.from_dict(
+        {
+            "name": "bench", "global_batch": job.batch, "epochs": 1.0,
+            "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path, "kernels": kernels, "graphs": graphs},
+            "data": {"train": "none", "image_size": job.image_size}, "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
+            "engine": {"micro_batch": job.batch, "device": job.device.type},
+        }
+    )  # fmt: skip
+    step = engine_step(config, new_model(job))
+    return lambda images, labels: step(images, labels[:, None], None)
 
 
 def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
