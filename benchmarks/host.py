@@ -63,10 +63,17 @@ def steps(micro_batch: int) -> dict[str, Callable[[], object]]:
 
 
 def measure(args: argparse.Namespace) -> None:
+    import torch
+
     gpu, all_steps = idle_gpu.IdleGpu(), steps(args.micro_batch)
     gpu.rest()
-    for step in all_steps.values():
-        for _ in range(4):  # kernels are compiled in the first, and ZeRO-3 learns what to gather when
+    peaks = {}
+    for name, step in all_steps.items():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+        for _ in range(3):  # ZeRO-3 learns what to gather when
             step()
     times: dict[str, list[float]] = {name: [] for name in all_steps}
     for _ in range(args.rounds):
@@ -79,16 +86,38 @@ def measure(args: argparse.Namespace) -> None:
         gpu.watch()
         step()
         gpu.rest()
-        ms = 1e3 * statistics.median(times[name])
         graphs = {kernel: int(found[1]) for kernel in gpu.kernels if (found := re.fullmatch(r"graph of (\d+) kernels", kernel))}
-        in_graphs = sum(gpu.kernels[graph] * (held - 1) for graph, held in graphs.items())
-        launches = gpu.kernels.total()
-        rows.append({"step": name, "host_ms": ms, "launches": launches, "kernels": launches + in_graphs, "waits": gpu.stacks.total()})
-        print(f"{name:24} {ms:6.0f} ms {launches:6} launches {launches + in_graphs:6} kernels {rows[-1]['waits']:3} waits", flush=True)
+        launches, waits, ms = gpu.kernels.total(), gpu.stacks.total(), 1e3 * statistics.median(times[name])
+        kernels = launches + sum(gpu.kernels[graph] * (held - 1) for graph, held in graphs.items())
+        rows.append({"step": name, "host_ms": ms, "launches": launches, "kernels": kernels, "waits": waits, "gb": peaks[name] / 1e9})
+        print(f"{name:24}{ms:6.0f} ms{launches:7} launches{kernels:7} kernels{waits:4} waits{peaks[name] / 1e9:7.1f} GB", flush=True)
         if args.kernels:
             print("\n".join(f"    {count:5} {kernel[: args.kernels]}" for kernel, count in gpu.kernels.most_common(30)))
+    images = image_bytes(args.micro_batch)
+    print(f"an image's activations take {images['allocated'] / 1e6:.1f} MB, and {images['estimated'] / 1e6:.1f} by the estimate")
     command = f"python -m benchmarks.host --micro-batch {args.micro_batch} --rounds {args.rounds}"
-    record(RESULT, command, ["torch", "deepspeed", "triton"], model=MODEL, image_size=IMAGE_SIZE, micro_batch=args.micro_batch, rows=rows)
+    measured = {"image_bytes": images, "rows": rows}
+    record(RESULT, command, ["torch", "deepspeed", "triton"], model=MODEL, image_size=IMAGE_SIZE, micro_batch=args.micro_batch, **measured)
+
+
+def image_bytes(micro_batch: int) -> dict[str, float]:
+    """What one image more adds to a step's peak, as PyTorch allocates it, and as `pretrain.watch.memory` estimates it."""
+    import torch
+
+    from pretrain.bench.ways import Job, new_model, ways
+    from pretrain.watch.memory import activation_bytes
+
+    job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0))
+    (step,) = (way.build(job) for way in ways(job.device, None) if way.name == "own")
+    peaks = []
+    for batch in (micro_batch, 2 * micro_batch):
+        images = torch.zeros(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
+        for _ in range(2):  # the optimizer's states
+            torch.cuda.reset_peak_memory_stats()
+            step(images, torch.zeros(batch, dtype=torch.int64, device=job.device))
+        peaks.append(torch.cuda.max_memory_allocated())
+    estimated = activation_bytes(new_model(job), IMAGE_SIZE, "bf16", "cuda")
+    return {"allocated": (peaks[1] - peaks[0]) / micro_batch, "estimated": estimated}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ Drop path draws anew in each pass, from the generator of the device and its seed
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,23 +25,21 @@ from pretrain import engine as engines
 from pretrain.config import Config
 from pretrain.van import VAN, VANStage
 
-WARM_UP = 3  # passes before recording, in which libraries choose their kernels, and Triton compiles
+WARM_UP = 3  # passes before recording, in which libraries choose their kernels, and compilers compile
 TOLERANCE = 0.01  # of the gradients' norm. Some of cuDNN's weight gradients are not the same in every bit twice; a wrong graph is far off
 
 Pass = Callable[[], tuple[Tensor, ...]]
 
 
 class CudaGraph:
-    """Results of a pass, in memory that stays, and what computes them again from what is then in the tensors that it read."""
+    """Results of a pass, in memory that stays, and what computes them again from what is then in the tensors that it read. Graphs that
+    run in the order in which they were recorded may share a `pool` of memory."""
 
-    pool: Any = None  # of all graphs, which run in the order in which they are recorded
-
-    def __init__(self, function: Pass):
+    def __init__(self, pool: Any, function: Pass):
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, as DALI's, is not this one's capture.
-        with torch.cuda.graph(self._graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
+        # thread_local: what other threads do meanwhile, as DALI's, is not forbidden.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.results = tuple(result.detach() for result in function())
-        CudaGraph.pool = self._graph.pool()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -73,7 +72,7 @@ class GraphedStage:
         # would wait for others; and those that autocast would cast, one by one, are cast all at once.
         casts = _cast_by_autocast(self.plain, self.parameters[0].device.type)
         self.leaves = {
-            name: torch.empty_like(parameter, dtype=casts[name]).requires_grad_() if name in casts else parameter.detach().requires_grad_()
+            name: (torch.empty_like(parameter, dtype=casts[name]) if name in casts else parameter.detach()).requires_grad_()
             for name, parameter in self.plain.named_parameters()
         }
         self.cast = [place for place, name in enumerate(self.leaves) if name in casts]
@@ -186,7 +185,7 @@ def use_graphs(engine: Any, config: Config) -> str:
     images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
     # The weights that autocast keeps once it has cast them would not be cast again by a graph.
     with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
-        return graph_stages(engine.module, engine.reductions.ready, images, CudaGraph)
+        return graph_stages(engine.module, engine.reductions.ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
 
 
 def graph_stages(model: VAN, ready: Callable[[Tensor], None], images: Tensor, graph: Callable[[Pass], Any]) -> str:
@@ -195,7 +194,8 @@ def graph_stages(model: VAN, ready: Callable[[Tensor], None], images: Tensor, gr
     stages = [GraphedStage(cast(VANStage, stage), lambda _: None) for stage in model.stages]
     with _kept(model.buffers()):
         for _ in range(WARM_UP):
-            expected = _gradients(stages, images.normal_())
+            _gradients(stages, images.normal_(), recorded=True)
+        expected = _gradients(stages, images, recorded=False)
         _record(stages, images, graph)
         distance = _distance(stages, images, expected)
     if not distance <= TOLERANCE:  # what is not a number is wrong
@@ -206,12 +206,13 @@ def graph_stages(model: VAN, ready: Callable[[Tensor], None], images: Tensor, gr
     return f"graphs: {len(stages)} stages, forward and backward"
 
 
-def _gradients(stages: Sequence[GraphedStage], x: Tensor) -> list[Tensor]:
-    """Of all parameters, without graphs, from a drawn gradient of the last output."""
+def _gradients(stages: Sequence[GraphedStage], x: Tensor, *, recorded: bool) -> list[Tensor]:
+    """Of all parameters, from a drawn gradient of the last output, without graphs: by what is `recorded`, or by the stages' own forward."""
     torch.manual_seed(0)
     for one in stages:
-        x = one.plain.compute(x)
-    return list(torch.autograd.grad([x], [parameter for one in stages for parameter in one.parameters], [_drawn(x)]))
+        x = one.compute(x) if recorded else one.plain.compute(x)
+    parameters = [tensor for one in stages for tensor in (one.leaves.values() if recorded else one.parameters)]
+    return list(torch.autograd.grad([x], parameters, [_drawn(x)]))
 
 
 def _record(stages: Sequence[GraphedStage], x: Tensor, graph: Callable[[Pass], Any]) -> None:

@@ -89,11 +89,16 @@ def gradients(engine: Any) -> list[Tensor]:
 
 
 def leave_out_norm(engine: Any) -> None:
-    """Makes ZeRO-3 measure and scale no gradients, which costs it a pass over them and two waits for the device a step. For stages 1
-    and 2 there is a setting, `compute_grad_norm`."""
-    if engine.zero_optimization_stage() == 3 and not _offloads(engine):
-        engine.optimizer._get_norm_groups = lambda: [torch.ones(())]
-        engine.optimizer.unscale_and_clip_grads = lambda *_: None
+    """Makes ZeRO measure and scale no gradients where no setting does, as `compute_grad_norm` does in stages 1 and 2 without offload: in
+    stage 3, which it costs a pass over them and two waits for the device a step; and with offload in 1 and 2, two for each parameter."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3 and not _offloads(engine):
+        optimizer._get_norm_groups = lambda: [torch.ones(())]
+        optimizer.unscale_and_clip_grads = lambda *_: None
+    elif stage in (1, 2) and _offloads(engine):
+        optimizer.set_norm_for_param_grad_in_gpu = lambda parameter: None
+        optimizer.update_offload_overflow_tracker_for_param_grad = lambda parameter: None
+        optimizer.scaled_global_norm = lambda *_: torch.ones(())
 
 
 def leave_out_wait(engine: Any) -> None:

@@ -38,7 +38,8 @@ def build(folder: Path) -> dict[str, str]:
         options = ["-shared", "-fPIC", "-O1", "-w", f"-I{triton / 'include'}", f"-DCUDNN={major * 10000 + minor * 100 + patch}"]
         subprocess.run(["gcc", *options, f"-Wl,-soname,{name}", "-o", folder / name, SOURCE, others, "-ldl", "-lpthread"], check=True)
     preloaded = ":".join(str(folder / name) for name in LIBRARIES)
-    return {"LD_PRELOAD": preloaded, "LD_LIBRARY_PATH": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
+    triton_compiles = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder / "triton")}
+    return {"LD_PRELOAD": preloaded, "LD_LIBRARY_PATH": str(folder)} | triton_compiles
 
 
 def _undefined(*libraries: Path) -> list[str]:
