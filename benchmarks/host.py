@@ -35,22 +35,22 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def steps(micro_batch: int) -> dict[str, Callable[[], object]]:
-    """A training step of each kind, on one batch over and over."""
+def steps(micro_batch: int) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What makes a training step of each kind, on one batch over and over."""
     import torch
 
     from pretrain import config as settings
-    from pretrain.bench.ways import Job, engine_step, new_model, ways
+    from pretrain.bench.ways import Job, Way, engine_step, new_model, ways
 
     idle_gpu.trust()
     job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0))
     images = torch.zeros(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=job.device)
-    found: dict[str, Callable[[], object]] = {}
-    for way in ways(job.device, None):
-        if way.name in ("own", "own_kernels"):
-            found[way.name] = partial(way.build(job), images, labels)
-    for name, (model, engine) in ENGINES.items():
+
+    def by_way(way: Way) -> Callable[[], object]:
+        return partial(way.build(job), images, labels)
+
+    def by_engine(model: dict[str, Any], engine: dict[str, Any]) -> Callable[[], object]:
         config = settings.from_dict(
             {
                 "name": "host", "global_batch": micro_batch, "epochs": 1.0, "data": {"train": "none", "image_size": IMAGE_SIZE},
@@ -58,19 +58,21 @@ def steps(micro_batch: int) -> dict[str, Callable[[], object]]:
                 "engine": {"micro_batch": micro_batch, "device": "cuda"} | engine,
             }
         )  # fmt: skip
-        found[name] = partial(engine_step(config, new_model(job)), images, labels[:, None], None)
-    return found
+        return partial(engine_step(config, new_model(job)), images, labels[:, None], None)
+
+    found = {way.name: partial(by_way, way) for way in ways(job.device, None) if way.name in ("own", "own_kernels")}
+    return found | {name: partial(by_engine, *given) for name, given in ENGINES.items()}
 
 
 def measure(args: argparse.Namespace) -> None:
     import torch
 
-    gpu, all_steps = idle_gpu.IdleGpu(), steps(args.micro_batch)
+    gpu, all_steps, peaks = idle_gpu.IdleGpu(), {}, {}
     gpu.rest()
-    peaks = {}
-    for name, step in all_steps.items():
+    for name, make in steps(args.micro_batch).items():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        step = all_steps[name] = make()
         step()
         peaks[name] = torch.cuda.max_memory_allocated() - before
         for _ in range(3):  # ZeRO-3 learns what to gather when
