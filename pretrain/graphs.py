@@ -61,10 +61,10 @@ class GraphedStage:
     """Takes the place of a stage's `forward`.
 
     Args:
-        ready: to be told of each parameter whose gradient a backward pass has added to.
+        ready: to be told of the parameters when a backward pass has added to their gradients.
     """
 
-    def __init__(self, stage: VANStage, ready: Callable[[Tensor], None]):
+    def __init__(self, stage: VANStage, ready: Callable[..., None]):
         self.stage, self.plain, self.ready = stage, Plain(stage), ready
         self.parameters = list(stage.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
@@ -141,8 +141,7 @@ class GraphedStage:
     def backward_pass(self, output_gradient: Tensor) -> Tensor | None:
         _copy(self.output_gradient, output_gradient)
         self._backward.replay()
-        for parameter in self.parameters:
-            self.ready(parameter)
+        self.ready(*self.parameters)
         return self.input_gradient
 
 
@@ -188,10 +187,10 @@ def use_graphs(engine: Any, config: Config) -> str:
         return graph_stages(engine.module, engine.reductions.ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
 
 
-def graph_stages(model: VAN, ready: Callable[[Tensor], None], images: Tensor, graph: Callable[[Pass], Any]) -> str:
+def graph_stages(model: VAN, ready: Callable[..., None], images: Tensor, graph: Callable[[Pass], Any]) -> str:
     """`use_graphs` with the parts of an engine: `images` (N, 3, H, W) are overwritten, and hold those of all later passes. What the graphs
     compute is compared with what the stages do; where that differs, the model is left as it was."""
-    stages = [GraphedStage(cast(VANStage, stage), lambda _: None) for stage in model.stages]
+    stages = [GraphedStage(cast(VANStage, stage), lambda *_: None) for stage in model.stages]
     with _kept(model.buffers()):
         for _ in range(WARM_UP):
             _gradients(stages, images.normal_(), recorded=True)

@@ -46,10 +46,12 @@ class Reductions:
     def _begin(self) -> None:
         self.missing, self.next = [len(bucket) for bucket in self.buckets], 0
 
-    def ready(self, parameter: Tensor) -> None:
-        """A backward pass has added to this parameter's gradient. Called by autograd, and by graphs, which autograd does not see into."""
+    def ready(self, *parameters: Tensor) -> None:
+        """A backward pass has added to these parameters' gradients. Called by autograd for each, and for all of a graph, into which
+        autograd does not see."""
         if self.engine.is_gradient_accumulation_boundary():
-            self.missing[self.number[id(parameter)]] -= 1
+            for parameter in parameters:
+                self.missing[self.number[id(parameter)]] -= 1
             while self.next < len(self.buckets) and not self.missing[self.next]:
                 self._reduce(self.next)
                 self.next += 1
