@@ -75,6 +75,7 @@ class GraphedStage:
             name: (torch.empty_like(parameter, dtype=casts[name]) if name in casts else parameter.detach()).requires_grad_()
             for name, parameter in self.plain.named_parameters()
         }
+        self.wants_gradient = torch.empty(0, device=self.parameters[0].device, requires_grad=True)
         self.cast = [place for place, name in enumerate(self.leaves) if name in casts]
 
     def compute(self, x: Tensor) -> Tensor:
@@ -131,7 +132,7 @@ class GraphedStage:
             torch._foreach_zero_(self.gradients)
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
-        return cast(Tensor, _Replayed.apply(x, self.parameters[0], self))
+        return cast(Tensor, _Replayed.apply(x, self.wants_gradient, self))
 
     def forward_pass(self, x: Tensor) -> Tensor:
         _copy(self.input, x)
@@ -146,10 +147,11 @@ class GraphedStage:
 
 
 class _Replayed(torch.autograd.Function):
-    """Takes a parameter so that there is a backward pass where the input needs no gradient."""
+    """Takes a tensor that wants a gradient, so that there is a backward pass where the input, as the first stage's, wants none. It is none
+    of the parameters, as of these autograd would tell their hooks, which count."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, parameter: Tensor, stage: GraphedStage) -> Tensor:
+    def forward(ctx: Any, x: Tensor, wants_gradient: Tensor, stage: GraphedStage) -> Tensor:
         ctx.stage = stage
         return stage.forward_pass(x)
 

@@ -71,9 +71,9 @@ class Reductions:
     def _finish(self) -> None:
         if not self.engine.is_gradient_accumulation_boundary():
             return
-        if self.next < len(self.buckets):
+        if any(self.missing):
             raise RuntimeError(
-                f"{sum(self.missing)} parameters got no gradient in a step's last backward pass: each must have a part in the loss"
+                f"{sum(self.missing)} parameters got no gradient in a step's last backward pass: each must have a part in the loss, once"
             )
         self._begin()
         if self.stream is not None:
