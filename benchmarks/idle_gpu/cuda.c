@@ -57,7 +57,8 @@ void **__cudaRegisterFatBinary(void *binary) { return calloc(1, 64); }
 void __cudaRegisterFatBinaryEnd(void **handle) {}
 void __cudaUnregisterFatBinary(void **handle) {}
 void __cudaRegisterVar(void **handle, char *host, char *device, const char *name, int external, size_t size, int constant, int global) {}
-void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name, int limit, void *a, void *b, void *c, void *d, int *e) {
+void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name, int limit, void *a, void *b, void *c,
+                            void *d, int *e) {
   unsigned i = slot(host);
   kernels[i].host = host, kernels[i].name = name;
 }
@@ -71,7 +72,9 @@ cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, 
   return cudaSuccess;
 }
 cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) { *kernel = (cudaKernel_t)host; return cudaSuccess; }
-cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void **a, size_t s, cudaStream_t t) { return launched(name_of(kernel)); }
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void **a, size_t s, cudaStream_t t) {
+  return launched(name_of(kernel));
+}
 cudaError_t cudaLaunchKernel(const void *host, dim3 g, dim3 b, void **a, size_t s, cudaStream_t t) { return launched(name_of(host)); }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *host, void **a) { return launched(name_of(host)); }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void *data) { function(data); return cudaSuccess; }
@@ -80,7 +83,10 @@ cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *found, const void *
   found->maxThreadsPerBlock = 1024, found->numRegs = 32, found->ptxVersion = found->binaryVersion = 90;
   return cudaSuccess;
 }
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *k, int b, size_t s, unsigned f) { *blocks = 2; return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *k, int b, size_t s, unsigned f) {
+  *blocks = 2;
+  return cudaSuccess;
+}
 
 /* ---- Memory ---- */
 
@@ -153,7 +159,10 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMe
   const void *host = kind == cudaMemcpyDeviceToHost ? to : kind == cudaMemcpyHostToDevice ? from : 0;
   return host && type_of(host) == cudaMemoryTypeUnregistered ? waited("cudaMemcpyAsync of pageable memory") : launched("copy");
 }
-cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) { memmove(to, from, size); return waited("cudaMemcpy"); }
+cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
+  memmove(to, from, size);
+  return waited("cudaMemcpy");
+}
 cudaError_t cudaMemsetAsync(void *at, int value, size_t size, cudaStream_t stream) { return launched("memset"); }
 cudaError_t cudaMemset(void *at, int value, size_t size) { return waited("cudaMemset"); }
 cudaError_t cudaGetSymbolAddress(void **at, const void *symbol) { *at = (void *)symbol; return cudaSuccess; }
@@ -240,7 +249,8 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t begin, cudaEvent_t end) 
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) { *status = capturing; return cudaSuccess; }
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id, cudaGraph_t *graph, const cudaGraphNode_t **d, const cudaGraphEdgeData **e, size_t *n) {
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+                                     cudaGraph_t *graph, const cudaGraphNode_t **d, const cudaGraphEdgeData **e, size_t *n) {
   *status = capturing;
   if (id) *id = capturing;
   if (graph) *graph = 0;
@@ -272,7 +282,8 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t 
 /* ---- The driver ---- */
 
 static int nothing(void) { return 0; }
-cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
+cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
+                                             enum cudaDriverEntryPointQueryResult *found) {
   *function = dlsym(RTLD_DEFAULT, name);
   if (!*function) *function = (void *)nothing;
   if (found) *found = cudaDriverEntryPointSuccess;
@@ -302,7 +313,8 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction f
   *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : which == CU_FUNC_ATTRIBUTE_NUM_REGS ? 64 : 0;
   return 0;
 }
-CUresult cuLaunchKernel(CUfunction f, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned g, unsigned s, CUstream t, void **p, void **x) {
+CUresult cuLaunchKernel(CUfunction f, unsigned a, unsigned b, unsigned c, unsigned d, unsigned e, unsigned g, unsigned s, CUstream t,
+                        void **p, void **x) {
   return launched(((struct function *)f)->name);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction f, void **p, void **x) { return launched(((struct function *)f)->name); }
@@ -342,8 +354,16 @@ int cudnnBackendGetAttribute(void *descriptor, int name, int type, long wanted, 
 }
 int cudnnBatchNormalizationForwardTrainingEx() { return launched("cudnnBatchNormalizationForwardTraining"); }
 int cudnnBatchNormalizationBackwardEx() { return launched("cudnnBatchNormalizationBackward"); }
-int cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize(void *h, int m, int o, void *x, void *z, void *y, void *b, void *a, size_t *bytes) { *bytes = 0; return 0; }
-int cudnnGetBatchNormalizationBackwardExWorkspaceSize(void *h, int m, int o, void *x, void *y, void *dy, void *dz, void *dx, void *db, void *a, size_t *bytes) { *bytes = 0; return 0; }
+int cudnnGetBatchNormalizationForwardTrainingExWorkspaceSize(void *h, int m, int o, void *x, void *z, void *y, void *b, void *a,
+                                                             size_t *bytes) {
+  *bytes = 0;
+  return 0;
+}
+int cudnnGetBatchNormalizationBackwardExWorkspaceSize(void *h, int m, int o, void *x, void *y, void *dy, void *dz, void *dx, void *db,
+                                                      void *a, size_t *bytes) {
+  *bytes = 0;
+  return 0;
+}
 int cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void *h, int m, int o, void *a, void *x, size_t *bytes) { *bytes = 0; return 0; }
 
 int ncclGetVersion(int *version) { *version = 22907; return 0; }
@@ -359,10 +379,16 @@ static int alone(const void *from, void *to, size_t count, int type, const char 
   if (from != to && count * sizes[type] < 1 << 16) memcpy(to, from, count * sizes[type]);
   return launched(what);
 }
-int ncclAllReduce(const void *from, void *to, size_t n, int type, int op, void *c, void *s) { return alone(from, to, n, type, "ncclAllReduce"); }
-int ncclReduceScatter(const void *from, void *to, size_t n, int type, int op, void *c, void *s) { return alone(from, to, n, type, "ncclReduceScatter"); }
+int ncclAllReduce(const void *from, void *to, size_t n, int type, int op, void *c, void *s) {
+  return alone(from, to, n, type, "ncclAllReduce");
+}
+int ncclReduceScatter(const void *from, void *to, size_t n, int type, int op, void *c, void *s) {
+  return alone(from, to, n, type, "ncclReduceScatter");
+}
 int ncclAllGather(const void *from, void *to, size_t n, int type, void *c, void *s) { return alone(from, to, n, type, "ncclAllGather"); }
-int ncclBroadcast(const void *from, void *to, size_t n, int type, int root, void *c, void *s) { return alone(from, to, n, type, "ncclBroadcast"); }
+int ncclBroadcast(const void *from, void *to, size_t n, int type, int root, void *c, void *s) {
+  return alone(from, to, n, type, "ncclBroadcast");
+}
 
 int nvrtcVersion(int *major, int *minor) { *major = 13, *minor = 0; return 0; }
 int nvrtcGetNumSupportedArchs(int *count) { *count = 1; return 0; }
