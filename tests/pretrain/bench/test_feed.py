@@ -17,7 +17,7 @@ from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-WAIT_S = 0.4
+WAIT_S = 0.8
 
 
 class Slow(TrainLoader):
