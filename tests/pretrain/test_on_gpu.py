@@ -46,7 +46,7 @@ def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **enviro
     [
         ["engine.zero_stage=0", "engine.precision=fp16", "optim.clip_grad=1"],
         ["engine.zero_stage=1", "model.graphs=true"],
-        pytest.param(["engine.zero_stage=1", "model.kernels=triton"], marks=pytest.mark.full),  # compiles for minutes
+        pytest.param(["engine.zero_stage=1", "model.kernels=triton"], marks=pytest.mark.full),  # compiles for half a minute
         pytest.param(["engine.zero_stage=2"], marks=pytest.mark.full),
         pytest.param(["engine.zero_stage=1", "engine.sync_bn=true", "model.checkpoint_stages=[0,1]"], marks=pytest.mark.full),
     ],
