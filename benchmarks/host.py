@@ -39,11 +39,10 @@ def steps(micro_batch: int) -> dict[str, Callable[[], Callable[[], object]]]:
     """What makes a training step of each kind, on one batch over and over."""
     import torch
 
-    from pretrain import config as settings
-    from pretrain.bench.ways import Job, Way, engine_step, new_model, ways
+    from pretrain.bench.ways import Job, Way, engine_config, engine_step, new_model, ways
 
     idle_gpu.trust()
-    job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0))
+    job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0), batch=micro_batch)
     images = torch.zeros(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=job.device)
 
@@ -51,14 +50,7 @@ def steps(micro_batch: int) -> dict[str, Callable[[], Callable[[], object]]]:
         return partial(way.build(job), images, labels)
 
     def by_engine(model: dict[str, Any], engine: dict[str, Any]) -> Callable[[], object]:
-        config = settings.from_dict(
-            {
-                "name": "host", "global_batch": micro_batch, "epochs": 1.0, "data": {"train": "none", "image_size": IMAGE_SIZE},
-                "optim": {"lr": 1e-3}, "model": {"name": MODEL, "classes": job.classes, "drop_path": job.drop_path} | model,
-                "engine": {"micro_batch": micro_batch, "device": "cuda"} | engine,
-            }
-        )  # fmt: skip
-        return partial(engine_step(config, new_model(job)), images, labels[:, None], None)
+        return partial(engine_step(engine_config(job, model, engine), new_model(job)), images, labels[:, None], None)
 
     found = {way.name: partial(by_way, way) for way in ways(job.device, None) if way.name in ("own", "own_kernels")}
     return found | {name: partial(by_engine, *given) for name, given in ENGINES.items()}

@@ -115,7 +115,7 @@ class GraphedStage:
         leaves = [*([self.input] if self.input.requires_grad else []), *self.leaves.values()]
 
         def backward() -> tuple[Tensor, ...]:
-            found = torch.autograd.grad([cast(Tensor, self._made)], leaves, [self.output_gradient])
+            found = _backward(cast(Tensor, self._made), leaves, self.output_gradient)
             self.add(found[-len(self.parameters) :])
             return found[: len(found) - len(self.parameters)]
 
@@ -213,7 +213,13 @@ def _gradients(stages: Sequence[GraphedStage], x: Tensor, *, recorded: bool) -> 
     for one in stages:
         x = one.compute(x) if recorded else one.plain.compute(x)
     parameters = [tensor for one in stages for tensor in (one.leaves.values() if recorded else one.parameters)]
-    return list(torch.autograd.grad([x], parameters, [_drawn(x)]))
+    return list(_backward(x, parameters, _drawn(x)))
+
+
+def _backward(output: Tensor, leaves: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
+    """The leaves' gradients. Outside of autocast, as a step's backward pass is: within, sums of gradients would be cast."""
+    with torch.autocast(output.device.type, enabled=False):
+        return torch.autograd.grad([output], leaves, [gradient])
 
 
 def _record(stages: Sequence[GraphedStage], x: Tensor, graph: Callable[[Pass], Any]) -> None:

@@ -150,16 +150,20 @@ def _peer(authors: ModuleType, precision: str, job: Job, *, channels_last: bool,
 
 
 def _engine(kernels: str, job: Job, *, graphs: bool = False) -> Step:
-    config = settings.from_dict(
+    step = engine_step(engine_config(job, {"kernels": kernels, "graphs": graphs}), new_model(job))
+    return lambda images, labels: step(images, labels[:, None], None)
+
+
+def engine_config(job: Job, model: dict[str, Any], engine: dict[str, Any] | None = None) -> settings.Config:
+    """Settings of a job that trains this, with more of `model` and `engine`."""
+    return settings.from_dict(
         {
             "name": "bench", "global_batch": job.batch, "epochs": 1.0,
-            "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path, "kernels": kernels, "graphs": graphs},
+            "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path} | model,
             "data": {"train": "none", "image_size": job.image_size}, "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
-            "engine": {"micro_batch": job.batch, "device": job.device.type},
+            "engine": {"micro_batch": job.batch, "device": job.device.type} | (engine or {}),
         }
     )  # fmt: skip
-    step = engine_step(config, new_model(job))
-    return lambda images, labels: step(images, labels[:, None], None)
 
 
 def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -31,7 +31,7 @@ MOST_ROWS_WEIGHT_GRADIENT = {3: 7, 5: 7, 7: 7}
 
 
 def tiles(count: int, size: int) -> int:
-    """How many of a size hold so many. (triton.cdiv takes the host 5 µs, being for the compiler too.)"""
+    """How many of a size hold so many. (triton.cdiv is for the compiler too, which the host pays for in every launch.)"""
     return -(-count // size)
 
 

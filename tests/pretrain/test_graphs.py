@@ -4,6 +4,7 @@ as far as that can be known without it, in test_on_gpu.py."""
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -41,10 +42,12 @@ def images(count: int) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count)).to(memory_format=torch.channels_last)
 
 
-def gradients(model: VAN, *batches: Tensor) -> list[Tensor]:
+def gradients(model: VAN, *batches: Tensor, bf16: bool = False) -> list[Tensor]:
     torch.manual_seed(3)
     for batch in batches:
-        model(batch).square().mean().backward()
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+            loss = model(batch).square().mean()
+        loss.backward()
     found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
     return found
@@ -68,13 +71,27 @@ def test_weights_are_cast_as_autocast_casts_them() -> None:
     the weight's gradient before they round it."""
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         model, line, _ = graphed()
-        assert line == "graphs: 4 stages, forward and backward"
-        found, plain = gradients(model, images(4)), gradients(narrow(), images(4))
+    assert line == "graphs: 4 stages, forward and backward"
+    found, plain = gradients(model, images(4), bf16=True), gradients(narrow(), images(4), bf16=True)
     names = [name for name, _ in model.named_parameters()]
     assert {one.dtype for one in found} == {torch.float32}
     for name, graphs, expected in zip(names, found, plain, strict=True):
         others = any(layer in name for layer in ("conv0", "conv_spatial", "dwconv"))
         torch.testing.assert_close(graphs, expected, rtol=0.01 * others, atol=0.01 * others * float(expected.abs().max()), msg=name)
+
+
+def test_backward_passes_are_recorded_outside_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step's are."""
+    within, grad = [], torch.autograd.grad
+
+    def watched(*arguments: Any) -> tuple[Tensor, ...]:
+        within.append(torch.is_autocast_enabled("cpu"))
+        return grad(*arguments)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        graphed()
+    assert within == [False] * (3 + 1 + 4 + 4)  # to warm up, without graphs, recorded, and again
 
 
 def test_batches_of_other_sizes_and_evaluation_go_the_ordinary_way() -> None:
@@ -116,6 +133,6 @@ def test_on_a_gpu_cuda_graphs_give_the_same_gradients() -> None:
     with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
         graph = partial(CudaGraph, torch.cuda.graph_pool_handle())
         assert graph_stages(model, lambda *_: None, torch.empty_like(batches[0]), graph) == "graphs: 4 stages, forward and backward"
-        for _ in range(3):  # drop path draws the same on both sides
-            for found, expected in zip(gradients(model, *batches), gradients(plain, *batches), strict=True):
-                torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01 * float(expected.abs().max()))
+    for _ in range(3):  # drop path draws the same on both sides
+        for found, expected in zip(gradients(model, *batches, bf16=True), gradients(plain, *batches, bf16=True), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01 * float(expected.abs().max()))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pretrain.__main__ import main
 from pretrain.bench import peer
-from pretrain.bench.command import judged, table
+from pretrain.bench.command import chosen, judged, table
 from pretrain.bench.measure import Measured, best_batch, measure, ratios, row, start
 from pretrain.bench.ways import Job, Step, Way, ways
 from pretrain.van import VAN
@@ -128,8 +128,8 @@ def test_a_way_that_fails_is_told_and_the_others_go_on(capsys: pytest.CaptureFix
         return lambda images, labels: torch.tensor(next(later))
 
     kernels = next(way for way in ways(torch.device("cuda"), None) if way.name == "own_kernels")  # no GPU here
-    chosen = [kernels, Way("late", fails_in_a_round), Way("well", lambda job: lambda images, labels: images.sum())]
-    rows = [row(one, found) for found in [measure(JOB, chosen, batch=2, rounds=2)] for one in found]
+    tried = [kernels, Way("late", fails_in_a_round), Way("well", lambda job: lambda images, labels: images.sum())]
+    rows = [row(one, found) for found in [measure(JOB, tried, batch=2, rounds=2)] for one in found]
     assert "model.kernels=triton can't be" in rows[0]["failed"]
     assert rows[1]["failed"] == "StopIteration: no message"
     assert len(rows[2]["rounds"]) == 2
@@ -175,8 +175,8 @@ def test_each_way_is_measured_at_its_best_micro_batch(monkeypatch: pytest.Monkey
 
         return lambda job: step
 
-    chosen = [Way("small", roomy(3)), Way("large", roomy(8)), Way("as small", roomy(8), batch_of="small")]
-    found = measure(JOB, chosen, batch=None, rounds=1, first=2)
+    tried = [Way("small", roomy(3)), Way("large", roomy(8)), Way("as small", roomy(8), batch_of="small")]
+    found = measure(JOB, tried, batch=None, rounds=1, first=2)
     assert [one.batch for one in found] == [2, 8, 2]
     assert found[1].images_per_s[0] == pytest.approx(8 / 0.01)
 
@@ -186,3 +186,10 @@ def test_ratios_are_of_rounds() -> None:
     one, other = (Measured(Way(name, lambda job: lambda images, labels: images), batch=2) for name in ("own", "peer"))
     one.step_s, other.step_s = [1.0, 10.0, 5.0], [2.0, 20.0, 10.0]
     assert ratios(one, [other]) == {"peer": 2.0}
+
+
+def test_a_way_that_holds_memory_is_taken_only_where_it_is_named() -> None:
+    all_ways = ways(torch.device("cuda"), None)
+    assert "engine_graphs" in [way.name for way in all_ways]
+    assert "engine_graphs" not in [way.name for way in chosen(all_ways, None)]
+    assert [way.name for way in chosen(all_ways, ["engine_graphs", "own"])] == ["own", "engine_graphs"]
