@@ -26,8 +26,8 @@ from data.results import record
 
 RESULT = Path(__file__).parent / "results" / "host.json"
 MODEL, IMAGE_SIZE = "van_b3", 224
-# What a job's settings have beside the defaults: `model` and `engine`. ZeRO-3 comes last: with it DeepSpeed puts another linear layer in the
-# place of torch's, for the whole process.
+# What a job's settings have beside the defaults: `model` and `engine`. ZeRO-3 comes last: with it DeepSpeed puts another linear layer in
+# the place of torch's, for the whole process.
 ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{f"engine, ZeRO-{stage}": ({}, {"zero_stage": stage}) for stage in range(3)},
     "engine, kernels": ({"kernels": "triton"}, {}),
