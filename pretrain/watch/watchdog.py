@@ -67,8 +67,8 @@ class Watchdog:
     def _end(self, where: Where, limit: float) -> None:
         rank = dist.get_rank()
         here = f"rank {rank} on {self._hosts[rank]}"
-        print(f"{here} has not finished a step for {limit:.0f} s; it is in {where}; its threads:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        told = f"{here} has not finished a step for {limit:.0f} s; it is in {where}; its threads:\n{stacks()}"
+        os.write(sys.stderr.fileno(), told.encode())  # in one piece: ranks that share a log all write at this moment
         answers = {rank: where}
         # On a thread: the store is of rank 0's process, and its client waits for one that is stopped, whatever its timeout says.
         asking = threading.Thread(target=exchange, args=(rank, answers, len(self._hosts)), daemon=True)
@@ -82,6 +82,14 @@ class Watchdog:
         if rank == 0:
             time.sleep(POLL_S)  # the store ends with this process, and others may still be asking
         os._exit(EXIT_HUNG)
+
+
+def stacks() -> str:
+    """Where this process's threads are."""
+    with open(os.memfd_create("stacks"), "r+") as file:  # faulthandler writes to a file alone, word by word
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
 
 
 def exchange(rank: int, answers: dict[int, Where], ranks: int) -> None:
