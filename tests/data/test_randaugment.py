@@ -103,8 +103,8 @@ def test_operators_and_arguments_are_distributed_as_timms(text: str) -> None:
     ("change", "told"),
     [
         ({"probability": 0.55}, "numbers of operators"),
-        ({"magnitude_std": 0.6}, "arguments"),
-        ({"increasing": False}, "arguments"),
+        pytest.param({"magnitude_std": 0.6}, "arguments", marks=pytest.mark.long),
+        pytest.param({"increasing": False}, "arguments", marks=pytest.mark.long),
         ({"magnitude": 8}, "arguments"),
     ],
     ids=str,

@@ -85,6 +85,7 @@ def test_zero_3_waits_once_forward_and_once_backward(tmp_path: Path, drawn: Path
     assert [sum(line["waits"].values()) for line in steps if line["step"] in (1, 2, 4)] == [4, 4, 4]  # of two micro-steps
 
 
+@pytest.mark.long
 def test_out_of_memory_names_the_micro_batch_that_fits(tmp_path: Path, drawn: Path, gpu: dict[str, str]) -> None:
     wanted = ["data.image_size=224", "global_batch=64", "engine.micro_batch=64"]
     _, output = job(tmp_path, drawn, gpu, *wanted, IDLE_GPU_BYTES=str(3 << 30))

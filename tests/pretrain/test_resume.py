@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 20
 STAGES = (0, 1, 2, 3)
-TESTED = [pytest.param(0, marks=pytest.mark.long), 1, pytest.param(2, marks=pytest.mark.long), 3]
+TESTED = [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 2, 3))]
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 GOLDEN = Path(__file__).parent.parent / "reference" / "golden_losses.json"
 

@@ -155,7 +155,9 @@ def test_parameter_groups() -> None:
 # Other programs
 
 
-@pytest.fixture(scope="module", params=["avg", "fastcatavgmax"])  # TorchScript takes timm's catavgmax in its fast form alone
+@pytest.fixture(
+    scope="module", params=["avg", pytest.param("fastcatavgmax", marks=pytest.mark.long)]
+)  # TorchScript takes no other catavgmax
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return small_model(global_pool=request.param).eval()
 

@@ -51,6 +51,7 @@ def ids_of_tasks(cluster: Cluster, job: int) -> dict[int, int]:
     return {int(task): int(own) for task, own in map(str.split, lines)}
 
 
+@pytest.mark.long
 def test_an_array_of_tasks_packs_stops_and_goes_on(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "in22k"
     options = ["--array=0-2", "--cpus-per-task=1", "--time=5", f"--output={tmp_path}/%a.out"]

@@ -304,7 +304,7 @@ def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.full)])
 def test_trains_in_deepspeed_as_pytorchs_operators_do(stage: int) -> None:
     """In bf16. Stage 3 takes weights away between forward and backward; the operators find them again."""
     fast, plain = (run_on_ranks(1, losses_in_deepspeed, stage=stage, fast=fast)[0] for fast in (True, False))
