@@ -49,7 +49,7 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
     if not layer.kernel_size:
         return joint_kernels(x)
     shape, options = (layer.channels, layer.size, layer.size), launch_options(4 if activations == "fp32" else 2)
-    pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "y": x}
+    pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "y": x, "partial": ""}
 
     def conv(part: str, changed: dict[str, str], **how: Any) -> Kernel:
         constants = conv_constants(shape, layer.kernel_size, layer.dilation, **how)
@@ -58,7 +58,7 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
     found = [conv("forward, GELU", {}, gelu="after"), conv("gradient of GELU", {"grad": x}, gelu="derivative")]
     if not layer.gelu:
         found = [conv("forward", {})]
-    found.append(conv("input gradient", {"bias": ""}, flip=True))
+    found.append(conv("input gradient", {"bias": "", "partial": "*fp32" if layer.gelu else ""}, flip=True))
     constants = weight_gradient_constants(shape, layer.kernel_size, layer.dilation)
     found.append(
         Kernel("weight gradient", depthwise_device.weight_gradient_kernel, constants, {"x": x, "grad": x, "partial": "*fp32"}, options)

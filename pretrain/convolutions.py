@@ -56,8 +56,16 @@ class PointwiseConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in, H, W) to (N, out, H, W)."""
+        return self._product(x, self.bias)
+
+    def without_bias_gradient(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, behind which something else computes the bias's gradient, where it has that of this map at hand."""
+        assert self.bias is not None
+        return self._product(x, self.bias.detach())
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.by_linear and not torch.jit.is_scripting():
             n, channels, height, width = x.shape
             pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
-            return F.linear(pixels, self.weight.flatten(1), self.bias).view(n, height, width, -1).permute(0, 3, 1, 2)
-        return self._conv_forward(x, self.weight, self.bias)
+            return F.linear(pixels, self.weight.flatten(1), bias).view(n, height, width, -1).permute(0, 3, 1, 2)
+        return self._conv_forward(x, self.weight, bias)

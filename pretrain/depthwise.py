@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.convolutions import PointwiseConv2d
 from pretrain.kernels import depthwise_conv2d
 from pretrain.kernels.trial import convolution_fault
 
@@ -45,6 +46,12 @@ class DepthwiseConv2d(nn.Conv2d):
         if k not in _TRITON_SIZES[0] or dilation not in _TRITON_SIZES[1]:
             return "there is no such kernel"
         return convolution_fault(self.in_channels, size, k, dilation, self.gelu, dtype, device)
+
+    def behind(self, convolution: PointwiseConv2d, x: Tensor) -> Tensor:
+        """By the Triton kernel, `forward` of what a 1x1 convolution makes of x, (N, C, H, W) to (N, dim, H, W). Backward, the kernel
+        sums the gradient of that one's bias too, for which the map would else be read once more."""
+        y = convolution.without_bias_gradient(x)
+        return depthwise_conv2d(y, self.weight, self.bias, self.dilation[0], self.gelu, convolution.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""

@@ -77,11 +77,14 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
         # The shortcut starts behind the block's BatchNorm, inside the block's own shortcut; the authors meant it so.
-        return x + self.branch(x)
+        return x + self.proj_2(self._gated(x))
 
-    def branch(self, x: torch.Tensor) -> torch.Tensor:
-        """What is added to the shortcut."""
-        return self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
+    def branch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is added to the shortcut, and the bias in it whose gradient is left to what adds it."""
+        return self.proj_2.without_bias_gradient(self._gated(x)), self.proj_2.bias
+
+    def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        return self.spatial_gating_unit(self.act(self.proj_1(x)))
 
 
 class Mlp(nn.Module):
@@ -97,8 +100,18 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
-        hidden = self.drop1(self.dwconv(self.fc1(x)))
-        return self.drop2(self.fc2(hidden))
+        return self.drop2(self.fc2(self._hidden(x)))
+
+    def branch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`forward`, and the bias in it whose gradient is left to what adds it to the shortcut."""
+        if self.drop2.p > 0:
+            return self(x), None
+        return self.fc2.without_bias_gradient(self._hidden(x)), self.fc2.bias
+
+    def _hidden(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and self.dwconv.triton:
+            return self.drop1(self.dwconv.behind(self.fc1, x))
+        return self.drop1(self.dwconv(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -117,27 +130,31 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
+        if not torch.jit.is_scripting() and self.triton:
+            normed = self.norm1(x)
+            branch, bias = self.attn.branch(normed)
+            x = scaled_residual(x, branch, normed, self.layer_scale_1, _kept(self.drop_path, x), bias)
+            branch, bias = self.mlp.branch(self.norm2(x))
+            return scaled_residual(x, branch, None, self.layer_scale_2, _kept(self.drop_path, x), bias)
         x = self._add(x, self.attn(self.norm1(x)), self.layer_scale_1)
         return self._add(x, self.mlp(self.norm2(x)), self.layer_scale_2)
 
     def _add(self, x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if self.triton:
-                return scaled_residual(x, branch, None, scale, _kept(self.drop_path, x))
-            if torch.compiler.is_compiling():
-                kept, scaled = _kept(self.drop_path, x), scale[:, None, None] * branch
-                return x + (scaled if kept is None else scaled * kept[:, None, None, None].to(scaled.dtype))
+        if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+            kept, scaled = _kept(self.drop_path, x), scale[:, None, None] * branch
+            return x + (scaled if kept is None else scaled * kept[:, None, None, None].to(scaled.dtype))
         return x + self.drop_path(scale[:, None, None] * branch)
 
     def joined(self, x: torch.Tensor, normed: torch.Tensor, after: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`forward` in training on Triton's kernels, from one joint to the next: takes the block's input and `norm1` of it, and returns
         its output and the norm `after` of that, the next block's `norm1`."""
+        branch, bias = self.attn.branch(normed)
+        x, normed = residual_norm(x, branch, normed, self.layer_scale_1, _kept(self.drop_path, x), self.norm2, bias)
+        branch, bias = self.mlp.branch(normed)
         kept = _kept(self.drop_path, x)
-        x, normed = residual_norm(x, self.attn.branch(normed), normed, self.layer_scale_1, kept, self.norm2)
-        branch, kept = self.mlp(normed), _kept(self.drop_path, x)
         if after is None:
-            return scaled_residual(x, branch, None, self.layer_scale_2, kept), None
-        return residual_norm(x, branch, None, self.layer_scale_2, kept, after)
+            return scaled_residual(x, branch, None, self.layer_scale_2, kept, bias), None
+        return residual_norm(x, branch, None, self.layer_scale_2, kept, after, bias)
 
 
 def _kept(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:

@@ -1,8 +1,8 @@
 """What runs on the GPU, in Triton's dialect of Python: not called from here, nor checked by mypy (see pyproject.toml).
 
 Depth-wise convolution: output and input gradient by one kernel, weight and bias gradient by two. Padding keeps the map's size; kernels are
-odd and square. `tiling.py` says how the work is cut. Nothing goes through shared memory but the last sums of the weight gradient: what
-neighbouring strips share comes from the L1 cache.
+odd and square. `tiling.py` says how the work is cut. Nothing goes through shared memory but the last sums, of the weight gradient and of
+`partial`: what neighbouring strips share comes from the L1 cache.
 
 Activations are (N, H, W, C) in bf16, fp16 or fp32, of any size; sums are fp32. Pixels are counted in 64 bits, as a batch may hold more than
 2**31 values; steps within an image are 32 bits. Tuples hold what must stay in registers, so loops over them are unrolled.
@@ -54,15 +54,16 @@ def _gelu_derivative(z):
 
 @triton.jit(do_not_specialize=["total", "reach"])
 def conv_kernel(
-    x, taps, bias, grad, y, total, reach,
+    x, taps, bias, grad, y, partial, total, reach,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr,
     FLIP: tl.constexpr, GELU: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile of strips of the output.
 
     x and y: (N, H, W, C); taps: (K * K, C) fp32; bias: (C,) or None. FLIP turns the kernel round. GELU "after" applies it to the
-    sums; "derivative" multiplies `grad`, which lies as y, by its derivative at the sums. `total` is the number of strips; `reach`,
-    of the kernel's columns on either side of its middle that meet the map at all.
+    sums; "derivative" multiplies `grad`, which lies as y, by its derivative at the sums. partial: (tiles of strips, C) fp32, the
+    tile's sum of y before it is rounded, or None. `total` is the number of strips; `reach`, of the kernel's columns on either side of
+    its middle that meet the map at all.
     """
     # Programs that follow one another take the channels of the same pixels, which lie in the same pages of memory.
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
@@ -104,6 +105,8 @@ def conv_kernel(
     offset = tl.zeros((1, CHANNELS), tl.float32)
     if bias is not None:
         offset = tl.load(bias + c, mask=some_channel).to(tl.float32)[None, :]
+    if partial is not None:
+        tile_sum = tl.zeros((LANES, CHANNELS), tl.float32)
     for r in tl.static_range(R):
         here = inside & (top + r * D < H)[:, None]
         result = sums[r] + offset
@@ -112,6 +115,10 @@ def conv_kernel(
         elif GELU == "derivative":
             result = tl.load(grad + at + r * D * W * C, mask=here).to(tl.float32) * _gelu_derivative(result)
         tl.store(y + at + r * D * W * C, result.to(y.dtype.element_ty), mask=here)
+        if partial is not None:
+            tile_sum += tl.where(here, result, 0.0)
+    if partial is not None:
+        tl.store(partial + tile // channel_tiles * C + c, tl.sum(tile_sum, 0), mask=some_channel)
 
 
 @triton.jit(do_not_specialize=["total", "per_run"])

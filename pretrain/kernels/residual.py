@@ -5,7 +5,8 @@
 
 Layer scale, stochastic depth and shortcut are one pass, in which the norm's statistics are taken; applying the norm is another one. The
 sum is fp32, as the scale is, and what is normed goes straight to the type that autocast gives the convolution behind it. Backward, the
-norm's gradient is added to the sum's in the pass that computes the branch's from both. docs/performance.md counts the bytes.
+norm's gradient is added to the sum's in the pass that computes the branch's from both, and the branch's is summed for the bias of the
+convolution at the branch's end. docs/performance.md counts the bytes.
 """
 
 from typing import Any
@@ -32,20 +33,24 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 SUMS = {"RUNS": 256, "CHANNELS": 8, "num_warps": WARPS}
 
 
-def scaled_residual(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> Tensor:
+def scaled_residual(
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, branch_bias: Tensor | None = None
+) -> Tensor:
     """x + keep * scale * (branch + shortcut), in the type that PyTorch's promotion gives it.
 
     Args:
         x, branch, shortcut: (N, C, H, W); copied unless they are channels-last. Without a shortcut, None.
         scale: (C,), of the layer scale.
         keep: (N,) in fp32, 0 for a dropped sample and 1 / (1 - drop path) for others; None to keep all as they are.
+        branch_bias: (C,), which is in the branch already, without autograd's knowledge; its gradient comes from here.
     """
-    return _residual_operator(x, branch, shortcut, scale, keep)
+    return _residual_operator(x, branch, shortcut, scale, keep, branch_bias)
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, norm: nn.BatchNorm2d
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, norm: nn.BatchNorm2d,
+    branch_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`scaled_residual` and the training BatchNorm of it, whose running statistics move; the latter in autocast's type, if that is on.
 
     Raises:
@@ -58,7 +63,9 @@ def residual_norm(
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else _promoted(x, branch, scale)
-    y, normed, mean, _, variance = _residual_norm_operator(x, branch, shortcut, scale, keep, norm.weight, norm.bias, norm.eps, dtype)
+    y, normed, mean, _, variance = _residual_norm_operator(
+        x, branch, shortcut, scale, keep, norm.weight, norm.bias, norm.eps, dtype, branch_bias
+    )
     with torch.no_grad():
         norm.num_batches_tracked += 1
         torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean, variance], norm.momentum)
@@ -66,7 +73,9 @@ def residual_norm(
 
 
 @torch.library.custom_op("van::scaled_residual", mutates_args=())
-def _residual_operator(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> Tensor:
+def _residual_operator(
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, branch_bias: Tensor | None
+) -> Tensor:
     return _residual(x, branch, shortcut, scale, keep, None, *_runs(x))
 
 
@@ -74,13 +83,14 @@ def _residual_operator(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale
 def _residual_backward_operator(
     grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of branch, and (2, C) in fp32, of scale and branch_bias."""
     return _residual_backward(channels_last(grad), branch, shortcut, scale, keep, {})
 
 
 @torch.library.custom_op("van::residual_norm", mutates_args=())
 def _residual_norm_operator(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum, what is normed, and of the sum's values mean, 1 / sqrt(variance + eps), and the variance as BatchNorm keeps it."""
     runs, per_run = _runs(x)
@@ -99,7 +109,7 @@ def _residual_norm_backward_operator(
     grad: Tensor, normed_grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor,
     branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, branch, scale, weight and bias."""
+    """Gradients of x and branch, (2, C) in fp32 of scale and branch_bias, and of weight and bias."""
     grad, normed_grad = channels_last(grad), channels_last(normed_grad)
     runs, per_run = _runs(y)
     channels, pixels = y.shape[1], y.numel() // y.shape[1]
@@ -112,8 +122,8 @@ def _residual_norm_backward_operator(
         "normed_grad": normed_grad, "y": y, "mean": mean, "rstd": rstd, "weight": weight,
         "weight_grad": weight_grad, "bias_grad": bias_grad, "x_grad": x_grad,
     }  # fmt: skip
-    branch_grad, scale_grad = _residual_backward(grad, branch, shortcut, scale, keep, behind)
-    return x_grad, branch_grad, scale_grad, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
+    branch_grad, vectors = _residual_backward(grad, branch, shortcut, scale, keep, behind)
+    return x_grad, branch_grad, vectors, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
 
 
 BEHIND = ("normed_grad", "y", "mean", "rstd", "weight", "weight_grad", "bias_grad", "x_grad")  # what the kernel takes of a norm
@@ -135,17 +145,18 @@ def _residual(
 def _residual_backward(
     grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, behind: dict[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of branch and scale; with what is known of a norm behind the sum, that of x is written too."""
+    """Gradients of branch, and (2, C) in fp32, of scale and of the branch's bias; with what is known of a norm behind the sum, that of
+    x is written too."""
     branch, shortcut = channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
     runs, per_run = _runs(branch)
     pixels, channels = branch.numel() // branch.shape[1], branch.shape[1]
     branch_grad = torch.empty_like(branch, memory_format=torch.channels_last)
-    partial = torch.empty(runs, channels, device=grad.device)
+    partial = torch.empty(runs, 2, channels, device=grad.device)
     residual_backward_kernel[_grid(runs, channels)](
         grad, branch, shortcut, scale, keep, branch_grad, partial, *(behind.get(name) for name in BEHIND),
         pixels, per_run, pixels // len(branch), channels, **TILE,
     )  # fmt: skip
-    return branch_grad, partial.sum(0).to(scale.dtype)
+    return branch_grad, partial.sum(0)
 
 
 def _runs(x: Tensor) -> tuple[int, int]:
@@ -170,19 +181,19 @@ def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @_residual_operator.register_fake
-def _(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> Tensor:
+def _(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, branch_bias: Tensor | None) -> Tensor:
     return _like(x, _promoted(x, branch, scale))
 
 
 @_residual_backward_operator.register_fake
 def _(grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    return _like(branch, branch.dtype), torch.empty_like(scale)
+    return _like(branch, branch.dtype), _vectors(scale)
 
 
 @_residual_norm_operator.register_fake
 def _(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype,
+    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     statistics = (torch.empty(x.shape[1], device=x.device) for _ in range(3))
     return _like(x, _promoted(x, branch, scale)), _like(x, dtype), *statistics  # type: ignore[return-value]
@@ -193,26 +204,30 @@ def _(
     grad: Tensor, normed_grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor,
     branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    vectors = (torch.empty_like(t) for t in (scale, weight, bias))
-    return _like(y, y.dtype), _like(branch, branch.dtype), *vectors  # type: ignore[return-value]
+    return _like(y, y.dtype), _like(branch, branch.dtype), _vectors(scale), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _vectors(scale: Tensor) -> Tensor:
+    return torch.empty(2, len(scale), device=scale.device)
 
 
 def _setup_residual(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, *others = inputs
-    ctx.x_dtype = x.dtype
+    x, *others, branch_bias = inputs
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if branch_bias is None else branch_bias.dtype
     ctx.save_for_backward(*others)
 
 
 def _residual_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     branch, shortcut, scale, keep = ctx.saved_tensors
-    branch_grad, scale_grad = _residual_backward_operator(grad, branch, shortcut, scale, keep)
-    return grad.to(ctx.x_dtype), branch_grad, _of_shortcut(branch_grad, shortcut), scale_grad, None
+    branch_grad, vectors = _residual_backward_operator(grad, branch, shortcut, scale, keep)
+    scale_grad, branch_bias_grad = _typed(vectors, scale.dtype, ctx.bias_dtype)
+    return grad.to(ctx.x_dtype), branch_grad, _of_shortcut(branch_grad, shortcut), scale_grad, None, branch_bias_grad
 
 
 def _setup_residual_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, branch, shortcut, scale, keep, weight, bias, _, _ = inputs
+    x, branch, shortcut, scale, keep, weight, bias, _, _, branch_bias = inputs
     y, _, mean, rstd, variance = output
-    ctx.x_dtype = x.dtype
+    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if branch_bias is None else branch_bias.dtype
     ctx.mark_non_differentiable(mean, rstd, variance)
     ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of each of these
     ctx.save_for_backward(y, mean, rstd, branch, shortcut, scale, keep, weight, bias)
@@ -222,10 +237,15 @@ def _residual_norm_gradients(ctx: Any, grad: Tensor | None, normed_grad: Tensor 
     saved = ctx.saved_tensors
     grad = torch.zeros_like(saved[0]) if grad is None else grad
     normed_grad = torch.zeros_like(saved[0]) if normed_grad is None else normed_grad
-    x_grad, branch_grad, *vectors = _residual_norm_backward_operator(grad, normed_grad, *saved)
-    scale_grad, weight_grad, bias_grad = vectors
+    x_grad, branch_grad, vectors, weight_grad, bias_grad = _residual_norm_backward_operator(grad, normed_grad, *saved)
+    scale_grad, branch_bias_grad = _typed(vectors, saved[5].dtype, ctx.bias_dtype)
     shortcut_grad = _of_shortcut(branch_grad, saved[4])
-    return x_grad.to(ctx.x_dtype), branch_grad, shortcut_grad, scale_grad, None, weight_grad, bias_grad, None, None
+    vector_grads = (scale_grad, None, weight_grad, bias_grad, None, None, branch_bias_grad)
+    return x_grad.to(ctx.x_dtype), branch_grad, shortcut_grad, *vector_grads
+
+
+def _typed(vectors: Tensor, scale_type: torch.dtype, bias_type: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    return vectors[0].to(scale_type), None if bias_type is None else vectors[1].to(bias_type)
 
 
 def _of_shortcut(branch_grad: Tensor, shortcut: Tensor | None) -> Tensor | None:

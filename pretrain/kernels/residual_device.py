@@ -145,7 +145,7 @@ def residual_backward_kernel(
     normed_grad, y, mean, rstd, weight, weight_grad, bias_grad, x_grad,
     pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """branch_grad = keep * scale * grad, and a run's part of the scale's gradient: partial (runs, C).
+    """branch_grad = keep * scale * grad, and a run's part of the scale's gradient and of branch_grad's sum: partial (runs, 2, C).
 
     With `normed_grad`, of the norm behind y, `grad` is first made whole, and written to x_grad:
     grad + weight * rstd * (normed_grad - mean of it - normalised y * mean of their product), means over all pixels.
@@ -157,6 +157,7 @@ def residual_backward_kernel(
         factor = tl.load(weight + c, mask=some_channel).to(tl.float32)[None, :] * deviation
         mean_product = tl.load(weight_grad + c, mask=some_channel)[None, :] / pixels
         mean_grad = tl.load(bias_grad + c, mask=some_channel)[None, :] / pixels
+    products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
@@ -167,6 +168,9 @@ def residual_backward_kernel(
             whole += factor * (tl.load(normed_grad + at, mask=here, other=0.0).to(tl.float32) - mean_grad - normalised * mean_product)
             tl.store(x_grad + at, whole.to(x_grad.dtype.element_ty), mask=here)
         kept = _kept(whole, keep, pixel, end, map_pixels)
-        sums += tl.where(here, kept * _branch(branch, shortcut, at, here), 0.0)
+        products += tl.where(here, kept * _branch(branch, shortcut, at, here), 0.0)
+        sums += tl.where(here, kept, 0.0)
         tl.store(branch_grad + at, (kept * scales).to(branch_grad.dtype.element_ty), mask=here)
-    tl.store(partial + run * channels + c, tl.sum(sums, 0), mask=some_channel)
+    out = partial + run * 2 * channels + c
+    tl.store(out, tl.sum(products, 0), mask=some_channel)
+    tl.store(out + channels, tl.sum(sums * scales, 0), mask=some_channel)

@@ -21,14 +21,16 @@ TOLERANCE = 0.03
 def convolution_fault(channels: int, size: int, k: int, dilation: int, gelu: bool, dtype: torch.dtype, device: torch.device) -> str | None:
     """What is wrong with `depthwise_conv2d` on maps of this size; None if nothing is."""
 
-    def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        y = F.conv2d(x, weight, bias, padding=dilation * (k // 2), dilation=dilation, groups=channels)
+    def by_pytorch(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+        y = F.conv2d(x + x_bias[:, None, None], weight, bias, padding=dilation * (k // 2), dilation=dilation, groups=channels)
         return F.gelu(y) if gelu else y
 
-    def own(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return depthwise_conv2d(x.to(dtype), weight, bias, dilation, gelu).float()
+    def own(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Tensor:
+        summed = x_bias if gelu else None  # the layer with GELU stands behind a 1x1 convolution
+        x = x + (x_bias if summed is None else x_bias.detach())[:, None, None]
+        return depthwise_conv2d(x.to(dtype), weight, bias, dilation, gelu, summed).float()
 
-    shapes = [(2, channels, size, size), (channels, 1, k, k), (channels,)]
+    shapes = [(2, channels, size, size), (channels, 1, k, k), (channels,), (channels,)]
     return _fault(own, by_pytorch, shapes, device)
 
 
@@ -43,15 +45,16 @@ def joint_fault(channels: int, dtype: torch.dtype, device: torch.device) -> str 
     def norm() -> nn.BatchNorm2d:
         return nn.BatchNorm2d(channels, device=device)
 
-    def by_pytorch(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
-        y = x + keep[:, None, None, None] * scale[:, None, None] * (branch + branch)
+    def by_pytorch(x: Tensor, branch: Tensor, scale: Tensor, branch_bias: Tensor) -> Tensor:
+        y = x + keep[:, None, None, None] * scale[:, None, None] * (branch + branch_bias[:, None, None] + branch)
         return both(y, norm()(y))
 
-    def own(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
-        return both(*residual_norm(x, branch.to(dtype), branch.to(dtype), scale, keep, norm()))
+    def own(x: Tensor, branch: Tensor, scale: Tensor, branch_bias: Tensor) -> Tensor:
+        biased = branch + branch_bias.detach()[:, None, None]
+        return both(*residual_norm(x, biased.to(dtype), branch.to(dtype), scale, keep, norm(), branch_bias))
 
     shape = (2, channels, 8, 8)
-    return _fault(own, by_pytorch, [shape, shape, (channels,)], device)
+    return _fault(own, by_pytorch, [shape, shape, (channels,), (channels,)], device)
 
 
 def _fault(own: Callable[..., Tensor], reference: Callable[..., Tensor], shapes: list[tuple[int, ...]], device: torch.device) -> str | None:

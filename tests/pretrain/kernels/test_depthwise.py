@@ -47,28 +47,30 @@ def drawn(shape: tuple[int, ...], k: int, dtype: torch.dtype) -> tuple[Tensor, T
 
 
 def outcome(inputs: tuple[Tensor, ...], dilation: int, gelu: bool, exact: bool) -> list[Tensor]:
-    """Output, then gradients of input, weight and bias; in float64 by PyTorch's operators if `exact`."""
+    """Output, then gradients of input, weight, bias, and of a bias that is in the input; in float64 by PyTorch's operators if `exact`."""
     *arguments, grad = (t.double() if exact else t for t in inputs)
     x, weight, bias = (t.clone().requires_grad_() for t in arguments)
+    x_bias = torch.zeros_like(bias, requires_grad=True)
     if exact:
-        y = F.conv2d(x, weight, bias, padding=dilation * (weight.shape[-1] // 2), dilation=dilation, groups=x.shape[1])
+        given = x + x_bias[:, None, None]
+        y = F.conv2d(given, weight, bias, padding=dilation * (weight.shape[-1] // 2), dilation=dilation, groups=x.shape[1])
         y = F.gelu(y) if gelu else y
     else:
-        y = depthwise_conv2d(x, weight, bias, dilation, gelu)
+        y = depthwise_conv2d(x, weight, bias, dilation, gelu, x_bias)
     y.backward(grad)
-    return [y.detach(), *(t.grad for t in (x, weight, bias))]  # type: ignore[list-item]
+    return [y.detach(), *(t.grad for t in (x, weight, bias, x_bias))]  # type: ignore[list-item]
 
 
 def check(shape: tuple[int, ...], k: int, dilation: int, dtype: torch.dtype, gelu: bool) -> None:
     inputs = drawn(shape, k, dtype)
     found, exact = (outcome(inputs, dilation, gelu, exact) for exact in (False, True))
-    assert [t.dtype for t in found] == [dtype, dtype, torch.float32, torch.float32]
+    assert [t.dtype for t in found] == [dtype, dtype, *[torch.float32] * 3]
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in found[:2])
     # Sums may cancel out: their rounding is measured by the same sums of absolute values.
     magnitudes = outcome(tuple(t.abs() for t in inputs), dilation, gelu=False, exact=True)
     # How often a value is rounded to the activations' type. The gradient behind GELU is, before it is summed over.
-    roundings = [1, 2, 1, 1] if gelu else [1, 1, 0, 0]
-    names = ("output", "input gradient", "weight gradient", "bias gradient")
+    roundings = [1, 2, 1, 1, 1] if gelu else [1, 1, 0, 0, 0]
+    names = ("output", "input gradient", "weight gradient", "bias gradient", "gradient of the input's bias")
     for name, one, other, magnitude, times in zip(names, found, exact, magnitudes, roundings, strict=True):
         error = (one.double() - other).abs().max()
         bound = times * ROUNDING[dtype] * other.abs().max() + 1e-6 * magnitude.max()
@@ -133,9 +135,11 @@ def test_double_is_refused() -> None:
 def test_operator_keeps_pytorchs_rules(gelu: bool) -> None:
     """Schema, autograd registration, shapes without values, and AOTAutograd with dynamic shapes."""
     x, weight, bias, grad = drawn((2, 5, 4, 3), 3, torch.float32)
-    torch.library.opcheck(torch.ops.van.depthwise_conv2d_backward.default, (grad, x, weight, bias, by_taps(weight), 1, gelu))
-    leaves = (t.requires_grad_() for t in (x, weight, bias))
-    torch.library.opcheck(torch.ops.van.depthwise_conv2d.default, (*leaves, 1, gelu))
+    for with_sum in (False, True):
+        arguments = (grad, x, weight, bias, by_taps(weight), 1, gelu, with_sum)
+        torch.library.opcheck(torch.ops.van.depthwise_conv2d_backward.default, arguments)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    torch.library.opcheck(torch.ops.van.depthwise_conv2d.default, (*leaves, 1, gelu, bias.detach().requires_grad_()))
 
 
 def test_autocast_takes_activations_in_bf16_and_weights_as_they_are() -> None:

@@ -28,10 +28,10 @@ HERE = torch.device(DEVICE)
 ALL = "kernels: Triton for 12 of 12 depth-wise convolutions, 8 of 8 shortcuts, with 4 norms behind them"
 
 
-def tiny() -> VAN:
+def tiny(**others: float) -> VAN:
     torch.manual_seed(0)
     sizes = {"embed_dims": (8, 12, 16, 40), "depths": (1, 1, 1, 1), "mlp_ratios": (2, 2, 2, 2)}
-    return VAN(num_classes=3, drop_path_rate=0.5, **sizes)
+    return VAN(num_classes=3, drop_path_rate=0.5, **sizes, **others)
 
 
 def outcome(model: VAN, images: Tensor, precision: torch.dtype) -> dict[str, Tensor]:
@@ -56,8 +56,12 @@ def usable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def plain_and_fast(usable: None) -> tuple[VAN, VAN]:
+    return pair()
+
+
+def pair(**others: float) -> tuple[VAN, VAN]:
     """A model on PyTorch's operators, and the same one on Triton's."""
-    plain = tiny().to(DEVICE).train()
+    plain = tiny(**others).to(DEVICE).train()
     with torch.no_grad():
         for name, p in plain.named_parameters():
             if "layer_scale" in name:
@@ -74,7 +78,17 @@ IMAGES = torch.randn(3, 3, 32, 44, generator=torch.Generator().manual_seed(1)).t
 def test_the_model_computes_the_same(plain_and_fast: tuple[VAN, VAN]) -> None:
     """In training, with paths dropped: the same samples drop them, and all gradients and running statistics are those of PyTorch's
     operators."""
-    expected, found = (outcome(model, IMAGES.to(DEVICE), torch.float32) | dict(model.named_buffers()) for model in plain_and_fast)
+    check_alike(*plain_and_fast)
+
+
+@pytest.mark.long
+def test_with_dropout_it_computes_the_same(usable: None) -> None:
+    """Then no sum stands right behind the MLP's last convolution."""
+    check_alike(*pair(proj_drop_rate=0.2))
+
+
+def check_alike(plain: VAN, fast: VAN) -> None:
+    expected, found = (outcome(model, IMAGES.to(DEVICE), torch.float32) | dict(model.named_buffers()) for model in (plain, fast))
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()) + 1e-6, msg=lambda t, n=name: f"{n}: {t}"

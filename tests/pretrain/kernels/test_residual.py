@@ -40,7 +40,9 @@ def drawn(shape: tuple[int, ...], x_type: torch.dtype, branch_type: torch.dtype)
     return tuple(t.to(DEVICE) for t in tensors)  # type: ignore[return-value]
 
 
-def by_steps(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> Tensor:
+def by_steps(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """`bias` is in the branch already, so it stands here with zeros."""
+    branch = branch if bias is None else branch + bias[:, None, None]
     scaled = scale[:, None, None] * (branch if shortcut is None else branch.float() + shortcut.float())
     return x + (scaled if keep is None else scaled * keep[:, None, None, None])
 
@@ -58,11 +60,11 @@ def test_values_and_gradients(shape: tuple[int, ...], types: tuple[torch.dtype, 
     *inputs, keep, grad = drawn(shape, *types)
     outcomes = []
     for function in (scaled_residual, by_steps):
-        x, branch, shortcut, scale = leaves = [t.clone().requires_grad_() for t in inputs]
-        y = function(x, branch, shortcut if with_shortcut else None, scale, keep if dropping else None)
+        x, branch, shortcut, scale, bias = leaves = [t.clone().requires_grad_() for t in (*inputs, torch.zeros_like(inputs[3]))]
+        y = function(x, branch, shortcut if with_shortcut else None, scale, keep if dropping else None, bias)
         y.backward(grad)
         outcomes.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    for name, one, other in zip(("output", "x", "branch", "shortcut", "scale"), *outcomes, strict=True):
+    for name, one, other in zip(("output", "x", "branch", "shortcut", "scale", "bias"), *outcomes, strict=True):
         if name == "shortcut" and not with_shortcut:
             assert one is other is None
             continue
@@ -78,14 +80,14 @@ def normed_outcome(
     if exact:
         norm, inputs = norm.double(), [t.double() for t in inputs]
         keep = None if keep is None else keep.double()
-    x, branch, shortcut, scale = leaves = [t.clone().requires_grad_() for t in inputs]
+    x, branch, shortcut, scale, bias = leaves = [t.clone().requires_grad_() for t in (*inputs, torch.zeros_like(inputs[3]))]
     if exact:
-        y = by_steps(x, branch, None, scale, keep) + by_steps(torch.zeros_like(x), shortcut, None, scale, keep)
+        y = by_steps(x, branch, None, scale, keep, bias) + by_steps(torch.zeros_like(x), shortcut, None, scale, keep)
         normed = norm(y)
     else:
-        y, normed = residual_norm(x, branch, shortcut, scale, keep, norm)
+        y, normed = residual_norm(x, branch, shortcut, scale, keep, norm, bias)
     ((y * grads[0]).sum() + (normed * grads[1]).sum()).backward()
-    names = ("x", "branch", "shortcut", "scale")
+    names = ("x", "branch", "shortcut", "scale", "branch's bias")
     found = {"y": y.detach(), "normed": normed.detach()} | {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
     found |= {"weight": norm.weight.grad, "bias": norm.bias.grad} | dict(norm.named_buffers())
     return found  # type: ignore[return-value]
@@ -147,11 +149,12 @@ def test_gradients_are_the_same_to_the_bit_every_time() -> None:
 def test_operators_keep_pytorchs_rules(dropping: bool) -> None:
     x, branch, shortcut, scale, keep, grad = drawn((2, 5, 4, 3), torch.float32, torch.bfloat16)
     arguments = (*(t.requires_grad_() for t in (x, branch, shortcut, scale)), keep if dropping else None)
-    torch.library.opcheck(torch.ops.van.scaled_residual.default, arguments)
-    weight, bias = (torch.rand(5, device=DEVICE, requires_grad=True) for _ in range(2))
+    weight, bias, branch_bias = (torch.rand(5, device=DEVICE, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(torch.ops.van.scaled_residual.default, (*arguments, branch_bias))
     # Of its outputs three have no gradient, so autograd is tested above.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.van.residual_norm.default, (*arguments, weight, bias, 1e-5, torch.bfloat16), test_utils=tests)
+    given = (*arguments, weight, bias, 1e-5, torch.bfloat16, branch_bias)
+    torch.library.opcheck(torch.ops.van.residual_norm.default, given, test_utils=tests)
     values = [t.detach() for t in (branch, shortcut, scale)]
     vectors = [torch.rand(5, device=DEVICE) for _ in range(2)]
     torch.library.opcheck(
