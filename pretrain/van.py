@@ -21,6 +21,7 @@ either way, and so is the sum that runs along a stage's blocks, because the laye
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -42,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.convolutions import ChannelsLastConv2d, PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.kernels import residual_norm, scaled_residual
+from pretrain.kernels import move_statistics, residual_norm, scaled_residual
 from pretrain.lka import LKA
 
 __all__ = ["VAN", "VARIANTS"]
@@ -133,38 +134,46 @@ class Block(nn.Module):
         if not torch.jit.is_scripting() and self.triton:
             normed = self.norm1(x)
             branch, bias = self.attn.branch(normed)
-            x = scaled_residual(x, branch, normed, self.layer_scale_1, _kept(self.drop_path, x), bias)
+            x = scaled_residual(x, branch, normed, self.layer_scale_1, _kept([self.drop_path], x)[0], bias)
             branch, bias = self.mlp.branch(self.norm2(x))
-            return scaled_residual(x, branch, None, self.layer_scale_2, _kept(self.drop_path, x), bias)
+            return scaled_residual(x, branch, None, self.layer_scale_2, _kept([self.drop_path], x)[0], bias)
         x = self._add(x, self.attn(self.norm1(x)), self.layer_scale_1)
         return self._add(x, self.mlp(self.norm2(x)), self.layer_scale_2)
 
     def _add(self, x: torch.Tensor, branch: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-            kept, scaled = _kept(self.drop_path, x), scale[:, None, None] * branch
+            kept, scaled = _kept([self.drop_path], x)[0], scale[:, None, None] * branch
             return x + (scaled if kept is None else scaled * kept[:, None, None, None].to(scaled.dtype))
         return x + self.drop_path(scale[:, None, None] * branch)
 
-    def joined(self, x: torch.Tensor, normed: torch.Tensor, after: nn.BatchNorm2d | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`forward` in training on Triton's kernels, from one joint to the next: takes the block's input and `norm1` of it, and returns
-        its output and the norm `after` of that, the next block's `norm1`."""
+    def joined(
+        self, x: torch.Tensor, normed: torch.Tensor, kept: Sequence[torch.Tensor | None], after: nn.BatchNorm2d | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """`forward` in training on Triton's kernels, from one joint to the next: takes the block's input, `norm1` of it, and `_kept` for
+        both sums. Returns its output, the norm `after` of that, the next block's `norm1`, and what was found of the inputs of `norm2`
+        and `after`."""
         branch, bias = self.attn.branch(normed)
-        x, normed = residual_norm(x, branch, normed, self.layer_scale_1, _kept(self.drop_path, x), self.norm2, bias)
+        x, normed, found = residual_norm(x, branch, normed, self.layer_scale_1, kept[0], self.norm2, bias)
         branch, bias = self.mlp.branch(normed)
-        kept = _kept(self.drop_path, x)
         if after is None:
-            return scaled_residual(x, branch, None, self.layer_scale_2, kept, bias), None
-        return residual_norm(x, branch, None, self.layer_scale_2, kept, after, bias)
+            return scaled_residual(x, branch, None, self.layer_scale_2, kept[1], bias), None, [found]
+        x, normed, found_after = residual_norm(x, branch, None, self.layer_scale_2, kept[1], after, bias)
+        return x, normed, [found, found_after]
 
 
-def _kept(drop_path: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
-    """What DropPath multiplies each sample by, (N,); None where that is 1. Draws the numbers that it would draw, unless compiled."""
-    if not (isinstance(drop_path, DropPath) and drop_path.training):
-        return None
-    keep = 1 - drop_path.drop_prob
+def _kept(drop_paths: Sequence[nn.Module], x: torch.Tensor) -> list[torch.Tensor | None]:
+    """What each DropPath multiplies each sample by, (N,); None where that is 1. Draws the numbers that they would draw, unless
+    compiled."""
+    keeps = [1 - path.drop_prob if isinstance(path, DropPath) and path.training else 1.0 for path in drop_paths]
+    dropping = [keep for keep in keeps if keep < 1]
     if torch.compiler.is_compiling():  # which would make a graph for each block, taking what bernoulli_ is given for a constant
-        return (torch.rand(len(x), device=x.device) < keep) / keep
-    return torch.empty(len(x), device=x.device).bernoulli_(keep).div_(keep)
+        drawn = [(torch.rand(len(x), device=x.device) < keep) / keep for keep in dropping]
+    else:
+        drawn = [row.bernoulli_(keep) for row, keep in zip(torch.empty(len(dropping), len(x), device=x.device), dropping, strict=True)]
+        if drawn:
+            torch._foreach_div_(drawn, dropping)
+    rows = iter(drawn)
+    return [next(rows) if keep < 1 else None for keep in keeps]
 
 
 class VANStage(nn.Module):
@@ -207,13 +216,17 @@ class VANStage(nn.Module):
     @torch.jit.unused
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         blocks = cast(list[Block], list(self.blocks))
+        kept = _kept([block.drop_path for block in blocks for _ in range(2)], x)
         normed: torch.Tensor | None = blocks[0].norm1(x)
-        for block, after in zip(blocks, [*(block.norm1 for block in blocks[1:]), None], strict=True):
+        norms: list[nn.BatchNorm2d] = []
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for number, (block, after) in enumerate(zip(blocks, [*(block.norm1 for block in blocks[1:]), None], strict=True)):
             assert normed is not None
-            if self.grad_checkpointing:
-                x, normed = _recomputed(block.joined, [block.norm2, *([after] if after else [])], x, normed, after)
-            else:
-                x, normed = block.joined(x, normed, after)
+            joined = partial(_recomputed, block.joined, []) if self.grad_checkpointing else block.joined
+            x, normed, found_here = joined(x, normed, kept[2 * number : 2 * number + 2], after)
+            norms += [block.norm2] if after is None else [block.norm2, after]
+            found += found_here
+        move_statistics(norms, found)
         return x
 
 

@@ -158,7 +158,7 @@ def joint_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.devi
 
     def by_triton() -> tuple[Tensor, Tensor]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return residual_norm(x, branch, shortcut, scale, keep, norm)
+            return residual_norm(x, branch, shortcut, scale, keep, norm)[:2]
 
     def by_steps() -> tuple[Tensor, Tensor]:
         y = x + (scale[:, None, None] * (shortcut.float() + branch)) * keep[:, None, None, None]

@@ -1,7 +1,7 @@
 """Triton kernels behind VAN's layers, for channels-last activations on a GPU: depth-wise convolution, and what joins two branches.
 
     y = depthwise_conv2d(x, weight, bias, dilation=3)                         # also: gelu=True
-    y, normed = residual_norm(x, branch, shortcut, scale, keep, norm)         # also: scaled_residual, without the norm
+    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm)  # also: scaled_residual, without the norm
 
 All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
 work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
@@ -18,9 +18,9 @@ work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
 import torch
 
 from pretrain.kernels.depthwise import depthwise_conv2d
-from pretrain.kernels.residual import residual_norm, scaled_residual
+from pretrain.kernels.residual import move_statistics, residual_norm, scaled_residual
 
-__all__ = ["depthwise_conv2d", "residual_norm", "scaled_residual", "unusable"]
+__all__ = ["depthwise_conv2d", "move_statistics", "residual_norm", "scaled_residual", "unusable"]
 
 
 def unusable(device: torch.device) -> str | None:

@@ -1,7 +1,8 @@
 """What stands between two branches of a stage, in one operator: the end of one branch and the BatchNorm before the next.
 
     y = scaled_residual(x, branch, shortcut, scale, keep)                  x + keep * scale * (branch + shortcut)
-    y, normed = residual_norm(x, branch, shortcut, scale, keep, norm)      and the BatchNorm of that
+    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm)      and the BatchNorm of that,
+    move_statistics([norm], [found])                                       whose running statistics move by what was found of y
 
 Layer scale, stochastic depth and shortcut are one pass, in which the norm's statistics are taken; applying the norm is another one. The
 sum is fp32, as the scale is, and what is normed goes straight to the type that autocast gives the convolution behind it. Backward, the
@@ -9,6 +10,7 @@ norm's gradient is added to the sum's in the pass that computes the branch's fro
 convolution at the branch's end. docs/performance.md counts the bytes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,26 +52,30 @@ def scaled_residual(
 def residual_norm(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, norm: nn.BatchNorm2d,
     branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`scaled_residual` and the training BatchNorm of it, whose running statistics move; the latter in autocast's type, if that is on.
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """`scaled_residual` and the training BatchNorm of it, the latter in autocast's type, if that is on; and for `move_statistics` mean and
+    variance of the sum, (C,).
 
     Raises:
         ValueError: there is one value a channel, which has no variance.
     """
     if x.numel() == x.shape[1]:
         raise ValueError(f"expected more than one value a channel in training, got {tuple(x.shape)}")
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    assert norm.momentum is not None
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else _promoted(x, branch, scale)
     y, normed, mean, _, variance = _residual_norm_operator(
         x, branch, shortcut, scale, keep, norm.weight, norm.bias, norm.eps, dtype, branch_bias
     )
-    with torch.no_grad():
-        norm.num_batches_tracked += 1
-        torch._foreach_lerp_([norm.running_mean, norm.running_var], [mean, variance], norm.momentum)
-    return y, normed
+    return y, normed, (mean, variance)
+
+
+@torch.no_grad()
+def move_statistics(norms: Sequence[Any], found: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Moves the running statistics of BatchNorms, of one momentum, by what `residual_norm` found for each: all at once, as such small
+    kernels take longer to launch than to run."""
+    if norms:
+        running = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+        torch._foreach_lerp_(running, [statistic for both in found for statistic in both], norms[0].momentum)
+        torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 @torch.library.custom_op("van::scaled_residual", mutates_args=())

@@ -2,7 +2,8 @@
 
 All maps are (N * H * W, C), pixels by channels. A program takes a tile of CHANNELS channels and a run of `per_run` pixels, PIXELS at once;
 what it sums over them is one row of a partial (runs, …, C) in fp32, added up by another kernel in the order of the runs, so no bit depends
-on who comes first. `shortcut`, `keep`, `partial` and `normed_grad` may be None: then nothing of theirs is compiled.
+on who comes first. `shortcut`, `keep`, `partial` and `normed_grad` may be None: then nothing of theirs is compiled. `keep` may be a row of
+what was drawn for many, and so begin anywhere.
 """
 
 import triton
@@ -46,7 +47,7 @@ def _sum(x, branch, shortcut, scales, keep, pixel, end, map_pixels, at, here):
     return tl.load(x + at, mask=here, other=0.0).to(tl.float32) + added
 
 
-@triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"])
+@triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"], do_not_specialize_on_alignment=["keep"])
 def residual_kernel(
     x, branch, shortcut, scale, keep, y, partial, pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
@@ -139,7 +140,7 @@ def norm_sums_kernel(
     tl.store(out + channels, tl.sum(sums, 0), mask=some_channel)
 
 
-@triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"])
+@triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"], do_not_specialize_on_alignment=["keep"])
 def residual_backward_kernel(
     grad, branch, shortcut, scale, keep, branch_grad, partial,
     normed_grad, y, mean, rstd, weight, weight_grad, bias_grad, x_grad,

@@ -51,7 +51,7 @@ def joint_fault(channels: int, dtype: torch.dtype, device: torch.device) -> str 
 
     def own(x: Tensor, branch: Tensor, scale: Tensor, branch_bias: Tensor) -> Tensor:
         biased = branch + branch_bias.detach()[:, None, None]
-        return both(*residual_norm(x, biased.to(dtype), branch.to(dtype), scale, keep, norm(), branch_bias))
+        return both(*residual_norm(x, biased.to(dtype), branch.to(dtype), scale, keep, norm(), branch_bias)[:2])
 
     shape = (2, channels, 8, 8)
     return _fault(own, by_pytorch, [shape, shape, (channels,), (channels,)], device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from triton import knobs
 
-from pretrain.kernels import residual_norm, scaled_residual
+from pretrain.kernels import move_statistics, residual_norm, scaled_residual
 
 pytestmark = pytest.mark.slow
 
@@ -85,7 +85,8 @@ def normed_outcome(
         y = by_steps(x, branch, None, scale, keep, bias) + by_steps(torch.zeros_like(x), shortcut, None, scale, keep)
         normed = norm(y)
     else:
-        y, normed = residual_norm(x, branch, shortcut, scale, keep, norm, bias)
+        y, normed, statistics = residual_norm(x, branch, shortcut, scale, keep, norm, bias)
+        move_statistics([norm], [statistics])
     ((y * grads[0]).sum() + (normed * grads[1]).sum()).backward()
     names = ("x", "branch", "shortcut", "scale", "branch's bias")
     found = {"y": y.detach(), "normed": normed.detach()} | {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
@@ -128,7 +129,7 @@ def test_the_norm_takes_autocasts_type() -> None:
     """And the sum stays fp32."""
     x, branch, shortcut, scale, keep, _ = drawn((2, 8, 4, 4), torch.float32, torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16):
-        y, normed = residual_norm(x, branch, shortcut, scale, keep, nn.BatchNorm2d(8, device=DEVICE))
+        y, normed, _ = residual_norm(x, branch, shortcut, scale, keep, nn.BatchNorm2d(8, device=DEVICE))
     assert (y.dtype, normed.dtype) == (torch.float32, torch.bfloat16)
 
 
