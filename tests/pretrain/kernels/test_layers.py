@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 from pretrain import depthwise, kernel_choice
@@ -93,6 +95,28 @@ def check_alike(plain: VAN, fast: VAN) -> None:
         torch.testing.assert_close(
             found[name], value, rtol=1e-4, atol=1e-4 * float(value.abs().max()) + 1e-6, msg=lambda t, n=name: f"{n}: {t}"
         )
+
+
+class BiasSums(TorchDispatchMode):
+    """Counts how often the gradient of a map is read for a bias of a linear layer alone."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.count += function is torch.ops.aten.sum.dim_IntList and arguments[0].ndim == 2
+        return function(*arguments, **(named or {}))
+
+
+def test_three_of_five_biases_need_no_pass_of_their_own(plain_and_fast: tuple[VAN, VAN]) -> None:
+    """Their gradients come out of the kernels; without these, as the control has it, each of a block's 1x1 convolutions reads a map."""
+    plain, fast = plain_and_fast
+    for module in plain.modules():
+        if isinstance(module, PointwiseConv2d):
+            module.by_linear = True
+    for model, a_block in ((plain, 5), (fast, 2)):
+        with BiasSums() as sums:
+            model.forward_features(IMAGES.to(DEVICE)).mean().backward()
+        assert sums.count == 4 * a_block
 
 
 def test_under_autocast_it_is_as_close_to_fp32(plain_and_fast: tuple[VAN, VAN]) -> None:
