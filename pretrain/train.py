@@ -182,7 +182,9 @@ def train(config: Config, force_config: bool = False) -> int:
         values |= {
             "images_per_s": rate, "data_wait": found.waited / found.seconds, "memory_gb": engines.memory_gb(device),
             "left_s": (total - step) * config.global_batch / rate,
-        } | ({"mfu": mfu(rate / ranks, flops, peak)} if peak else {})  # fmt: skip
+        }  # fmt: skip
+        values |= {"mfu": mfu(rate / ranks, flops, peak)} if peak else {}
+        values |= {"host_wait": found.starved} if device.type == "cuda" else {}
         counts = {"skipped": int(found.skipped.sum()), "bad_images": quarantine.count}
         log.line(
             f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
@@ -190,6 +192,7 @@ def train(config: Config, force_config: bool = False) -> int:
             f"waiting for data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB  "
             + (f"MFU {values['mfu']:.0%}  " if peak else "")
             + f"{duration(values['left_s'])} left"
+            + found.remark(config.model.graphs)
             + slowest.remark()
             + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
         )

@@ -74,6 +74,10 @@ class IdleGpu:
         """Watching takes time."""
         self._library.idle_watch(None, None)
 
+    def busy(self, from_now_on: bool) -> None:
+        """Whether all that is launched is still to be computed, as far as a look at an event tells; a wait ends at once all the same."""
+        self._library.idle_busy(from_now_on)
+
     def _waited(self, name: bytes) -> None:
         self.stacks.update([name.decode() + "\n" + "".join(traceback.format_stack()[:-1])])
 

@@ -98,8 +98,8 @@ def details(run: Run, now: float) -> str:
         "step": _step(run) + (f", epoch {record['epoch']:.2f}" if number(record, "epoch") is not None else ""),
         "loss": _joined(record, ("loss", "{:.4f}"), ("lr", "learning rate {:.2e}"), ("grad_norm", "gradient {:.2f}")),
         "speed": _joined(
-            record, ("images_per_s", "{:,.0f} images/s"), ("data_wait", "waiting for data {:.0%}"), ("mfu", "MFU {:.0%}"),
-            ("memory_gb", "{:.1f} GB a rank"),
+            record, ("images_per_s", "{:,.0f} images/s"), ("data_wait", "waiting for data {:.0%}"),
+            ("host_wait", "GPUs waiting for the host in {:.0%} of steps"), ("mfu", "MFU {:.0%}"), ("memory_gb", "{:.1f} GB a rank"),
         ),
         "last record": f"{duration(now - record['time'])} ago" if record else "",
         "left": _left(run, now) if moving else "",

@@ -1,4 +1,8 @@
-"""The steps since the last log line: loss, gradient norm, speed and waiting. The device is read when an interval ends, not before."""
+"""The steps since the last log line: loss, gradient norm, speed and waiting. The device is read when an interval ends, not before.
+
+Who waits for whom, the host for the GPU or the GPU for the host, can be asked without waiting: when the host has launched all of a step, a
+GPU that has its backward passes already behind it had nothing else to do.
+"""
 
 import time
 from collections.abc import Iterator
@@ -12,6 +16,8 @@ from torch import Tensor
 
 from pretrain.watch.guard import Guard
 
+MUCH = 0.5  # of the steps, in which a GPU runs dry, that is worth a remark
+
 
 @dataclass(frozen=True, eq=False)
 class Steps:
@@ -22,6 +28,7 @@ class Steps:
         losses: (ranks, steps), of each rank's own samples.
         norms: (steps,) of the gradients, before clipping.
         skipped: (steps,) whether the step changed nothing, as its numbers were not finite.
+        starved: share of the steps in which a rank's GPU waited for what its host launches.
         seconds, waited: of training, and of these waiting for data on this rank.
         news: whether any rank has news of bad images.
     """
@@ -30,6 +37,7 @@ class Steps:
     losses: np.ndarray
     norms: np.ndarray
     skipped: np.ndarray
+    starved: float
     seconds: float
     waited: float
     news: bool
@@ -46,6 +54,11 @@ class Steps:
             return {"loss": float("nan"), "grad_norm": float("nan")}
         return {"loss": float(self.loss[taken].mean(dtype=np.float64)), "grad_norm": float(self.norms[taken].mean(dtype=np.float64))}
 
+    def remark(self, graphs: bool) -> str:
+        """For a log line, of a job with or without CUDA graphs: empty as long as the GPUs have enough to do."""
+        advice = "try a larger engine.micro_batch" if graphs else "try model.graphs=true"
+        return f"  GPUs wait for the host in {self.starved:.0%} of steps, {advice}" if self.starved > MUCH else ""
+
 
 class Interval:
     """Args:
@@ -55,12 +68,15 @@ class Interval:
 
     def __init__(self, device: torch.device, most: int, accumulation: int):
         self.accumulation = accumulation
-        self._rows = torch.zeros(most + 1, 3, device=device)  # a step's loss, norm and whether it was skipped; the last row: news
+        # A step's loss, norm, whether it was skipped, and whether the GPU was starved; the last row: news.
+        self._rows = torch.zeros(most + 1, 4, device=device)
+        self._computed = torch.cuda.Event() if device.type == "cuda" else None  # all passes so far
         self._begin()
 
     def _begin(self) -> None:
         self._rows.zero_()
         self._numbers: list[int] = []
+        self.starved: list[bool] = []  # whether the GPU was, in each step
         self._waited, self._began = 0.0, time.monotonic()
 
     @contextmanager
@@ -78,10 +94,14 @@ class Interval:
         self._began += time.monotonic() - began
 
     def add(self, loss: Tensor) -> None:
-        """A micro-batch's loss."""
+        """A micro-batch's loss, behind its backward pass."""
         self._rows[len(self._numbers), 0] += loss.detach()
+        if self._computed is not None:
+            self._computed.record()
 
     def end_step(self, number: int, guard: Guard) -> None:
+        """To be called when the whole step has been launched."""
+        self.starved.append(self._computed is not None and self._computed.query())
         row = self._rows[len(self._numbers)]
         row[1], row[2] = guard.norm, guard.found_inf
         self._numbers.append(number)
@@ -93,6 +113,7 @@ class Interval:
             news: of bad images, how many this rank has.
         """
         self._rows[-1] = news
+        self._rows[: len(self.starved), 3] = torch.tensor(self.starved, dtype=torch.float32)
         gathered = [torch.empty_like(self._rows) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, self._rows)
         rows = torch.stack(gathered).cpu().numpy()
@@ -100,4 +121,5 @@ class Interval:
         self._begin()
         own = rows[:, : len(numbers)]
         losses, norms, skipped = own[:, :, 0] / self.accumulation, own[0, :, 1], own[0, :, 2] > 0
-        return Steps(numbers, losses, norms, skipped, seconds, waited, bool(rows[:, -1].any()))
+        starved = float((own[:, :, 3] > 0).any(0).mean()) if numbers else 0.0
+        return Steps(numbers, losses, norms, skipped, starved, seconds, waited, bool(rows[:, -1].any()))

@@ -16,6 +16,7 @@ import pytest
 
 from benchmarks import idle_gpu
 from tests.jobs import SMALL
+from tests.ranks import REPOSITORY
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,6 +84,30 @@ def test_offloaded_optimizers_get_the_verdict_where_they_are(tmp_path: Path, dra
 def test_zero_3_waits_once_forward_and_once_backward(tmp_path: Path, drawn: Path, gpu: dict[str, str]) -> None:
     steps, _ = job(tmp_path, drawn, gpu, "engine.zero_stage=3")
     assert [sum(line["waits"].values()) for line in steps if line["step"] in (1, 2, 4)] == [4, 4, 4]  # of two micro-steps
+
+
+STEPS = """
+import torch
+from types import SimpleNamespace
+from benchmarks.idle_gpu import IdleGpu
+from pretrain.watch.interval import Interval
+
+gpu, device = IdleGpu(), torch.device("cuda", 0)
+number = torch.zeros((), device=device)
+interval = Interval(device, most=3, accumulation=2)
+for step, busy in enumerate((False, True, False)):
+    gpu.busy(busy)
+    interval.add(number)
+    interval.add(number)
+    interval.end_step(step, SimpleNamespace(norm=number, found_inf=number))
+print(interval.starved)
+"""
+
+
+def test_a_gpu_that_waits_for_the_host_is_seen(gpu: dict[str, str]) -> None:
+    """And one that has work to do when all of a step is launched does not wait."""
+    ran = subprocess.run([sys.executable, "-c", STEPS], env=os.environ | gpu, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert ran.stdout == "[True, False, True]\n", ran.stderr
 
 
 @pytest.mark.long

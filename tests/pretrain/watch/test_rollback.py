@@ -26,7 +26,7 @@ def steps(losses: list[float], first: int = 0, ranks: int = 2) -> Steps:
     """Of these losses on all ranks; those that are not finite were skipped."""
     own = np.tile(np.array(losses, np.float32), (ranks, 1))
     skipped = ~np.isfinite(own[0])
-    return Steps(list(range(first, first + len(losses))), own, np.where(skipped, np.nan, 1.0), skipped, 1.0, 0.0, False)
+    return Steps(list(range(first, first + len(losses))), own, np.where(skipped, np.nan, 1.0), skipped, 0.0, 1.0, 0.0, False)
 
 
 # ---------------------------------------------------------------- when
@@ -100,7 +100,7 @@ def test_what_is_kept_of_a_bad_step(drawn: Path) -> None:
     index = open_index(drawn / "train", None)
     order = sample_order(index, DataConfig(lanes=4, window=16), seed=1, global_batch=8)
     losses = np.array([[2.0, NAN, 2.0, 2.0], [2.0, 2.0, math.inf, 9.0]], np.float32)
-    found = Steps([2, 3, 4, 6], losses, np.array([1, NAN, NAN, 5.0]), np.array([False, True, True, False]), 1.0, 0.0, False)
+    found = Steps([2, 3, 4, 6], losses, np.array([1, NAN, NAN, 5.0]), np.array([False, True, True, False]), 0.0, 1.0, 0.0, False)
     assert bad_steps(found, None, scales=False) == [1, 2]
     assert bad_steps(found, Bad(6, 6, "high"), scales=False) == [1, 2, 3]
     kept = [evidence(found, position, order, index, ["one", "two"]) for position in (1, 2, 3)]
@@ -115,7 +115,7 @@ def test_what_is_kept_of_a_bad_step(drawn: Path) -> None:
 
 def test_an_overflow_that_only_moves_the_loss_scale_is_nothing_to_keep() -> None:
     losses = np.array([[2.0, 2.0], [2.0, NAN]], np.float32)
-    found = Steps([0, 1], losses, np.array([math.inf, NAN]), np.array([True, True]), 1.0, 0.0, False)
+    found = Steps([0, 1], losses, np.array([math.inf, NAN]), np.array([True, True]), 0.0, 1.0, 0.0, False)
     assert bad_steps(found, None, scales=True) == [1]
     assert bad_steps(found, None, scales=False) == [0, 1]
 
