@@ -89,8 +89,10 @@ def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
     names = kernel.function.arg_names
     constants = kernel.constants | {name: None for name, pointer in kernel.pointers.items() if not pointer}
     signature = {n: "constexpr" if n in constants else kernel.pointers.get(n, "i32") for n in names}
-    # What a launch finds too: tensors begin at multiples of 16 bytes, and all widths of VAN are multiples of 16.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*") or n == "channels"}
+    # What a launch finds too: tensors begin at multiples of 16 bytes, where a kernel asks, and all widths of VAN are multiples of 16.
+    of_16 = [n for n in names if signature[n].startswith("*") or n == "channels"]
+    unasked = {parameter.name for parameter in kernel.function.params if parameter.do_not_specialize_on_alignment}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in of_16 if n not in unasked}
     source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernel.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -184,7 +184,7 @@ def train(config: Config, force_config: bool = False) -> int:
             "left_s": (total - step) * config.global_batch / rate,
         }  # fmt: skip
         values |= {"mfu": mfu(rate / ranks, flops, peak)} if peak else {}
-        values |= {"host_wait": found.starved} if device.type == "cuda" else {}
+        values |= {} if found.starved is None else {"host_wait": found.starved}
         counts = {"skipped": int(found.skipped.sum()), "bad_images": quarantine.count}
         log.line(
             f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
@@ -227,7 +227,8 @@ def train(config: Config, force_config: bool = False) -> int:
     own_part: dict[str, Any] = {"micro_batch": config.engine.micro_batch, "rank": rank, "ranks": ranks, "device": device}
     own_part["ranks_on_node"] = hosts.count(hosts[rank])
     val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **own_part) if val else None
-    interval = Interval(device, config.run.log_every, accumulation)
+    launches_ahead = device.type == "cuda" and config.engine.zero_stage < 3 and not config.engine.offload
+    interval = Interval(device, config.run.log_every, accumulation, asks=launches_ahead)
     own = OwnTime(engine, config.engine.zero_stage, hosts)
     profiler = Profiler(place, settings.profiled_steps(config.profile), folder / "profile", log.line)
     bad, stopping, warm = None, 0, step + 3

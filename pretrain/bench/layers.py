@@ -24,7 +24,7 @@ from triton.testing import do_bench
 
 from pretrain.depthwise import DepthwiseConv2d
 from pretrain.kernels import residual_norm, unusable
-from pretrain.kernels.depthwise import by_taps, conv, weight_gradient
+from pretrain.kernels.depthwise import by_taps, conv, conv_tiles, weight_gradient
 from pretrain.van import VAN, Block
 
 COPY_BYTES = 2**30
@@ -123,12 +123,18 @@ def parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) ->
         return {"triton": triton_way, "pytorch_nhwc": lambda: pytorch(*nhwc), "pytorch_nchw": lambda: pytorch(*nchw)}
 
     x, grad = nhwc
+    # A layer with GELU stands behind a 1x1 convolution, whose bias's gradient is summed on the way.
+    tiles = conv_tiles(x, by_taps(weight), dilation)
+    partial = torch.empty(tiles, layer.channels, device=device) if layer.gelu else None
     found = [
         Part("forward", 2 * map_bytes, three(lambda: conv(x, by_taps(weight), bias, dilation), lambda x, grad: forward(x))),
         Part(
             "input gradient",
             2 * map_bytes,
-            three(lambda: conv(grad, by_taps(weight), None, dilation, flip=True), lambda x, grad: backward(x, grad, True, False, False)[0]),
+            three(
+                lambda: conv(grad, by_taps(weight), None, dilation, flip=True, partial=partial),
+                lambda x, grad: backward(x, grad, True, False, False)[0],
+            ),
         ),
         Part(
             "weight gradient",

@@ -1,7 +1,8 @@
 """The steps since the last log line: loss, gradient norm, speed and waiting. The device is read when an interval ends, not before.
 
 Who waits for whom, the host for the GPU or the GPU for the host, can be asked without waiting: when the host has launched all of a step, a
-GPU that has its backward passes already behind it had nothing else to do.
+GPU that has its backward passes already behind it had nothing else to do. Where the host waits for the GPU within a step, as in ZeRO-3 and
+with offload, that says nothing, and it is not asked.
 """
 
 import time
@@ -28,7 +29,7 @@ class Steps:
         losses: (ranks, steps), of each rank's own samples.
         norms: (steps,) of the gradients, before clipping.
         skipped: (steps,) whether the step changed nothing, as its numbers were not finite.
-        starved: share of the steps in which a rank's GPU waited for what its host launches.
+        starved: share of the steps in which a rank's GPU waited for what its host launches; None if that was not asked.
         seconds, waited: of training, and of these waiting for data on this rank.
         news: whether any rank has news of bad images.
     """
@@ -37,7 +38,7 @@ class Steps:
     losses: np.ndarray
     norms: np.ndarray
     skipped: np.ndarray
-    starved: float
+    starved: float | None
     seconds: float
     waited: float
     news: bool
@@ -56,21 +57,24 @@ class Steps:
 
     def remark(self, graphs: bool) -> str:
         """For a log line, of a job with or without CUDA graphs: empty as long as the GPUs have enough to do."""
-        advice = "try a larger engine.micro_batch" if graphs else "try model.graphs=true"
-        return f"  GPUs wait for the host in {self.starved:.0%} of steps, {advice}" if self.starved > MUCH else ""
+        if self.starved is None or self.starved <= MUCH:
+            return ""
+        advice = "a larger engine.micro_batch" if graphs else "model.graphs=true or a larger engine.micro_batch"
+        return f"  GPUs wait for the host in {self.starved:.0%} of steps, try {advice}"
 
 
 class Interval:
     """Args:
     most: steps that it may have.
     accumulation: micro-batches of a step.
+    asks: whether GPUs wait for the host.
     """
 
-    def __init__(self, device: torch.device, most: int, accumulation: int):
-        self.accumulation = accumulation
+    def __init__(self, device: torch.device, most: int, accumulation: int, *, asks: bool):
+        self.accumulation, self._asks = accumulation, asks
         # A step's loss, norm, whether it was skipped, and whether the GPU was starved; the last row: news.
         self._rows = torch.zeros(most + 1, 4, device=device)
-        self._computed = torch.cuda.Event() if device.type == "cuda" else None  # all passes so far
+        self._computed = torch.cuda.Event() if asks else None  # all passes so far
         self._begin()
 
     def _begin(self) -> None:
@@ -121,5 +125,5 @@ class Interval:
         self._begin()
         own = rows[:, : len(numbers)]
         losses, norms, skipped = own[:, :, 0] / self.accumulation, own[0, :, 1], own[0, :, 2] > 0
-        starved = float((own[:, :, 3] > 0).any(0).mean()) if numbers else 0.0
+        starved = float((own[:, :, 3] > 0).any(0).mean()) if self._asks and numbers else None
         return Steps(numbers, losses, norms, skipped, starved, seconds, waited, bool(rows[:, -1].any()))

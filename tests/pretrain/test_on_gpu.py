@@ -42,6 +42,13 @@ def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **enviro
     return [line for line in lines if line.get("step", -1) >= 0], ran.stdout + ran.stderr
 
 
+def asked(folder: Path) -> bool:
+    """Whether the job says how often the GPU waited for the host: not where the host waits for the GPU within a step."""
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    (answer,) = {"host_wait" in record for record in records if record["kind"] == "train"}
+    return answer
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -58,6 +65,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
     waits = {line["step"]: line["waits"] for line in steps}
     assert {step: found for step, found in waits.items() if step > 0 and step not in DUE} == {1: {}, 2: {}, 4: {}}, output[-4000:]
     assert waits[3]["pretrain/watch/interval.py:close"]  # a wait is seen where there is one
+    assert asked(tmp_path)
     if "model.graphs=true" in settings:
         assert "graphs: 4 stages, forward and backward" in output
         assert max(line["launches"] for line in steps if line["step"] in (1, 2, 4)) < 400  # of two micro-steps: without, 3,672
@@ -76,6 +84,7 @@ def test_offloaded_optimizers_get_the_verdict_where_they_are(tmp_path: Path, dra
     made up, so no checkpoint can be written in the end.)"""
     steps, output = job(tmp_path, drawn, gpu, *settings, "optim.clip_grad=1", "run.save_every=8")
     assert [line["step"] for line in steps] == [0, 1, 2, 3, 4, 5], output[-4000:]
+    assert not asked(tmp_path)
     if "engine.zero_stage=3" not in settings:
         assert sum(steps[2]["waits"].values()) < 10  # not for each of 312 parameters
 
@@ -84,6 +93,7 @@ def test_offloaded_optimizers_get_the_verdict_where_they_are(tmp_path: Path, dra
 def test_zero_3_waits_once_forward_and_once_backward(tmp_path: Path, drawn: Path, gpu: dict[str, str]) -> None:
     steps, _ = job(tmp_path, drawn, gpu, "engine.zero_stage=3")
     assert [sum(line["waits"].values()) for line in steps if line["step"] in (1, 2, 4)] == [4, 4, 4]  # of two micro-steps
+    assert not asked(tmp_path)
 
 
 STEPS = """
@@ -94,7 +104,7 @@ from pretrain.watch.interval import Interval
 
 gpu, device = IdleGpu(), torch.device("cuda", 0)
 number = torch.zeros((), device=device)
-interval = Interval(device, most=3, accumulation=2)
+interval = Interval(device, most=3, accumulation=2, asks=True)
 for step, busy in enumerate((False, True, False)):
     gpu.busy(busy)
     interval.add(number)
