@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pretrain.bench.layers import Layer, layers
-from pretrain.kernels import depthwise_device, residual_device
+from pretrain.kernels import attention_device, depthwise_device, residual_device
 from pretrain.kernels.depthwise import conv_constants, launch_options, weight_gradient_constants
 from pretrain.kernels.residual import BEHIND, SUMS, TILE
 from pretrain.kernels.tiling import WARPS
@@ -49,16 +49,21 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
     if not layer.kernel_size:
         return joint_kernels(x)
     shape, options = (layer.channels, layer.size, layer.size), launch_options(4 if activations == "fp32" else 2)
-    pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "y": x, "partial": ""}
+    pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "inner": "", "y": x, "partial": ""}
 
     def conv(part: str, changed: dict[str, str], **how: Any) -> Kernel:
         constants = conv_constants(shape, layer.kernel_size, layer.dilation, **how)
         return Kernel(part, depthwise_device.conv_kernel, constants, pointers | changed, options)
 
-    found = [conv("forward, GELU", {}, gelu="after"), conv("gradient of GELU", {"grad": x}, gelu="derivative")]
-    if not layer.gelu:
-        found = [conv("forward", {})]
-    found.append(conv("input gradient", {"bias": "", "partial": "*fp32" if layer.gelu else ""}, flip=True))
+    match layer.gelu:
+        case "after":
+            found = [conv("forward, GELU", {}, gelu="after"), conv("gradient of GELU", {"grad": x}, gelu="gradient")]
+            found.append(conv("input gradient", {"bias": "", "partial": "*fp32"}, flip=True))
+        case "before":
+            changed = {"bias": "", "grad": x, "inner": x, "partial": "*fp32"}
+            found = [conv("forward", {}), conv("input gradient, GELU's", changed, flip=True, gelu="gradient before")]
+        case _:
+            found = [conv("forward", {}), conv("input gradient", {"bias": ""}, flip=True)]
     constants = weight_gradient_constants(shape, layer.kernel_size, layer.dilation)
     found.append(
         Kernel("weight gradient", depthwise_device.weight_gradient_kernel, constants, {"x": x, "grad": x, "partial": "*fp32"}, options)
@@ -67,7 +72,8 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
 
 
 def joint_kernels(x: str) -> list[Kernel]:
-    """Of `pretrain/kernels/residual.py`, as an attention's end takes them, with a shortcut of its own and a norm behind it."""
+    """Those whose code is the same for maps of any size. Of `pretrain/kernels/residual.py`, as an attention's end takes them, with a
+    shortcut of its own and a norm behind it; and the gate's."""
     tile, sums = ({name: value for name, value in sizes.items() if name.isupper()} for sizes in (TILE, SUMS))
     vector, sum_ = "*fp32", "*fp32"
     branches = {"branch": x, "shortcut": x, "scale": vector, "keep": vector}
@@ -80,8 +86,10 @@ def joint_kernels(x: str) -> list[Kernel]:
         ("gradient sums", "norm_sums_kernel", tile, statistics | {"normed_grad": x, "y": sum_, "partial": vector}),
         ("gradients", "residual_backward_kernel", tile, branches | behind | {"grad": sum_, "branch_grad": x, "partial": vector}),
     ]
+    gate = dict.fromkeys(("grad", "x", "attention", "x_grad", "attention_grad"), x) | {"partial": vector}
     options = {"num_warps": WARPS}
-    return [Kernel(part, getattr(residual_device, name), constants, types, options) for part, name, constants, types in found]
+    kernels_ = [Kernel(part, getattr(residual_device, name), constants, types, options) for part, name, constants, types in found]
+    return [*kernels_, Kernel("gate's gradients", attention_device.gate_backward_kernel, tile, gate, options)]
 
 
 def resources(kernel: Kernel, capability: int) -> dict[str, Any]:

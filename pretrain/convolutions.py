@@ -58,10 +58,10 @@ class PointwiseConv2d(nn.Conv2d):
         """(N, in, H, W) to (N, out, H, W)."""
         return self._product(x, self.bias)
 
-    def without_bias_gradient(self, x: torch.Tensor) -> torch.Tensor:
-        """`forward`, behind which something else computes the bias's gradient, where it has that of this map at hand."""
+    def without_bias_gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and the bias in it, whose gradient something else computes, where it has that of this map at hand."""
         assert self.bias is not None
-        return self._product(x, self.bias.detach())
+        return self._product(x, self.bias.detach()), self.bias
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.by_linear and not torch.jit.is_scripting():

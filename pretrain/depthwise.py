@@ -50,8 +50,8 @@ class DepthwiseConv2d(nn.Conv2d):
     def behind(self, convolution: PointwiseConv2d, x: Tensor) -> Tensor:
         """By the Triton kernel, `forward` of what a 1x1 convolution makes of x, (N, C, H, W) to (N, dim, H, W). Backward, the kernel
         sums the gradient of that one's bias too, for which the map would else be read once more."""
-        y = convolution.without_bias_gradient(x)
-        return depthwise_conv2d(y, self.weight, self.bias, self.dilation[0], self.gelu, convolution.bias)
+        y, bias = convolution.without_bias_gradient(x)
+        return depthwise_conv2d(y, self.weight, self.bias, self.dilation[0], self.gelu, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""

@@ -10,6 +10,7 @@ from pretrain.convolutions import PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
 from pretrain.kernels import unusable
 from pretrain.kernels.trial import joint_fault
+from pretrain.lka import LKA
 from pretrain.van import VAN, Block, VANStage
 
 
@@ -47,16 +48,21 @@ def use_kernels(model: nn.Module, choice: str, device: torch.device, image_size:
                 module.by_linear = reason is None
             elif isinstance(module, DepthwiseConv2d):
                 module.triton = good(_name(module, size), lambda m=module, s=size: m.triton_fault(s, dtype, device))  # type: ignore[misc]
+        for lka in [module for module in stage.modules() if isinstance(module, LKA)]:
+            layer = f"gates of {channels} channels, {size} px"
+            lka.triton = lka.conv0.triton and good(layer, lambda m=lka, s=size: m.triton_fault(s, dtype, device))  # type: ignore[misc]
     if choice == "triton" and (reason or faults):
         raise ValueError(f"model.kernels=triton can't be: {reason or _listed(faults)}; model.kernels=auto takes Triton where it runs")
     if reason is not None:
         return f"kernels: PyTorch's, {reason}"
     convolutions = [m.triton for m in model.modules() if isinstance(m, DepthwiseConv2d)]
+    gates = [m.triton for m in model.modules() if isinstance(m, LKA)]
     blocks = [m.triton for m in model.modules() if isinstance(m, Block)]
     joined = [len(stage.blocks) * 2 - 1 for stage in stages if stage.joins]
     return (
-        f"kernels: Triton for {sum(convolutions)} of {len(convolutions)} depth-wise convolutions, {2 * sum(blocks)} of {2 * len(blocks)} "
-        f"shortcuts, with {sum(joined)} norms behind them" + (f"; not for {_listed(faults)}" if faults else "")
+        f"kernels: Triton for {sum(convolutions)} of {len(convolutions)} depth-wise convolutions, {sum(gates)} of {len(gates)} gates, "
+        f"{2 * sum(blocks)} of {2 * len(blocks)} shortcuts, with {sum(joined)} norms behind them"
+        + (f"; not for {_listed(faults)}" if faults else "")
     )
 
 

@@ -16,6 +16,8 @@ from torch import nn
 
 from pretrain.convolutions import PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
+from pretrain.kernels import gated, gelu_conv2d
+from pretrain.kernels.trial import attention_fault
 
 
 class LKA(nn.Module):
@@ -31,6 +33,19 @@ class LKA(nn.Module):
         far = math.ceil(kernel_size / dilation)
         self.conv_spatial = DepthwiseConv2d(dim, far, dilation) if far % 2 else _even(dim, far, dilation)
         self.conv1 = PointwiseConv2d(dim, dim)
+        self.triton = False
+
+    def triton_fault(self, size: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why `behind` can't be on square maps of `size`; None where it can."""
+        return attention_fault(self.conv0.in_channels, size, self.conv0.kernel_size[0], dtype, device)
+
+    def behind(self, convolution: PointwiseConv2d, x: torch.Tensor) -> torch.Tensor:
+        """By Triton's kernels, `forward` of GELU of what a 1x1 convolution makes of x. Backward they sum the gradients of two biases too,
+        of that one's and conv1's, for which the maps would else be read once more."""
+        assert self.conv0.bias is not None
+        z, z_bias = convolution.without_bias_gradient(x)
+        x, near = gelu_conv2d(z, self.conv0.weight, self.conv0.bias, z_bias)
+        return gated(x, *self.conv1.without_bias_gradient(self.conv_spatial(near)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""

@@ -82,9 +82,11 @@ class Attention(nn.Module):
 
     def branch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is added to the shortcut, and the bias in it whose gradient is left to what adds it."""
-        return self.proj_2.without_bias_gradient(self._gated(x)), self.proj_2.bias
+        return self.proj_2.without_bias_gradient(self._gated(x))
 
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting() and self.spatial_gating_unit.triton:
+            return self.spatial_gating_unit.behind(self.proj_1, x)
         return self.spatial_gating_unit(self.act(self.proj_1(x)))
 
 
@@ -107,7 +109,7 @@ class Mlp(nn.Module):
         """`forward`, and the bias in it whose gradient is left to what adds it to the shortcut."""
         if self.drop2.p > 0:
             return self(x), None
-        return self.fc2.without_bias_gradient(self._hidden(x)), self.fc2.bias
+        return self.fc2.without_bias_gradient(self._hidden(x))
 
     def _hidden(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and self.dwconv.triton:

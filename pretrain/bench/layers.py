@@ -25,6 +25,7 @@ from triton.testing import do_bench
 from pretrain.depthwise import DepthwiseConv2d
 from pretrain.kernels import residual_norm, unusable
 from pretrain.kernels.depthwise import by_taps, conv, conv_tiles, weight_gradient
+from pretrain.lka import LKA
 from pretrain.van import VAN, Block
 
 COPY_BYTES = 2**30
@@ -32,13 +33,14 @@ COPY_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Layer:
-    """A depth-wise convolution on square maps of `size` px, or with kernel size 0 a joint; the model has `count` of them."""
+    """A depth-wise convolution on square maps of `size` px, with GELU "after" or "before" it, or with kernel size 0 a joint; the model has
+    `count` of them."""
 
     channels: int
     size: int
     kernel_size: int
     dilation: int = 1
-    gelu: bool = False
+    gelu: str = ""
     count: int = 1
 
     def __str__(self) -> str:
@@ -60,11 +62,15 @@ def layers(model_name: str, image_size: int) -> list[Layer]:
     with torch.device("meta"):
         model = cast(VAN, timm.create_model(model_name))
     found: list[Layer] = []
+    behind_gelu: DepthwiseConv2d | None = None
     for stage, info in zip(model.stages, model.feature_info, strict=True):
         size = -(-image_size // info["reduction"])
         for module in stage.modules():
+            if isinstance(module, LKA):
+                behind_gelu = module.conv0
             if isinstance(module, DepthwiseConv2d):
-                found.append(Layer(module.in_channels, size, module.kernel_size[0], module.dilation[0], module.gelu))
+                gelu = "after" if module.gelu else "before" if module is behind_gelu else ""
+                found.append(Layer(module.in_channels, size, module.kernel_size[0], module.dilation[0], gelu))
             elif isinstance(module, Block):
                 found += 2 * [Layer(info["num_chs"], size, 0)]
     return [Layer(**{**layer.__dict__, "count": found.count(layer)}) for layer in dict.fromkeys(found)]
@@ -126,29 +132,42 @@ def parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) ->
     # A layer with GELU stands behind a 1x1 convolution, whose bias's gradient is summed on the way.
     tiles = conv_tiles(x, by_taps(weight), dilation)
     partial = torch.empty(tiles, layer.channels, device=device) if layer.gelu else None
+
+    def input_gradient(**how: Any) -> Tensor:
+        return conv(grad, by_taps(weight), None, dilation, flip=True, partial=partial, **how)
+
+    def input_gradient_by_pytorch(x: Tensor, grad: Tensor) -> Tensor:
+        return backward(x, grad, True, False, False)[0]
+
     found = [
         Part("forward", 2 * map_bytes, three(lambda: conv(x, by_taps(weight), bias, dilation), lambda x, grad: forward(x))),
-        Part(
-            "input gradient",
-            2 * map_bytes,
-            three(
-                lambda: conv(grad, by_taps(weight), None, dilation, flip=True, partial=partial),
-                lambda x, grad: backward(x, grad, True, False, False)[0],
-            ),
-        ),
+        Part("input gradient", 2 * map_bytes, three(input_gradient, input_gradient_by_pytorch)),
         Part(
             "weight gradient",
             2 * map_bytes,
             three(lambda: weight_gradient(x, grad, weight, dilation)[0], lambda x, grad: backward(x, grad, False, True, True)[1]),
         ),
     ]
-    if layer.gelu:
+    if layer.gelu == "after":
         found.append(
             Part(
                 "forward, GELU",
                 2 * map_bytes,
                 three(lambda: conv(x, by_taps(weight), bias, dilation, gelu="after"), lambda x, grad: F.gelu(forward(x))),
             )
+        )
+    if layer.gelu == "before":  # the convolution's gradient stands for the gate's too, and the input for GELU's
+        gate = torch.ops.van.gate_backward.default
+        found[1] = Part(
+            "input gradient, GELU's",
+            4 * map_bytes,
+            three(
+                lambda: input_gradient(gelu="gradient before", grad=grad, inner=x),
+                lambda x, grad: torch.ops.aten.gelu_backward(input_gradient_by_pytorch(x, grad) + grad, x),
+            ),
+        )
+        found.append(
+            Part("gate's gradients", 5 * map_bytes, three(lambda: gate(grad, x, grad)[1], lambda x, grad: (grad * grad, grad * x)[1]))
         )
     return found
 

@@ -1,6 +1,8 @@
-"""Triton kernels behind VAN's layers, for channels-last activations on a GPU: depth-wise convolution, and what joins two branches.
+"""Triton kernels behind VAN's layers, for channels-last activations on a GPU: depth-wise convolution, what stands around LKA's, and what
+joins two branches.
 
     y = depthwise_conv2d(x, weight, bias, dilation=3)                         # also: gelu=True
+    x, near = gelu_conv2d(z, weight, bias, z_bias); y = gated(x, attention, attention_bias)
     y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm)  # also: scaled_residual, without the norm
 
 All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
@@ -8,6 +10,7 @@ work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
 
     tiling.py       how the convolutions' work is cut, as pure functions of its shape
     depthwise.py    the convolution: launches and operators              depthwise_device.py   what runs on the GPU
+    attention.py    GELU in front of a convolution, and the gate         attention_device.py   likewise
     residual.py     the end of a branch and the BatchNorm behind it      residual_device.py    likewise
     trial.py        whether a kernel runs here and agrees with PyTorch
 
@@ -17,10 +20,11 @@ work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
 
 import torch
 
+from pretrain.kernels.attention import gated, gelu_conv2d
 from pretrain.kernels.depthwise import depthwise_conv2d
 from pretrain.kernels.residual import move_statistics, residual_norm, scaled_residual
 
-__all__ = ["depthwise_conv2d", "move_statistics", "residual_norm", "scaled_residual", "unusable"]
+__all__ = ["depthwise_conv2d", "gated", "gelu_conv2d", "move_statistics", "residual_norm", "scaled_residual", "unusable"]
 
 
 def unusable(device: torch.device) -> str | None:

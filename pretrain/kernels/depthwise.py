@@ -54,11 +54,20 @@ def depthwise_conv2d(
     Raises:
         TypeError: `x` is neither bf16, fp16 nor fp32.
     """
+    return _operator(in_autocasts_type(x), weight, bias, dilation, gelu, x_bias)[0]
+
+
+def in_autocasts_type(x: Tensor) -> Tensor:
+    """Where autocast is on; else x.
+
+    Raises:
+        TypeError: that is neither bf16, fp16 nor fp32.
+    """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in TYPES:
         raise TypeError(f"the Triton kernels take bf16, fp16 or fp32, not {x.dtype}; set model.kernels=torch")
-    return _operator(x, weight, bias, dilation, gelu, x_bias)[0]
+    return x
 
 
 @torch.library.custom_op("van::depthwise_conv2d", mutates_args=())
@@ -75,7 +84,7 @@ def _backward_operator(
     """Gradients of x, weight and bias, and the sum of that of x; where that is not asked for, nothing."""
     grad, x = channels_last(grad), channels_last(x)
     if gelu:
-        grad = conv(x, taps, bias, dilation, gelu="derivative", grad=grad)
+        grad = conv(x, taps, bias, dilation, gelu="gradient", grad=grad)
     partial = torch.empty(conv_tiles(x, taps, dilation), x.shape[1], device=x.device) if with_sum else None
     x_grad = conv(grad, taps, None, dilation, flip=True, partial=partial)
     x_sum = weight.new_empty(0) if partial is None else partial.sum(0)
@@ -153,7 +162,7 @@ def _constants(shape: Sequence[int], k: int, dilation: int, most_rows: int) -> d
 
 def conv(
     x: Tensor, taps: Tensor, bias: Tensor | None, dilation: int, *,
-    flip: bool = False, gelu: str = "", grad: Tensor | None = None, partial: Tensor | None = None,
+    flip: bool = False, gelu: str = "", grad: Tensor | None = None, inner: Tensor | None = None, partial: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """(N, C, H, W) to the same, channels-last. taps: (K * K, C) of `by_taps`; partial: (`conv_tiles`, C); others as in `conv_kernel`."""
     constants = conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation, flip, gelu)
@@ -161,7 +170,7 @@ def conv(
     reach = min(constants["K"] // 2, (constants["W"] - 1) // dilation)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     grid = (tiles(total, LANES) * tiles(constants["C"], CHANNELS),)
-    conv_kernel[grid](x, taps, bias, grad, y, partial, total, reach, **constants, **launch_options(x.element_size()))
+    conv_kernel[grid](x, taps, bias, grad, inner, y, partial, total, reach, **constants, **launch_options(x.element_size()))
     return y
 
 

@@ -54,16 +54,17 @@ def _gelu_derivative(z):
 
 @triton.jit(do_not_specialize=["total", "reach"])
 def conv_kernel(
-    x, taps, bias, grad, y, partial, total, reach,
+    x, taps, bias, grad, inner, y, partial, total, reach,
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr,
     FLIP: tl.constexpr, GELU: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """A tile of strips of the output.
 
     x and y: (N, H, W, C); taps: (K * K, C) fp32; bias: (C,) or None. FLIP turns the kernel round. GELU "after" applies it to the
-    sums; "derivative" multiplies `grad`, which lies as y, by its derivative at the sums. partial: (tiles of strips, C) fp32, the
-    tile's sum of y before it is rounded, or None. `total` is the number of strips; `reach`, of the kernel's columns on either side of
-    its middle that meet the map at all.
+    sums; "gradient" multiplies `grad`, which lies as y, by its derivative at the sums; "gradient before" adds `grad` to the sums and
+    multiplies that by its derivative at `inner`, which lies as y. partial: (tiles of strips, C) fp32, the tile's sum of y before it is
+    rounded, or None. `total` is the number of strips; `reach`, of the kernel's columns on either side of its middle that meet the map at
+    all.
     """
     # Programs that follow one another take the channels of the same pixels, which lie in the same pages of memory.
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
@@ -112,8 +113,11 @@ def conv_kernel(
         result = sums[r] + offset
         if GELU == "after":
             result = _gelu(result)
-        elif GELU == "derivative":
+        elif GELU == "gradient":
             result = tl.load(grad + at + r * D * W * C, mask=here).to(tl.float32) * _gelu_derivative(result)
+        elif GELU == "gradient before":
+            result += tl.load(grad + at + r * D * W * C, mask=here).to(tl.float32)
+            result *= _gelu_derivative(tl.load(inner + at + r * D * W * C, mask=here).to(tl.float32))
         tl.store(y + at + r * D * W * C, result.to(y.dtype.element_ty), mask=here)
         if partial is not None:
             tile_sum += tl.where(here, result, 0.0)

@@ -82,7 +82,7 @@ def move_statistics(norms: Sequence[Any], found: Sequence[tuple[Tensor, Tensor]]
 def _residual_operator(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, branch_bias: Tensor | None
 ) -> Tensor:
-    return _residual(x, branch, shortcut, scale, keep, None, *_runs(x))
+    return _residual(x, branch, shortcut, scale, keep, None, *runs_of_pixels(x))
 
 
 @torch.library.custom_op("van::scaled_residual_backward", mutates_args=())
@@ -99,14 +99,14 @@ def _residual_norm_operator(
     weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The sum, what is normed, and of the sum's values mean, 1 / sqrt(variance + eps), and the variance as BatchNorm keeps it."""
-    runs, per_run = _runs(x)
+    runs, per_run = runs_of_pixels(x)
     channels, pixels = x.shape[1], x.numel() // x.shape[1]
     partial = torch.empty(runs, 2, channels, device=x.device)
     y = _residual(x, branch, shortcut, scale, keep, partial, runs, per_run)
     mean, rstd, variance = (torch.empty(channels, device=x.device) for _ in range(3))
     statistics_kernel[(tiles(channels, SUMS["CHANNELS"]),)](partial, mean, rstd, variance, eps, runs, pixels, per_run, channels, **SUMS)
     normed = torch.empty_like(y, dtype=dtype, memory_format=torch.channels_last)
-    norm_kernel[_grid(runs, channels)](y, mean, rstd, weight, bias, normed, pixels, per_run, channels, **TILE)
+    norm_kernel[grid(runs, channels)](y, mean, rstd, weight, bias, normed, pixels, per_run, channels, **TILE)
     return y, normed, mean, rstd, variance
 
 
@@ -117,10 +117,10 @@ def _residual_norm_backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x and branch, (2, C) in fp32 of scale and branch_bias, and of weight and bias."""
     grad, normed_grad = channels_last(grad), channels_last(normed_grad)
-    runs, per_run = _runs(y)
+    runs, per_run = runs_of_pixels(y)
     channels, pixels = y.shape[1], y.numel() // y.shape[1]
     partial = torch.empty(runs, 2, channels, device=y.device)
-    norm_sums_kernel[_grid(runs, channels)](normed_grad, y, mean, rstd, partial, pixels, per_run, channels, **TILE)
+    norm_sums_kernel[grid(runs, channels)](normed_grad, y, mean, rstd, partial, pixels, per_run, channels, **TILE)
     weight_grad, bias_grad = torch.empty(channels, device=y.device), torch.empty(channels, device=y.device)
     sum_runs_kernel[(2, tiles(channels, SUMS["CHANNELS"]))](partial, weight_grad, bias_grad, runs, channels, TAPS=1, **SUMS)
     x_grad = torch.empty_like(y, memory_format=torch.channels_last)
@@ -142,9 +142,7 @@ def _residual(
     x, branch, shortcut = channels_last(x), channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
     y = torch.empty_like(x, dtype=_promoted(x, branch, scale), memory_format=torch.channels_last)
     pixels, channels = x.numel() // x.shape[1], x.shape[1]
-    residual_kernel[_grid(runs, channels)](
-        x, branch, shortcut, scale, keep, y, partial, pixels, per_run, pixels // len(x), channels, **TILE
-    )
+    residual_kernel[grid(runs, channels)](x, branch, shortcut, scale, keep, y, partial, pixels, per_run, pixels // len(x), channels, **TILE)
     return y
 
 
@@ -154,18 +152,18 @@ def _residual_backward(
     """Gradients of branch, and (2, C) in fp32, of scale and of the branch's bias; with what is known of a norm behind the sum, that of
     x is written too."""
     branch, shortcut = channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
-    runs, per_run = _runs(branch)
+    runs, per_run = runs_of_pixels(branch)
     pixels, channels = branch.numel() // branch.shape[1], branch.shape[1]
     branch_grad = torch.empty_like(branch, memory_format=torch.channels_last)
     partial = torch.empty(runs, 2, channels, device=grad.device)
-    residual_backward_kernel[_grid(runs, channels)](
+    residual_backward_kernel[grid(runs, channels)](
         grad, branch, shortcut, scale, keep, branch_grad, partial, *(behind.get(name) for name in BEHIND),
         pixels, per_run, pixels // len(branch), channels, **TILE,
     )  # fmt: skip
     return branch_grad, partial.sum(0)
 
 
-def _runs(x: Tensor) -> tuple[int, int]:
+def runs_of_pixels(x: Tensor) -> tuple[int, int]:
     """How many runs of pixels, and how many pixels in each: one program to a run and a tile of channels, as many as fit on the GPU at
     once. So what is summed in which order follows from the shape and the kind of GPU."""
     pixels, channel_tiles = x.numel() // x.shape[1], tiles(x.shape[1], CHANNELS)
@@ -174,7 +172,7 @@ def _runs(x: Tensor) -> tuple[int, int]:
     return tiles(pixels, per_run), per_run
 
 
-def _grid(runs: int, channels: int) -> tuple[int]:
+def grid(runs: int, channels: int) -> tuple[int]:
     return (runs * tiles(channels, CHANNELS),)
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _tile(per_run, pixels, channels, CHANNELS: tl.constexpr):
+def run_of_pixels(per_run, pixels, channels, CHANNELS: tl.constexpr):
     """This program's run, its first pixel and the one behind its last, its channels, and which of these there are."""
     channel_tiles = tl.cdiv(channels, CHANNELS)
     tile = tl.program_id(0)
@@ -21,7 +21,7 @@ def _tile(per_run, pixels, channels, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _places(pixel, end, c, some_channel, channels):
+def places(pixel, end, c, some_channel, channels):
     """Where these pixels' channels lie, in 64 bits, and which are there."""
     return (pixel.to(tl.int64) * channels)[:, None] + c[None, :], (pixel < end)[:, None] & some_channel[None, :]
 
@@ -53,18 +53,18 @@ def residual_kernel(
 ):  # fmt: skip
     """y = x + keep * scale * (branch + shortcut), and with `partial` (runs, 2, C) the mean of a run's pixels and the sum of their squared
     distances from it. scale: (C,); keep: (N,). map_pixels: H * W."""
-    run, begin, end, c, some_channel = _tile(per_run, pixels, channels, CHANNELS)
+    run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
     scales = tl.load(scale + c, mask=some_channel).to(tl.float32)[None, :]
     # Distances are taken from the run's first pixel: from zero, squares would cancel out where the mean is far from it.
     if partial is not None:
         first_pixel = begin + tl.arange(0, 1)
-        its_place, is_here = _places(first_pixel, end, c, some_channel, channels)
+        its_place, is_here = places(first_pixel, end, c, some_channel, channels)
         pivot = _sum(x, branch, shortcut, scales, keep, first_pixel, end, map_pixels, its_place, is_here)
         sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
         squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
-        at, here = _places(pixel, end, c, some_channel, channels)
+        at, here = places(pixel, end, c, some_channel, channels)
         total = _sum(x, branch, shortcut, scales, keep, pixel, end, map_pixels, at, here)
         tl.store(y + at, total.to(y.dtype.element_ty), mask=here)
         if partial is not None:
@@ -111,12 +111,12 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["pixels", "per_run"])
 def norm_kernel(y, mean, rstd, weight, bias, normed, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """normed = (y - mean) * rstd * weight + bias. mean, rstd, weight and bias: (C,)."""
-    _, begin, end, c, some_channel = _tile(per_run, pixels, channels, CHANNELS)
+    _, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
     factor = tl.load(rstd + c, mask=some_channel) * tl.load(weight + c, mask=some_channel).to(tl.float32)
     center = tl.load(mean + c, mask=some_channel)
     offset = tl.load(bias + c, mask=some_channel).to(tl.float32)
     for first in range(begin, end, PIXELS):
-        at, here = _places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
+        at, here = places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
         values = (tl.load(y + at, mask=here).to(tl.float32) - center[None, :]) * factor[None, :] + offset[None, :]
         tl.store(normed + at, values.to(normed.dtype.element_ty), mask=here)
 
@@ -126,12 +126,12 @@ def norm_sums_kernel(
     normed_grad, y, mean, rstd, partial, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """A run's part of the gradients of weight and bias: partial (runs, 2, C)."""
-    run, begin, end, c, some_channel = _tile(per_run, pixels, channels, CHANNELS)
+    run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
     center, factor = tl.load(mean + c, mask=some_channel)[None, :], tl.load(rstd + c, mask=some_channel)[None, :]
     products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
-        at, here = _places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
+        at, here = places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
         grad = tl.load(normed_grad + at, mask=here, other=0.0).to(tl.float32)
         products += tl.where(here, grad * ((tl.load(y + at, mask=here).to(tl.float32) - center) * factor), 0.0)
         sums += grad
@@ -151,7 +151,7 @@ def residual_backward_kernel(
     With `normed_grad`, of the norm behind y, `grad` is first made whole, and written to x_grad:
     grad + weight * rstd * (normed_grad - mean of it - normalised y * mean of their product), means over all pixels.
     """
-    run, begin, end, c, some_channel = _tile(per_run, pixels, channels, CHANNELS)
+    run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
     scales = tl.load(scale + c, mask=some_channel).to(tl.float32)[None, :]
     if normed_grad is not None:
         center, deviation = tl.load(mean + c, mask=some_channel)[None, :], tl.load(rstd + c, mask=some_channel)[None, :]
@@ -162,7 +162,7 @@ def residual_backward_kernel(
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
-        at, here = _places(pixel, end, c, some_channel, channels)
+        at, here = places(pixel, end, c, some_channel, channels)
         whole = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
         if normed_grad is not None:
             normalised = (tl.load(y + at, mask=here, other=0.0).to(tl.float32) - center) * deviation

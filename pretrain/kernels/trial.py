@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.kernels.attention import gated, gelu_conv2d
 from pretrain.kernels.depthwise import depthwise_conv2d
 from pretrain.kernels.residual import residual_norm
 
@@ -31,6 +32,24 @@ def convolution_fault(channels: int, size: int, k: int, dilation: int, gelu: boo
         return depthwise_conv2d(x.to(dtype), weight, bias, dilation, gelu, summed).float()
 
     shapes = [(2, channels, size, size), (channels, 1, k, k), (channels,), (channels,)]
+    return _fault(own, by_pytorch, shapes, device)
+
+
+@cache
+def attention_fault(channels: int, size: int, k: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """What is wrong with `gelu_conv2d` and `gated` on maps of this size; None if nothing is."""
+
+    def by_pytorch(z: Tensor, weight: Tensor, bias: Tensor, attention: Tensor, z_bias: Tensor, attention_bias: Tensor) -> Tensor:
+        x = F.gelu(z + z_bias[:, None, None])
+        near = F.conv2d(x, weight, bias, padding=k // 2, groups=channels)
+        return torch.cat([x * (attention + attention_bias[:, None, None]), near])
+
+    def own(z: Tensor, weight: Tensor, bias: Tensor, attention: Tensor, z_bias: Tensor, attention_bias: Tensor) -> Tensor:
+        z, attention = (t + b.detach()[:, None, None] for t, b in ((z, z_bias), (attention, attention_bias)))
+        x, near = gelu_conv2d(z.to(dtype), weight, bias, z_bias)
+        return torch.cat([gated(x, attention.to(dtype), attention_bias), near]).float()
+
+    shapes = [(2, channels, size, size), (channels, 1, k, k), (channels,), (2, channels, size, size), (channels,), (channels,)]
     return _fault(own, by_pytorch, shapes, device)
 
 

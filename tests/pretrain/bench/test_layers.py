@@ -17,18 +17,20 @@ def test_layers_are_those_of_the_model() -> None:
     found = layers.layers("van_b3", 224)
     assert len(found) == 4 * 4
     assert found[:4] == [
-        Layer(64, 56, 0, count=6), Layer(64, 56, 5, count=3), Layer(64, 56, 7, 3, count=3), Layer(512, 56, 3, gelu=True, count=3),
+        Layer(64, 56, 0, count=6), Layer(64, 56, 5, gelu="before", count=3), Layer(64, 56, 7, 3, count=3),
+        Layer(512, 56, 3, gelu="after", count=3),
     ]  # fmt: skip
     assert sum(layer.count for layer in found if layer.kernel_size) == 3 * 38
     assert [layer.size for layer in layers.layers("van_b6", 200)[::4]] == [50, 25, 13, 7]
 
 
 def test_every_part_is_timed_in_every_way_and_agrees(capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = [Layer(8, 5, 7, 3), Layer(8, 4, 3, gelu=True), Layer(8, 4, 0)]
+    chosen = [Layer(8, 5, 7, 3), Layer(8, 4, 3, gelu="after"), Layer(8, 4, 5, gelu="before"), Layer(8, 4, 0)]
     figures = json.loads(json.dumps(layers.bench(chosen, 2, torch.float32, DEVICE)))
     assert [(row["kernel_size"], row["part"]) for row in figures["rows"]] == [
         (7, "forward"), (7, "input gradient"), (7, "weight gradient"),
-        (3, "forward"), (3, "input gradient"), (3, "weight gradient"), (3, "forward, GELU"), (0, "forward"), (0, "backward"),
+        (3, "forward"), (3, "input gradient"), (3, "weight gradient"), (3, "forward, GELU"),
+        (5, "forward"), (5, "input gradient, GELU's"), (5, "weight gradient"), (5, "gate's gradients"), (0, "forward"), (0, "backward"),
     ]  # fmt: skip
     for row in figures["rows"]:
         assert row["difference"] < 1e-5

@@ -3,8 +3,6 @@
 The kernels run in Triton's interpreter, which cuts bf16 off where a GPU rounds: so the bound for bf16 is a whole unit in the last place.
 """
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,7 @@ from triton import knobs
 from pretrain.kernels import depthwise_conv2d
 from pretrain.kernels.depthwise import by_taps, weight_gradient
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
 ROUNDING = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # of a value stored in this type; sums are fp32
@@ -23,17 +21,8 @@ LAYERS = [(3, 1), (5, 1), (7, 3)]  # VAN's kernel sizes and dilations
 SHAPES = [(3, 5, 1, 1), (1, 33, 13, 7), (1, 1, 1, 23), (1, 8, 37, 5), (2, 64, 7, 7)]
 
 
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Tensors made without values hold NaN: an element that no program writes shows, and so does a sum over one."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def test_fresh_memory_is_poisoned() -> None:
-    """The control of the fixture above."""
+    """The control of the fixture."""
     assert torch.empty(3).isnan().all()
     assert torch.empty_like(torch.ones(1, 2, 3, 3), memory_format=torch.channels_last).isnan().all()
 

@@ -15,11 +15,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-from pretrain import depthwise, kernel_choice
+from pretrain import depthwise, kernel_choice, lka
 from pretrain.batch_stats import synchronise
 from pretrain.convolutions import PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
 from pretrain.kernel_choice import compile_blocks, use_kernels
+from pretrain.lka import LKA
 from pretrain.van import VAN, Block, VANStage
 from tests.ranks import run_on_ranks
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
 HERE = torch.device(DEVICE)
-ALL = "kernels: Triton for 12 of 12 depth-wise convolutions, 8 of 8 shortcuts, with 4 norms behind them"
+ALL = "kernels: Triton for 12 of 12 depth-wise convolutions, 4 of 4 gates, 8 of 8 shortcuts, with 4 norms behind them"
 
 
 def tiny(drop_path_rate: float = 0.5, **others: float) -> VAN:
@@ -107,13 +108,13 @@ class BiasSums(TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-def test_three_of_five_biases_need_no_pass_of_their_own(plain_and_fast: tuple[VAN, VAN]) -> None:
+def test_biases_need_no_pass_of_their_own(plain_and_fast: tuple[VAN, VAN]) -> None:
     """Their gradients come out of the kernels; without these, as the control has it, each of a block's 1x1 convolutions reads a map."""
     plain, fast = plain_and_fast
     for module in plain.modules():
         if isinstance(module, PointwiseConv2d):
             module.by_linear = True
-    for model, a_block in ((plain, 5), (fast, 2)):
+    for model, a_block in ((plain, 5), (fast, 0)):
         with BiasSums() as sums:
             model.forward_features(IMAGES.to(DEVICE)).mean().backward()
         assert sums.count == 4 * a_block
@@ -161,7 +162,7 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         DEVICE
     )  # dropped paths are drawn otherwise
     for module in stage.modules():
-        if isinstance(module, DepthwiseConv2d | Block):
+        if isinstance(module, DepthwiseConv2d | LKA | Block):
             module.triton = True
         elif isinstance(module, PointwiseConv2d):
             module.by_linear = True
@@ -179,6 +180,7 @@ def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(outcomes[1][name], value, rtol=1e-5, atol=1e-7, msg=lambda t, n=name: f"{n}: {t}")
     assert len(graphs) == 2
     assert all(graph.code.count("van.residual_norm") + graph.code.count("van.scaled_residual") == 2 for graph in graphs)
+    assert all(graph.code.count("van.gelu_conv2d") == graph.code.count("van.gate") == 1 for graph in graphs)
 
 
 @pytest.mark.long
@@ -187,7 +189,7 @@ def test_joints_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
     stage = VANStage(3, 8, depth=6, mlp_ratio=2, patch_size=7, stride=4, drop=0.0, drop_path=[0, 0.1, 0.2, 0.3, 0.4, 0.5]).to(DEVICE)
     counter = CompileCounter()
     for module in stage.modules():
-        if isinstance(module, DepthwiseConv2d | Block):
+        if isinstance(module, DepthwiseConv2d | LKA | Block):
             module.triton = True
         if isinstance(module, Block):
             module.joined = torch.compile(module.joined, backend=counter)  # type: ignore[method-assign]
@@ -197,7 +199,7 @@ def test_joints_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
 
 
 def chosen(model: torch.nn.Module) -> list[bool]:
-    kinds = {DepthwiseConv2d: "triton", Block: "triton", VANStage: "joins", PointwiseConv2d: "by_linear"}
+    kinds = {DepthwiseConv2d: "triton", LKA: "triton", Block: "triton", VANStage: "joins", PointwiseConv2d: "by_linear"}
     return [getattr(m, kinds[type(m)]) for m in model.modules() if type(m) in kinds]
 
 
@@ -224,7 +226,7 @@ def test_a_layer_without_a_kernel_falls_back_alone(usable: None) -> None:
     model = tiny()
     model.stages[0].blocks[0].attn.spatial_gating_unit.conv_spatial = DepthwiseConv2d(8, 9, 2)  # type: ignore[union-attr, index]
     told = choose(model)
-    assert told.startswith("kernels: Triton for 11 of 12 depth-wise convolutions, 8 of 8 shortcuts")
+    assert told.startswith("kernels: Triton for 11 of 12 depth-wise convolutions, 4 of 4 gates, 8 of 8 shortcuts")
     assert told.endswith("; not for 9x9 dilation 2, 8 channels, 8 px (there is no such kernel)")
     assert chosen(model).count(False) == 1
     with pytest.raises(ValueError, match=r"9x9 dilation 2.*there is no such kernel"):
@@ -251,7 +253,7 @@ def test_a_kernel_that_does_not_work_here_is_left_out(usable: None, monkeypatch:
     trial.convolution_fault.cache_clear()
     reason = "RuntimeError: out of resource: shared memory" if wrong == "fails" else "differs from PyTorch's by"
     assert f"7x7 dilation 3, 8 channels, 8 px ({reason}" in told
-    assert told.startswith("kernels: Triton for 8 of 12 depth-wise convolutions, 8 of 8 shortcuts")
+    assert told.startswith("kernels: Triton for 8 of 12 depth-wise convolutions, 4 of 4 gates, 8 of 8 shortcuts")
     assert {m.kernel_size[0] for m in model.modules() if isinstance(m, DepthwiseConv2d) and not m.triton} == {7}
     assert model(IMAGES.to(DEVICE)).isfinite().all()
 
@@ -283,6 +285,32 @@ def test_a_joint_that_does_not_work_here_is_left_out(usable: None, monkeypatch: 
     assert [stage.joins for stage in model.stages] == [True, False, True, True]
 
 
+def test_a_gate_that_does_not_work_here_is_left_out(usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its convolutions are the kernels' all the same, and it computes the same."""
+    plain, fast = pair()
+    monkeypatch.setattr(lka, "attention_fault", lambda channels, *_: "no" if channels > 8 else None)
+    told = choose(fast)
+    assert "12 of 12 depth-wise convolutions, 1 of 4 gates" in told
+    assert told.endswith("; not for gates of 12 channels, 4 px (no); gates of 16 channels, 2 px (no); gates of 40 channels, 1 px (no)")
+    check_alike(plain, fast)
+
+
+@pytest.mark.parametrize("wrong", ["gelu_conv2d", "gated"])
+def test_wrong_gradients_around_a_gate_are_found(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    from pretrain.kernels import trial
+
+    right = getattr(trial, wrong)
+
+    def broken(x: Tensor, *others: Tensor) -> object:
+        others[-1].register_hook(lambda grad: grad * 1.1)  # the bias's
+        return right(x, *others)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert trial.attention_fault.__wrapped__(12, 7, 5, dtype, HERE) is None
+    monkeypatch.setattr(trial, wrong, broken)
+    assert str(trial.attention_fault.__wrapped__(12, 7, 5, torch.float32, HERE)).startswith("differs from PyTorch's by")
+
+
 def test_norms_over_all_ranks_stay_pytorchs(usable: None) -> None:
     model = tiny().to(DEVICE)
     synchronise(model)
@@ -304,7 +332,7 @@ def test_old_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_layers_of_the_published_models_have_kernels(usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((depthwise, "convolution_fault"), (kernel_choice, "joint_fault")):
+    for module, name in ((depthwise, "convolution_fault"), (lka, "attention_fault"), (kernel_choice, "joint_fault")):
         monkeypatch.setattr(module, name, lambda *_: None)  # too slow in the interpreter
     for name in ("van_b3", "van_b6"):
         with torch.device("meta"):

@@ -1,7 +1,6 @@
 """The end of a block's branch and the BatchNorm behind it, in Triton, against PyTorch's steps."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,18 +9,9 @@ from triton import knobs
 
 from pretrain.kernels import move_statistics, residual_norm, scaled_residual
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
 DEVICE = "cpu" if knobs.runtime.interpret else "cuda"
-
-
-@pytest.fixture(autouse=True)
-def _poisoned() -> Iterator[None]:
-    """Tensors made without values hold NaN, so an element that no program writes shows."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
