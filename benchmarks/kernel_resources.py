@@ -20,9 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pretrain.bench.layers import Layer, layers
-from pretrain.kernels import attention_device, depthwise_device, residual_device
+from pretrain.kernels import attention_device, depthwise_device, norm_device, residual_device
 from pretrain.kernels.depthwise import conv_constants, launch_options, weight_gradient_constants
-from pretrain.kernels.residual import BEHIND, SUMS, TILE
+from pretrain.kernels.norm import FOLD, SUMS
+from pretrain.kernels.residual import BEHIND, TILE
 from pretrain.kernels.tiling import WARPS
 
 RESULT = Path(__file__).parent / "results" / "kernel_resources.json"
@@ -72,24 +73,29 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
 
 
 def joint_kernels(x: str) -> list[Kernel]:
-    """Those whose code is the same for maps of any size. Of `pretrain/kernels/residual.py`, as an attention's end takes them, with a
-    shortcut of its own and a norm behind it; and the gate's."""
-    tile, sums = ({name: value for name, value in sizes.items() if name.isupper()} for sizes in (TILE, SUMS))
+    """Those whose code is the same for maps of any size. Of `pretrain/kernels/residual.py`, as an attention's end takes them, whose
+    shortcut begins behind one norm and which has another behind it; what folds a norm; and the gate's."""
+    tile, sums, fold = ({name: value for name, value in sizes.items() if name.isupper()} for sizes in (TILE, SUMS, FOLD))
     vector, sum_ = "*fp32", "*fp32"
-    branches = {"branch": x, "shortcut": x, "scale": vector, "keep": vector}
-    statistics = {"mean": vector, "rstd": vector}
-    behind = dict.fromkeys(BEHIND, vector) | {"normed_grad": x}
-    found = [
-        ("sum", "residual_kernel", tile, branches | {"x": sum_, "y": sum_, "partial": vector}),
-        ("statistics", "statistics_kernel", sums, statistics | {"partial": vector, "variance": vector, "eps": "fp32"}),
-        ("norm", "norm_kernel", tile, statistics | {"y": sum_, "weight": vector, "bias": vector, "normed": x}),
-        ("gradient sums", "norm_sums_kernel", tile, statistics | {"normed_grad": x, "y": sum_, "partial": vector}),
-        ("gradients", "residual_backward_kernel", tile, branches | behind | {"grad": sum_, "branch_grad": x, "partial": vector}),
-    ]
+    branches = {"branch": x, "shortcut": x, "affine": vector, "scale": vector, "keep": vector}
+    behind = dict.fromkeys(BEHIND, vector) | {"values_grad": x, "passed_grad": x, "values": x}
     gate = dict.fromkeys(("grad", "x", "attention", "x_grad", "attention_grad"), x) | {"partial": vector}
+    found = [
+        ("sum", residual_device.residual_kernel, tile, branches | {"x": sum_, "y": sum_, "partial": vector}),
+        ("statistics", residual_device.statistics_kernel, sums, {"eps": "fp32"}),
+        ("norm", residual_device.norm_kernel, tile, {"y": sum_, "values": x}),
+        ("gradients", residual_device.residual_backward_kernel, tile, branches | behind | {"grad": sum_, "branch_grad": x}),
+        ("sums of gradients", residual_device.branch_sums_kernel, sums, {}),
+        ("folding", norm_device.fold_kernel, fold, {"folded": x, "low_bias": x}),
+        ("gradient of folding", norm_device.unfold_kernel, sums, {"grad": x}),
+        ("gate's gradients", attention_device.gate_backward_kernel, tile, gate),
+    ]
+    numbers = ("runs", "pixels", "per_run", "map_pixels", "rows", "channels", *tile, *sums, *fold)
     options = {"num_warps": WARPS}
-    kernels_ = [Kernel(part, getattr(residual_device, name), constants, types, options) for part, name, constants, types in found]
-    return [*kernels_, Kernel("gate's gradients", attention_device.gate_backward_kernel, tile, gate, options)]
+    return [
+        Kernel(part, function, constants, {n: vector for n in function.arg_names if n not in numbers} | types, options)
+        for part, function, constants, types in found
+    ]
 
 
 def resources(kernel: Kernel, capability: int) -> dict[str, Any]:

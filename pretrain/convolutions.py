@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pretrain.kernels import Normed, fold_norm
+
 
 class ChannelsLastConv2d(nn.Conv2d):
     """A convolution whose weight lies channels-last in memory and yet is a contiguous parameter.
@@ -47,25 +49,35 @@ class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution, which on channels-last activations is a matrix product.
 
     With `by_linear` it is computed as one. On a GPU PyTorch's convolution adds the bias in a pass of its own, which reads and writes the
-    whole map again; in the product it is added before the first write. On a CPU both take as long.
+    whole map again; in the product it is added before the first write. On a CPU both take as long. With `triton` it stands in training
+    behind a `Normed`, so that its weight and bias are read by a kernel, as they are stored.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
         self.by_linear = False
+        self.triton = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in, H, W) to (N, out, H, W)."""
         return self._product(x, self.bias)
 
-    def without_bias_gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`forward`, and the bias in it, whose gradient something else computes, where it has that of this map at hand."""
+    def without_bias_gradient(self, x: torch.Tensor | Normed) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward`, and the bias in it, whose gradient something else computes, where it has that of this map at hand. Of what is normed
+        it takes the values, and the norm's weight and bias along with its own."""
         assert self.bias is not None
+        if isinstance(x, Normed):
+            weight, bias, low_bias = fold_norm(self.weight, self.bias, x.affine, x.values.dtype)
+            return _on_pixels(x.values, weight, low_bias), bias
         return self._product(x, self.bias.detach()), self.bias
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.by_linear and not torch.jit.is_scripting():
-            n, channels, height, width = x.shape
-            pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
-            return F.linear(pixels, self.weight.flatten(1), bias).view(n, height, width, -1).permute(0, 3, 1, 2)
+            return _on_pixels(x, self.weight.flatten(1), bias)
         return self._conv_forward(x, self.weight, bias)
+
+
+def _on_pixels(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    n, channels, height, width = x.shape
+    pixels = x.permute(0, 2, 3, 1).reshape(-1, channels)
+    return F.linear(pixels, weight, bias).view(n, height, width, -1).permute(0, 3, 1, 2)

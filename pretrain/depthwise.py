@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.convolutions import PointwiseConv2d
-from pretrain.kernels import depthwise_conv2d
+from pretrain.kernels import Normed, depthwise_conv2d
 from pretrain.kernels.trial import convolution_fault
 
 # Kernel sizes and dilations that the Triton kernels are tuned and tested for.
@@ -47,7 +47,7 @@ class DepthwiseConv2d(nn.Conv2d):
             return "there is no such kernel"
         return convolution_fault(self.in_channels, size, k, dilation, self.gelu, dtype, device)
 
-    def behind(self, convolution: PointwiseConv2d, x: Tensor) -> Tensor:
+    def behind(self, convolution: PointwiseConv2d, x: Tensor | Normed) -> Tensor:
         """By the Triton kernel, `forward` of what a 1x1 convolution makes of x, (N, C, H, W) to (N, dim, H, W). Backward, the kernel
         sums the gradient of that one's bias too, for which the map would else be read once more."""
         y, bias = convolution.without_bias_gradient(x)

@@ -162,7 +162,7 @@ class _Replayed(torch.autograd.Function):
 
 
 def _cast_by_autocast(module: nn.Module, device_type: str) -> dict[str, torch.dtype]:
-    """To which type autocast, if it is on, casts which parameters: those of convolutions that are PyTorch's."""
+    """To which type autocast, if it is on, casts which parameters: those of convolutions that no kernel reads as they are."""
     if not torch.is_autocast_enabled(device_type):
         return {}
     casts = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and not getattr(layer, "triton", False)]

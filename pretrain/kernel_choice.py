@@ -39,8 +39,6 @@ def use_kernels(model: nn.Module, choice: str, device: torch.device, image_size:
     for stage, info in zip(stages, van.feature_info, strict=True):
         channels, size = info["num_chs"], -(-image_size // info["reduction"])
         joint = good(f"shortcuts of {channels} channels", lambda c=channels: joint_fault(c, dtype, device))  # type: ignore[misc]
-        norms = [norm for block in cast(list[Block], list(stage.blocks)) for norm in (block.norm1, block.norm2)]
-        stage.joins = joint and zero_stage < 3 and all(type(norm) is nn.BatchNorm2d for norm in norms)
         for module in stage.modules():
             if isinstance(module, Block):
                 module.triton = joint
@@ -51,17 +49,25 @@ def use_kernels(model: nn.Module, choice: str, device: torch.device, image_size:
         for lka in [module for module in stage.modules() if isinstance(module, LKA)]:
             layer = f"gates of {channels} channels, {size} px"
             lka.triton = lka.conv0.triton and good(layer, lambda m=lka, s=size: m.triton_fault(s, dtype, device))  # type: ignore[misc]
+        blocks = cast(list[Block], list(stage.blocks))
+        norms_are_own = all(type(norm) is nn.BatchNorm2d for block in blocks for norm in (block.norm1, block.norm2))
+        # What a norm leaves to the convolution behind it, that one leaves to kernels too.
+        taken = all(block.attn.spatial_gating_unit.triton and block.mlp.dwconv.triton for block in blocks)
+        stage.joins = joint and norms_are_own and taken and zero_stage < 3
+        for block in blocks:
+            block.mlp.fc1.triton = stage.joins
+            block.attn.proj_1.triton = stage.joins and block is not blocks[0]
     if choice == "triton" and (reason or faults):
         raise ValueError(f"model.kernels=triton can't be: {reason or _listed(faults)}; model.kernels=auto takes Triton where it runs")
     if reason is not None:
         return f"kernels: PyTorch's, {reason}"
     convolutions = [m.triton for m in model.modules() if isinstance(m, DepthwiseConv2d)]
     gates = [m.triton for m in model.modules() if isinstance(m, LKA)]
-    blocks = [m.triton for m in model.modules() if isinstance(m, Block)]
+    shortcuts = [m.triton for m in model.modules() if isinstance(m, Block) for _ in range(2)]
     joined = [len(stage.blocks) * 2 - 1 for stage in stages if stage.joins]
     return (
         f"kernels: Triton for {sum(convolutions)} of {len(convolutions)} depth-wise convolutions, {sum(gates)} of {len(gates)} gates, "
-        f"{2 * sum(blocks)} of {2 * len(blocks)} shortcuts, with {sum(joined)} norms behind them"
+        f"{sum(shortcuts)} of {len(shortcuts)} shortcuts, with {sum(joined)} norms behind them"
         + (f"; not for {_listed(faults)}" if faults else "")
     )
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from pretrain.convolutions import PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.kernels import gated, gelu_conv2d
+from pretrain.kernels import Normed, gated, gelu_conv2d
 from pretrain.kernels.trial import attention_fault
 
 
@@ -39,13 +39,13 @@ class LKA(nn.Module):
         """Why `behind` can't be on square maps of `size`; None where it can."""
         return attention_fault(self.conv0.in_channels, size, self.conv0.kernel_size[0], dtype, device)
 
-    def behind(self, convolution: PointwiseConv2d, x: torch.Tensor) -> torch.Tensor:
+    def behind(self, convolution: PointwiseConv2d, x: torch.Tensor | Normed) -> torch.Tensor:
         """By Triton's kernels, `forward` of GELU of what a 1x1 convolution makes of x. Backward they sum the gradients of two biases too,
         of that one's and conv1's, for which the maps would else be read once more."""
         assert self.conv0.bias is not None
         z, z_bias = convolution.without_bias_gradient(x)
-        x, near = gelu_conv2d(z, self.conv0.weight, self.conv0.bias, z_bias)
-        return gated(x, *self.conv1.without_bias_gradient(self.conv_spatial(near)))
+        gelu, near = gelu_conv2d(z, self.conv0.weight, self.conv0.bias, z_bias)
+        return gated(gelu, *self.conv1.without_bias_gradient(self.conv_spatial(near)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.convolutions import ChannelsLastConv2d, PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.kernels import move_statistics, residual_norm, scaled_residual
+from pretrain.kernels import Normed, move_statistics, residual_norm, scaled_residual
 from pretrain.lka import LKA
 
 __all__ = ["VAN", "VARIANTS"]
@@ -80,9 +80,10 @@ class Attention(nn.Module):
         # The shortcut starts behind the block's BatchNorm, inside the block's own shortcut; the authors meant it so.
         return x + self.proj_2(self._gated(x))
 
-    def branch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def branch(self, x: torch.Tensor | Normed) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is added to the shortcut, and the bias in it whose gradient is left to what adds it."""
-        return self.proj_2.without_bias_gradient(self._gated(x))
+        gated = self.spatial_gating_unit.behind(self.proj_1, x) if isinstance(x, Normed) else self._gated(x)
+        return self.proj_2.without_bias_gradient(gated)
 
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and self.spatial_gating_unit.triton:
@@ -105,11 +106,12 @@ class Mlp(nn.Module):
         """(N, dim, H, W) to (N, dim, H, W)."""
         return self.drop2(self.fc2(self._hidden(x)))
 
-    def branch(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def branch(self, x: torch.Tensor | Normed) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`forward`, and the bias in it whose gradient is left to what adds it to the shortcut."""
+        hidden = self.drop1(self.dwconv.behind(self.fc1, x)) if isinstance(x, Normed) else self._hidden(x)
         if self.drop2.p > 0:
-            return self(x), None
-        return self.fc2.without_bias_gradient(self._hidden(x))
+            return self.drop2(self.fc2(hidden)), None
+        return self.fc2.without_bias_gradient(hidden)
 
     def _hidden(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and self.dwconv.triton:
@@ -149,8 +151,8 @@ class Block(nn.Module):
         return x + self.drop_path(scale[:, None, None] * branch)
 
     def joined(
-        self, x: torch.Tensor, normed: torch.Tensor, kept: Sequence[torch.Tensor | None], after: nn.BatchNorm2d | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor]]]:
+        self, x: torch.Tensor, normed: torch.Tensor | Normed, kept: Sequence[torch.Tensor | None], after: nn.BatchNorm2d | None
+    ) -> tuple[torch.Tensor, Normed | None, list[tuple[torch.Tensor, torch.Tensor]]]:
         """`forward` in training on Triton's kernels, from one joint to the next: takes the block's input, `norm1` of it, and `_kept` for
         both sums. Returns its output, the norm `after` of that, the next block's `norm1`, and what was found of the inputs of `norm2`
         and `after`."""
@@ -219,7 +221,7 @@ class VANStage(nn.Module):
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         blocks = cast(list[Block], list(self.blocks))
         kept = _kept([block.drop_path for block in blocks for _ in range(2)], x)
-        normed: torch.Tensor | None = blocks[0].norm1(x)
+        normed: torch.Tensor | Normed | None = blocks[0].norm1(x)
         norms: list[nn.BatchNorm2d] = []
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
         for number, (block, after) in enumerate(zip(blocks, [*(block.norm1 for block in blocks[1:]), None], strict=True)):

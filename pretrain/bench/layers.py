@@ -174,29 +174,34 @@ def parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) ->
 
 def joint_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
     """The end of an attention and the norm behind it, with paths dropped, by Triton and step by step; the sum along the blocks is fp32.
-    Bytes are those of the operator's passes: one and another forward, and two backward."""
+    Bytes are those of the operator's passes: one and another forward, and one backward. The sums that the norm's gradient takes, which
+    come from the convolution behind it, are given."""
     shape = (batch, layer.channels, layer.size, layer.size)
     x, branch, shortcut, grad, normed_grad = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(5))
     x, branch, shortcut, normed_grad = x.requires_grad_(), branch.to(dtype).requires_grad_(), shortcut.to(dtype), normed_grad.to(dtype)
     scale, norm = torch.randn(layer.channels, device=device, requires_grad=True), torch.nn.BatchNorm2d(layer.channels, device=device)
     keep = torch.empty(batch, device=device).bernoulli_(0.9) / 0.9
 
-    def by_triton() -> tuple[Tensor, Tensor]:
+    def by_triton() -> tuple[Tensor, ...]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return residual_norm(x, branch, shortcut, scale, keep, norm)[:2]
+            y, normed, _ = residual_norm(x, branch, shortcut, scale, keep, norm)
+        return y, normed.values, normed.affine
 
-    def by_steps() -> tuple[Tensor, Tensor]:
+    def by_steps() -> tuple[Tensor, ...]:
         y = x + (scale[:, None, None] * (shortcut.float() + branch)) * keep[:, None, None, None]
         return y, F.batch_norm(y, None, None, norm.weight, norm.bias, training=True).to(dtype)
 
-    def backward(results: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    sums = [t.sum((0, 2, 3)) for t in (normed_grad.float(), normed_grad.float() * by_triton()[1].float())]
+    grads = (grad, normed_grad, torch.stack([sums[1], sums[0], sums[0], sums[1]]))
+
+    def backward(results: tuple[Tensor, ...]) -> Callable[[], Tensor]:
         leaves = (x, branch, scale, norm.weight, norm.bias)
-        return lambda: torch.autograd.grad(results, leaves, (grad, normed_grad), retain_graph=True)[0]
+        return lambda: torch.autograd.grad(results, leaves, grads[: len(results)], retain_graph=True)[0]
 
     full, small = x.numel() * 4, branch.numel() * branch.element_size()
     return [
         Part("forward", 3 * full + 3 * small, {"triton": lambda: by_triton()[1], "pytorch_nhwc": lambda: by_steps()[1]}),
-        Part("backward", 4 * full + 5 * small, {"triton": backward(by_triton()), "pytorch_nhwc": backward(by_steps())}),
+        Part("backward", 2 * full + 5 * small, {"triton": backward(by_triton()), "pytorch_nhwc": backward(by_steps())}),
     ]
 
 

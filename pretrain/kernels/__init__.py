@@ -12,6 +12,7 @@ work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
     depthwise.py    the convolution: launches and operators              depthwise_device.py   what runs on the GPU
     attention.py    GELU in front of a convolution, and the gate         attention_device.py   likewise
     residual.py     the end of a branch and the BatchNorm behind it      residual_device.py    likewise
+    norm.py         a BatchNorm's weight and bias, in a convolution's    norm_device.py        likewise
     trial.py        whether a kernel runs here and agrees with PyTorch
 
 `python -m benchmarks.kernel_resources` compiles them for GPUs that need not be there and reads off registers and spills;
@@ -22,9 +23,12 @@ import torch
 
 from pretrain.kernels.attention import gated, gelu_conv2d
 from pretrain.kernels.depthwise import depthwise_conv2d
+from pretrain.kernels.norm import Normed, fold_norm
 from pretrain.kernels.residual import move_statistics, residual_norm, scaled_residual
 
-__all__ = ["depthwise_conv2d", "gated", "gelu_conv2d", "move_statistics", "residual_norm", "scaled_residual", "unusable"]
+__all__ = [
+    "Normed", "depthwise_conv2d", "fold_norm", "gated", "gelu_conv2d", "move_statistics", "residual_norm", "scaled_residual", "unusable",
+]  # fmt: skip
 
 
 def unusable(device: torch.device) -> str | None:

@@ -1,13 +1,16 @@
 """What stands between two branches of a stage, in one operator: the end of one branch and the BatchNorm before the next.
 
     y = scaled_residual(x, branch, shortcut, scale, keep)                  x + keep * scale * (branch + shortcut)
-    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm)      and the BatchNorm of that,
+    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm)      and the BatchNorm of that, as a `Normed`,
     move_statistics([norm], [found])                                       whose running statistics move by what was found of y
 
 Layer scale, stochastic depth and shortcut are one pass, in which the norm's statistics are taken; applying the norm is another one. The
-sum is fp32, as the scale is, and what is normed goes straight to the type that autocast gives the convolution behind it. Backward, the
-norm's gradient is added to the sum's in the pass that computes the branch's from both, and the branch's is summed for the bias of the
-convolution at the branch's end. docs/performance.md counts the bytes.
+sum is fp32, as the scale is, and what is normed goes straight to the type that autocast gives the convolution behind it, before the
+norm's weight and bias, which that convolution takes with its own (`norm.py`).
+
+Backward, one pass goes through the norm, adds the sum's gradient, and computes the branch's from both; it also sums the branch's for the
+bias of the convolution at the branch's end, and reads in place what the next shortcut gives this norm. The sums that the norm's
+gradient takes come from the convolution behind it. docs/performance.md counts the bytes.
 """
 
 from collections.abc import Sequence
@@ -17,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.kernels.depthwise import channels_last, multiprocessors
-from pretrain.kernels.depthwise_device import sum_runs_kernel
+from pretrain.kernels.norm import SUMS, Normed
 from pretrain.kernels.residual_device import (
+    branch_sums_kernel,
     norm_kernel,
-    norm_sums_kernel,
     residual_backward_kernel,
     residual_kernel,
     statistics_kernel,
@@ -31,8 +34,6 @@ from pretrain.kernels.tiling import CHANNELS, WARPS, tiles
 PIXELS = 32
 TILE = {"PIXELS": PIXELS, "CHANNELS": CHANNELS, "num_warps": WARPS}
 PROGRAMS_PER_MULTIPROCESSOR = 8
-# Of what adds runs up: hundreds of them for the few channels of the first stage, so many at once, of few channels.
-SUMS = {"RUNS": 256, "CHANNELS": 8, "num_warps": WARPS}
 
 
 def scaled_residual(
@@ -50,9 +51,9 @@ def scaled_residual(
 
 
 def residual_norm(
-    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, norm: nn.BatchNorm2d,
+    x: Tensor, branch: Tensor, shortcut: Tensor | Normed | None, scale: Tensor, keep: Tensor | None, norm: nn.BatchNorm2d,
     branch_bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+) -> tuple[Tensor, Normed, tuple[Tensor, Tensor]]:  # fmt: skip
     """`scaled_residual` and the training BatchNorm of it, the latter in autocast's type, if that is on; and for `move_statistics` mean and
     variance of the sum, (C,).
 
@@ -62,10 +63,13 @@ def residual_norm(
     if x.numel() == x.shape[1]:
         raise ValueError(f"expected more than one value a channel in training, got {tuple(x.shape)}")
     dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else _promoted(x, branch, scale)
-    y, normed, mean, _, variance = _residual_norm_operator(
-        x, branch, shortcut, scale, keep, norm.weight, norm.bias, norm.eps, dtype, branch_bias
+    passed = affine = None
+    if isinstance(shortcut, Normed):  # whose gradient goes to what stands for the values; theirs would be added to another one, by a pass
+        passed, affine, shortcut = shortcut.passed, shortcut.affine, shortcut.values.detach()
+    y, values, of_norm, to_pass, mean, _, variance = _residual_norm_operator(
+        x, branch, shortcut, passed, affine, scale, keep, norm.weight, norm.bias, norm.eps, dtype, branch_bias
     )
-    return y, normed, (mean, variance)
+    return y, Normed(values, of_norm, to_pass), (mean, variance)
 
 
 @torch.no_grad()
@@ -82,7 +86,7 @@ def move_statistics(norms: Sequence[Any], found: Sequence[tuple[Tensor, Tensor]]
 def _residual_operator(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, branch_bias: Tensor | None
 ) -> Tensor:
-    return _residual(x, branch, shortcut, scale, keep, None, *runs_of_pixels(x))
+    return _residual(x, branch, shortcut, None, scale, keep, None, *runs_of_pixels(x))
 
 
 @torch.library.custom_op("van::scaled_residual_backward", mutates_args=())
@@ -90,77 +94,74 @@ def _residual_backward_operator(
     grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of branch, and (2, C) in fp32, of scale and branch_bias."""
-    return _residual_backward(channels_last(grad), branch, shortcut, scale, keep, {})
+    return _residual_backward(channels_last(grad), branch, shortcut, None, scale, keep, {})[:2]
 
 
 @torch.library.custom_op("van::residual_norm", mutates_args=())
 def _residual_norm_operator(
-    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, passed: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
     weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum, what is normed, and of the sum's values mean, 1 / sqrt(variance + eps), and the variance as BatchNorm keeps it."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum; a `Normed`; and of the sum's values mean, 1 / sqrt(variance + eps), and the variance as BatchNorm keeps it."""
     runs, per_run = runs_of_pixels(x)
     channels, pixels = x.shape[1], x.numel() // x.shape[1]
     partial = torch.empty(runs, 2, channels, device=x.device)
-    y = _residual(x, branch, shortcut, scale, keep, partial, runs, per_run)
-    mean, rstd, variance = (torch.empty(channels, device=x.device) for _ in range(3))
-    statistics_kernel[(tiles(channels, SUMS["CHANNELS"]),)](partial, mean, rstd, variance, eps, runs, pixels, per_run, channels, **SUMS)
-    normed = torch.empty_like(y, dtype=dtype, memory_format=torch.channels_last)
-    norm_kernel[grid(runs, channels)](y, mean, rstd, weight, bias, normed, pixels, per_run, channels, **TILE)
-    return y, normed, mean, rstd, variance
+    y = _residual(x, branch, shortcut, affine, scale, keep, partial, runs, per_run)
+    (values, of_norm, to_pass), statistics = _normed_like(y, dtype), _statistics_like(x)
+    mean, rstd, _ = statistics
+    sums_grid = (tiles(channels, SUMS["CHANNELS"]),)
+    statistics_kernel[sums_grid](partial, weight, bias, *statistics, of_norm, eps, runs, pixels, per_run, channels, **SUMS)
+    norm_kernel[grid(runs, channels)](y, mean, rstd, values, pixels, per_run, channels, **TILE)
+    return y, values, of_norm, to_pass, *statistics
 
 
 @torch.library.custom_op("van::residual_norm_backward", mutates_args=())
 def _residual_norm_backward_operator(
-    grad: Tensor, normed_grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor,
-    branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and branch, (2, C) in fp32 of scale and branch_bias, and of weight and bias."""
-    grad, normed_grad = channels_last(grad), channels_last(normed_grad)
-    runs, per_run = runs_of_pixels(y)
-    channels, pixels = y.shape[1], y.numel() // y.shape[1]
-    partial = torch.empty(runs, 2, channels, device=y.device)
-    norm_sums_kernel[grid(runs, channels)](normed_grad, y, mean, rstd, partial, pixels, per_run, channels, **TILE)
-    weight_grad, bias_grad = torch.empty(channels, device=y.device), torch.empty(channels, device=y.device)
-    sum_runs_kernel[(2, tiles(channels, SUMS["CHANNELS"]))](partial, weight_grad, bias_grad, runs, channels, TAPS=1, **SUMS)
-    x_grad = torch.empty_like(y, memory_format=torch.channels_last)
+    grad: Tensor, values_grad: Tensor, norm_grad: Tensor, passed_grad: Tensor | None, values: Tensor, rstd: Tensor, weight: Tensor,
+    branch: Tensor, shortcut: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x and branch, (2, C) in fp32 of scale and branch_bias, and of affine, where there is one."""
+    x_grad = _like(grad, grad.dtype)
     behind = {
-        "normed_grad": normed_grad, "y": y, "mean": mean, "rstd": rstd, "weight": weight,
-        "weight_grad": weight_grad, "bias_grad": bias_grad, "x_grad": x_grad,
+        "values_grad": channels_last(values_grad), "passed_grad": passed_grad if passed_grad is None else channels_last(passed_grad),
+        "values": values, "rstd": rstd, "weight": weight, "norm_grad": norm_grad, "x_grad": x_grad,
     }  # fmt: skip
-    branch_grad, vectors = _residual_backward(grad, branch, shortcut, scale, keep, behind)
-    return x_grad, branch_grad, vectors, weight_grad.to(weight.dtype), bias_grad.to(bias.dtype)
+    return x_grad, *_residual_backward(channels_last(grad), branch, shortcut, affine, scale, keep, behind)
 
 
-BEHIND = ("normed_grad", "y", "mean", "rstd", "weight", "weight_grad", "bias_grad", "x_grad")  # what the kernel takes of a norm
+BEHIND = ("values_grad", "passed_grad", "values", "rstd", "weight", "norm_grad", "x_grad")  # what the kernel takes of a norm
 
 
 def _residual(
-    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
     partial: Tensor | None, runs: int, per_run: int,
 ) -> Tensor:  # fmt: skip
     x, branch, shortcut = channels_last(x), channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
-    y = torch.empty_like(x, dtype=_promoted(x, branch, scale), memory_format=torch.channels_last)
+    y = _like(x, _promoted(x, branch, scale))
     pixels, channels = x.numel() // x.shape[1], x.shape[1]
-    residual_kernel[grid(runs, channels)](x, branch, shortcut, scale, keep, y, partial, pixels, per_run, pixels // len(x), channels, **TILE)
+    residual_kernel[grid(runs, channels)](
+        x, branch, shortcut, affine, scale, keep, y, partial, pixels, per_run, pixels // len(x), channels, **TILE
+    )
     return y
 
 
 def _residual_backward(
-    grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, behind: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of branch, and (2, C) in fp32, of scale and of the branch's bias; with what is known of a norm behind the sum, that of
-    x is written too."""
+    grad: Tensor, branch: Tensor, shortcut: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
+    behind: dict[str, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of branch, (2, C) in fp32, of scale and of the branch's bias, and of affine; with what is known of a norm behind the sum,
+    that of x is written too."""
     branch, shortcut = channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
     runs, per_run = runs_of_pixels(branch)
     pixels, channels = branch.numel() // branch.shape[1], branch.shape[1]
-    branch_grad = torch.empty_like(branch, memory_format=torch.channels_last)
-    partial = torch.empty(runs, 2, channels, device=grad.device)
+    branch_grad, partial = _like(branch, branch.dtype), torch.empty(runs, 3, channels, device=grad.device)
     residual_backward_kernel[grid(runs, channels)](
-        grad, branch, shortcut, scale, keep, branch_grad, partial, *(behind.get(name) for name in BEHIND),
+        grad, branch, shortcut, affine, scale, keep, branch_grad, partial, *(behind.get(name) for name in BEHIND),
         pixels, per_run, pixels // len(branch), channels, **TILE,
     )  # fmt: skip
-    return branch_grad, partial.sum(0)
+    vectors, affine_grad = _vectors(scale), _affine_grad_like(scale, affine)
+    branch_sums_kernel[(tiles(channels, SUMS["CHANNELS"]),)](partial, affine, vectors, affine_grad, runs, channels, **SUMS)
+    return branch_grad, vectors, affine_grad
 
 
 def runs_of_pixels(x: Tensor) -> tuple[int, int]:
@@ -196,23 +197,35 @@ def _(grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep
 
 @_residual_norm_operator.register_fake
 def _(
-    x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None,
+    x: Tensor, branch: Tensor, shortcut: Tensor | None, passed: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
     weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    statistics = (torch.empty(x.shape[1], device=x.device) for _ in range(3))
-    return _like(x, _promoted(x, branch, scale)), _like(x, dtype), *statistics  # type: ignore[return-value]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like(x, _promoted(x, branch, scale)), *_normed_like(x, dtype), *_statistics_like(x)
 
 
 @_residual_norm_backward_operator.register_fake
 def _(
-    grad: Tensor, normed_grad: Tensor, y: Tensor, mean: Tensor, rstd: Tensor,
-    branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _like(y, y.dtype), _like(branch, branch.dtype), _vectors(scale), torch.empty_like(weight), torch.empty_like(bias)
+    grad: Tensor, values_grad: Tensor, norm_grad: Tensor, passed_grad: Tensor | None, values: Tensor, rstd: Tensor, weight: Tensor,
+    branch: Tensor, shortcut: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like(grad, grad.dtype), _like(branch, branch.dtype), _vectors(scale), _affine_grad_like(scale, affine)
+
+
+def _normed_like(y: Tensor, dtype: torch.dtype) -> Normed:
+    values = _like(y, dtype)
+    return Normed(values, torch.empty(4, y.shape[1], device=y.device), values.new_empty(1).expand_as(values))
+
+
+def _statistics_like(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(torch.empty(x.shape[1], device=x.device) for _ in range(3))  # type: ignore[return-value]
 
 
 def _vectors(scale: Tensor) -> Tensor:
     return torch.empty(2, len(scale), device=scale.device)
+
+
+def _affine_grad_like(scale: Tensor, affine: Tensor | None) -> Tensor:
+    return scale.new_empty(0) if affine is None else torch.empty_like(affine)
 
 
 def _setup_residual(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -229,23 +242,30 @@ def _residual_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_residual_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, branch, shortcut, scale, keep, weight, bias, _, _, branch_bias = inputs
-    y, _, mean, rstd, variance = output
-    ctx.x_dtype, ctx.bias_dtype = x.dtype, None if branch_bias is None else branch_bias.dtype
+    x, branch, shortcut, passed, affine, scale, keep, weight, bias, _, _, branch_bias = inputs
+    y, values, _, _, mean, rstd, variance = output
+    ctx.types = [None if t is None else t.dtype for t in (x, y, passed, weight, bias, branch_bias)]
     ctx.mark_non_differentiable(mean, rstd, variance)
     ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of each of these
-    ctx.save_for_backward(y, mean, rstd, branch, shortcut, scale, keep, weight, bias)
+    ctx.save_for_backward(values, rstd, weight, branch, shortcut, affine, scale, keep)
 
 
-def _residual_norm_gradients(ctx: Any, grad: Tensor | None, normed_grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    grad = torch.zeros_like(saved[0]) if grad is None else grad
-    normed_grad = torch.zeros_like(saved[0]) if normed_grad is None else normed_grad
-    x_grad, branch_grad, vectors, weight_grad, bias_grad = _residual_norm_backward_operator(grad, normed_grad, *saved)
-    scale_grad, branch_bias_grad = _typed(vectors, saved[5].dtype, ctx.bias_dtype)
-    shortcut_grad = _of_shortcut(branch_grad, saved[4])
-    vector_grads = (scale_grad, None, weight_grad, bias_grad, None, None, branch_bias_grad)
-    return x_grad.to(ctx.x_dtype), branch_grad, shortcut_grad, *vector_grads
+def _residual_norm_gradients(
+    ctx: Any, grad: Tensor | None, values_grad: Tensor | None, norm_grad: Tensor | None, passed_grad: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # once: what is computed again is given once
+    values, _, weight, _, shortcut, affine, scale, _ = saved
+    x_type, y_type, passed_type, weight_type, bias_type, branch_bias_type = ctx.types
+    grad = torch.zeros_like(values, dtype=y_type) if grad is None else grad
+    values_grad = torch.zeros_like(values) if values_grad is None else values_grad
+    norm_grad = weight.new_zeros(4, len(weight), dtype=torch.float32) if norm_grad is None else norm_grad
+    x_grad, branch_grad, vectors, affine_grad = _residual_norm_backward_operator(grad, values_grad, norm_grad, passed_grad, *saved)
+    scale_grad, branch_bias_grad = _typed(vectors, scale.dtype, branch_bias_type)
+    shortcut_grads = (
+        (_of_shortcut(branch_grad, shortcut), None, None) if affine is None else (None, branch_grad.to(passed_type), affine_grad)
+    )
+    of_norm = (norm_grad[0].to(weight_type), norm_grad[1].to(bias_type))
+    return x_grad.to(x_type), branch_grad, *shortcut_grads, scale_grad, None, *of_norm, None, None, branch_bias_grad
 
 
 def _typed(vectors: Tensor, scale_type: torch.dtype, bias_type: torch.dtype | None) -> tuple[Tensor, Tensor | None]:

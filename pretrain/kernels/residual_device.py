@@ -2,8 +2,9 @@
 
 All maps are (N * H * W, C), pixels by channels. A program takes a tile of CHANNELS channels and a run of `per_run` pixels, PIXELS at once;
 what it sums over them is one row of a partial (runs, …, C) in fp32, added up by another kernel in the order of the runs, so no bit depends
-on who comes first. `shortcut`, `keep`, `partial` and `normed_grad` may be None: then nothing of theirs is compiled. `keep` may be a row of
-what was drawn for many, and so begin anywhere.
+on who comes first. `shortcut`, `affine`, `keep`, `partial`, `values_grad` and `passed_grad` may be None: then nothing of theirs is
+compiled. `keep` may be a row of what was drawn for many, and so begin anywhere. With `affine` (4, C), the shortcut is
+shortcut * affine[0] + affine[1].
 """
 
 import triton
@@ -27,11 +28,28 @@ def places(pixel, end, c, some_channel, channels):
 
 
 @triton.jit
-def _branch(branch, shortcut, at, here):
+def _row(vectors, row, channels, c, some_channel):
+    """A row of (…, C), to be multiplied with pixels."""
+    return tl.load(vectors + row * channels + c, mask=some_channel, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _factor_and_offset(affine, scales, channels, c, some_channel):
+    if affine is not None:
+        return _row(affine, 0, channels, c, some_channel), _row(affine, 1, channels, c, some_channel)
+    else:
+        return scales, scales  # which nothing reads
+
+
+@triton.jit
+def _branch(branch, shortcut, affine, factor, offset, at, here):
+    """The branch and its shortcut, added, and the shortcut as it lies in memory."""
     values = tl.load(branch + at, mask=here, other=0.0).to(tl.float32)
+    own = values
     if shortcut is not None:
-        values += tl.load(shortcut + at, mask=here, other=0.0).to(tl.float32)
-    return values
+        own = tl.load(shortcut + at, mask=here, other=0.0).to(tl.float32)
+        values += own * factor + offset if affine is not None else own
+    return values, own
 
 
 @triton.jit
@@ -42,30 +60,32 @@ def _kept(values, keep, pixel, end, map_pixels):
 
 
 @triton.jit
-def _sum(x, branch, shortcut, scales, keep, pixel, end, map_pixels, at, here):
-    added = _kept(_branch(branch, shortcut, at, here) * scales, keep, pixel, end, map_pixels)
+def _sum(x, branch, shortcut, affine, factor, offset, scales, keep, pixel, end, map_pixels, at, here):
+    added = _kept(_branch(branch, shortcut, affine, factor, offset, at, here)[0] * scales, keep, pixel, end, map_pixels)
     return tl.load(x + at, mask=here, other=0.0).to(tl.float32) + added
 
 
 @triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"], do_not_specialize_on_alignment=["keep"])
 def residual_kernel(
-    x, branch, shortcut, scale, keep, y, partial, pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+    x, branch, shortcut, affine, scale, keep, y, partial, pixels, per_run, map_pixels, channels,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y = x + keep * scale * (branch + shortcut), and with `partial` (runs, 2, C) the mean of a run's pixels and the sum of their squared
     distances from it. scale: (C,); keep: (N,). map_pixels: H * W."""
     run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
-    scales = tl.load(scale + c, mask=some_channel).to(tl.float32)[None, :]
+    scales = _row(scale, 0, channels, c, some_channel)
+    factor, offset = _factor_and_offset(affine, scales, channels, c, some_channel)
     # Distances are taken from the run's first pixel: from zero, squares would cancel out where the mean is far from it.
     if partial is not None:
         first_pixel = begin + tl.arange(0, 1)
         its_place, is_here = places(first_pixel, end, c, some_channel, channels)
-        pivot = _sum(x, branch, shortcut, scales, keep, first_pixel, end, map_pixels, its_place, is_here)
+        pivot = _sum(x, branch, shortcut, affine, factor, offset, scales, keep, first_pixel, end, map_pixels, its_place, is_here)
         sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
         squares = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
         at, here = places(pixel, end, c, some_channel, channels)
-        total = _sum(x, branch, shortcut, scales, keep, pixel, end, map_pixels, at, here)
+        total = _sum(x, branch, shortcut, affine, factor, offset, scales, keep, pixel, end, map_pixels, at, here)
         tl.store(y + at, total.to(y.dtype.element_ty), mask=here)
         if partial is not None:
             distance = tl.where(here, total - pivot, 0.0)
@@ -73,18 +93,19 @@ def residual_kernel(
             squares += distance * distance
     if partial is not None:
         count = end - begin
-        offset = tl.sum(sums, 0) / count
+        distance = tl.sum(sums, 0) / count
         out = partial + run * 2 * channels + c
-        tl.store(out, tl.sum(pivot, 0) + offset, mask=some_channel)
-        tl.store(out + channels, tl.sum(squares, 0) - offset * offset * count, mask=some_channel)
+        tl.store(out, tl.sum(pivot, 0) + distance, mask=some_channel)
+        tl.store(out + channels, tl.sum(squares, 0) - distance * distance * count, mask=some_channel)
 
 
 @triton.jit(do_not_specialize=["runs", "pixels", "per_run"])
 def statistics_kernel(
-    partial, mean, rstd, variance, eps, runs, pixels, per_run, channels, RUNS: tl.constexpr, CHANNELS: tl.constexpr
+    partial, weight, bias, mean, rstd, variance, affine, eps, runs, pixels, per_run, channels,
+    RUNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """From partial (runs, 2, C) of `residual_kernel`: mean, 1 / sqrt(variance of these values + eps), and the variance that they let
-    expect of others, which BatchNorm keeps; each (C,)."""
+    expect of others, which BatchNorm keeps; each (C,). And affine (4, C): weight, bias, and twice zero."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     some_channel = (c < channels)[None, :]
     weighted = tl.zeros((RUNS, CHANNELS), tl.float32)
@@ -106,72 +127,97 @@ def statistics_kernel(
     tl.store(mean + c, center, mask=c < channels)
     tl.store(rstd + c, 1.0 / tl.sqrt(total / pixels + eps), mask=c < channels)
     tl.store(variance + c, total / (pixels - 1), mask=c < channels)
+    tl.store(affine + c, tl.load(weight + c, mask=c < channels).to(tl.float32), mask=c < channels)
+    tl.store(affine + channels + c, tl.load(bias + c, mask=c < channels).to(tl.float32), mask=c < channels)
+    nothing = tl.zeros((CHANNELS,), tl.float32)
+    tl.store(affine + 2 * channels + c, nothing, mask=c < channels)
+    tl.store(affine + 3 * channels + c, nothing, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_run"])
-def norm_kernel(y, mean, rstd, weight, bias, normed, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """normed = (y - mean) * rstd * weight + bias. mean, rstd, weight and bias: (C,)."""
+def norm_kernel(y, mean, rstd, values, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """values = (y - mean) * rstd. mean and rstd: (C,)."""
     _, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
-    factor = tl.load(rstd + c, mask=some_channel) * tl.load(weight + c, mask=some_channel).to(tl.float32)
-    center = tl.load(mean + c, mask=some_channel)
-    offset = tl.load(bias + c, mask=some_channel).to(tl.float32)
+    center, deviation = _row(mean, 0, channels, c, some_channel), _row(rstd, 0, channels, c, some_channel)
     for first in range(begin, end, PIXELS):
         at, here = places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
-        values = (tl.load(y + at, mask=here).to(tl.float32) - center[None, :]) * factor[None, :] + offset[None, :]
-        tl.store(normed + at, values.to(normed.dtype.element_ty), mask=here)
-
-
-@triton.jit(do_not_specialize=["pixels", "per_run"])
-def norm_sums_kernel(
-    normed_grad, y, mean, rstd, partial, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
-    """A run's part of the gradients of weight and bias: partial (runs, 2, C)."""
-    run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
-    center, factor = tl.load(mean + c, mask=some_channel)[None, :], tl.load(rstd + c, mask=some_channel)[None, :]
-    products = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    for first in range(begin, end, PIXELS):
-        at, here = places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
-        grad = tl.load(normed_grad + at, mask=here, other=0.0).to(tl.float32)
-        products += tl.where(here, grad * ((tl.load(y + at, mask=here).to(tl.float32) - center) * factor), 0.0)
-        sums += grad
-    out = partial + run * 2 * channels + c
-    tl.store(out, tl.sum(products, 0), mask=some_channel)
-    tl.store(out + channels, tl.sum(sums, 0), mask=some_channel)
+        normed = (tl.load(y + at, mask=here).to(tl.float32) - center) * deviation
+        tl.store(values + at, normed.to(values.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"], do_not_specialize_on_alignment=["keep"])
 def residual_backward_kernel(
-    grad, branch, shortcut, scale, keep, branch_grad, partial,
-    normed_grad, y, mean, rstd, weight, weight_grad, bias_grad, x_grad,
+    grad, branch, shortcut, affine, scale, keep, branch_grad, partial,
+    values_grad, passed_grad, values, rstd, weight, norm_grad, x_grad,
     pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """branch_grad = keep * scale * grad, and a run's part of the scale's gradient and of branch_grad's sum: partial (runs, 2, C).
+    """branch_grad = keep * scale * grad, and a run's part of three sums: of the scale's gradient, of branch_grad, and with `affine` of
+    branch_grad * shortcut; partial (runs, 3, C).
 
-    With `normed_grad`, of the norm behind y, `grad` is first made whole, and written to x_grad:
-    grad + weight * rstd * (normed_grad - mean of it - normalised y * mean of their product), means over all pixels.
+    With `values_grad`, of what is normed, `grad` is first made whole, and written to x_grad:
+    grad + rstd * (of the values - mean of that - values * mean of that times the values), where "of the values" is
+    values_grad + weight * passed_grad, and the sums for the two means are the last rows of norm_grad (4, C).
     """
     run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
-    scales = tl.load(scale + c, mask=some_channel).to(tl.float32)[None, :]
-    if normed_grad is not None:
-        center, deviation = tl.load(mean + c, mask=some_channel)[None, :], tl.load(rstd + c, mask=some_channel)[None, :]
-        factor = tl.load(weight + c, mask=some_channel).to(tl.float32)[None, :] * deviation
-        mean_product = tl.load(weight_grad + c, mask=some_channel)[None, :] / pixels
-        mean_grad = tl.load(bias_grad + c, mask=some_channel)[None, :] / pixels
-    products = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    scales = _row(scale, 0, channels, c, some_channel)
+    factor, offset = _factor_and_offset(affine, scales, channels, c, some_channel)
+    if values_grad is not None:
+        deviation = _row(rstd, 0, channels, c, some_channel)
+        weights = _row(weight, 0, channels, c, some_channel)
+        mean_grad = _row(norm_grad, 2, channels, c, some_channel) / pixels
+        mean_product = _row(norm_grad, 3, channels, c, some_channel) / pixels
+    of_scale = tl.zeros((PIXELS, CHANNELS), tl.float32)
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    products = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
         at, here = places(pixel, end, c, some_channel, channels)
         whole = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
-        if normed_grad is not None:
-            normalised = (tl.load(y + at, mask=here, other=0.0).to(tl.float32) - center) * deviation
-            whole += factor * (tl.load(normed_grad + at, mask=here, other=0.0).to(tl.float32) - mean_grad - normalised * mean_product)
+        if values_grad is not None:
+            of_values = tl.load(values_grad + at, mask=here, other=0.0).to(tl.float32)
+            if passed_grad is not None:
+                of_values += weights * tl.load(passed_grad + at, mask=here, other=0.0).to(tl.float32)
+            normed = tl.load(values + at, mask=here, other=0.0).to(tl.float32)
+            whole += deviation * (of_values - mean_grad - normed * mean_product)
             tl.store(x_grad + at, whole.to(x_grad.dtype.element_ty), mask=here)
         kept = _kept(whole, keep, pixel, end, map_pixels)
-        products += tl.where(here, kept * _branch(branch, shortcut, at, here), 0.0)
+        added, own = _branch(branch, shortcut, affine, factor, offset, at, here)
+        of_scale += tl.where(here, kept * added, 0.0)
         sums += tl.where(here, kept, 0.0)
+        if affine is not None:
+            products += tl.where(here, kept * own, 0.0)
         tl.store(branch_grad + at, (kept * scales).to(branch_grad.dtype.element_ty), mask=here)
-    out = partial + run * 2 * channels + c
-    tl.store(out, tl.sum(products, 0), mask=some_channel)
+    out = partial + run * 3 * channels + c
+    tl.store(out, tl.sum(of_scale, 0), mask=some_channel)
     tl.store(out + channels, tl.sum(sums * scales, 0), mask=some_channel)
+    if affine is not None:
+        tl.store(out + 2 * channels, tl.sum(products * scales, 0), mask=some_channel)
+
+
+@triton.jit
+def _over_runs(partial, row, runs, channels, c, some_channel, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
+    sums = tl.zeros((RUNS, CHANNELS), tl.float32)
+    for first in range(0, runs, RUNS):
+        run = first + tl.arange(0, RUNS)
+        at = ((run * 3 + row) * channels)[:, None] + c[None, :]
+        sums += tl.load(partial + at, mask=(run < runs)[:, None] & some_channel[None, :], other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit(do_not_specialize=["runs"])
+def branch_sums_kernel(partial, affine, vectors, affine_grad, runs, channels, RUNS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Adds up partial (runs, 3, C) of `residual_backward_kernel`: into vectors (2, C) its first rows, and into affine_grad (4, C) what the
+    shortcut gives each row of `affine`: sums of its gradient times what is multiplied, of its gradient, and of that of what is
+    multiplied by itself and times that."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    some_channel = c < channels
+    of_branch = _over_runs(partial, 1, runs, channels, c, some_channel, RUNS, CHANNELS)
+    tl.store(vectors + c, _over_runs(partial, 0, runs, channels, c, some_channel, RUNS, CHANNELS), mask=some_channel)
+    tl.store(vectors + channels + c, of_branch, mask=some_channel)
+    if affine is not None:
+        products = _over_runs(partial, 2, runs, channels, c, some_channel, RUNS, CHANNELS)
+        factor = tl.load(affine + c, mask=some_channel)
+        tl.store(affine_grad + c, products, mask=some_channel)
+        tl.store(affine_grad + channels + c, of_branch, mask=some_channel)
+        tl.store(affine_grad + 2 * channels + c, factor * of_branch, mask=some_channel)
+        tl.store(affine_grad + 3 * channels + c, factor * products, mask=some_channel)

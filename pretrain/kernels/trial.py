@@ -5,6 +5,8 @@ Each question compiles what the first training step would compile, so it costs a
 
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from pretrain.kernels.attention import gated, gelu_conv2d
 from pretrain.kernels.depthwise import depthwise_conv2d
+from pretrain.kernels.norm import fold_norm
 from pretrain.kernels.residual import residual_norm
 
 # Of the largest value. Rounding to bf16 is 2**-9 of a value, of which the gradients sum some; a wrong kernel is wrong by much more.
@@ -55,25 +58,27 @@ def attention_fault(channels: int, size: int, k: int, dtype: torch.dtype, device
 
 @cache
 def joint_fault(channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What is wrong with `residual_norm`, whose code is the same for maps of any size; None if nothing is."""
+    """What is wrong with `residual_norm` and `fold_norm`, whose code is the same for maps of any size; None if nothing is. Tried is a
+    joint, a convolution behind it, and another joint that adds both."""
     keep = torch.tensor([1.25, 0.0], device=device)
 
-    def both(y: Tensor, normed: Tensor) -> Tensor:
-        return torch.cat([y, normed.float()])
+    def by_pytorch(x: Tensor, branch: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
+        scale, branch_bias, bias, norm_weight, norm_bias = (vector[:, None, None] for vector in vectors)
+        y = x + keep[:, None, None, None] * scale * (branch + branch_bias + branch)
+        normed = F.batch_norm(y, None, None, norm_weight.flatten(), norm_bias.flatten(), training=True)
+        return y + keep[:, None, None, None] * scale * (F.conv2d(normed, weight[:, :, None, None] / channels) + bias + normed)
 
-    def norm() -> nn.BatchNorm2d:
-        return nn.BatchNorm2d(channels, device=device)
-
-    def by_pytorch(x: Tensor, branch: Tensor, scale: Tensor, branch_bias: Tensor) -> Tensor:
-        y = x + keep[:, None, None, None] * scale[:, None, None] * (branch + branch_bias[:, None, None] + branch)
-        return both(y, norm()(y))
-
-    def own(x: Tensor, branch: Tensor, scale: Tensor, branch_bias: Tensor) -> Tensor:
+    def own(x: Tensor, branch: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
+        scale, branch_bias, bias, norm_weight, norm_bias = vectors
+        norm = cast(nn.BatchNorm2d, SimpleNamespace(weight=norm_weight, bias=norm_bias, eps=1e-5))
         biased = branch + branch_bias.detach()[:, None, None]
-        return both(*residual_norm(x, biased.to(dtype), branch.to(dtype), scale, keep, norm(), branch_bias)[:2])
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # which says how what is normed is stored
+            y, normed, _ = residual_norm(x, biased.to(dtype), branch.to(dtype), scale, keep, norm, branch_bias)
+            folded, bias, low_bias = fold_norm(weight[:, :, None, None] / channels, bias, normed.affine, dtype)
+            z = F.conv2d(normed.values, folded[:, :, None, None], low_bias)
+            return residual_norm(y, z, normed, scale, keep, norm, bias)[0]
 
-    shape = (2, channels, 8, 8)
-    return _fault(own, by_pytorch, [shape, shape, (channels,), (channels,)], device)
+    return _fault(own, by_pytorch, [(2, channels, 8, 8)] * 2 + [(channels, channels)] + [(channels,)] * 5, device)
 
 
 def _fault(own: Callable[..., Tensor], reference: Callable[..., Tensor], shapes: list[tuple[int, ...]], device: torch.device) -> str | None:

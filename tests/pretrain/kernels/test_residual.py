@@ -1,6 +1,8 @@
 """The end of a block's branch and the BatchNorm behind it, in Triton, against PyTorch's steps."""
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -62,25 +64,52 @@ def test_values_and_gradients(shape: tuple[int, ...], types: tuple[torch.dtype, 
         assert one.ndim < 4 or one.is_contiguous(memory_format=torch.channels_last)
 
 
-def normed_outcome(
-    inputs: list[Tensor], keep: Tensor | None, norm: nn.BatchNorm2d, grads: tuple[Tensor, Tensor], *, exact: bool
+class Reader(torch.autograd.Function):
+    """What a `Normed` is to what reads it, and the gradients that this gives it."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, affine: Tensor) -> Tensor:
+        ctx.save_for_backward(values, affine)
+        return values * affine[0, :, None, None] + affine[1, :, None, None]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        values, affine = ctx.saved_tensors
+        sums, products = (t.double().sum((0, 2, 3)).float() for t in (grad, grad * values))
+        values_grad = (affine[0, :, None, None] * grad).to(values.dtype)
+        return values_grad, torch.stack([products, sums, affine[0] * sums, affine[0] * products])
+
+
+def two_joints(
+    inputs: list[Tensor], keep: Tensor | None, norms: Sequence[nn.BatchNorm2d], grads: Sequence[Tensor], *, exact: bool
 ) -> dict[str, Tensor]:
-    """Of `residual_norm`, or `exact`, by PyTorch's operators in float64: results, gradients, and the norm's running statistics."""
-    norm = copy.deepcopy(norm)
+    """Results, gradients and running statistics of two `residual_norm`, of which the second adds what the first has normed; if `exact`,
+    by PyTorch's operators in float64. Both sums, and both normed, have gradients of their own."""
+    norms = copy.deepcopy(list(norms))
+    x, branch, shortcut, scale, bias = leaves = [
+        t.to(torch.float64 if exact else t.dtype).clone().requires_grad_() for t in (*inputs, torch.zeros_like(inputs[3]))
+    ]
     if exact:
-        norm, inputs = norm.double(), [t.double() for t in inputs]
         keep = None if keep is None else keep.double()
-    x, branch, shortcut, scale, bias = leaves = [t.clone().requires_grad_() for t in (*inputs, torch.zeros_like(inputs[3]))]
-    if exact:
         y = by_steps(x, branch, None, scale, keep, bias) + by_steps(torch.zeros_like(x), shortcut, None, scale, keep)
-        normed = norm(y)
+        normed = norms[0].double()(y)
+        z = by_steps(y, branch, None, scale, keep, bias) + by_steps(torch.zeros_like(x), normed, None, scale, keep)
+        normed_z = norms[1].double()(z)
     else:
-        y, normed, statistics = residual_norm(x, branch, shortcut, scale, keep, norm, bias)
-        move_statistics([norm], [statistics])
-    ((y * grads[0]).sum() + (normed * grads[1]).sum()).backward()
-    names = ("x", "branch", "shortcut", "scale", "branch's bias")
-    found = {"y": y.detach(), "normed": normed.detach()} | {name: leaf.grad for name, leaf in zip(names, leaves, strict=True)}
-    found |= {"weight": norm.weight.grad, "bias": norm.bias.grad} | dict(norm.named_buffers())
+        with torch.autocast(DEVICE, branch.dtype, enabled=branch.dtype != torch.float32):
+            y, first, found = residual_norm(x, branch, shortcut, scale, keep, norms[0], bias)
+            z, second, found_too = residual_norm(y, branch, first, scale, keep, norms[1], bias)
+        assert first.values.is_contiguous(memory_format=torch.channels_last)
+        normed, normed_z = (Reader.apply(each.values, each.affine) for each in (first, second))
+        move_statistics(norms, [found, found_too])
+    results = [y, normed, z, normed_z]
+    sum((result * grad).sum() for result, grad in zip(results, grads, strict=True)).backward()  # type: ignore[union-attr]
+    names = ("y", "normed", "z", "normed z", "x", "branch", "shortcut", "scale", "branch's bias")
+    tensors = [*(t.detach() for t in results), *(leaf.grad for leaf in leaves)]
+    found = dict(zip(names, tensors, strict=True))  # type: ignore[arg-type]
+    for number, norm in enumerate(norms):
+        vectors = {"weight": norm.weight.grad, "bias": norm.bias.grad} | dict(norm.named_buffers())
+        found |= {f"{name} of norm {number}": vector for name, vector in vectors.items()}
     return found  # type: ignore[return-value]
 
 
@@ -92,20 +121,22 @@ def test_norm_behind_it(shape: tuple[int, ...], types: tuple[torch.dtype, torch.
     """Far from zero too, where a variance by squares of the values themselves would have no digit right in fp32 (the next test)."""
     *inputs, keep, grad = drawn(shape, *types)
     inputs[0] = (inputs[0].float() + offset).to(types[0])
-    norm = nn.BatchNorm2d(shape[1], device=DEVICE)
+    norms = [nn.BatchNorm2d(shape[1], device=DEVICE) for _ in range(2)]
     with torch.no_grad():
-        norm.weight.copy_(torch.linspace(-1, 2, shape[1]))
-        norm.bias.copy_(torch.linspace(3, -1, shape[1]))
-    grads = grad, grad.flip(0).contiguous(memory_format=torch.channels_last)
-    found, expected = (normed_outcome(inputs, keep if dropping else None, norm, grads, exact=exact) for exact in (False, True))
+        for norm, weights in zip(norms, ((-1, 2), (1, 0)), strict=True):
+            norm.weight.copy_(torch.linspace(*weights, shape[1]))
+            norm.bias.copy_(torch.linspace(3, -1, shape[1]))
+    grads = [grad.roll(times, 0).contiguous(memory_format=torch.channels_last) * (-1) ** times for times in range(4)]
+    found, expected = (two_joints(inputs, keep if dropping else None, norms, grads, exact=exact) for exact in (False, True))
+    stored = 0.0 if types[1] == torch.float32 else rounding(types[1])  # what is normed is, in the branch's type
     for name, value in expected.items():
         # The variance is that of differences: digits that x lost when it was stored can't be had back.
         scale = max(1.0, offset * 0.1) * float(value.abs().max())
+        bound = 1e-5 * scale + (0 if name == "y" else stored * float(value.abs().max()))
         torch.testing.assert_close(
-            found[name].double(), value.double(), rtol=rounding(found[name].dtype), atol=1e-5 * scale, msg=lambda t, n=name: f"{n}: {t}"
+            found[name].double(), value.double(), rtol=rounding(found[name].dtype), atol=bound, msg=lambda t, n=name: f"{n}: {t}"
         )
-    assert int(found["num_batches_tracked"]) == 1
-    assert found["normed"].is_contiguous(memory_format=torch.channels_last)
+    assert int(found["num_batches_tracked of norm 1"]) == 1
 
 
 def test_far_from_zero_plain_squares_would_fail() -> None:
@@ -120,7 +151,7 @@ def test_the_norm_takes_autocasts_type() -> None:
     x, branch, shortcut, scale, keep, _ = drawn((2, 8, 4, 4), torch.float32, torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16):
         y, normed, _ = residual_norm(x, branch, shortcut, scale, keep, nn.BatchNorm2d(8, device=DEVICE))
-    assert (y.dtype, normed.dtype) == (torch.float32, torch.bfloat16)
+    assert (y.dtype, normed.values.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_one_value_a_channel_has_no_variance() -> None:
@@ -131,24 +162,27 @@ def test_one_value_a_channel_has_no_variance() -> None:
 
 def test_gradients_are_the_same_to_the_bit_every_time() -> None:
     *inputs, keep, grad = drawn((9, 40, 7, 7), torch.float32, torch.bfloat16)
-    norm = nn.BatchNorm2d(40, device=DEVICE)
-    once, again = (normed_outcome(inputs, keep, norm, (grad, grad), exact=False) for _ in range(2))
+    norms = [nn.BatchNorm2d(40, device=DEVICE) for _ in range(2)]
+    once, again = (two_joints(inputs, keep, norms, [grad] * 4, exact=False) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 @pytest.mark.parametrize("dropping", [False, True])
 def test_operators_keep_pytorchs_rules(dropping: bool) -> None:
-    x, branch, shortcut, scale, keep, grad = drawn((2, 5, 4, 3), torch.float32, torch.bfloat16)
-    arguments = (*(t.requires_grad_() for t in (x, branch, shortcut, scale)), keep if dropping else None)
+    x, branch, shortcut, scale, keep, _ = drawn((2, 5, 4, 3), torch.float32, torch.bfloat16)
+    keep_ = keep if dropping else None
+    leaves = [t.requires_grad_() for t in (x, branch, shortcut, scale)]
     weight, bias, branch_bias = (torch.rand(5, device=DEVICE, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(torch.ops.van.scaled_residual.default, (*arguments, branch_bias))
+    torch.library.opcheck(torch.ops.van.scaled_residual.default, (*leaves, keep_, branch_bias))
+    affine = torch.rand(4, 5, device=DEVICE, requires_grad=True)
+    passed = shortcut.detach()[:1, :1, :1, :1].expand_as(shortcut).requires_grad_()
+    x_, branch_, shortcut_, scale_ = (t.detach() for t in leaves)
+    norm_grad, rstd = (torch.rand(shape, device=DEVICE) for shape in ((4, 5), (5,)))
     # Of its outputs three have no gradient, so autograd is tested above.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    given = (*arguments, weight, bias, 1e-5, torch.bfloat16, branch_bias)
-    torch.library.opcheck(torch.ops.van.residual_norm.default, given, test_utils=tests)
-    values = [t.detach() for t in (branch, shortcut, scale)]
-    vectors = [torch.rand(5, device=DEVICE) for _ in range(2)]
-    torch.library.opcheck(
-        torch.ops.van.residual_norm_backward.default,
-        (grad, grad.bfloat16(), x.detach(), *vectors, *values, keep if dropping else None, weight.detach(), bias.detach()),
-    )
+    for own in ((shortcut, None, None), (shortcut_, passed, affine)):
+        given = (x, branch, *own, scale, keep_, weight, bias, 1e-5, torch.bfloat16, branch_bias)
+        torch.library.opcheck(torch.ops.van.residual_norm.default, given, test_utils=tests)
+        affine_ = None if own[2] is None else affine.detach()
+        behind = (branch_, norm_grad, None if own[2] is None else branch_, branch_, rstd, weight.detach())
+        torch.library.opcheck(torch.ops.van.residual_norm_backward.default, (x_, *behind, branch_, shortcut_, affine_, scale_, keep_))
