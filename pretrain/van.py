@@ -221,16 +221,15 @@ class VANStage(nn.Module):
     def _joined(self, x: torch.Tensor) -> torch.Tensor:
         blocks = cast(list[Block], list(self.blocks))
         kept = _kept([block.drop_path for block in blocks for _ in range(2)], x)
-        normed: torch.Tensor | Normed | None = blocks[0].norm1(x)
-        norms: list[nn.BatchNorm2d] = []
+        norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
+        normed: torch.Tensor | Normed | None = norms[0](x)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for number, (block, after) in enumerate(zip(blocks, [*(block.norm1 for block in blocks[1:]), None], strict=True)):
+        for number, (block, after) in enumerate(zip(blocks, [*norms[2::2], None], strict=True)):
             assert normed is not None
             joined = partial(_recomputed, block.joined, []) if self.grad_checkpointing else block.joined
             x, normed, found_here = joined(x, normed, kept[2 * number : 2 * number + 2], after)
-            norms += [block.norm2] if after is None else [block.norm2, after]
             found += found_here
-        move_statistics(norms, found)
+        move_statistics(norms[1:], found)
         return x
 
 

@@ -82,10 +82,11 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     weight, bias, affine, _ = inputs
     ctx.bias_type = bias.dtype
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of the last
     ctx.save_for_backward(weight, affine)
 
 
-def _gradients(ctx: Any, grad: Tensor, bias_grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, bias_grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     weight_grad, affine_grad = _unfold_operator(grad, bias_grad, *ctx.saved_tensors)
     return weight_grad, bias_grad.to(ctx.bias_type), affine_grad, None
 
