@@ -81,9 +81,8 @@ def joint_kernels(x: str) -> list[Kernel]:
     behind = dict.fromkeys(BEHIND, vector) | {"values_grad": x, "passed_grad": x, "values": x}
     gate = dict.fromkeys(("grad", "x", "attention", "x_grad", "attention_grad"), x) | {"partial": vector}
     found = [
-        ("sum", residual_device.residual_kernel, tile, branches | {"x": sum_, "y": sum_, "partial": vector}),
+        ("sum", residual_device.residual_kernel, tile, branches | {"x": sum_, "y": sum_, "values": x, "eps": "fp32"}),
         ("statistics", residual_device.statistics_kernel, sums, {"eps": "fp32"}),
-        ("norm", residual_device.norm_kernel, tile, {"y": sum_, "values": x}),
         ("gradients", residual_device.residual_backward_kernel, tile, branches | behind | {"grad": sum_, "branch_grad": x}),
         ("sums of gradients", residual_device.branch_sums_kernel, sums, {}),
         ("folding", norm_device.fold_kernel, fold, {"folded": x, "low_bias": x}),

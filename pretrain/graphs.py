@@ -162,12 +162,17 @@ class _Replayed(torch.autograd.Function):
 
 
 def _cast_by_autocast(module: nn.Module, device_type: str) -> dict[str, torch.dtype]:
-    """To which type autocast, if it is on, casts which parameters: those of convolutions that no kernel reads as they are."""
+    """To which type autocast, if it is on, casts which parameters: those of convolutions that no kernel reads as they are. A bias whose
+    gradient kernels sum is left to autocast, so that the sum stays fp32."""
     if not torch.is_autocast_enabled(device_type):
         return {}
-    casts = [name for name, layer in module.named_modules() if isinstance(layer, nn.Conv2d) and not getattr(layer, "triton", False)]
     dtype = torch.get_autocast_dtype(device_type)
-    return {f"{name}.{kind}": dtype for name in casts for kind in ("weight", "bias")}
+    casts: dict[str, torch.dtype] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d) and not getattr(layer, "triton", False):
+            kinds = ("weight",) if getattr(layer, "by_linear", False) else ("weight", "bias")
+            casts |= {f"{name}.{kind}": dtype for kind in kinds}
+    return casts
 
 
 def _copy(to: Tensor, tensor: Tensor) -> None:
@@ -196,8 +201,12 @@ def graph_stages(model: VAN, ready: Callable[..., None], images: Tensor, graph: 
     with _kept(model.buffers()):
         for _ in range(WARM_UP):
             _gradients(stages, images.normal_(), recorded=True)
+    # Each from the same running statistics: Triton's kernels norm by them, and round what they have normed.
+    with _kept(model.buffers()):
         expected = _gradients(stages, images, recorded=False)
+    with _kept(model.buffers()):
         _record(stages, images, graph)
+    with _kept(model.buffers()):
         distance = _distance(stages, images, expected)
     if not distance <= TOLERANCE:  # what is not a number is wrong
         return f"graphs: none, as their gradients differ from those without by {distance:.1%}"

@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.convolutions import ChannelsLastConv2d, PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.kernels import Normed, move_statistics, residual_norm, scaled_residual
+from pretrain.kernels import Normed, expected_statistics, move_statistics, residual_norm, scaled_residual
 from pretrain.lka import LKA
 
 __all__ = ["VAN", "VARIANTS"]
@@ -151,17 +151,18 @@ class Block(nn.Module):
         return x + self.drop_path(scale[:, None, None] * branch)
 
     def joined(
-        self, x: torch.Tensor, normed: torch.Tensor | Normed, kept: Sequence[torch.Tensor | None], after: nn.BatchNorm2d | None
-    ) -> tuple[torch.Tensor, Normed | None, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """`forward` in training on Triton's kernels, from one joint to the next: takes the block's input, `norm1` of it, and `_kept` for
-        both sums. Returns its output, the norm `after` of that, the next block's `norm1`, and what was found of the inputs of `norm2`
-        and `after`."""
+        self, x: torch.Tensor, normed: torch.Tensor | Normed, kept: Sequence[torch.Tensor | None], expected: torch.Tensor,
+        after: nn.BatchNorm2d | None,
+    ) -> tuple[torch.Tensor, Normed | None, list[tuple[torch.Tensor, torch.Tensor]]]:  # fmt: skip
+        """`forward` in training on Triton's kernels, from one joint to the next: takes the block's input, `norm1` of it, `_kept` for both
+        sums, and what is `expected` of them, (2, 2, C). Returns its output, the norm `after` of that, the next block's `norm1`, and what
+        was found of the inputs of `norm2` and `after`."""
         branch, bias = self.attn.branch(normed)
-        x, normed, found = residual_norm(x, branch, normed, self.layer_scale_1, kept[0], self.norm2, bias)
+        x, normed, found = residual_norm(x, branch, normed, self.layer_scale_1, kept[0], self.norm2, expected[0], bias)
         branch, bias = self.mlp.branch(normed)
         if after is None:
             return scaled_residual(x, branch, None, self.layer_scale_2, kept[1], bias), None, [found]
-        x, normed, found_after = residual_norm(x, branch, None, self.layer_scale_2, kept[1], after, bias)
+        x, normed, found_after = residual_norm(x, branch, None, self.layer_scale_2, kept[1], after, expected[1], bias)
         return x, normed, [found, found_after]
 
 
@@ -224,10 +225,12 @@ class VANStage(nn.Module):
         norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
         normed: torch.Tensor | Normed | None = norms[0](x)
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        expected = expected_statistics(norms[1:])
         for number, (block, after) in enumerate(zip(blocks, [*norms[2::2], None], strict=True)):
             assert normed is not None
             joined = partial(_recomputed, block.joined, []) if self.grad_checkpointing else block.joined
-            x, normed, found_here = joined(x, normed, kept[2 * number : 2 * number + 2], after)
+            here = slice(2 * number, 2 * number + 2)
+            x, normed, found_here = joined(x, normed, kept[here], expected[here], after)
             found += found_here
         move_statistics(norms[1:], found)
         return x

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from pretrain.depthwise import DepthwiseConv2d
-from pretrain.kernels import residual_norm, unusable
+from pretrain.kernels import expected_statistics, residual_norm, unusable
 from pretrain.kernels.depthwise import by_taps, conv, conv_tiles, weight_gradient
 from pretrain.lka import LKA
 from pretrain.van import VAN, Block
@@ -174,7 +174,7 @@ def parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) ->
 
 def joint_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
     """The end of an attention and the norm behind it, with paths dropped, by Triton and step by step; the sum along the blocks is fp32.
-    Bytes are those of the operator's passes: one and another forward, and one backward. The sums that the norm's gradient takes, which
+    Bytes are those of the operator's passes, one forward and one backward. The sums that the norm's gradient takes, which
     come from the convolution behind it, are given."""
     shape = (batch, layer.channels, layer.size, layer.size)
     x, branch, shortcut, grad, normed_grad = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(5))
@@ -184,24 +184,27 @@ def joint_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.devi
 
     def by_triton() -> tuple[Tensor, ...]:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y, normed, _ = residual_norm(x, branch, shortcut, scale, keep, norm)
+            y, normed, _ = residual_norm(x, branch, shortcut, scale, keep, norm, expected_statistics([norm])[0])
         return y, normed.values, normed.affine
 
     def by_steps() -> tuple[Tensor, ...]:
         y = x + (scale[:, None, None] * (shortcut.float() + branch)) * keep[:, None, None, None]
         return y, F.batch_norm(y, None, None, norm.weight, norm.bias, training=True).to(dtype)
 
-    sums = [t.sum((0, 2, 3)) for t in (normed_grad.float(), normed_grad.float() * by_triton()[1].float())]
-    grads = (grad, normed_grad, torch.stack([sums[1], sums[0], sums[0], sums[1]]))
+    _, values, affine = by_triton()
+    values_grad = normed_grad * affine[0, :, None, None]
+    products = (normed_grad.float() * values, normed_grad.float(), values_grad, values_grad * values)
+    sums = torch.stack([product.sum((0, 2, 3)) for product in products])
 
-    def backward(results: tuple[Tensor, ...]) -> Callable[[], Tensor]:
+    def backward(results: tuple[Tensor, ...], *grads: Tensor) -> Callable[[], Tensor]:
         leaves = (x, branch, scale, norm.weight, norm.bias)
-        return lambda: torch.autograd.grad(results, leaves, grads[: len(results)], retain_graph=True)[0]
+        return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)[0]
 
+    by_kernels = backward(by_triton(), grad, values_grad.to(dtype), sums)
     full, small = x.numel() * 4, branch.numel() * branch.element_size()
     return [
-        Part("forward", 3 * full + 3 * small, {"triton": lambda: by_triton()[1], "pytorch_nhwc": lambda: by_steps()[1]}),
-        Part("backward", 2 * full + 5 * small, {"triton": backward(by_triton()), "pytorch_nhwc": backward(by_steps())}),
+        Part("forward", 2 * full + 3 * small, {"triton": lambda: by_triton()[0], "pytorch_nhwc": lambda: by_steps()[0]}),
+        Part("backward", 2 * full + 5 * small, {"triton": by_kernels, "pytorch_nhwc": backward(by_steps(), grad, normed_grad)}),
     ]
 
 

@@ -3,16 +3,17 @@
     attainable("van_b3", 224, FUSED, Device(4.8e12, 790e12, 67e12))      # images a second
 
 Each kernel takes as long as the slowest of three would: its bytes through memory, its products on the tensor cores, its other
-multiply-adds on the fp32 lanes; kernels run one after the other. Two ways to cut a block into kernels are counted:
+multiply-adds on the fp32 lanes; kernels run one after the other. Three ways to cut a block into kernels are counted:
 
 - EAGER: one kernel for each operator as the authors wrote it, its gradients included. Their two `x.clone()`s are copies, and a bias's
   gradient is a sum of its own.
 - FUSED: what a better cut could do. All pointwise work and the application of BatchNorm happen where a neighbour loads or stores,
   statistics where their tensor is made; the input and weight gradient of a depth-wise convolution share a kernel; each activation is stored
   once. A gradient through BatchNorm stays a kernel of its own, as it needs sums over the whole gradient first.
+- BUILT: the cut of `pretrain.kernels`, whose sum along the blocks and its gradient are 4 bytes a value, as PyTorch's are under autocast.
 
-Activations and their gradients are 2 bytes a value. Weights, patch embeddings, the stages' last norms, the head, the optimizer and the
-exchange of gradients are left out.
+Else activations and their gradients are 2 bytes a value. Weights, patch embeddings, the stages' last norms, the head, the optimizer and
+the exchange of gradients are left out.
 """
 
 import re
@@ -68,10 +69,13 @@ def _branch_end_gradient(branch: str) -> list[Kernel]:
     return [Kernel(f"{branch}: gradient of {end}", maps) for end, maps in ends]
 
 
+def _products_gradients(name: str) -> list[Kernel]:
+    return [Kernel(f"{name}: {of} gradient", 2, products=1) for of in ("input", "weight")]
+
+
 def _convolution_gradients(name: str, taps: int = 0) -> list[Kernel]:
-    products = 0 if taps else 1
-    both = [Kernel(f"{name}: {of} gradient", 2, products=products, taps=taps) for of in ("input", "weight")]
-    return [*both, Kernel(f"{name}: bias gradient", 1)]
+    by_taps = [Kernel(f"{name}: {of} gradient", 2, taps=taps) for of in ("input", "weight")]
+    return [*(by_taps if taps else _products_gradients(name)), Kernel(f"{name}: bias gradient", 1)]
 
 
 EAGER = [
@@ -124,6 +128,27 @@ FUSED = [
     Kernel("proj_1: weight gradient", 2, products=1),
     Kernel("gradient of norm1, sum at the shortcut", 4),
 ]
+
+# Maps of the sum count twice. From one joint to the next, forward and backward.
+BUILT = [
+    Kernel("proj_1", 2, products=1), Kernel("GELU", 2), Kernel("conv0", 2, taps=25), Kernel("conv_spatial", 2, taps=49),
+    Kernel("conv1", 2, products=1), Kernel("gate", 3), Kernel("proj_2", 2, products=1),
+    # reads the sum, the branch and its own shortcut; writes the sum and what is normed
+    Kernel("attention's joint, norm2", 7),
+    Kernel("fc1", 1, 1, mlp_products=1), Kernel("dwconv, GELU", wide=2, wide_taps=9), Kernel("fc2", 1, 1, mlp_products=1),
+    Kernel("MLP's joint, norm1", 6),
+    # reads the sum's gradient, those of what is normed, as convolution and shortcut have it, what is normed, and the branch
+    Kernel("gradient of the MLP's joint", 9),
+    *(Kernel(f"fc2: {of} gradient", 1, 1, mlp_products=1) for of in ("input", "weight")),
+    Kernel("gradient of GELU, dwconv again", wide=3, wide_taps=9),
+    *(Kernel(f"dwconv: {of} gradient", wide=2, wide_taps=9) for of in ("input", "weight")),
+    *(Kernel(f"fc1: {of} gradient", 1, 1, mlp_products=1) for of in ("input", "weight")),
+    Kernel("gradient of attention's joint", 9),
+    *_products_gradients("proj_2"), Kernel("gradients of the gate", 5), *_products_gradients("conv1"),
+    *(Kernel(f"conv_spatial: {of} gradient", 2, taps=49) for of in ("input", "weight")),
+    Kernel("conv0: input gradient, sum at u, GELU's gradient", 4, taps=25), Kernel("conv0: weight gradient", 2, taps=25),
+    *_products_gradients("proj_1"),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

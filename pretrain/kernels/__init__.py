@@ -3,7 +3,7 @@ joins two branches.
 
     y = depthwise_conv2d(x, weight, bias, dilation=3)                         # also: gelu=True
     x, near = gelu_conv2d(z, weight, bias, z_bias); y = gated(x, attention, attention_bias)
-    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm)  # also: scaled_residual, without the norm
+    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm, expected)  # also: scaled_residual, without the norm
 
 All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
 work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
@@ -12,7 +12,7 @@ work over them. Layers choose them through `pretrain.kernel_choice.use_kernels`.
     depthwise.py    the convolution: launches and operators              depthwise_device.py   what runs on the GPU
     attention.py    GELU in front of a convolution, and the gate         attention_device.py   likewise
     residual.py     the end of a branch and the BatchNorm behind it      residual_device.py    likewise
-    norm.py         a BatchNorm's weight and bias, in a convolution's    norm_device.py        likewise
+    norm.py         what of a BatchNorm a convolution takes along       norm_device.py        likewise
     trial.py        whether a kernel runs here and agrees with PyTorch
 
 `python -m benchmarks.kernel_resources` compiles them for GPUs that need not be there and reads off registers and spills;
@@ -24,10 +24,11 @@ import torch
 from pretrain.kernels.attention import gated, gelu_conv2d
 from pretrain.kernels.depthwise import depthwise_conv2d
 from pretrain.kernels.norm import Normed, fold_norm
-from pretrain.kernels.residual import move_statistics, residual_norm, scaled_residual
+from pretrain.kernels.residual import expected_statistics, move_statistics, residual_norm, scaled_residual
 
 __all__ = [
-    "Normed", "depthwise_conv2d", "fold_norm", "gated", "gelu_conv2d", "move_statistics", "residual_norm", "scaled_residual", "unusable",
+    "Normed", "depthwise_conv2d", "expected_statistics", "fold_norm", "gated", "gelu_conv2d", "move_statistics", "residual_norm",
+    "scaled_residual", "unusable",
 ]  # fmt: skip
 
 

@@ -1,12 +1,13 @@
-"""A BatchNorm whose weight and bias are left to the convolution behind it, on Triton's kernels.
+"""A BatchNorm that is finished in the convolution behind it, on Triton's kernels.
 
-    y, normed, _ = residual_norm(…)                          # a Normed: what is normed, before weight and bias
+    y, normed, _ = residual_norm(…)                          # a Normed: what is normed, but for a factor and an offset
     weight, bias, low_bias = fold_norm(conv.weight, conv.bias, normed.affine, normed.values.dtype)
     z = F.linear(values, weight, low_bias)                   # a 1x1 convolution of the normed map, its pixels as rows
 
-Both are matrix products, so (values * a + b) W' + c is values (W a)' + (W b + c). It costs nothing forward, and backward it gives for
-nothing what a BatchNorm's gradient else takes a pass over two maps for: the sum of the map's gradient, and of that times the map, are
-sums over the gradients of this product's bias and weight, which are at hand:
+Both are matrix products, so (values * a + b) W' + c is values (W a)' + (W b + c): the norm's weight and bias, and statistics that were not
+known when the values were written, cost no pass over the map. And backward it gives for nothing what a BatchNorm's gradient else takes
+a pass over two maps for: the sum of the values' gradient, and of that times the values, are sums over the gradients of this product's
+bias and weight, which are at hand:
 
     z = values V' + d,  G the gradient of z:    sum of (G V) = V' (sum of G)    sum of (values * G V) = sum over outputs of V * (G' values)
 
@@ -29,7 +30,7 @@ FOLD = {"ROWS": 16, "CHANNELS": 64, "num_warps": WARPS}
 class Normed(NamedTuple):
     """What `values` * affine[0] + affine[1] is, channel by channel, to whatever reads it."""
 
-    values: Tensor  # (N, C, H, W): of mean 0 and variance 1
+    values: Tensor  # (N, C, H, W): about of mean 0 and variance 1
     # (4, C). Two rows are nothing, but their gradients are what the gradient of the norm takes: the sum of that of `values`, and of that
     # times `values`.
     affine: Tensor

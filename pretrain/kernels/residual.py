@@ -1,12 +1,13 @@
 """What stands between two branches of a stage, in one operator: the end of one branch and the BatchNorm before the next.
 
     y = scaled_residual(x, branch, shortcut, scale, keep)                  x + keep * scale * (branch + shortcut)
-    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm)      and the BatchNorm of that, as a `Normed`,
+    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm, expected)      and the BatchNorm of that, as a `Normed`,
     move_statistics([norm], [found])                                       whose running statistics move by what was found of y
 
-Layer scale, stochastic depth and shortcut are one pass, in which the norm's statistics are taken; applying the norm is another one. The
-sum is fp32, as the scale is, and what is normed goes straight to the type that autocast gives the convolution behind it, before the
-norm's weight and bias, which that convolution takes with its own (`norm.py`).
+Layer scale, stochastic depth, shortcut and norm are one pass, in which the norm's statistics are taken. They are known only behind it,
+so it norms by what is `expected`, which are the running statistics; the convolution behind it takes along what this is off, with the
+norm's weight and bias (`norm.py`). The sum is fp32, as the scale is; what is normed goes straight to the type that autocast gives that
+convolution, and is as exact in it as ever while the means are not many deviations apart.
 
 Backward, one pass goes through the norm, adds the sum's gradient, and computes the branch's from both; it also sums the branch's for the
 bias of the convolution at the branch's end, and reads in place what the next shortcut gives this norm. The sums that the norm's
@@ -23,7 +24,6 @@ from pretrain.kernels.depthwise import channels_last, multiprocessors
 from pretrain.kernels.norm import SUMS, Normed
 from pretrain.kernels.residual_device import (
     branch_sums_kernel,
-    norm_kernel,
     residual_backward_kernel,
     residual_kernel,
     statistics_kernel,
@@ -52,10 +52,10 @@ def scaled_residual(
 
 def residual_norm(
     x: Tensor, branch: Tensor, shortcut: Tensor | Normed | None, scale: Tensor, keep: Tensor | None, norm: nn.BatchNorm2d,
-    branch_bias: Tensor | None = None,
+    expected: Tensor, branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Normed, tuple[Tensor, Tensor]]:  # fmt: skip
     """`scaled_residual` and the training BatchNorm of it, the latter in autocast's type, if that is on; and for `move_statistics` mean and
-    variance of the sum, (C,).
+    variance of the sum, (C,). expected: (2, C), of `expected_statistics`.
 
     Raises:
         ValueError: there is one value a channel, which has no variance.
@@ -66,10 +66,16 @@ def residual_norm(
     passed = affine = None
     if isinstance(shortcut, Normed):  # whose gradient goes to what stands for the values; theirs would be added to another one, by a pass
         passed, affine, shortcut = shortcut.passed, shortcut.affine, shortcut.values.detach()
-    y, values, of_norm, to_pass, mean, _, variance = _residual_norm_operator(
-        x, branch, shortcut, passed, affine, scale, keep, norm.weight, norm.bias, norm.eps, dtype, branch_bias
+    y, values, of_norm, to_pass, _, mean, variance = _residual_norm_operator(
+        x, branch, shortcut, passed, affine, scale, keep, norm.weight, norm.bias, expected, norm.eps, dtype, branch_bias
     )
     return y, Normed(values, of_norm, to_pass), (mean, variance)
+
+
+def expected_statistics(norms: Sequence[Any]) -> Tensor:
+    """Running means and variances of BatchNorms of C channels, as they are now, (norms, 2, C): to be taken before they move, also where
+    `residual_norm` will be computed again after that."""
+    return torch.stack([statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]).unflatten(0, (-1, 2))
 
 
 @torch.no_grad()
@@ -86,7 +92,7 @@ def move_statistics(norms: Sequence[Any], found: Sequence[tuple[Tensor, Tensor]]
 def _residual_operator(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, branch_bias: Tensor | None
 ) -> Tensor:
-    return _residual(x, branch, shortcut, None, scale, keep, None, *runs_of_pixels(x))
+    return _residual(x, branch, shortcut, None, scale, keep, None, None, None, 0.0)
 
 
 @torch.library.custom_op("van::scaled_residual_backward", mutates_args=())
@@ -100,48 +106,50 @@ def _residual_backward_operator(
 @torch.library.custom_op("van::residual_norm", mutates_args=())
 def _residual_norm_operator(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, passed: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
+    weight: Tensor, bias: Tensor, expected: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum; a `Normed`; and of the sum's values mean, 1 / sqrt(variance + eps), and the variance as BatchNorm keeps it."""
+    """The sum; a `Normed`; moments as `statistics_kernel` has them; mean of the sum, and the variance as BatchNorm keeps it."""
     runs, per_run = runs_of_pixels(x)
     channels, pixels = x.shape[1], x.numel() // x.shape[1]
     partial = torch.empty(runs, 2, channels, device=x.device)
-    y = _residual(x, branch, shortcut, affine, scale, keep, partial, runs, per_run)
-    (values, of_norm, to_pass), statistics = _normed_like(y, dtype), _statistics_like(x)
-    mean, rstd, _ = statistics
-    sums_grid = (tiles(channels, SUMS["CHANNELS"]),)
-    statistics_kernel[sums_grid](partial, weight, bias, *statistics, of_norm, eps, runs, pixels, per_run, channels, **SUMS)
-    norm_kernel[grid(runs, channels)](y, mean, rstd, values, pixels, per_run, channels, **TILE)
-    return y, values, of_norm, to_pass, *statistics
+    (values, of_norm, to_pass), (moments, mean, variance) = _normed_like(x, dtype), _statistics_like(x)
+    y = _residual(x, branch, shortcut, affine, scale, keep, expected, values, partial, eps)
+    statistics_kernel[(tiles(channels, SUMS["CHANNELS"]),)](
+        partial, expected, weight, bias, mean, variance, moments, of_norm, eps, runs, pixels, per_run, channels, **SUMS
+    )
+    return y, values, of_norm, to_pass, moments, mean, variance
 
 
 @torch.library.custom_op("van::residual_norm_backward", mutates_args=())
 def _residual_norm_backward_operator(
-    grad: Tensor, values_grad: Tensor, norm_grad: Tensor, passed_grad: Tensor | None, values: Tensor, rstd: Tensor, weight: Tensor,
+    grad: Tensor, values_grad: Tensor, norm_grad: Tensor, passed_grad: Tensor | None, values: Tensor, moments: Tensor, norm_affine: Tensor,
     branch: Tensor, shortcut: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x and branch, (2, C) in fp32 of scale and branch_bias, and of affine, where there is one."""
-    x_grad = _like(grad, grad.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, of the norm's weight, of branch, (2, C) in fp32 of scale and branch_bias, and of affine, where there is one."""
+    x_grad, weight_grad = _like(grad, grad.dtype), torch.empty_like(norm_affine[0])
     behind = {
         "values_grad": channels_last(values_grad), "passed_grad": passed_grad if passed_grad is None else channels_last(passed_grad),
-        "values": values, "rstd": rstd, "weight": weight, "norm_grad": norm_grad, "x_grad": x_grad,
+        "values": values, "moments": moments, "norm_affine": norm_affine, "norm_grad": norm_grad.contiguous(),
+        "x_grad": x_grad, "weight_grad": weight_grad,
     }  # fmt: skip
-    return x_grad, *_residual_backward(channels_last(grad), branch, shortcut, affine, scale, keep, behind)
+    return x_grad, weight_grad, *_residual_backward(channels_last(grad), branch, shortcut, affine, scale, keep, behind)
 
 
-BEHIND = ("values_grad", "passed_grad", "values", "rstd", "weight", "norm_grad", "x_grad")  # what the kernel takes of a norm
+BEHIND = ("values_grad", "passed_grad", "values", "moments", "norm_affine", "norm_grad", "x_grad", "weight_grad")  # of a norm
 
 
 def _residual(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
-    partial: Tensor | None, runs: int, per_run: int,
+    expected: Tensor | None, values: Tensor | None, partial: Tensor | None, eps: float,
 ) -> Tensor:  # fmt: skip
     x, branch, shortcut = channels_last(x), channels_last(branch), shortcut if shortcut is None else channels_last(shortcut)
     y = _like(x, _promoted(x, branch, scale))
+    runs, per_run = runs_of_pixels(x)
     pixels, channels = x.numel() // x.shape[1], x.shape[1]
     residual_kernel[grid(runs, channels)](
-        x, branch, shortcut, affine, scale, keep, y, partial, pixels, per_run, pixels // len(x), channels, **TILE
-    )
+        x, branch, shortcut, affine, scale, keep, y, expected, values, partial, eps,
+        pixels, per_run, pixels // len(x), channels, **TILE,
+    )  # fmt: skip
     return y
 
 
@@ -198,17 +206,18 @@ def _(grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep
 @_residual_norm_operator.register_fake
 def _(
     x: Tensor, branch: Tensor, shortcut: Tensor | None, passed: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
-    weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
+    weight: Tensor, bias: Tensor, expected: Tensor, eps: float, dtype: torch.dtype, branch_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _like(x, _promoted(x, branch, scale)), *_normed_like(x, dtype), *_statistics_like(x)
 
 
 @_residual_norm_backward_operator.register_fake
 def _(
-    grad: Tensor, values_grad: Tensor, norm_grad: Tensor, passed_grad: Tensor | None, values: Tensor, rstd: Tensor, weight: Tensor,
+    grad: Tensor, values_grad: Tensor, norm_grad: Tensor, passed_grad: Tensor | None, values: Tensor, moments: Tensor, norm_affine: Tensor,
     branch: Tensor, shortcut: Tensor | None, affine: Tensor | None, scale: Tensor, keep: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _like(grad, grad.dtype), _like(branch, branch.dtype), _vectors(scale), _affine_grad_like(scale, affine)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    branch_grad, vectors, affine_grad = _like(branch, branch.dtype), _vectors(scale), _affine_grad_like(scale, affine)
+    return _like(grad, grad.dtype), torch.empty_like(norm_affine[0]), branch_grad, vectors, affine_grad
 
 
 def _normed_like(y: Tensor, dtype: torch.dtype) -> Normed:
@@ -217,7 +226,8 @@ def _normed_like(y: Tensor, dtype: torch.dtype) -> Normed:
 
 
 def _statistics_like(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty(x.shape[1], device=x.device) for _ in range(3))  # type: ignore[return-value]
+    mean, variance = (torch.empty(x.shape[1], device=x.device) for _ in range(2))
+    return torch.empty(3, x.shape[1], device=x.device), mean, variance
 
 
 def _vectors(scale: Tensor) -> Tensor:
@@ -242,30 +252,32 @@ def _residual_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_residual_norm(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    x, branch, shortcut, passed, affine, scale, keep, weight, bias, _, _, branch_bias = inputs
-    y, values, _, _, mean, rstd, variance = output
+    x, branch, shortcut, passed, affine, scale, keep, weight, bias, _, _, _, branch_bias = inputs
+    y, values, of_norm, _, *statistics = output
     ctx.types = [None if t is None else t.dtype for t in (x, y, passed, weight, bias, branch_bias)]
-    ctx.mark_non_differentiable(mean, rstd, variance)
+    ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)  # or zeros would be made for the gradient of each of these
-    ctx.save_for_backward(values, rstd, weight, branch, shortcut, affine, scale, keep)
+    ctx.save_for_backward(values, statistics[0], of_norm, branch, shortcut, affine, scale, keep)
 
 
 def _residual_norm_gradients(
     ctx: Any, grad: Tensor | None, values_grad: Tensor | None, norm_grad: Tensor | None, passed_grad: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # once: what is computed again is given once
-    values, _, weight, _, shortcut, affine, scale, _ = saved
+    values, _, of_norm, _, shortcut, affine, scale, _ = saved
     x_type, y_type, passed_type, weight_type, bias_type, branch_bias_type = ctx.types
     grad = torch.zeros_like(values, dtype=y_type) if grad is None else grad
     values_grad = torch.zeros_like(values) if values_grad is None else values_grad
-    norm_grad = weight.new_zeros(4, len(weight), dtype=torch.float32) if norm_grad is None else norm_grad
-    x_grad, branch_grad, vectors, affine_grad = _residual_norm_backward_operator(grad, values_grad, norm_grad, passed_grad, *saved)
+    norm_grad = torch.zeros_like(of_norm) if norm_grad is None else norm_grad
+    x_grad, weight_grad, branch_grad, vectors, affine_grad = _residual_norm_backward_operator(
+        grad, values_grad, norm_grad, passed_grad, *saved
+    )
     scale_grad, branch_bias_grad = _typed(vectors, scale.dtype, branch_bias_type)
     shortcut_grads = (
         (_of_shortcut(branch_grad, shortcut), None, None) if affine is None else (None, branch_grad.to(passed_type), affine_grad)
     )
-    of_norm = (norm_grad[0].to(weight_type), norm_grad[1].to(bias_type))
-    return x_grad.to(x_type), branch_grad, *shortcut_grads, scale_grad, None, *of_norm, None, None, branch_bias_grad
+    norm_grads = (weight_grad.to(weight_type), norm_grad[1].to(bias_type))
+    return x_grad.to(x_type), branch_grad, *shortcut_grads, scale_grad, None, *norm_grads, None, None, None, branch_bias_grad
 
 
 def _typed(vectors: Tensor, scale_type: torch.dtype, bias_type: torch.dtype | None) -> tuple[Tensor, Tensor | None]:

@@ -34,25 +34,6 @@ def _row(vectors, row, channels, c, some_channel):
 
 
 @triton.jit
-def _factor_and_offset(affine, scales, channels, c, some_channel):
-    if affine is not None:
-        return _row(affine, 0, channels, c, some_channel), _row(affine, 1, channels, c, some_channel)
-    else:
-        return scales, scales  # which nothing reads
-
-
-@triton.jit
-def _branch(branch, shortcut, affine, factor, offset, at, here):
-    """The branch and its shortcut, added, and the shortcut as it lies in memory."""
-    values = tl.load(branch + at, mask=here, other=0.0).to(tl.float32)
-    own = values
-    if shortcut is not None:
-        own = tl.load(shortcut + at, mask=here, other=0.0).to(tl.float32)
-        values += own * factor + offset if affine is not None else own
-    return values, own
-
-
-@triton.jit
 def _kept(values, keep, pixel, end, map_pixels):
     if keep is not None:
         values *= tl.load(keep + pixel // map_pixels, mask=pixel < end, other=0.0)[:, None]
@@ -61,22 +42,30 @@ def _kept(values, keep, pixel, end, map_pixels):
 
 @triton.jit
 def _sum(x, branch, shortcut, affine, factor, offset, scales, keep, pixel, end, map_pixels, at, here):
-    added = _kept(_branch(branch, shortcut, affine, factor, offset, at, here)[0] * scales, keep, pixel, end, map_pixels)
-    return tl.load(x + at, mask=here, other=0.0).to(tl.float32) + added
+    added = tl.load(branch + at, mask=here, other=0.0).to(tl.float32)
+    if shortcut is not None:
+        own = tl.load(shortcut + at, mask=here, other=0.0).to(tl.float32)
+        added += own * factor + offset if affine is not None else own
+    return tl.load(x + at, mask=here, other=0.0).to(tl.float32) + _kept(added * scales, keep, pixel, end, map_pixels)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"], do_not_specialize_on_alignment=["keep"])
 def residual_kernel(
-    x, branch, shortcut, affine, scale, keep, y, partial, pixels, per_run, map_pixels, channels,
+    x, branch, shortcut, affine, scale, keep, y, expected, values, partial, eps, pixels, per_run, map_pixels, channels,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y = x + keep * scale * (branch + shortcut), and with `partial` (runs, 2, C) the mean of a run's pixels and the sum of their squared
-    distances from it. scale: (C,); keep: (N,). map_pixels: H * W."""
+    """y = x + keep * scale * (branch + shortcut). With `partial` (runs, 2, C), into this the mean of a run's pixels and the sum of their
+    squared distances from it, and values = y normed by the mean and variance that are `expected` (2, C). scale: (C,); keep: (N,).
+    map_pixels: H * W."""
     run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
     scales = _row(scale, 0, channels, c, some_channel)
-    factor, offset = _factor_and_offset(affine, scales, channels, c, some_channel)
+    factor, offset = scales, scales  # which nothing reads where there is no `affine`
+    if affine is not None:
+        factor, offset = _row(affine, 0, channels, c, some_channel), _row(affine, 1, channels, c, some_channel)
     # Distances are taken from the run's first pixel: from zero, squares would cancel out where the mean is far from it.
     if partial is not None:
+        center = _row(expected, 0, channels, c, some_channel)
+        deviation = 1.0 / tl.sqrt(_row(expected, 1, channels, c, some_channel) + eps)
         first_pixel = begin + tl.arange(0, 1)
         its_place, is_here = places(first_pixel, end, c, some_channel, channels)
         pivot = _sum(x, branch, shortcut, affine, factor, offset, scales, keep, first_pixel, end, map_pixels, its_place, is_here)
@@ -88,6 +77,7 @@ def residual_kernel(
         total = _sum(x, branch, shortcut, affine, factor, offset, scales, keep, pixel, end, map_pixels, at, here)
         tl.store(y + at, total.to(y.dtype.element_ty), mask=here)
         if partial is not None:
+            tl.store(values + at, ((total - center) * deviation).to(values.dtype.element_ty), mask=here)
             distance = tl.where(here, total - pivot, 0.0)
             sums += distance
             squares += distance * distance
@@ -101,11 +91,12 @@ def residual_kernel(
 
 @triton.jit(do_not_specialize=["runs", "pixels", "per_run"])
 def statistics_kernel(
-    partial, weight, bias, mean, rstd, variance, affine, eps, runs, pixels, per_run, channels,
+    partial, expected, weight, bias, mean, variance, moments, affine, eps, runs, pixels, per_run, channels,
     RUNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """From partial (runs, 2, C) of `residual_kernel`: mean, 1 / sqrt(variance of these values + eps), and the variance that they let
-    expect of others, which BatchNorm keeps; each (C,). And affine (4, C): weight, bias, and twice zero."""
+    """From partial (runs, 2, C) of `residual_kernel` the sum's mean, and the variance that its values let expect of others, which BatchNorm
+    keeps, (C,). moments (3, C): mean and 1 / deviation of `values`, which is normed as was `expected`, and 1 / that deviation. affine
+    (4, C): what makes of `values` the norm's output, a factor and an offset; and twice zero."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     some_channel = (c < channels)[None, :]
     weighted = tl.zeros((RUNS, CHANNELS), tl.float32)
@@ -124,74 +115,81 @@ def statistics_kernel(
         distance = tl.load(partial + at, mask=here, other=0.0) - center[None, :]
         squares += tl.load(partial + channels + at, mask=here, other=0.0) + tl.where(here, distance * distance * counts, 0.0)
     total = tl.sum(squares, 0)
-    tl.store(mean + c, center, mask=c < channels)
-    tl.store(rstd + c, 1.0 / tl.sqrt(total / pixels + eps), mask=c < channels)
-    tl.store(variance + c, total / (pixels - 1), mask=c < channels)
-    tl.store(affine + c, tl.load(weight + c, mask=c < channels).to(tl.float32), mask=c < channels)
-    tl.store(affine + channels + c, tl.load(bias + c, mask=c < channels).to(tl.float32), mask=c < channels)
+    there = c < channels
+    tl.store(mean + c, center, mask=there)
+    tl.store(variance + c, total / (pixels - 1), mask=there)
+    expected_deviation = tl.sqrt(tl.load(expected + channels + c, mask=there) + eps)
+    own_center = (center - tl.load(expected + c, mask=there)) / expected_deviation
+    own_deviation = expected_deviation / tl.sqrt(total / pixels + eps)
+    tl.store(moments + c, own_center, mask=there)
+    tl.store(moments + channels + c, own_deviation, mask=there)
+    tl.store(moments + 2 * channels + c, 1.0 / expected_deviation, mask=there)
+    factor = tl.load(weight + c, mask=there).to(tl.float32) * own_deviation
+    tl.store(affine + c, factor, mask=there)
+    tl.store(affine + channels + c, tl.load(bias + c, mask=there).to(tl.float32) - factor * own_center, mask=there)
     nothing = tl.zeros((CHANNELS,), tl.float32)
-    tl.store(affine + 2 * channels + c, nothing, mask=c < channels)
-    tl.store(affine + 3 * channels + c, nothing, mask=c < channels)
-
-
-@triton.jit(do_not_specialize=["pixels", "per_run"])
-def norm_kernel(y, mean, rstd, values, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
-    """values = (y - mean) * rstd. mean and rstd: (C,)."""
-    _, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
-    center, deviation = _row(mean, 0, channels, c, some_channel), _row(rstd, 0, channels, c, some_channel)
-    for first in range(begin, end, PIXELS):
-        at, here = places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
-        normed = (tl.load(y + at, mask=here).to(tl.float32) - center) * deviation
-        tl.store(values + at, normed.to(values.dtype.element_ty), mask=here)
+    tl.store(affine + 2 * channels + c, nothing, mask=there)
+    tl.store(affine + 3 * channels + c, nothing, mask=there)
 
 
 @triton.jit(do_not_specialize=["pixels", "per_run", "map_pixels"], do_not_specialize_on_alignment=["keep"])
 def residual_backward_kernel(
     grad, branch, shortcut, affine, scale, keep, branch_grad, partial,
-    values_grad, passed_grad, values, rstd, weight, norm_grad, x_grad,
+    values_grad, passed_grad, values, moments, norm_affine, norm_grad, x_grad, weight_grad,
     pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """branch_grad = keep * scale * grad, and a run's part of three sums: of the scale's gradient, of branch_grad, and with `affine` of
     branch_grad * shortcut; partial (runs, 3, C).
 
-    With `values_grad`, of what is normed, `grad` is first made whole, and written to x_grad:
-    grad + rstd * (of the values - mean of that - values * mean of that times the values), where "of the values" is
-    values_grad + weight * passed_grad, and the sums for the two means are the last rows of norm_grad (4, C).
+    With `values_grad`, of what is normed behind the sum, `grad` is first made whole, and written to x_grad. To it is added, times the
+    last of `moments`, the gradient of the values, values_grad + norm_affine[0] * passed_grad, less its mean, and less the normed values
+    times the mean of its product with these. The sums for the two means are the last rows of norm_grad (4, C). weight_grad: (C,), of
+    the norm.
     """
     run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
     scales = _row(scale, 0, channels, c, some_channel)
-    factor, offset = _factor_and_offset(affine, scales, channels, c, some_channel)
     if values_grad is not None:
-        deviation = _row(rstd, 0, channels, c, some_channel)
-        weights = _row(weight, 0, channels, c, some_channel)
-        mean_grad = _row(norm_grad, 2, channels, c, some_channel) / pixels
-        mean_product = _row(norm_grad, 3, channels, c, some_channel) / pixels
-    of_scale = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        center, deviation = _row(moments, 0, channels, c, some_channel), _row(moments, 1, channels, c, some_channel)
+        of_factor, of_offset = _row(norm_grad, 0, channels, c, some_channel), _row(norm_grad, 1, channels, c, some_channel)
+        if run == 0:
+            tl.store(weight_grad + c[None, :], deviation * (of_factor - center * of_offset), mask=some_channel[None, :])
+        sum_, product = _row(norm_grad, 2, channels, c, some_channel), _row(norm_grad, 3, channels, c, some_channel)
+        # Of values, their gradient and what is passed: all that the loop takes, in few registers.
+        by_values_grad = _row(moments, 2, channels, c, some_channel)
+        by_passed = by_values_grad * _row(norm_affine, 0, channels, c, some_channel)
+        by_values = -by_values_grad * deviation * deviation * (product - center * sum_) / pixels
+        added = -by_values_grad * sum_ / pixels - by_values * center
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
-    products = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    of_branch = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    of_shortcut = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
         at, here = places(pixel, end, c, some_channel, channels)
         whole = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
         if values_grad is not None:
-            of_values = tl.load(values_grad + at, mask=here, other=0.0).to(tl.float32)
+            whole += by_values_grad * tl.load(values_grad + at, mask=here, other=0.0).to(tl.float32) + added
+            whole += by_values * tl.load(values + at, mask=here, other=0.0).to(tl.float32)
             if passed_grad is not None:
-                of_values += weights * tl.load(passed_grad + at, mask=here, other=0.0).to(tl.float32)
-            normed = tl.load(values + at, mask=here, other=0.0).to(tl.float32)
-            whole += deviation * (of_values - mean_grad - normed * mean_product)
+                whole += by_passed * tl.load(passed_grad + at, mask=here, other=0.0).to(tl.float32)
             tl.store(x_grad + at, whole.to(x_grad.dtype.element_ty), mask=here)
-        kept = _kept(whole, keep, pixel, end, map_pixels)
-        added, own = _branch(branch, shortcut, affine, factor, offset, at, here)
-        of_scale += tl.where(here, kept * added, 0.0)
-        sums += tl.where(here, kept, 0.0)
-        if affine is not None:
-            products += tl.where(here, kept * own, 0.0)
+        kept = tl.where(here, _kept(whole, keep, pixel, end, map_pixels), 0.0)
+        sums += kept
+        of_branch += kept * tl.load(branch + at, mask=here, other=0.0).to(tl.float32)
+        if shortcut is not None:
+            of_shortcut += kept * tl.load(shortcut + at, mask=here, other=0.0).to(tl.float32)
         tl.store(branch_grad + at, (kept * scales).to(branch_grad.dtype.element_ty), mask=here)
     out = partial + run * 3 * channels + c
-    tl.store(out, tl.sum(of_scale, 0), mask=some_channel)
-    tl.store(out + channels, tl.sum(sums * scales, 0), mask=some_channel)
+    total, of_scale, products = tl.sum(sums, 0), tl.sum(of_branch, 0), tl.sum(of_shortcut, 0)
     if affine is not None:
-        tl.store(out + 2 * channels, tl.sum(products * scales, 0), mask=some_channel)
+        factor, offset = tl.load(affine + c, mask=some_channel), tl.load(affine + channels + c, mask=some_channel)
+        of_scale += products * factor + total * offset
+    else:
+        of_scale += products
+    tl.store(out, of_scale, mask=some_channel)
+    scaled = tl.load(scale + c, mask=some_channel).to(tl.float32)
+    tl.store(out + channels, total * scaled, mask=some_channel)
+    if affine is not None:
+        tl.store(out + 2 * channels, products * scaled, mask=some_channel)
 
 
 @triton.jit

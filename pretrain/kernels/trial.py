@@ -61,6 +61,7 @@ def joint_fault(channels: int, dtype: torch.dtype, device: torch.device) -> str 
     """What is wrong with `residual_norm` and `fold_norm`, whose code is the same for maps of any size; None if nothing is. Tried is a
     joint, a convolution behind it, and another joint that adds both."""
     keep = torch.tensor([1.25, 0.0], device=device)
+    expected = torch.stack([torch.full((channels,), 0.5, device=device), torch.full((channels,), 2.0, device=device)])
 
     def by_pytorch(x: Tensor, branch: Tensor, weight: Tensor, *vectors: Tensor) -> Tensor:
         scale, branch_bias, bias, norm_weight, norm_bias = (vector[:, None, None] for vector in vectors)
@@ -73,10 +74,10 @@ def joint_fault(channels: int, dtype: torch.dtype, device: torch.device) -> str 
         norm = cast(nn.BatchNorm2d, SimpleNamespace(weight=norm_weight, bias=norm_bias, eps=1e-5))
         biased = branch + branch_bias.detach()[:, None, None]
         with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # which says how what is normed is stored
-            y, normed, _ = residual_norm(x, biased.to(dtype), branch.to(dtype), scale, keep, norm, branch_bias)
+            y, normed, _ = residual_norm(x, biased.to(dtype), branch.to(dtype), scale, keep, norm, expected, branch_bias)
             folded, bias, low_bias = fold_norm(weight[:, :, None, None] / channels, bias, normed.affine, dtype)
             z = F.conv2d(normed.values, folded[:, :, None, None], low_bias)
-            return residual_norm(y, z, normed, scale, keep, norm, bias)[0]
+            return residual_norm(y, z, normed, scale, keep, norm, expected, bias)[0]
 
     return _fault(own, by_pytorch, [(2, channels, 8, 8)] * 2 + [(channels, channels)] + [(channels,)] * 5, device)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain import depthwise, graphs, kernel_choice, lka
 from pretrain.graphs import CudaGraph, Pass, graph_stages
 from pretrain.van import VAN
 
@@ -53,9 +54,9 @@ def gradients(model: VAN, *batches: Tensor, bf16: bool = False) -> list[Tensor]:
     return found
 
 
-def graphed(graph: Callable[[Pass], Rerun] = Rerun) -> tuple[VAN, str, list[Tensor]]:
+def graphed(graph: Callable[[Pass], Rerun] = Rerun, model: VAN | None = None) -> tuple[VAN, str, list[Tensor]]:
     """A model with graphs for four images, the line for the log, and the parameters whose gradients were told of."""
-    model, told = narrow(), list[Tensor]()
+    model, told = model or narrow(), list[Tensor]()
     return model, graph_stages(model, lambda *parameters: told.extend(parameters), torch.empty_like(images(4)), graph), told
 
 
@@ -78,6 +79,30 @@ def test_weights_are_cast_as_autocast_casts_them() -> None:
     for name, graphs, expected in zip(names, found, plain, strict=True):
         others = any(layer in name for layer in ("conv0", "conv_spatial", "dwconv"))
         torch.testing.assert_close(graphs, expected, rtol=0.01 * others, atol=0.01 * others * float(expected.abs().max()), msg=name)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_with_kernels_they_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in the interpreter: sums that kernels make in fp32 stay fp32."""
+    monkeypatch.setattr(kernel_choice, "unusable", lambda device: None)
+    for module, name in ((depthwise, "convolution_fault"), (lka, "attention_fault"), (kernel_choice, "joint_fault")):
+        monkeypatch.setattr(module, name, lambda *_: None)  # too slow in the interpreter
+    monkeypatch.setattr(graphs, "WARM_UP", 1)
+
+    def fast() -> VAN:
+        torch.manual_seed(0)
+        model = VAN(num_classes=4, embed_dims=(8,) * 4, depths=(1, 2, 1, 1), mlp_ratios=(2,) * 4, drop_path_rate=0.3).train()
+        kernel_choice.use_kernels(model, "triton", torch.device("cpu"), 32, torch.bfloat16)
+        assert all(stage.joins for stage in model.stages)
+        return model
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        model, line, _ = graphed(model=fast())
+    assert line == "graphs: 4 stages, forward and backward"
+    found, expected = gradients(model, images(4), bf16=True), gradients(fast(), images(4), bf16=True)
+    for (name, _), one, other in zip(model.named_parameters(), found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
 
 
 def test_backward_passes_are_recorded_outside_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
