@@ -63,8 +63,8 @@ def graphed(graph: Callable[[Pass], Rerun] = Rerun, model: VAN | None = None) ->
 def test_gradients_add_up_over_micro_steps_and_start_anew_with_each_step() -> None:
     model, _, _ = graphed()
     for batches in ([images(4)], [images(4), images(4) + 1], [images(4) * 2]):
-        for graphs, plain in zip(gradients(model, *batches), gradients(narrow(), *batches), strict=True):
-            torch.testing.assert_close(graphs, plain, rtol=0, atol=0)
+        for recorded, plain in zip(gradients(model, *batches), gradients(narrow(), *batches), strict=True):
+            torch.testing.assert_close(recorded, plain, rtol=0, atol=0)
 
 
 def test_weights_are_cast_as_autocast_casts_them() -> None:
@@ -76,9 +76,9 @@ def test_weights_are_cast_as_autocast_casts_them() -> None:
     found, plain = gradients(model, images(4), bf16=True), gradients(narrow(), images(4), bf16=True)
     names = [name for name, _ in model.named_parameters()]
     assert {one.dtype for one in found} == {torch.float32}
-    for name, graphs, expected in zip(names, found, plain, strict=True):
+    for name, recorded, expected in zip(names, found, plain, strict=True):
         others = any(layer in name for layer in ("conv0", "conv_spatial", "dwconv"))
-        torch.testing.assert_close(graphs, expected, rtol=0.01 * others, atol=0.01 * others * float(expected.abs().max()), msg=name)
+        torch.testing.assert_close(recorded, expected, rtol=0.01 * others, atol=0.01 * others * float(expected.abs().max()), msg=name)
 
 
 @pytest.mark.long
@@ -122,8 +122,8 @@ def test_backward_passes_are_recorded_outside_of_autocast(monkeypatch: pytest.Mo
 def test_batches_of_other_sizes_and_evaluation_go_the_ordinary_way() -> None:
     model, _, _ = graphed()
     batches = [images(4), images(3), images(4) + 1]
-    for graphs, plain in zip(gradients(model, *batches), gradients(narrow(), *batches), strict=True):
-        torch.testing.assert_close(graphs, plain, rtol=0, atol=0)
+    for recorded, plain in zip(gradients(model, *batches), gradients(narrow(), *batches), strict=True):
+        torch.testing.assert_close(recorded, plain, rtol=0, atol=0)
     model, plain_model = graphed()[0].eval(), narrow().eval()
     with torch.no_grad():
         assert torch.equal(model(images(4)), plain_model(images(4)))

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from triton import knobs
 
 from pretrain.kernels import fold_norm
+from pretrain.van import VAN
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 
@@ -69,3 +70,33 @@ def test_operators_keep_pytorchs_rules() -> None:
     # Of its outputs one has no gradient, so autograd is tested above.
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(torch.ops.van.fold_norm.default, (*leaves, torch.bfloat16), test_utils=tests)
+
+
+def test_running_statistics_are_near_what_is_found() -> None:
+    """Of the sums that are normed by them: from the first step of a training on, through the demo's warm-up and learning rate, no channel's
+    mean is a deviation off, so rounding by the distance from it costs less than half a bit. (PyTorch's operators compute it.)"""
+    torch.manual_seed(0)
+    model = VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 2, 3, 1)).train()
+    distances: list[float] = []
+
+    def watch(norm: nn.Module, given: tuple[Tensor]) -> None:
+        deviations, means = torch.std_mean(given[0].detach(), (0, 2, 3))
+        distances.append(float(((means - norm.running_mean).abs() / deviations).max()))  # type: ignore[operator]
+
+    for stage in model.stages:
+        norms = [norm for block in stage.blocks for norm in (block.norm1, block.norm2)]  # type: ignore[union-attr]
+        for norm in norms[1:]:
+            norm.register_forward_pre_hook(watch)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    losses = []
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 4e-3 * min(1, (step + 1) / 28)
+        labels = torch.randint(4, (32,))
+        images = torch.randn(32, 3, 32, 32) * (0.5 + labels / 4)[:, None, None, None]
+        loss = F.cross_entropy(model(images.to(memory_format=torch.channels_last)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < sum(losses[:10]) / 2  # it trains
+    assert 0.05 < max(distances) < 1
