@@ -40,8 +40,7 @@ class Normed(NamedTuple):
 def fold_norm(weight: Tensor, bias: Tensor, affine: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Of a 1x1 convolution that takes a `Normed`'s values: weight (O, C) in `dtype`, bias (O,) in fp32, and that bias in `dtype`, without a
     gradient. weight: (O, C, 1, 1), as the convolution has it for the normed map."""
-    folded, folded_bias, low_bias = _fold_operator(weight, bias, affine, dtype)
-    return folded, folded_bias, low_bias
+    return _fold_operator(weight, bias, affine, dtype)
 
 
 @torch.library.custom_op("van::fold_norm", mutates_args=())
