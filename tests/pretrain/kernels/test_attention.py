@@ -74,7 +74,7 @@ def test_values_and_gradients_everywhere(dtype: torch.dtype, channels: int, size
 
 
 def test_gradients_are_the_same_to_the_bit_every_time() -> None:
-    inputs = drawn((9, 40, 9, 8), 5, torch.bfloat16)
+    inputs = drawn((9, 8, 9, 8), 5, torch.bfloat16)
     once, again = (outcome(inputs, exact=False) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
 
