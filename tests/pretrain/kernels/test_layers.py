@@ -123,6 +123,7 @@ def test_biases_need_no_pass_of_their_own(plain_and_fast: tuple[VAN, VAN]) -> No
         assert sums.count == 5 * a_block
 
 
+@pytest.mark.long
 def test_under_autocast_it_is_as_close_to_fp32(plain_and_fast: tuple[VAN, VAN]) -> None:
     """As PyTorch's operators in bf16 are, but for the interpreter, which cuts bf16 off where a GPU rounds."""
     plain, fast = plain_and_fast
@@ -289,6 +290,7 @@ def test_a_joint_that_does_not_work_here_is_left_out(usable: None, monkeypatch: 
     assert [stage.joins for stage in model.stages] == [True, False, True, True]
 
 
+@pytest.mark.long
 def test_a_gate_that_does_not_work_here_is_left_out(usable: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its convolutions are the kernels' all the same, and it computes the same."""
     plain, fast = pair()
