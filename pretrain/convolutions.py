@@ -64,7 +64,7 @@ class PointwiseConv2d(nn.Conv2d):
 
     def without_bias_gradient(self, x: torch.Tensor | Normed) -> tuple[torch.Tensor, torch.Tensor]:
         """`forward`, and the bias in it, whose gradient something else computes, where it has that of this map at hand. Of what is normed
-        it takes the values, and the norm's weight and bias along with its own."""
+        it takes the values, and what is left of the norm into its own weight and bias."""
         assert self.bias is not None
         if isinstance(x, Normed):
             weight, bias, low_bias = fold_norm(self.weight, self.bias, x.affine, x.values.dtype)

@@ -63,11 +63,11 @@ def use_kernels(model: nn.Module, choice: str, device: torch.device, image_size:
         return f"kernels: PyTorch's, {reason}"
     convolutions = [m.triton for m in model.modules() if isinstance(m, DepthwiseConv2d)]
     gates = [m.triton for m in model.modules() if isinstance(m, LKA)]
-    shortcuts = [m.triton for m in model.modules() if isinstance(m, Block) for _ in range(2)]
+    ends = [m.triton for m in model.modules() if isinstance(m, Block)]  # of two branches each
     joined = [len(stage.blocks) * 2 - 1 for stage in stages if stage.joins]
     return (
         f"kernels: Triton for {sum(convolutions)} of {len(convolutions)} depth-wise convolutions, {sum(gates)} of {len(gates)} gates, "
-        f"{sum(shortcuts)} of {len(shortcuts)} shortcuts, with {sum(joined)} norms behind them"
+        f"{2 * sum(ends)} of {2 * len(ends)} shortcuts, with {sum(joined)} norms behind them"
         + (f"; not for {_listed(faults)}" if faults else "")
     )
 

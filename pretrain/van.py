@@ -19,7 +19,7 @@ either way, and so is the sum that runs along a stage's blocks, because the laye
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -39,12 +39,12 @@ from timm.layers import (
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.convolutions import ChannelsLastConv2d, PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
 from pretrain.kernels import Normed, expected_statistics, move_statistics, residual_norm, scaled_residual
 from pretrain.lka import LKA
+from pretrain.recomputation import recomputed
 
 __all__ = ["VAN", "VARIANTS"]
 
@@ -213,7 +213,7 @@ class VANStage(nn.Module):
             return self.norm(self._joined(x))
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108  TorchScript leaves out whole statements
-                x = _recomputed(block, [block.norm1, block.norm2], x)
+                x = recomputed(block, [block.norm1, block.norm2], x)
             else:
                 x = block(x)
         return self.norm(x)
@@ -228,38 +228,12 @@ class VANStage(nn.Module):
         expected = expected_statistics(norms[1:])
         for number, (block, after) in enumerate(zip(blocks, [*norms[2::2], None], strict=True)):
             assert normed is not None
-            joined = partial(_recomputed, block.joined, []) if self.grad_checkpointing else block.joined
+            joined = partial(recomputed, block.joined, []) if self.grad_checkpointing else block.joined
             here = slice(2 * number, 2 * number + 2)
             x, normed, found_here = joined(x, normed, kept[here], expected[here], after)
             found += found_here
         move_statistics(norms[1:], found)
         return x
-
-
-def _recomputed(function: Callable[..., Any], norms: Sequence[Any], *arguments: Any) -> Any:
-    """`function`, of whose tensors the arguments alone are kept for the backward pass. It trains these BatchNorms."""
-    return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _RunningStatisticsKept(norms)))
-
-
-class _RunningStatisticsKept:
-    """While entered, these BatchNorms update copies of their running statistics, which are then thrown away.
-
-    One training step must move them once, though checkpointing runs the forward pass twice. The copies stand in for the
-    statistics, rather than nothing, because checkpointing demands that both passes save the same tensors. May be entered again
-    after it was left.
-    """
-
-    def __init__(self, norms: Sequence[nn.Module]) -> None:
-        self.norms = norms
-
-    def __enter__(self) -> None:
-        self.kept = [(norm, name, buffer) for norm in self.norms for name, buffer in norm.named_buffers()]
-        for norm, name, buffer in self.kept:
-            setattr(norm, name, buffer.clone())
-
-    def __exit__(self, *exception: object) -> None:
-        for norm, name, buffer in self.kept:
-            setattr(norm, name, buffer)
 
 
 class VAN(nn.Module):

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import van
+from pretrain import recomputation, van
 from pretrain.convolutions import ChannelsLastConv2d
 from pretrain.weights import from_format, to_format
 
@@ -190,7 +190,7 @@ def test_grad_checkpointing_changes_nothing(enable: bool | list[bool]) -> None:
 
 
 def test_without_care_checkpointing_would_move_the_statistics_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(van, "_RunningStatisticsKept", lambda norms: nullcontext())
+    monkeypatch.setattr(recomputation, "_RunningStatisticsKept", lambda norms: nullcontext())
     expected = train_step(small_model())
     model = small_model()
     model.set_grad_checkpointing()
