@@ -40,6 +40,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models._features import feature_take_indices
 from torch import nn
 
+from pretrain import on_cpu
 from pretrain.convolutions import ChannelsLastConv2d, PointwiseConv2d
 from pretrain.depthwise import DepthwiseConv2d
 from pretrain.kernels import Normed, expected_statistics, move_statistics, residual_norm, scaled_residual
@@ -47,9 +48,6 @@ from pretrain.lka import LKA
 from pretrain.recomputation import recomputed
 
 __all__ = ["VAN", "VARIANTS"]
-
-# How it computes depends on the input's size and device, which tracing does not know; timm's feature extraction keeps it whole.
-register_notrace_module(DepthwiseConv2d)
 
 
 class PatchEmbed(nn.Module):
@@ -88,7 +86,11 @@ class Attention(nn.Module):
     def _gated(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting() and self.spatial_gating_unit.triton:
             return self.spatial_gating_unit.behind(self.proj_1, x)
-        return self.spatial_gating_unit(self.act(self.proj_1(x)))
+        x = self.proj_1(x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out whole statements
+            if on_cpu.trains(self, x):
+                return self.spatial_gating_unit(on_cpu.gelu(x))
+        return self.spatial_gating_unit(self.act(x))
 
 
 class Mlp(nn.Module):
@@ -104,6 +106,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, dim, H, W) to (N, dim, H, W)."""
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out whole statements
+            if on_cpu.trains(self, x) and not self.dwconv.triton and self.drop1.p == 0:
+                return self.drop2(on_cpu.mlp(x, self.fc1, self.dwconv, self.fc2))
         return self.drop2(self.fc2(self._hidden(x)))
 
     def branch(self, x: torch.Tensor | Normed) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -117,6 +122,11 @@ class Mlp(nn.Module):
         if not torch.jit.is_scripting() and self.dwconv.triton:
             return self.drop1(self.dwconv.behind(self.fc1, x))
         return self.drop1(self.dwconv(self.fc1(x)))
+
+
+# How these compute depends on the input's size and device, which tracing does not know; timm's feature extraction keeps them whole.
+for kind in (DepthwiseConv2d, Attention, Mlp):
+    register_notrace_module(kind)
 
 
 class Block(nn.Module):

@@ -250,8 +250,8 @@ def test_channels_last_from_the_first_convolution_on(training: bool, autocast: b
 
 def test_the_walk_notices_another_layout() -> None:
     model = small_model()
-    model.stages[1].blocks[0].mlp.drop1 = Contiguous()
-    assert modules_not_channels_last(model, images())[0] == "stages.1.blocks.0.mlp.drop1"
+    model.stages[1].blocks[0].mlp.drop2 = Contiguous()
+    assert modules_not_channels_last(model, images())[0] == "stages.1.blocks.0.mlp.drop2"
 
 
 class Copies(TorchDispatchMode):
@@ -270,7 +270,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_forward_makes_no_copy() -> None:
-    # In eval mode: in training on a CPU, depthwise.py rearranges maps on purpose. On a GPU both modes run the same operators.
+    # In eval mode: in training on a CPU, on_cpu.py rearranges maps on purpose. On a GPU both modes run the same operators.
     model, x = small_model().eval(), images()
     with Copies() as copies:
         model(x)
