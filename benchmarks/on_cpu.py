@@ -70,6 +70,8 @@ def layer_step(layer: nn.Module, dim: int, size: int, batch: int, precision: str
         with autocast(precision):
             y = layer(x)
         y.backward(grad)
+        x.grad = None
+        layer.zero_grad()
 
     return step
 

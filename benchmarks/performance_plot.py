@@ -55,9 +55,8 @@ def draw(axes: Axes, measured: dict[str, Any]) -> None:
     axes.margins(x=0.35)
     axes.set_xlim(left=0)
     axes.axvline(1, color=PEER, linewidth=0.8)
-    axes.set_title(
-        f"{measured['model'].replace('van_b', 'VAN-B')} at {measured['image_size']} px, {measured['device']}", fontsize=10, loc="left"
-    )
+    where = f"CPU, {measured['instructions']}" if measured["device"] == "cpu" else measured["device"]
+    axes.set_title(f"{measured['model'].replace('van_b', 'VAN-B')} at {measured['image_size']} px, {where}", fontsize=10, loc="left")
 
 
 def main() -> None:

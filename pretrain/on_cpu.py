@@ -1,7 +1,7 @@
 """The parts of a VAN that PyTorch's operators are slow at when it trains on a CPU, done otherwise; the values are the same.
 
 oneDNN, behind PyTorch's convolutions, is slow in three parts of a depth-wise one: dilation, the weight gradient of kernels wider than
-three, and maps that are smaller than the kernel. And the MLP's maps, of four to eight times as many channels as the block's, go
+three, and that of maps smaller than the kernel. And the MLP's maps, of four to eight times as many channels as the block's, go
 through memory between any two operators.
 
 - **Dilation d as d * d plain convolutions.** Positions of equal (row mod d, column mod d) form a smaller map, a phase, on which the
@@ -11,7 +11,7 @@ through memory between any two operators.
   whole map, as a product and a sum for each tap, over the positions at which it meets the map at all.
 - **The MLP a few images at a time**, forward and backward, so that what one operator writes is in the cache for the next.
 
-`python -m benchmarks.depthwise_cpu` measures each beside PyTorch's operators.
+`python -m benchmarks.on_cpu` measures this beside PyTorch's operators.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Bytes of a hidden map of the MLP that are worked on at a time: what a core's own cache holds.
+# Bytes of a hidden map of the MLP that are worked on at a time, about what a core's own cache holds.
 _AT_ONCE = 2 * 2**20
 
 
