@@ -95,8 +95,7 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, widen, near, narrow, *kept = ctx.saved_tensors
         turned, k = _turned(near, grad.dtype), near.shape[-1]
-        exact = torch.promote_types(grad.dtype, torch.float32)
-        sums = [x.new_zeros(shape, dtype=exact) for weight in (widen, near, narrow) for shape in (weight.shape, len(weight))]
+        sums = [_exact(x.new_zeros(shape)) for weight in (widen, near, narrow) for shape in (weight.shape, len(weight))]
         grads_x = []
         for i, (images, g) in enumerate(zip(x.split(ctx.at_once), grad.split(ctx.at_once), strict=True)):
             wide, mixed, active = kept[3 * i : 3 * i + 3]
@@ -130,6 +129,10 @@ def _maps(pixels: Tensor, like: Tensor) -> Tensor:
     return pixels.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _padded(x: Tensor, left: int, right: int, below: int) -> Tensor:
     return F.pad(x.permute(0, 2, 3, 1), (0, 0, left, right, 0, below)).permute(0, 3, 1, 2)
 
@@ -155,8 +158,10 @@ def _join_phases(y: Tensor, d: int, height: int, width: int) -> Tensor:
 
 def _weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
     """Sum over images and positions of grad[y, x] * x[y + dy, x + dx], (C, 1, k, k), for each tap's shift (dy, dx)."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # PyTorch's loops that step in are slow, and round their partial sums
+        x, grad = _exact(x), _exact(grad)
     if 2 * min(x.shape[2:]) <= k:
-        return _weight_gradient_by_taps(x, grad, k)
+        return _weight_gradient_by_taps(_exact(x), _exact(grad), k)
     below = k - x.shape[2]
     if below > 0:  # oneDNN's code for it wants as many rows as the kernel has
         x, grad = _padded(x, 0, 0, below), _padded(grad, 0, 0, below)
@@ -176,10 +181,8 @@ def _columns_gradient(x: Tensor, grad: Tensor, k: int, first: int, count: int) -
 
 
 def _weight_gradient_by_taps(x: Tensor, grad: Tensor, k: int) -> Tensor:
-    exact = torch.promote_types(x.dtype, torch.float32)
-    x, grad = x.to(exact), grad.to(exact)
     height, width = x.shape[2:]
-    result = torch.zeros(k, k, x.shape[1], dtype=exact)
+    result = x.new_zeros(k, k, x.shape[1])
     for i in range(k):
         dy = i - k // 2
         for j in range(k):

@@ -63,6 +63,9 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x))
 
 
+# How this and the MLP compute depends on the input's size and device, which tracing does not know; timm's feature extraction keeps them
+# whole.
+@register_notrace_module
 class Attention(nn.Module):
     """1x1 convolution, GELU, LKA, 1x1 convolution, and a shortcut around them (Figure 4)."""
 
@@ -93,6 +96,7 @@ class Attention(nn.Module):
         return self.spatial_gating_unit(self.act(x))
 
 
+@register_notrace_module
 class Mlp(nn.Module):
     """The convolutional feed-forward part: 1x1 to the hidden width, depth-wise 3x3, GELU, 1x1 back (Figure 4)."""
 
@@ -122,11 +126,6 @@ class Mlp(nn.Module):
         if not torch.jit.is_scripting() and self.dwconv.triton:
             return self.drop1(self.dwconv.behind(self.fc1, x))
         return self.drop1(self.dwconv(self.fc1(x)))
-
-
-# How these compute depends on the input's size and device, which tracing does not know; timm's feature extraction keeps them whole.
-for kind in (DepthwiseConv2d, Attention, Mlp):
-    register_notrace_module(kind)
 
 
 class Block(nn.Module):
