@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from data.results import record
+from data.common.results import record
 from launch.__main__ import free_port
 from pretrain import checkpoint
 from pretrain import config as settings
-from pretrain import engine as engines
-from pretrain.batch_stats import BatchStats
-from pretrain.evaluate import build_model
+from pretrain.engine import engine as engines
+from pretrain.engine.batch_stats import BatchStats
+from pretrain.evaluation.accuracy import build_model
 from pretrain.run.metrics import RunLog
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"

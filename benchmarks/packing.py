@@ -27,14 +27,14 @@ import numpy as np
 from PIL import Image
 
 import data.packing.plan
-from data.files import sync
-from data.images import ImageRules, stored_image
-from data.packing.drawings import PATTERNS, draw_image
+from data.common.files import sync
+from data.common.results import record
+from data.packing.images import ImageRules, stored_image
 from data.packing.pack import pack
 from data.packing.plan import Settings, open_plan, write_plan
 from data.packing.sources import Container, Part, Source, encoded_key, part_of
 from data.packing.workers import workers
-from data.results import record
+from data.synthetic.drawings import PATTERNS, draw_image
 
 RESULT = Path(__file__).parent / "results" / "packing.json"
 CLASSES, FILES = 21_841, 14_197_122  # ImageNet-22K

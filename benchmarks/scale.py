@@ -4,7 +4,7 @@
 
 A step is its micro-steps, the reduction of gradients as far as the last micro-step's backward pass does not cover it, and what follows:
 norm, update, gathering of weights. What a micro-step computes takes as long as its images do at RATES, but no less than the host needs to
-launch its kernels. What ranks send is pretrain/watch/traffic.py's; it goes over rings through all GPUs, of which the slowest link
+launch its kernels. What ranks send is pretrain/monitor/traffic.py's; it goes over rings through all GPUs, of which the slowest link
 counts, and each collective takes its algorithm's hops besides. Data loading, evaluations and saves are not counted.
 """
 
@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pretrain.van  # noqa: F401  registers the models
-from data.results import record
+import pretrain.model.van  # noqa: F401  registers the models
+from benchmarks.training import roofline
+from data.common.results import record
 from pretrain import config as settings
-from pretrain.bench import roofline
-from pretrain.engine import bucket_size
-from pretrain.watch.memory import activation_bytes, largest_that_fits
-from pretrain.watch.traffic import FP32, communication
+from pretrain.engine.engine import bucket_size
+from pretrain.monitor.memory import activation_bytes, largest_that_fits
+from pretrain.monitor.traffic import FP32, communication
 
 ROOT = Path(__file__).parent.parent
 RESULT, PLOT = ROOT / "benchmarks" / "results" / "scale.json", ROOT / "docs" / "scale.svg"

@@ -20,21 +20,21 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from data.images import MAX_PIXELS, ImageRules
-from data.index import Index, open_index
+from benchmarks.loader.index_at_scale import SAMPLES, SHARDS, bench, sorted_shards
+from data.augment.recipe import Recipe, sample_order
+from data.common.results import record
+from data.dataset.index import Index, open_index
 from data.inspect.parameters import lines, parameters
 from data.inspect.report import stats, write_report
 from data.inspect.shuffle import table
-from data.inspect.simulate import SAMPLES, SHARDS, bench, sorted_shards
 from data.packing.adopt import index_shards
+from data.packing.images import MAX_PIXELS, ImageRules
 from data.packing.pack import MAX_REJECTED, pack
 from data.packing.plan import Settings
 from data.packing.sources import read_classes
-from data.packing.synthesize import SETS, synthesize
 from data.packing.verify import verify
-from data.recipe import Recipe, sample_order
-from data.results import record
 from data.settings import JobData, invalid_data
+from data.synthetic.synthesize import SETS, synthesize
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,7 +221,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _job(given: argparse.Namespace) -> JobData:
-    from data.config_files import load
+    from data.common.config_files import load
 
     return load(JobData, given.config, given.overrides, invalid_data, sections=["data"])
 
@@ -269,7 +269,7 @@ def _bench(given: argparse.Namespace) -> int:
         raise ValueError("--against and --gpu-sweep measure a job: python -m data bench CONFIG …")
     given.config, *given.overrides = given.overrides
     job = _job(given)
-    from data.inspect import bench as rates
+    from benchmarks.loader import rates as rates
 
     batch = given.batch or job.engine.micro_batch
     compare = rates.gpu_sweep if given.gpu_sweep else rates.against_timm

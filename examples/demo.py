@@ -21,14 +21,14 @@ AGAIN = 85  # the exit code of a job that was told to stop and has saved
 # Loads the exported weights as another project would: by file, into a model of its own process.
 LOAD = """
 import sys, timm, torch
-import pretrain.van
-from pretrain.weights import from_format
+import pretrain.model.van
+from pretrain.model.formats import from_format
 torch.manual_seed(0)
 images = torch.randn(8, 3, 64, 64)
 from_timm = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
 from_pth = timm.create_model("van_b0", num_classes=10).eval()
 from_pth.load_state_dict(from_format(torch.load(sys.argv[2], weights_only=True)))
-from pretrain.trained import build_trained
+from pretrain.weights.run_model import build_trained
 from pathlib import Path
 trained = build_trained(Path(sys.argv[3]), average=True)[0]
 with torch.no_grad():
@@ -116,7 +116,7 @@ def last(kind: str) -> dict:
 
 
 def half_of_training() -> int:
-    from data.index import open_index
+    from data.dataset.index import open_index
     from pretrain.config import load
 
     config = load("configs/demo.yaml")

@@ -22,8 +22,8 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import pretrain.van  # noqa: F401  registers the models with timm
-from data.packing.drawings import PATTERNS, draw_image
+import pretrain.model.van  # noqa: F401  registers the models with timm
+from data.synthetic.drawings import PATTERNS, draw_image
 
 SIZE = 96  # pixels a side
 TRAIN, HELD_OUT, SHOWN = 800, 200, 6  # images; the picture shows held-out ones

@@ -39,7 +39,7 @@ def main() -> int:
     if code == 0 and job:
         run = settings.load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run
         if run.export:
-            from pretrain.export import release
+            from pretrain.weights.export import release
 
             release(Path(run.dir))
     return code

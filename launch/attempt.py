@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from data.config_files import ConfigError
+from data.common.config_files import ConfigError
 from pretrain import config as settings
 from pretrain.run import attempts
 from pretrain.run.attempts import FAILED, Attempt, End, heard
@@ -163,7 +163,7 @@ def conclude(told: Heard, saved: int, ranks: int) -> End:
 
 def export(run: Path, end: End) -> End:
     """Exports the weights of a run that is complete; where that fails, the attempt has."""
-    from pretrain.export import release
+    from pretrain.weights.export import release
 
     try:
         release(run)

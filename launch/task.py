@@ -65,7 +65,7 @@ def run(command: Sequence[str]) -> int:
 @contextmanager
 def usr1_waiting() -> Iterator[None]:
     """What is started inside has USR1 held back, so that one in the moments before Python runs doesn't kill it: a rank takes it before its
-    first step (pretrain/watch/faults.py). This process takes it at the end."""
+    first step (pretrain/monitor/faults.py). This process takes it at the end."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})

@@ -77,7 +77,7 @@ def main() -> int:
     bench_parser.add_argument("--batch", type=int, help="default: 64 for layers, 16 on a CPU, for steps on a GPU the best of each way")
     bench_parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the layers")
     bench_parser.add_argument("--peer", type=Path, metavar="PATH", help="a checkout of the authors' VAN-Classification")
-    bench_parser.add_argument("--ways", nargs="+", metavar="WAY", help="of the steps, these alone (pretrain/bench/ways.py)")
+    bench_parser.add_argument("--ways", nargs="+", metavar="WAY", help="of the steps, these alone (benchmarks/training/ways.py)")
     bench_parser.add_argument("--feed", nargs="+", metavar="CONFIG key=value", help="steps of this job, fed by its loader")
     bench_parser.add_argument("--rounds", type=int, default=9, help="in which all ways take turns")
     bench_parser.add_argument("--steps", type=int, default=50, help="that count in a round, of --feed")
@@ -119,11 +119,11 @@ def main() -> int:
 
 def _falls_to_us(error: ValueError) -> bool:
     """Whether this rank is the one to tell of an error: what all ranks have found is told once, what one has found by that one."""
-    from data.config_files import ConfigError
+    from data.common.config_files import ConfigError
 
     if isinstance(error, ConfigError):  # all read the same settings
         return int(os.environ.get("RANK", 0)) == 0
-    from pretrain.watch.faults import first_to_say
+    from pretrain.monitor.faults import first_to_say
 
     return first_to_say(str(error))
 
@@ -154,7 +154,7 @@ def _train(args: argparse.Namespace) -> int:
 
     config = settings.load(args.config, args.overrides)
     with lasting_imports():
-        from pretrain import engine
+        from pretrain.engine import engine
         from pretrain.train import train
 
     code = train(config, force_config=args.force_config)
@@ -170,8 +170,8 @@ def _status(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     with lasting_imports():
-        from pretrain import engine
-        from pretrain.judge import judge
+        from pretrain.engine import engine
+        from pretrain.evaluation.command import judge
 
     config = Path(args.settings.pop(0)) if args.settings and "=" not in args.settings[0] else None
     judge(args.source, config, args.settings, average=args.weights == "ema", probe=args.probe)
@@ -181,7 +181,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     with lasting_imports():
-        from pretrain.export import export, release
+        from pretrain.weights.export import export, release
 
     if args.format is None:
         release(args.source)
@@ -198,7 +198,7 @@ def _checkpoints(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from pretrain.bench import command
+    from benchmarks.training import command
 
     return command.run(args)
 

@@ -2,7 +2,7 @@
 
     config = load("configs/van_b3_in22k.yaml", ["engine.micro_batch=128", "data.train=/data/in22k/train"])
 
-Every key is a field below, documented there; `data/config_files.py` has how files build on one another and what an error tells.
+Every key is a field below, documented there; `data/common/config_files.py` has how files build on one another and what an error tells.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from omegaconf import MISSING, OmegaConf
 
-from data import config_files
-from data.config_files import ConfigError
-from data.files import publish
+from data.common import config_files
+from data.common.config_files import ConfigError
+from data.common.files import publish
 from data.settings import DataConfig, failing, invalid_data
-from pretrain.weights import FORMATS
+from pretrain.model.formats import FORMATS
 
 # Keys, or whole sections, that may change while a run goes on: what is computed stays the recipe's, on other machines or by other means.
 # For all others a run wants --force-config, but for those that decide the samples: these it can't change at all (checkpoints).

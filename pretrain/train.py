@@ -17,39 +17,39 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.draws import hash64
-from data.index import open_index
-from data.loader import EvalLoader, TrainLoader
-from data.mixing import mix_pairs
-from data.quarantine import Quarantine
-from data.recipe import sample_order
+from data.augment.mixup import mix_pairs
+from data.augment.recipe import sample_order
+from data.common.counter_rng import hash64
+from data.dataset.index import open_index
+from data.loader.loaders import EvalLoader, TrainLoader
+from data.loader.quarantine import Quarantine
 from pretrain import config as settings
-from pretrain import engine as engines
-from pretrain import zero_state
-from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import Checkpoints, Retention, hold, steps
 from pretrain.config import Config
-from pretrain.evaluate import build_model, evaluate, fill, restriction
-from pretrain.graphs import use_graphs
-from pretrain.initial_weights import start_from
-from pretrain.kernel_choice import use_kernels
-from pretrain.optim import learning_rate, set_learning_rate
+from pretrain.engine import engine as engines
+from pretrain.engine import zero_state
+from pretrain.engine.batch_stats import BatchStats
+from pretrain.engine.guard import Guard
+from pretrain.engine.optim import learning_rate, set_learning_rate
+from pretrain.evaluation.accuracy import build_model, evaluate, fill, restriction
+from pretrain.model.fast.cuda_graphs import use_graphs
+from pretrain.model.fast.kernel_choice import use_kernels
+from pretrain.monitor import traffic
+from pretrain.monitor.damage import check_shards, tell_all
+from pretrain.monitor.faults import StopRequests
+from pretrain.monitor.flops import mfu, peak_flops, training_flops
+from pretrain.monitor.interval import Interval, Steps
+from pretrain.monitor.memory import explained
+from pretrain.monitor.profiling import Profiler
+from pretrain.monitor.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
+from pretrain.monitor.stragglers import OwnTime, Slowest
+from pretrain.monitor.watchdog import Watchdog
 from pretrain.run.attempts import STOP
 from pretrain.run.exit_codes import EXIT_ENDED
 from pretrain.run.metrics import RunLog, duration
 from pretrain.run.place import Place
 from pretrain.run.provenance import provenance, record_start
-from pretrain.watch import traffic
-from pretrain.watch.damage import check_shards, tell_all
-from pretrain.watch.faults import StopRequests
-from pretrain.watch.flops import mfu, peak_flops, training_flops
-from pretrain.watch.guard import Guard
-from pretrain.watch.interval import Interval, Steps
-from pretrain.watch.memory import explained
-from pretrain.watch.profiling import Profiler
-from pretrain.watch.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
-from pretrain.watch.stragglers import OwnTime, Slowest
-from pretrain.watch.watchdog import Watchdog
+from pretrain.weights.initial import start_from
 
 
 def train(config: Config, force_config: bool = False) -> int:

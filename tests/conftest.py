@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data.packing.synthesize import synthesize
+from data.dataset.index import Index
+from data.synthetic.synthesize import synthesize
+from tests.support.datasets import make_dataset
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +17,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn")
     synthesize(folder, classes=10, train=120, val=20)
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """150 images in several shards; not to be changed."""
+    index = make_dataset(tmp_path_factory.mktemp("data") / "train", 150)
+    assert len(index.shards) >= 5
+    return index
 
 
 @pytest.fixture

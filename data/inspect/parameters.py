@@ -6,10 +6,10 @@ for slot, (sample_id, drawn) in enumerate(zip(ids, parameters(recipe, epoch, ids
 
 import numpy as np
 
-from data.augment import Mix
-from data.index import Index, key
-from data.randaugment import Layer, Operator
-from data.recipe import Recipe
+from data.augment.randaugment import Layer, Operator
+from data.augment.recipe import Recipe
+from data.augment.sampling import Mix
+from data.dataset.index import Index, key
 
 
 def parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndarray, index: Index) -> list[dict[str, str]]:

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from data.index import Index, open_index
+from data.augment.mixup import mix_pairs
+from data.augment.recipe import Recipe, sample_order
+from data.dataset.index import Index, open_index
 from data.inspect.parameters import parameters
 from data.inspect.report import saved, short
-from data.loader import EvalLoader, TrainLoader, resized_shape
-from data.mixing import mix_pairs
-from data.order import SampleOrder
-from data.recipe import Recipe, sample_order
+from data.loader.loaders import EvalLoader, TrainLoader, resized_shape
+from data.loader.order import SampleOrder
 from data.settings import DataConfig, JobData
 
 IMAGES = 16  # of a step

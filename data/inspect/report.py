@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from data.index import Index, key
-from data.store import ShardStore
+from data.dataset.index import Index, key
+from data.loader.store import ShardStore
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, FigureBase

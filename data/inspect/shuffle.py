@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.order import SampleOrder
+from data.loader.order import SampleOrder
 
 _STEPS = 48  # that are looked at, each of another epoch: as many as they have lanes different parts of the dataset
 

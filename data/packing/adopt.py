@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data.files import publish
-from data.index import Index, Shard, fingerprint, open_index, write_index
+from data.common.files import publish
+from data.common.progress import progress
+from data.dataset.index import Index, Shard, fingerprint, open_index, write_index
+from data.dataset.shards import Member, image_of, image_size, label_of, read_shard, write_idx
 from data.packing.workers import workers
-from data.progress import progress
-from data.shards import Member, image_of, image_size, label_of, read_shard, write_idx
 
 MAX_CLASSES = 1 << 20  # a greater label is an identifier of something, not a position in a list of classes
 _FAULTS_SHOWN = 5
@@ -116,7 +116,7 @@ class Labels:
         return list(self.positions) if self.classes is None else []
 
     def describe(self, sample: list[Member]) -> tuple[int, int, int]:
-        """A Describe of data.shards."""
+        """A Describe of data.dataset.shards."""
         return self.position(label_of(sample, self.field)), *image_size(image_of(sample).data)
 
     def position(self, label: int | str) -> int:

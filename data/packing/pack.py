@@ -35,15 +35,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data.files import publish, sync
-from data.images import BadImage
-from data.index import DTYPE, Index, Shard, open_index, write_index
+from data.common.files import publish, sync
+from data.common.progress import progress
+from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
+from data.dataset.shards import Sample, write_shard
+from data.packing.images import BadImage
 from data.packing.plan import HELD_OUT, Plan, Settings, open_plan, write_plan
 from data.packing.sources import read_classes, recognise, shown
 from data.packing.workers import Run
 from data.packing.workers import workers as pool
-from data.progress import progress
-from data.shards import Sample, write_shard
 
 MAX_REJECTED = 0.01
 

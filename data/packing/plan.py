@@ -24,12 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from data.draws import Draw, hash64
-from data.files import sync
-from data.images import BadImage, ImageRules, Stored, stored_image
+from data.common.counter_rng import Draw, hash64
+from data.common.files import sync
+from data.common.progress import progress
+from data.packing.images import BadImage, ImageRules, Stored, stored_image
 from data.packing.sources import ENTRY, Container, Source, read, shown
 from data.packing.workers import Run
-from data.progress import progress
 
 HELD_OUT = "val"
 _TRIED = 256  # entries whose stored size is measured

@@ -41,7 +41,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import xxhash
 
-from data.shards import Member, TarHeader, image_of, label_of, read_samples
+from data.dataset.shards import Member, TarHeader, image_of, label_of, read_samples
 
 # One file of a source. `label` is a position in its part's labels; `text` is where key and name, one after the other, begin in the
 # part's text, in bytes; `hash` is the key's 64-bit xxhash. A plain file has offset 0, as no file within a tar has.

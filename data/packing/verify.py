@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from data.files import checksum
-from data.images import DALI_PIXELS, BadImage, ImageRules, stored_image
-from data.index import Index, fingerprint, open_index
+from data.common.files import checksum
+from data.common.progress import progress
+from data.dataset.index import Index, fingerprint, open_index
+from data.dataset.shards import Describe, Member, image_of, label_of, read_shard
+from data.loader.store import whole_shard
 from data.packing.adopt import Labels
+from data.packing.images import DALI_PIXELS, BadImage, ImageRules, stored_image
 from data.packing.workers import workers
-from data.progress import progress
-from data.shards import Describe, Member, image_of, label_of, read_shard
-from data.store import whole_shard
 
 _AS_IT_IS = ImageRules(keep_original=True, max_pixels=DALI_PIXELS)
 

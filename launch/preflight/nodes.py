@@ -20,11 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.cache import Cache, cache_root
-from data.check import damaged
-from data.index import Index, open_index
-from data.results import commit
-from data.store import FetchedShards, ShardStore
+from data.common.results import commit
+from data.dataset.check import damaged
+from data.dataset.index import Index, open_index
+from data.loader.store import FetchedShards, ShardStore
+from data.storage.cache import Cache, cache_root
 from launch.preflight.gpus import Gpu, read_gpus
 from pretrain.config import Config, as_dict, confirm, flat
 

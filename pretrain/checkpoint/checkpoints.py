@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from pretrain import zero_state
-from pretrain.batch_stats import BatchStats
 from pretrain.checkpoint import files
 from pretrain.checkpoint.lock import RunLock
 from pretrain.checkpoint.pieces import METADATA, PieceTensor, ShardReader, file_of, kind_of, load_planner, plan, saved_tensors
 from pretrain.checkpoint.retention import Retention, saved_in
 from pretrain.checkpoint.staging import Staging
-from pretrain.engine import from_rank_0
+from pretrain.engine import zero_state
+from pretrain.engine.batch_stats import BatchStats
+from pretrain.engine.engine import from_rank_0
 from pretrain.run.directory import LATEST, TRAINER, name_of, steps
 from pretrain.run.metrics import RunLog
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import xxhash
 
-from data.files import checksum, sync
+from data.common.files import checksum, sync
 from pretrain.run.directory import LATEST, MANIFEST, name_of, steps
 
 FORMAT = 2

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.engine import from_rank_0
+from pretrain.engine.engine import from_rank_0
 from pretrain.run.directory import BEAT_S, PATIENCE_S, holder, locks, machine, started
 from pretrain.run.place import host
 

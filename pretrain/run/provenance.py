@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.results import commit
+from data.common.results import commit
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.run.place import host

@@ -23,7 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from data.progress import duration
+from data.common.progress import duration
 from pretrain.run import attempts
 from pretrain.run.attempts import ATTEMPTS, FAILED, STOP, Attempt, End
 from pretrain.run.directory import CHECKPOINTS, CONFIG, METRICS, PATIENCE_S, TRAINER, locks, machine, started, step_of, steps

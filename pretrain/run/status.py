@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import NoReturn
 
-from data.progress import duration
+from data.common.progress import duration
 from pretrain.run.attempts import Attempt
 from pretrain.run.standing import Record, Run, date, find, judge, number, read
 

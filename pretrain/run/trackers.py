@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.files import publish
+from data.common.files import publish
 from pretrain import config as settings
 from pretrain.config import Config
 

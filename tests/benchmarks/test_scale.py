@@ -7,7 +7,7 @@ import timm
 import torch
 
 from benchmarks.scale import GPUS, LAUNCH, NETWORKS, NODE, Job, days, largest_micro_batch, launches, step
-from pretrain.watch.traffic import communication
+from pretrain.monitor.traffic import communication
 
 FAST, SLOW = NETWORKS.values()
 # 80 M parameters, 320 MB; 8 buckets.

@@ -6,27 +6,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from data.index import Index
-from data.packing.drawings import PATTERNS
-from data.packing.synthesize import images
-from data.shards import Sample, write_dataset
-from tests.data.packs import HOLDOUT, quietly, tree, write_tree
-from tests.data.servers import Proxy, s3_server
-
-
-def make_dataset(out: Path, count: int, *, shard_bytes: int = 150_000, seed: int = 0) -> Index:
-    """A dataset of `count` drawn images of 10 classes in OUT, about 20 a shard."""
-    out.mkdir()
-    samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(images(10, count, seed, 0)))
-    return write_dataset(out, samples, list(PATTERNS), shard_bytes=shard_bytes, name="train")
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """150 images in several shards; not to be changed."""
-    index = make_dataset(tmp_path_factory.mktemp("data") / "train", 150)
-    assert len(index.shards) >= 5
-    return index
+from data.dataset.index import Index
+from tests.support.datasets import make_dataset, upload
+from tests.support.packs import HOLDOUT, quietly, tree, write_tree
+from tests.support.servers import Proxy, s3_server
 
 
 @pytest.fixture(scope="session")
@@ -69,15 +52,8 @@ def _s3(many_shards: Index) -> Iterator[Proxy]:
 @pytest.fixture
 def s3(_s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     """An S3 server that the environment points to, with many_shards at s3://bucket/train; retries come soon."""
-    monkeypatch.setattr("data.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)
     _s3.clear()
     yield _s3
     _s3.go_on.set()
     fsspec.get_filesystem_class("s3").clear_instance_cache()  # which a test may have opened in another environment
-
-
-def upload(folder: Path, url: str, **options: str) -> None:
-    store, path = fsspec.core.url_to_fs(url)
-    store.mkdirs(path.partition("/")[0], exist_ok=True)
-    for file in folder.iterdir():
-        store.put_file(str(file), f"{path}/{file.name}", **options)

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from data.__main__ import main
-from data.index import Index, open_index
+from data.augment.recipe import Recipe
+from data.dataset.index import Index, open_index
 from data.inspect.parameters import parameters
-from data.order import SampleOrder
-from data.packing.synthesize import images
-from data.recipe import Recipe
+from data.loader.order import SampleOrder
 from data.settings import DataConfig
-from tests.data.foreign import JPEGS, write_tar
+from data.synthetic.synthesize import images
+from tests.support import REPOSITORY
+from tests.support.foreign_shards import JPEGS, write_tar
 
 
 def test_pack_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +167,7 @@ def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.Captur
     assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 
 def test_as_a_program(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import timm
 import torch
 from PIL import Image
 
-import pretrain.van  # noqa: F401  registers the models with timm
-from data.packing.drawings import PATTERNS
+import pretrain.model.van  # noqa: F401  registers the models with timm
+from data.synthetic.drawings import PATTERNS
 from examples import segmentation
 from examples.segmentation import FPN, SIZE, Segmenter, check_features, draw_set, load_backbone, main, scores, train
 

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.index import open_index
-from data.packing.synthesize import SETS
+from data.dataset.index import open_index
+from data.synthetic.synthesize import SETS
 from examples import transfer
 from examples.transfer import CLASSES, IMAGES, STARTS, draw, draw_curves, learn_others, pretrain, table
 from pretrain import checkpoint
-from tests.ranks import join, start_training
+from tests.support.ranks import join, start_training
 
 SMALL = ["steps=2", "run.log_every=1", "run.eval_every=0.01", "global_batch=8", "engine.micro_batch=4", "data.image_size=32"]
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from data.packing.synthesize import synthesize
+from data.synthetic.synthesize import synthesize
 from tests.faults import jobs
 from tests.faults.sweep import STAGES, Case, Result, cases, play
+from tests.support import REPOSITORY
 
-DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
+DOCUMENT = REPOSITORY / "docs" / "reliability.md"
 BEGIN, END = "<!-- sweep: written by python -m tests.faults --write -->", "<!-- end of the sweep -->"
 
 

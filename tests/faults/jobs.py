@@ -12,7 +12,7 @@ import torch
 
 from pretrain import checkpoint
 from tests.faults.points import POINTS, Fault, inject
-from tests.ranks import Ended, join, start_training
+from tests.support.ranks import Ended, join, start_training
 
 # All that has randomness or state in it is on: accumulation (2), drop path, mixup and cutmix (by default), the moving average. 32 images
 # and a global batch of 8: 4 steps an epoch, so that the fifth step, which is hit, lies behind an epoch's end and before a second one's.

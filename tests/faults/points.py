@@ -78,7 +78,7 @@ def _wrap(
 
 
 def _loading(hit: Callable[[], None]) -> None:
-    from data.loader import TrainLoader
+    from data.loader.loaders import TrainLoader
 
     original = TrainLoader.__iter__
 
@@ -92,7 +92,7 @@ def _loading(hit: Callable[[], None]) -> None:
 
 
 def _forward(hit: Callable[[], None]) -> None:
-    from pretrain.van import VAN
+    from pretrain.model.van import VAN
 
     _wrap(VAN, "forward_head", FIFTH, hit, only=lambda model, *rest: model.training)
 
@@ -112,7 +112,7 @@ def _backward(hit: Callable[[], None]) -> None:
 
 
 def _all_reduce(hit: Callable[[], None]) -> None:
-    from pretrain.batch_stats import BatchStats
+    from pretrain.engine.batch_stats import BatchStats
 
     _wrap(BatchStats, "start_averaging", 4, hit, after=True)
 

@@ -1,4 +1,4 @@
-"""A small model that trains and saves for real, in a process a rank (tests/ranks.py): what the tests of failing disks play with."""
+"""A small model that trains and saves for real, in a process a rank (tests/support/ranks.py): what the tests of failing disks play with."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain import checkpoint, zero_state
+from pretrain import checkpoint
 from pretrain import config as settings
-from pretrain import engine as engines
-from pretrain.batch_stats import BatchStats
+from pretrain.engine import engine as engines
+from pretrain.engine import zero_state
+from pretrain.engine.batch_stats import BatchStats
 from pretrain.run.metrics import RunLog
 
 CONFIG = {

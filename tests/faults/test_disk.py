@@ -18,7 +18,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import files, staging
 from tests.faults.disk import Dies, FailsOnce, ReadOnly, Slow, Watched, disk, small_file_system
 from tests.faults.session import KINDS, Session, different, everywhere, hidden
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 

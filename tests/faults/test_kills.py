@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from data.packing.synthesize import synthesize
+from data.synthetic.synthesize import synthesize
 from pretrain import checkpoint
 from tests.faults import jobs
 from tests.faults.disk import small_file_system
 from tests.faults.points import Fault
 from tests.faults.sweep import Case, cases, play
-from tests.ranks import PATIENCE_S, join, kill
+from tests.support.ranks import PATIENCE_S, join, kill
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def not_restored(kind: str) -> None:
     """Leaves a part of the state out when a job resumes."""
     import torch.distributed.checkpoint as dcp
 
-    from pretrain import zero_state
+    from pretrain.engine import zero_state
 
     if kind == "optimizer_steps":
         zero_state.set_optimizer_steps = lambda engine, steps: None

@@ -15,10 +15,9 @@ from launch.attempt import Heard, conclude, fruitless, judge, summary, verdict
 from pretrain.run import attempts
 from pretrain.run.attempts import Attempt, End, Outcome, heard, tell
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
+from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.slow
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 def rank(number: int, code: int, **told: Any) -> dict[str, Any]:

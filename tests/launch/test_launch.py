@@ -14,11 +14,11 @@ import pytest
 from launch.__main__ import ranks_here, slurm_rank
 from pretrain.config import accumulation, load
 from pretrain.run.attempts import heard
-from tests.jobs import SMALL
+from tests.support import REPOSITORY
+from tests.support.jobs import SMALL
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 
 # The launcher changes signal handlers, so it runs in a process of its own.

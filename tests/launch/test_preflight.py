@@ -18,10 +18,10 @@ import pytest
 
 from launch.__main__ import free_port
 from pretrain.run.attempts import heard
+from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = Path(__file__).parents[2]
 DAMAGE = b"\xff" * 512  # where a tar header should be
 
 # Nothing here may differ between the nodes but what a test lets differ.

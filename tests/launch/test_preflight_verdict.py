@@ -195,9 +195,9 @@ def test_checkpoints_are_as_large_as_the_models(tmp_path: Path) -> None:
     import timm
     import torch
 
-    import pretrain.van
+    import pretrain.model.van
 
-    assert set(BACKBONES) == set(pretrain.van.VARIANTS)
+    assert set(BACKBONES) == set(pretrain.model.van.VARIANTS)
     for name in BACKBONES:
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=7)

@@ -12,8 +12,8 @@ import pytest
 
 from pretrain.run.attempts import heard
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
+from tests.support import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 TASK = "import sys; from launch import task; task.LEAVE_S = task.HEARD_S = 0.2; sys.exit(task.run([sys.executable, '-c', sys.argv[1]]))"
 RANK = """
 import os, signal, sys, time

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.pretrain.tiny_runs import worker
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny_runs import worker
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """A job's settings: errors that name all that is wrong, batch sizes, and the recipes that the job files stand for. Files that build on
-one another are in tests/data/test_config_files.py."""
+one another are in tests/data/common/test_config_files.py."""
 
 import os
 import subprocess
@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from data.config_files import keys
-from data.packing.synthesize import synthesize
+from data.common.config_files import keys
 from data.settings import JobData
+from data.synthetic.synthesize import synthesize
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError, accumulation, as_dict, from_dict, load, save
-from tests.data import config_errors
-from tests.data.config_errors import write
+from tests.support import REPOSITORY, config_errors
+from tests.support.config_errors import write
 
-REPOSITORY = Path(__file__).parents[2]
 JOB = """
 name: tiny
 global_batch: 64

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.packing.drawings import PATTERNS, draw_image
 from data.packing.pack import pack
 from data.packing.plan import Settings
+from data.synthetic.drawings import PATTERNS, draw_image
 from pretrain import checkpoint
-from pretrain.export import export
-from pretrain.initial_weights import read_source
-from pretrain.trained import build_trained
-from tests import jobs
+from pretrain.weights.export import export
+from pretrain.weights.initial import read_source
+from pretrain.weights.run_model import build_trained
+from tests.support import jobs
 
 pytestmark = pytest.mark.slow
 

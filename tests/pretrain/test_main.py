@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pretrain.__main__ as command
-from tests.ranks import REPOSITORY
+from tests.support import REPOSITORY
 
 
 @pytest.mark.parametrize(

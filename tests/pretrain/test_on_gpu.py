@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import idle_gpu
-from tests.jobs import SMALL
-from tests.ranks import REPOSITORY
+from benchmarks.training import idle_gpu
+from tests.support import REPOSITORY
+from tests.support.jobs import SMALL
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +36,7 @@ def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **enviro
     config.write_text(SMALL)
     places = [f"data.train={drawn / 'train'}", f"run.dir={folder / 'run'}"]
     given = ["engine.device=cuda", "engine.micro_batch=8", "epochs=1", "run.log_every=4", "run.save_every=6"]
-    command = [sys.executable, "-m", "tests.pretrain.gpu_job", str(config), *places, *given, *settings]
+    command = [sys.executable, "-m", "tests.support.gpu_job", str(config), *places, *given, *settings]
     ran = subprocess.run(command, env=os.environ | gpu | environment, capture_output=True, text=True, timeout=1200)
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     return [line for line in lines if line.get("step", -1) >= 0], ran.stdout + ran.stderr
@@ -64,7 +64,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
     steps, output = job(tmp_path, drawn, gpu, *settings)
     waits = {line["step"]: line["waits"] for line in steps}
     assert {step: found for step, found in waits.items() if step > 0 and step not in DUE} == {1: {}, 2: {}, 4: {}}, output[-4000:]
-    assert waits[3]["pretrain/watch/interval.py:close"]  # a wait is seen where there is one
+    assert waits[3]["pretrain/monitor/interval.py:close"]  # a wait is seen where there is one
     assert asked(tmp_path)
     if "model.graphs=true" in settings:
         assert "graphs: 4 stages, forward and backward" in output
@@ -99,8 +99,8 @@ def test_zero_3_waits_once_forward_and_once_backward(tmp_path: Path, drawn: Path
 STEPS = """
 import torch
 from types import SimpleNamespace
-from benchmarks.idle_gpu import IdleGpu
-from pretrain.watch.interval import Interval
+from benchmarks.training.idle_gpu import IdleGpu
+from pretrain.monitor.interval import Interval
 
 gpu, device = IdleGpu(), torch.device("cuda", 0)
 number = torch.zeros((), device=device)

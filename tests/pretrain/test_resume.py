@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from pretrain import checkpoint
-from tests import jobs
-from tests.ranks import join, kill
+from tests.support import REFERENCE, jobs
+from tests.support.ranks import join, kill
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ STEPS = 20
 STAGES = (0, 1, 2, 3)
 TESTED = [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 2, 3))]
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
-GOLDEN = Path(__file__).parent.parent / "reference" / "golden_losses.json"
+GOLDEN = REFERENCE / "golden_losses.json"
 
 
 def this_cpu() -> str:
@@ -154,7 +154,7 @@ def test_golden_losses(undisturbed: Callable[[int], Path], stage: int) -> None:
 if __name__ == "__main__":
     import tempfile
 
-    from data.packing.synthesize import synthesize
+    from data.synthetic.synthesize import synthesize
 
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)

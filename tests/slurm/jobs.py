@@ -14,8 +14,8 @@ from pretrain.checkpoint.files import steps
 from pretrain.run import attempts
 from pretrain.run.attempts import Attempt
 from tests.slurm.cluster import Cluster, processes
+from tests.support import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 # The machine's own name, by which gloo would look for its interface, may not resolve where tests run.
 # Its two cores have to do for all nodes.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
+from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.slurm
 
-REPOSITORY = Path(__file__).parents[2]
 CHAIN = REPOSITORY / "launch" / "van_b3_full.sh"
 # As large as the private cluster is.
 OPTIONS = ("--cpus-per-task=1", "--gpus-per-node=0", "--time=20")

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from data.index import open_index
+from data.dataset.index import open_index
 from data.packing.pack import pack
 from data.packing.plan import Settings
-from data.packing.synthesize import images
+from data.synthetic.synthesize import images
 from tests.slurm.cluster import Cluster, processes
+from tests.support import REPOSITORY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "launch" / "pack_in22k.sh"
 OPTIONS = ("--shard-mb", "0.02", "--workers", "1", "--holdout", "0.1")
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from data.index import Index
+from data.augment.randaugment import Operator
+from data.augment.recipe import Recipe
+from data.dataset.index import Index
 from data.inspect.parameters import parameters
-from data.loader import TrainLoader
-from data.order import SampleOrder
-from data.pipeline import Batch
-from data.randaugment import Operator
-from data.recipe import Recipe
+from data.loader.loaders import TrainLoader
+from data.loader.order import SampleOrder
+from data.loader.pipeline import Batch
+from data.loader.store import ShardStore
 from data.settings import DataConfig
-from data.store import ShardStore
-from tests.data.test_operators import in_timm
+from tests.data.augment.test_operators import in_timm
 
 SEED, SIZE = 5, 64
 

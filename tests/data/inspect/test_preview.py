@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from data.__main__ import main
-from data.index import Index, open_index
+from data.augment.recipe import Recipe
+from data.dataset.index import Index, open_index
 from data.inspect.parameters import parameters
 from data.inspect.preview import Picture, evaluated_on, trained_on
-from data.order import SampleOrder
-from data.recipe import Recipe
+from data.loader.order import SampleOrder
 from data.settings import DataConfig
 
 pytestmark = pytest.mark.slow

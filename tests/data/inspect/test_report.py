@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.index import DTYPE, Index, key, open_index
+from data.dataset.index import DTYPE, Index, key, open_index
+from data.dataset.shards import Sample, write_dataset
 from data.inspect.report import bars, binned, draw, stats, write_report
-from data.shards import Sample, write_dataset
-from tests.data.foreign import JPEGS
+from tests.support.foreign_shards import JPEGS
 
 pytestmark = pytest.mark.slow
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from data.inspect.shuffle import Quality, compare, quality
-from data.order import SampleOrder
+from data.loader.order import SampleOrder
 
 SAMPLES, CLASSES, BATCH = 40_000, 400, 256
 LABELS = np.arange(SAMPLES) * CLASSES // SAMPLES

@@ -11,12 +11,13 @@ import pytest
 import webdataset
 
 import data.packing.adopt
-from data.index import DTYPE, Index, key, open_index
+from data.dataset.index import DTYPE, Index, key, open_index
+from data.loader.store import ShardStore
 from data.packing.adopt import index_shards
-from data.store import ShardStore
-from tests.data.foreign import JPEGS, as_format, write_tar
+from tests.support import REPOSITORY
+from tests.support.foreign_shards import JPEGS, as_format, write_tar
 
-ROOT = Path(__file__).parents[3]
+ROOT = REPOSITORY
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:

@@ -16,12 +16,12 @@ from PIL import Image
 
 import data.packing.pack
 from data.__main__ import main
-from data.images import ImageRules
-from data.index import key, open_index
+from data.dataset.index import key, open_index
+from data.packing.images import ImageRules
 from data.packing.pack import pack
 from data.packing.plan import Settings
 from data.packing.sources import encoded_key
-from tests.data.packs import BROKEN, DRAWN, HOLDOUT, ODD_NAMES, SMALL, contents, files_of, quietly, rejected, tar_of, tree, write_tree
+from tests.support.packs import BROKEN, DRAWN, HOLDOUT, ODD_NAMES, SMALL, contents, files_of, quietly, rejected, tar_of, tree, write_tree
 
 pytestmark = pytest.mark.slow
 

@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 
 import data.packing.pack
-from data.index import open_index
+from data.dataset.index import open_index
 from data.packing.pack import pack_shard
 from tests.data.packing.test_workers import in_session
-from tests.data.packs import DRAWN, HOLDOUT, files_of, quietly, tree, write_tree
+from tests.support import REPOSITORY
+from tests.support.packs import DRAWN, HOLDOUT, files_of, quietly, tree, write_tree
 
 pytestmark = pytest.mark.slow
-
-REPOSITORY = Path(__file__).parents[3]
 
 
 def command(source: Path, out: Path, *options: str) -> list[str]:

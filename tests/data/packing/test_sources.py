@@ -14,7 +14,7 @@ import pytest
 from scipy.io import savemat
 
 from data.packing.sources import KEY_BYTES, Source, encoded_key, image_labels, read, read_classes, recognise, tar_files
-from tests.data.packs import ODD_NAMES, tar_of, write_tree
+from tests.support.packs import ODD_NAMES, tar_of, write_tree
 
 # Two classes; what is in a file does not matter before it is decoded.
 IMAGES = {f"n{label:08d}/n{label:08d}_{number}.JPEG": f"image {label} {number}".encode() for label in (7, 3) for number in range(4)}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.index import Index, write_index
+from data.dataset.index import Index, write_index
 from data.packing.adopt import index_shards
 from data.packing.verify import verify
-from tests.data.corpus import corpus
-from tests.data.foreign import JPEGS, write_tar
+from tests.support.foreign_shards import JPEGS, write_tar
+from tests.support.image_corpus import corpus
 
 
 def faults(folder: Path, deep: bool = False) -> list[str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from data.packing.workers import workers
+from tests.support import REPOSITORY
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 
 def square(number: int) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from pretrain import checkpoint
 from tests.faults.session import Memory
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 CONFIG = {
     "name": "tiny",
@@ -28,12 +28,12 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     """One rank: builds an engine, loads or not, takes some steps on made-up data, saves or not; returns a digest of its state."""
     import torch.distributed as dist
 
-    from data.draws import hash64
+    from data.common.counter_rng import hash64
     from pretrain import config as settings
-    from pretrain import engine as engines
-    from pretrain import zero_state
-    from pretrain.batch_stats import BatchStats
-    from pretrain.evaluate import build_model
+    from pretrain.engine import engine as engines
+    from pretrain.engine import zero_state
+    from pretrain.engine.batch_stats import BatchStats
+    from pretrain.evaluation.accuracy import build_model
 
     config = settings.from_dict(CONFIG)
     config.engine.zero_stage, config.engine.micro_batch, config.engine.ema_decay = stage, micro_batch, ema_decay
@@ -145,7 +145,7 @@ def test_a_state_that_is_missing_is_an_error(tmp_path: Path) -> None:
 
 def with_another_state(folder: str) -> None:
     """A later version's optimizer, which keeps one state more."""
-    from pretrain import optim
+    from pretrain.engine import optim
 
     start = optim.AdamW.start_states
     optim.AdamW.state_keys = property(lambda self: ("exp_avg", "exp_avg_sq", "ema", "momentum"))  # type: ignore[method-assign,assignment]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.packing.synthesize import synthesize
+from data.synthetic.synthesize import synthesize
 from pretrain import checkpoint
 from pretrain.__main__ import main
 from tests.faults import jobs

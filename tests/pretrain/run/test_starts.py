@@ -12,12 +12,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.index import open_index
-from data.packing.synthesize import synthesize
+from data.dataset.index import open_index
+from data.synthetic.synthesize import synthesize
 from pretrain import checkpoint
 from pretrain.run.provenance import diff, variables
 from tests.faults import jobs
-from tests.jobs import metrics
+from tests.support.jobs import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -184,7 +184,7 @@ def too_small_later() -> None:
 def too_small(steps: int) -> None:
     """The memory of a GPU of 60 MB runs out behind so many steps of two micro-steps."""
     from pretrain import train
-    from pretrain.watch import memory
+    from pretrain.monitor import memory
 
     calls, loss = itertools.count(), train.mixed_cross_entropy
 

@@ -21,8 +21,8 @@ from pretrain.run.attempts import ATTEMPTS, Attempt, End
 from pretrain.run.directory import machine, started
 from pretrain.run.standing import Job, Run, judge, tail
 from pretrain.run.status import size, status
-from tests import jobs
-from tests.ranks import REPOSITORY, join
+from tests.support import REPOSITORY, jobs
+from tests.support.ranks import join
 
 NOW = time.time()
 TRAIN = {"kind": "train", "step": 50, "epoch": 0.5, "loss": 6.25, "lr": 1e-3, "grad_norm": 2.0, "images_per_s": 1234.5, "left_s": 900.0}

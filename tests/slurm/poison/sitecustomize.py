@@ -70,9 +70,9 @@ def die_looking(nodes: Any) -> None:
 if found := re.fullmatch(r"rank (\d+), step (\d+)", os.environ["POISON"]):
     rank, number = found[1], int(found[2])
     if os.environ.get("RANK") == rank:
-        sys.meta_path.insert(0, Changed("pretrain.optim", die_in_step))
+        sys.meta_path.insert(0, Changed("pretrain.engine.optim", die_in_step))
 elif os.environ["POISON"] == "slow twice":
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
-        sys.meta_path.insert(0, Changed("pretrain.optim", take_three_seconds))
+        sys.meta_path.insert(0, Changed("pretrain.engine.optim", take_three_seconds))
 elif os.environ["POISON"] == f"preflight on {os.environ.get('SLURMD_NODENAME')}":
     sys.meta_path.insert(0, Changed("launch.preflight.nodes", die_looking))

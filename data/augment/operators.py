@@ -1,0 +1,200 @@
+"""What is done to decoded images, as nodes of a DALI graph: resizing, and the operators of RandAugment and colour jitter.
+
+    images = resize(images, size, linear, resizer)              # inside a pipeline_def with enable_conditionals
+    inputs = operator_inputs(layer, mirrored, linear, 224)      # NumPy: what the graph is fed for one layer
+    images = apply_layer(images, group, matrix, value, fill)
+
+All is the same on a CPU and on a GPU but the resize: on a CPU DALI's takes as long as all else together, and torch's, which works on
+uint8 with vector instructions and gives Pillow's pixels, less than a third of that (`python -m benchmarks.loader.augmentation_cpu`).
+
+DALI's own auto_aug lacks some of timm's operators and its noise on magnitudes, and draws by itself; on a CPU it spends most of its
+time in warp_affine. Here each sample takes the one branch that its operator needs. Operators that are the same arithmetic share a
+branch: all geometry is one homography, sharpness one 3 x 3 filter, saturation one matrix over the channels. Pixels come out as from
+Pillow, through which timm works, but for rounding and, in geometry, the kernel of the bicubic interpolation
+(tests/data/augment/test_operators.py tells by how much).
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nvidia.dali import fn
+from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpType
+
+from data.augment.randaugment import Layer, Operator
+
+
+class Group:
+    """A branch of the graph, with what `matrix` and `value` are to it. (Plain numbers: DALI compares nodes with no others.)"""
+
+    NONE = 0
+    WARP_CUBIC = 1  # matrix: homography, from pixels of the result to those of the image
+    WARP_LINEAR = 2
+    SCALE = 3  # value: brightness
+    INVERT = 4
+    SOLARIZE = 5  # value: intensity from which on it is inverted, at most 255
+    SOLARIZE_ADD = 6  # value: what is added to intensities below 128, at most 128
+    POSTERIZE = 7  # value: mask of the bits that are kept
+    FILTER = 8  # matrix: weights of a pixel and its neighbours
+    COLOR = 9  # matrix: from channels to channels
+    CONTRAST = 10  # value: contrast
+    AUTO_CONTRAST = 11
+    EQUALIZE = 12
+
+
+_GROUP = {
+    Operator.NONE: Group.NONE,
+    Operator.AUTO_CONTRAST: Group.AUTO_CONTRAST,
+    Operator.EQUALIZE: Group.EQUALIZE,
+    Operator.INVERT: Group.INVERT,
+    Operator.POSTERIZE: Group.POSTERIZE,
+    Operator.SOLARIZE: Group.SOLARIZE,
+    Operator.SOLARIZE_ADD: Group.SOLARIZE_ADD,
+    Operator.COLOR: Group.COLOR,
+    Operator.CONTRAST: Group.CONTRAST,
+    Operator.BRIGHTNESS: Group.SCALE,
+    Operator.SHARPNESS: Group.FILTER,
+}
+_GROUPS = np.array([_GROUP.get(operator, Group.WARP_CUBIC) for operator in Operator], np.int32)
+
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow's convert("L")
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's ImageFilter.SMOOTH
+_CENTRE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+# Pillow truncates what DALI rounds. A little less than a half, as sums that should be whole come out a little below.
+_TRUNCATE = 0.499
+_ALL_BITS = Constant(np.uint8(255))
+
+
+class CpuResizer:
+    """Resizes the images of a batch on threads of its own, with antialiasing, as Pillow does to within 1 of 255."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
+
+    def __call__(self, images: list[np.ndarray], sizes: list[np.ndarray], linear: list[np.ndarray]) -> list[np.ndarray]:
+        """Images are uint8 (H, W, 3), a size is (height, width), and linear is not 0 for bilinear interpolation, else bicubic."""
+        return list(self._pool.map(_resized, images, sizes, linear))
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+def _resized(image: np.ndarray, size: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    mode = "bilinear" if linear else "bicubic"
+    return F.interpolate(pixels, tuple(size.tolist()), mode=mode, antialias=True, align_corners=False)[0].permute(1, 2, 0).numpy()
+
+
+def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
+    """Images resized with antialiasing to `size`, a node of (height, width) as int32; `linear` is 1 for bilinear interpolation, else
+    it is bicubic."""
+    if images.device == "cpu":
+        return fn.python_function(images, size, linear, function=on_cpu, batch_processing=True, output_layouts="HWC")
+    size = fn.cast(size, dtype=DALIDataType.FLOAT)
+    if linear == 1:
+        result = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_LINEAR, antialias=True)
+    else:
+        result = fn.resize(images, size=size, interp_type=DALIInterpType.INTERP_CUBIC, antialias=True)
+    return result
+
+
+def operator_inputs(layer: Layer, mirrored: np.ndarray, linear: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Group int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,) of each sample.
+
+    Geometry is that of the mirrored image where `mirrored`, since the graph mirrors last, and interpolated bilinearly where `linear`;
+    both bool (n,).
+    """
+    operator, argument = layer.operator, layer.argument
+    group = _GROUPS[operator]
+    warped = group == Group.WARP_CUBIC
+    matrix = np.zeros((len(operator), 3, 3), np.float32)
+    matrix[warped] = _homography(operator[warped], argument[warped], mirrored[warped], image_size)
+    factor = argument[:, None, None]
+    for one, identity, degenerate in ((Operator.COLOR, np.eye(3), np.tile(_LUMA, (3, 1))), (Operator.SHARPNESS, _CENTRE, _SMOOTH)):
+        own = operator == one
+        matrix[own] = factor[own] * identity + (1 - factor[own]) * degenerate
+    value = np.where(operator == Operator.POSTERIZE, 256 - 2 ** np.clip(8 - argument, 0, 8), argument).astype(np.float32)
+    group = np.where(warped & linear, Group.WARP_LINEAR, group)
+    unchanged = ((operator == Operator.POSTERIZE) & (argument >= 8)) | ((operator == Operator.SOLARIZE) & (argument > 255))
+    return np.where(unchanged, Group.NONE, group).astype(np.int32), matrix, value
+
+
+def _homography(operator: np.ndarray, argument: np.ndarray, mirrored: np.ndarray, size: int) -> np.ndarray:
+    """From pixels of the result to those of the image, float64 (n, 3, 3), with the origin at the corner, as Pillow's AFFINE."""
+    matrix = np.tile(np.eye(3), (len(operator), 1, 1))
+    rotated = operator == Operator.ROTATE
+    angle, centre = np.deg2rad(argument[rotated]), size / 2
+    cos, sin = np.cos(angle), np.sin(angle)
+    matrix[rotated, 0] = np.stack([cos, -sin, centre * (1 - cos + sin)], axis=1)
+    matrix[rotated, 1] = np.stack([sin, cos, centre * (1 - cos - sin)], axis=1)
+    for one, row, column, unit in (
+        (Operator.SHEAR_X, 0, 1, 1),
+        (Operator.SHEAR_Y, 1, 0, 1),
+        (Operator.TRANSLATE_X, 0, 2, size),
+        (Operator.TRANSLATE_Y, 1, 2, size),
+    ):
+        own = operator == one
+        matrix[own, row, column] = argument[own] * unit
+    mirror = np.array([[-1, 0, size], [0, 1, 0], [0, 0, 1]])
+    matrix[mirrored] = mirror @ matrix[mirrored] @ mirror
+    return matrix
+
+
+def apply_layer(images: Any, group: Any, matrix: Any, value: Any, fill: list[float]) -> Any:
+    """One layer over uint8 HWC images; `fill` is the colour of what comes from outside of the image, 0 to 255."""
+    if group == Group.NONE:
+        result = images
+    elif group == Group.WARP_CUBIC:
+        result = _warp(images, matrix, fill, DALIInterpType.INTERP_CUBIC)
+    elif group == Group.WARP_LINEAR:
+        result = _warp(images, matrix, fill, DALIInterpType.INTERP_LINEAR)
+    elif group == Group.SCALE:
+        result = fn.brightness_contrast(images, brightness=value, brightness_shift=-_TRUNCATE / 255)
+    elif group == Group.INVERT:
+        result = images ^ _ALL_BITS
+    elif group == Group.SOLARIZE:
+        result = images ^ (_ALL_BITS * (images >= fn.cast(value, dtype=DALIDataType.UINT8)))
+    elif group == Group.SOLARIZE_ADD:
+        result = images + fn.cast(value, dtype=DALIDataType.UINT8) * (images < Constant(np.uint8(128)))  # at most 127 + 128
+    elif group == Group.POSTERIZE:
+        result = images & fn.cast(value, dtype=DALIDataType.UINT8)
+    elif group == Group.FILTER:
+        weights = matrix.gpu() if images.device == "gpu" else matrix  # an input of the operator, where others take an argument
+        result = fn.filter(images, weights, border="clamp")
+    elif group == Group.COLOR:
+        result = fn.coord_transform(images, M=matrix, T=-_TRUNCATE, dtype=DALIDataType.UINT8)
+    elif group == Group.CONTRAST:
+        result = _contrast(images, value)
+    elif group == Group.AUTO_CONTRAST:
+        result = _auto_contrast(images)
+    else:
+        result = _equalize(images)
+    return result
+
+
+def _warp(images: Any, matrix: Any, fill: list[float], interpolation: DALIInterpType) -> Any:
+    # DALI's warp_affine is several times slower on a CPU, and has no bicubic interpolation.
+    return fn.experimental.warp_perspective(images, matrix=matrix, fill_value=fill, interp_type=interpolation, pixel_origin="corner")
+
+
+def _contrast(images: Any, factor: Any) -> Any:
+    grey = fn.color_space_conversion(images, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY)
+    mean = fn.reductions.mean(grey, axes=[0, 1], keep_dims=True)
+    return fn.cast(images * factor + (mean * (1.0 - factor) - _TRUNCATE), dtype=DALIDataType.UINT8)
+
+
+def _auto_contrast(images: Any) -> Any:
+    """Each channel is stretched from its least and greatest value to 0 and 255, unless they are equal."""
+    low = fn.cast(fn.reductions.min(images, axes=[0, 1], keep_dims=True), dtype=DALIDataType.FLOAT)
+    high = fn.cast(fn.reductions.max(images, axes=[0, 1], keep_dims=True), dtype=DALIDataType.FLOAT)
+    flat = high == low
+    scale = 255.0 / (high - low + 255.0 * flat)
+    return fn.cast(images * scale - (low * scale * (high > low) + _TRUNCATE), dtype=DALIDataType.UINT8)
+
+
+def _equalize(images: Any) -> Any:
+    # Pillow's table of sums of the histogram begins with 0; OpenCV's, which is DALI's, with the count of the least value. Of the
+    # negative they agree.
+    return fn.equalize(images ^ _ALL_BITS) ^ _ALL_BITS

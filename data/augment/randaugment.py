@@ -1,0 +1,138 @@
+"""RandAugment as timm has it: which operator is applied to each sample, how strongly, as a pure function of (seed, epoch, sample id).
+
+    policy = parse_policy("rand-m9-mstd0.5-inc1")
+    for layer in rand_augment(seed, epoch, ids, policy): …      # layer.operator, layer.argument: one of each a sample
+    for layer in color_jitter(seed, epoch, ids, 0.4): …         # torchvision's ColorJitter, in the same terms
+
+Operators, magnitudes and their arguments are those of timm 1.0.31 (timm/data/auto_augment.py: LEVEL_TO_ARG, AugmentOp, RandAugment),
+after "RandAugment" (arXiv 1909.13719). What an operator does to pixels is in operators.py.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+from data.common.counter_rng import Draw, hash64, standard_normal, uniform
+
+
+class Operator(IntEnum):
+    """What can be done to an image, with the meaning of the argument. From AUTO_CONTRAST on, these are RandAugment's, in the order in
+    which timm lists them."""
+
+    NONE = 0
+    AUTO_CONTRAST = 1
+    EQUALIZE = 2
+    INVERT = 3
+    ROTATE = 4  # degrees, counter-clockwise
+    POSTERIZE = 5  # bits that are kept
+    SOLARIZE = 6  # intensity from which on it is inverted
+    SOLARIZE_ADD = 7  # what is added to intensities below 128
+    COLOR = 8  # saturation: 0 grey, 1 unchanged
+    CONTRAST = 9  # 0 the mean grey, 1 unchanged
+    BRIGHTNESS = 10  # 0 black, 1 unchanged
+    SHARPNESS = 11  # 0 smoothed, 1 unchanged
+    SHEAR_X = 12  # pixels a row
+    SHEAR_Y = 13  # pixels a column
+    TRANSLATE_X = 14  # share of the width
+    TRANSLATE_Y = 15  # share of the height
+
+
+_SIGNED = [Operator.ROTATE, Operator.SHEAR_X, Operator.SHEAR_Y, Operator.TRANSLATE_X, Operator.TRANSLATE_Y]
+_ENHANCE = [Operator.COLOR, Operator.CONTRAST, Operator.BRIGHTNESS, Operator.SHARPNESS]
+_JITTERED = np.array([Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR])
+JITTER_LAYERS = len(_JITTERED)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """magnitude is drawn with a standard deviation of magnitude_std (uniformly in [0, magnitude] where that is infinite) and clipped to
+    [0, magnitude_max]; each of the layers is applied with a probability. increasing: all operators become stronger with it."""
+
+    magnitude: int = 10
+    layers: int = 2
+    probability: float = 0.5
+    magnitude_std: float = 0.0
+    magnitude_max: int = 10
+    increasing: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """An operator and its argument for each of n samples: int32 (n,), float64 (n,)."""
+
+    operator: np.ndarray
+    argument: np.ndarray
+
+
+def parse_policy(text: str) -> Policy:
+    """The policy that timm's configuration strings name, such as rand-m9-mstd0.5-inc1.
+
+    Raises ValueError for other policies than RandAugment, and for sections that timm does not know or that are not supported.
+    """
+    kind, *sections = text.split("-")
+    if kind != "rand":
+        raise ValueError("must be RandAugment, such as rand-m9-mstd0.5-inc1")
+    values = {}
+    for section in sections:
+        found = re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d+)?|inf)", section)
+        if found is None or ("." in found[2] and found[1] not in ("p", "mstd")):
+            raise ValueError(f"{section!r}: expected m, n, mmax or inc with a whole number, mstd or p with a number, as in m9")
+        values[found[1]] = float(found[2])
+    std = values.get("mstd", 0.0)
+    policy = Policy(
+        magnitude=int(values.get("m", 10)),
+        layers=int(values.get("n", 2)),
+        probability=values.get("p", 0.5),
+        magnitude_std=np.inf if std > 100 else std,
+        magnitude_max=int(values.get("mmax", 10)),
+        increasing=bool(values.get("inc", 0)),
+    )
+    if not 0 <= policy.probability <= 1 or policy.layers < 1:
+        raise ValueError("p must be a probability, 0 to 1, and n at least 1")
+    return policy
+
+
+def rand_augment(seed: int, epoch: int, ids: np.ndarray, policy: Policy) -> list[Layer]:
+    """The layers of RandAugment for each sample, in the order of application; an operator may come twice."""
+    layers = []
+    for number in range(policy.layers):
+        drawn = 1 + hash64(seed, Draw.OPERATOR, epoch, ids, number) % np.uint64(len(Operator) - 1)
+        applied = uniform(seed, Draw.OPERATOR_APPLIED, epoch, ids, number) < policy.probability
+        operator = np.where(applied, drawn, Operator.NONE).astype(np.int32)
+        if np.isinf(policy.magnitude_std):
+            magnitude = policy.magnitude * uniform(seed, Draw.MAGNITUDE, epoch, ids, number)
+        else:
+            magnitude = policy.magnitude + policy.magnitude_std * standard_normal(seed, Draw.MAGNITUDE, epoch, ids, number)
+        level = np.clip(magnitude, 0, policy.magnitude_max) / 10
+        sign = np.where(uniform(seed, Draw.MAGNITUDE_SIGN, epoch, ids, number) < 0.5, 1.0, -1.0)
+        layers.append(Layer(operator, _argument(operator, level, sign, policy.increasing)))
+    return layers
+
+
+def _argument(operator: np.ndarray, level: np.ndarray, sign: np.ndarray, increasing: bool) -> np.ndarray:
+    """The arguments at a level, 1 for a magnitude of 10."""
+    posterize, solarize = np.floor(4 * level), np.minimum(256, np.floor(256 * level))
+    enhance = np.maximum(0.1, 1 + 0.9 * sign * level) if increasing else 0.1 + 1.8 * level
+    by_operator = {
+        Operator.ROTATE: 30 * sign * level,
+        Operator.POSTERIZE: 4 - posterize if increasing else posterize,
+        Operator.SOLARIZE: 256 - solarize if increasing else solarize,
+        Operator.SOLARIZE_ADD: np.minimum(128, np.floor(110 * level)),
+        **dict.fromkeys(_ENHANCE, enhance),
+        **dict.fromkeys((Operator.SHEAR_X, Operator.SHEAR_Y), 0.3 * sign * level),
+        **dict.fromkeys((Operator.TRANSLATE_X, Operator.TRANSLATE_Y), 0.45 * sign * level),
+    }
+    return np.select([operator == one for one in by_operator], list(by_operator.values()), 0.0)
+
+
+def color_jitter(seed: int, epoch: int, ids: np.ndarray, strength: float) -> list[Layer]:
+    """Brightness, contrast and saturation, each by a factor uniform in [max(0, 1 - strength), 1 + strength], in a random order
+    (torchvision.transforms.ColorJitter; timm gives it one number for the three and no hue)."""
+    rank = hash64(seed, Draw.JITTER_ORDER, epoch, ids[:, None], np.arange(JITTER_LAYERS)).argsort(axis=1)
+    low, high = max(0.0, 1 - strength), 1 + strength
+    factor = low + (high - low) * uniform(seed, Draw.JITTER_FACTOR, epoch, ids[:, None], np.arange(JITTER_LAYERS))
+    operator = _JITTERED[rank].astype(np.int32)
+    factor = np.take_along_axis(factor, rank, 1)
+    return [Layer(operator[:, place], factor[:, place]) for place in range(JITTER_LAYERS)]

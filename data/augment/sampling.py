@@ -1,0 +1,165 @@
+"""What can be drawn for each sample: pure functions of (seed, epoch, sample id), as arrays over a batch.
+
+    crops = random_resized_crop(seed, epoch, ids, widths, heights)
+    mirror = flip(seed, epoch, ids)
+    boxes = erased_boxes(seed, epoch, ids, image_size=224, probability=0.25)
+    mix = mix_parameters(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
+
+RandAugment and colour jitter are in randaugment.py; recipe.py draws all that a job's settings ask for. Nothing depends on how samples
+are spread over micro-batches, ranks or restarts. The mix belongs to a pair of neighbouring slots (2i, 2i + 1) of the global batch
+and is a function of the even slot's sample.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.common.counter_rng import Draw, hash64, uniform
+
+_TRIES = 10
+_ERASED_AREA = (0.02, 1 / 3)  # timm's RandomErasing: share of the image's area, and
+_ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
+NOISE_STARTS = 1 << 20  # places in the bank of numbers (erasing.py) at which the noise of a box can begin
+_BETA_TRIES = 16
+
+
+def random_resized_crop(
+    seed: int,
+    epoch: int,
+    ids: np.ndarray,
+    widths: np.ndarray,
+    heights: np.ndarray,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Crop windows in pixels, int32 (n, 4): y, x, height, width.
+
+    The algorithm is that of torchvision's RandomResizedCrop.get_params (timm's is the same): up to ten tries of an area,
+    uniform in `scale` times the image's, and an aspect ratio (width / height), log-uniform in `ratio`; the first window that
+    fits is put at a uniform place. Where none fits, the central window of the nearest ratio that is allowed.
+    """
+    ids, widths, heights = ids[:, None], widths[:, None].astype(np.int64), heights[:, None].astype(np.int64)
+    tries = np.arange(_TRIES)
+    area = widths * heights * (scale[0] + (scale[1] - scale[0]) * uniform(seed, Draw.CROP_AREA, epoch, ids, tries))
+    low, high = np.log(ratio)
+    aspect = np.exp(low + (high - low) * uniform(seed, Draw.CROP_RATIO, epoch, ids, tries))
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # rint rounds halves to even, as Python's round does
+    h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+    fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
+    first = fits.argmax(axis=1)[:, None]
+    w, h = np.take_along_axis(w, first, 1), np.take_along_axis(h, first, 1)
+    y = np.floor(uniform(seed, Draw.CROP_Y, epoch, ids) * (heights - h + 1)).astype(np.int64)
+    x = np.floor(uniform(seed, Draw.CROP_X, epoch, ids) * (widths - w + 1)).astype(np.int64)
+
+    whole_ratio = widths / heights
+    central_w = np.where(whole_ratio > ratio[1], np.rint(heights * ratio[1]), widths).astype(np.int64)
+    central_h = np.where(whole_ratio < ratio[0], np.rint(widths / ratio[0]), heights).astype(np.int64)
+    central = np.hstack([(heights - central_h) // 2, (widths - central_w) // 2, central_h, central_w])
+    return np.where(fits.any(axis=1)[:, None], np.hstack([y, x, h, w]), central).astype(np.int32)
+
+
+def flip(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5) -> np.ndarray:
+    """Which samples are mirrored left to right, bool (n,)."""
+    return uniform(seed, Draw.FLIP, epoch, ids) < probability
+
+
+def bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: int) -> np.ndarray:
+    """Which samples are interpolated bilinearly rather than bicubically, bool (n,); `interpolation` is bilinear, bicubic or random. Each
+    use of it for a sample (the resize, layers of operators) has a number of its own."""
+    if interpolation == "random":
+        return uniform(seed, Draw.INTERPOLATION, epoch, ids, use) < 0.5
+    return np.full(len(ids), interpolation == "bilinear")
+
+
+def erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, probability: float, count: int = 1) -> np.ndarray:
+    """Boxes in pixels that are erased, int32 (n, count, 4): y, x, height, width, all 0 where there is none.
+
+    The algorithm of timm's RandomErasing, after "Random Erasing Data Augmentation" (arXiv 1708.04896): with `probability` an image has
+    1 to `count` boxes; each has up to ten tries of an area, uniform between 2 % and a third of the image's and shared by the boxes,
+    and a log-uniform ratio of height to width; the first that is smaller than the image is put at a uniform place.
+    """
+    ids = ids[:, None, None]
+    boxes, tries = np.arange(count)[:, None], np.arange(_TRIES)
+    number = 1 + hash64(seed, Draw.ERASED_COUNT, epoch, ids) % np.uint64(count)
+    low, high = _ERASED_AREA
+    area = image_size**2 * (low + (high - low) * uniform(seed, Draw.ERASED_AREA, epoch, ids, boxes, tries)) / number
+    low, high = np.log(_ERASED_RATIO)
+    ratio = np.exp(low + (high - low) * uniform(seed, Draw.ERASED_RATIO, epoch, ids, boxes, tries))
+    h, w = np.rint(np.sqrt(area * ratio)).astype(np.int64), np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (h < image_size) & (w < image_size)
+    first = fits.argmax(axis=2)[..., None]
+    h, w = np.take_along_axis(h, first, 2), np.take_along_axis(w, first, 2)
+    y = np.floor(uniform(seed, Draw.ERASED_Y, epoch, ids, boxes) * (image_size - h + 1)).astype(np.int64)
+    x = np.floor(uniform(seed, Draw.ERASED_X, epoch, ids, boxes) * (image_size - w + 1)).astype(np.int64)
+    chosen = uniform(seed, Draw.ERASED, epoch, ids) < probability
+    there = chosen & (boxes < number) & fits.any(axis=2)[..., None]
+    return np.where(there, np.concatenate([y, x, h, w], axis=2), 0).astype(np.int32)
+
+
+def noise_starts(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
+    """Where in the bank of numbers the noise of each of a sample's `count` boxes begins, int64 (n, count)."""
+    return (hash64(seed, Draw.ERASED_NOISE, epoch, ids[:, None], np.arange(count)) % np.uint64(NOISE_STARTS)).astype(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """How the two samples of each pair are mixed with each other.
+
+    `box` is int32 (pairs, 4): y0, y1, x0, x1 in pixels, the part that is swapped (cutmix); an empty box means a weighted mean
+    of the whole images (mixup). `lam` is float32 (pairs,): the weight of a sample's own label, and in mixup of its own
+    pixels.
+    """
+
+    box: np.ndarray
+    lam: np.ndarray
+
+
+def mix_parameters(
+    seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mixup: float, cutmix: float, switch: float = 0.5
+) -> Mix:
+    """The mix of each pair, from the ids of the pairs' even slots. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha).
+
+    With both above 0 a pair is cut with probability `switch`, else blended; with one of them, always that one. The box is
+    that of timm's rand_bbox: sides sqrt(1 - lam) of the image's, a uniform centre, clipped at the borders, after which lam is
+    corrected to the area that is left of a sample's own pixels.
+    """
+    share_cut = switch if mixup > 0 and cutmix > 0 else float(cutmix > 0)
+    cut = uniform(seed, Draw.MIX_KIND, epoch, even_ids) < share_cut
+    lam = np.ones(len(even_ids))
+    if mixup > 0:
+        lam[~cut] = symmetric_beta(mixup, seed, Draw.MIXUP_LAM, epoch, even_ids[~cut])
+    if cutmix > 0:
+        lam[cut] = symmetric_beta(cutmix, seed, Draw.CUTMIX_LAM, epoch, even_ids[cut])
+
+    side = np.where(cut, image_size * np.sqrt(1 - lam), 0).astype(np.int64)
+    bounds = []
+    for draw in (Draw.CUTMIX_Y, Draw.CUTMIX_X):
+        centre = np.floor(uniform(seed, draw, epoch, even_ids) * image_size).astype(np.int64)
+        bounds += [np.clip(centre - side // 2, 0, image_size), np.clip(centre + (side + 1) // 2, 0, image_size)]
+    box = np.where(cut[:, None], np.stack(bounds, axis=1), 0).astype(np.int32)
+    own = 1 - (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / image_size**2
+    return Mix(box=box, lam=np.where(cut, own, lam).astype(np.float32))
+
+
+def symmetric_beta(alpha: float, seed: int, draw: Draw, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """One number a sample from Beta(alpha, alpha), float64 (n,), for an alpha of at most a few.
+
+    Jöhnk's algorithm (Jöhnk 1964; Devroye, "Non-Uniform Random Variate Generation", 1986, IX.3.2): of uniform u, v take
+    x = u^(1/alpha) and y = v^(1/alpha) until x + y <= 1; x / (x + y) is the number. Computed with logarithms, as the powers
+    underflow for small alphas. Tries are made in blocks; a sample takes its own first success, whatever the others need.
+    """
+    result = np.empty(len(ids))
+    pending = np.arange(len(ids))
+    first = 0
+    while len(pending):
+        keys = (seed, draw, epoch, ids[pending, None], np.arange(first, first + _BETA_TRIES))
+        log_x, log_y = (np.log1p(-uniform(*keys, part)) / alpha for part in (0, 1))  # 1 - u is in (0, 1]: no log of 0
+        accepted = np.logaddexp(log_x, log_y) <= 0
+        done = accepted.any(axis=1)
+        column = accepted.argmax(axis=1)[done, None]
+        x, y = (np.take_along_axis(part[done], column, 1)[:, 0] for part in (log_x, log_y))
+        result[pending[done]] = np.exp(x - np.logaddexp(x, y))
+        pending = pending[~done]
+        first += _BETA_TRIES
+    return result

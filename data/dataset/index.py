@@ -1,0 +1,243 @@
+"""A whole dataset as NumPy arrays on disk: where each sample lies, its label and its size. Mapped, never loaded.
+
+    FOLDER/NAME-000000.tar …  the shards, each with a .idx beside it for DALI's own reader (shards.py)
+    FOLDER/index.npy          one row of 20 bytes a sample (DTYPE), in shard order; a sample's id is its row
+    FOLDER/classes.json       class names; a label is a position in this list
+    FOLDER/dataset.json       name, samples, bytes and checksum of each shard, the fingerprint, how the dataset was made
+
+dataset.json is written last: without it there is no dataset.
+
+    index = open_index("datasets/in22k/train")
+    index.samples["label"][ids]
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import xxhash
+
+from data.common.files import checksum, publish
+from data.storage.cache import Cache, cache_root
+from data.storage.remote import Remote, is_url
+
+DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("width", "<u2"), ("height", "<u2")])
+FORMAT = 2
+_HASH_ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file of a dataset. `xxh3_128` is the checksum of all its bytes, in hex."""
+
+    name: str
+    samples: int
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """An open dataset. `samples` is a read-only map of index.npy, (N,) of DTYPE: byte offset of the encoded image in its shard,
+    its size in bytes, label, width and height in pixels (as stored: EXIF orientation is not applied). `folder` is where its files
+    are or, for a dataset at a URL, where the cache puts them."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    shard_start: np.ndarray  # int64 (shards + 1,): the id of each shard's first sample, then the number of samples
+    samples: np.ndarray
+    classes: tuple[str, ...]
+    fingerprint: str
+    remote: Remote | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the dataset lives, for people."""
+        return self.remote.url if self.remote else str(self.folder)
+
+    @property
+    def shard_bytes(self) -> np.ndarray:
+        """Bytes of each shard, int64 (shards,)."""
+        return np.array([shard.bytes for shard in self.shards], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def shard_of(self, sample_id: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(np.searchsorted(self.shard_start, sample_id, side="right")) - 1
+
+
+def fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
+    """The dataset's identity: a 128-bit xxhash of the index rows and of the shards' names and checksums, in hex."""
+    digest = xxhash.xxh3_128()
+    for start in range(0, len(samples), _HASH_ROWS):
+        digest.update(samples[start : start + _HASH_ROWS].tobytes())
+    for shard in shards:
+        digest.update(f"{shard.name}\0{shard.xxh3_128}\0".encode())
+    return digest.hexdigest()
+
+
+def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray], classes: Sequence[str], **about: Any) -> None:
+    """Makes a dataset of shards that lie in `folder`. `rows[i]` are the rows, of DTYPE, of `shards[i]`; what `about` tells of
+    the dataset goes into dataset.json as it is."""
+    samples = np.concatenate([np.zeros(0, DTYPE), *rows])
+    with open(folder / "index.npy.tmp", "wb") as file:
+        np.save(file, samples)
+        publish(file, folder / "index.npy")
+    _write_json(folder / "classes.json", list(classes))
+    description = {
+        "format": FORMAT,
+        "samples": len(samples),
+        "classes": len(classes),
+        "classes_xxh3_128": checksum(folder / "classes.json"),
+        "fingerprint": fingerprint(samples, shards),
+        **about,
+        "shards": [asdict(shard) for shard in shards],
+    }
+    _write_json(folder / "dataset.json", description)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with open(path.with_name(path.name + ".tmp"), "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        publish(file, path)
+
+
+def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes: bool = True) -> Index:
+    """Opens a dataset, a folder or a URL, and checks that all of it is there; without `sizes`, shards aside. `cache` is the folder for
+    local copies of datasets at URLs (see cache_root); one of a folder is used where it lies.
+
+    Raises ValueError, naming the file, for a place that is missing or not a dataset, for a shard that is missing or has another
+    size than when it was packed (a web server's are not known before they are fetched), and for a URL that can't be read.
+    """
+    remote = Remote(str(place)) if is_url(place) else None
+    folder = Path(place)
+    if remote is None:
+        _check_whole(folder)
+    texts = {name: remote.read(name) if remote else (folder / name).read_bytes() for name in ("dataset.json", "classes.json")}
+    try:
+        description, classes = (json.loads(text) for text in texts.values())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{place}: dataset.json or classes.json is damaged ({error}); pack or copy the dataset again") from error
+
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{place} is a dataset of format {description.get('format')}, not {FORMAT}; write its index anew")
+    try:
+        shards = tuple(Shard(**shard) for shard in description["shards"])
+        expected, identity = (description["samples"], description["classes"]), description["fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{place}: dataset.json is damaged ({error}); pack or copy the dataset again") from error
+    if sizes:
+        _check_sizes(place, shards, remote.sizes() if remote else _sizes(folder, shards))
+
+    if remote is not None:
+        folder = cache_root(cache) / identity
+        _fetch_index(remote, folder, shards, identity, texts)
+    try:
+        samples = np.load(folder / "index.npy", mmap_mode="r")
+    except Exception as error:  # NumPy reads the header as Python, and raises whatever the damage leads it to
+        raise ValueError(f"{place}/index.npy is damaged ({error}); copy it again from where the dataset was packed") from error
+    counts = [shard.samples for shard in shards]
+    if samples.dtype != DTYPE or sum(counts) != len(samples) or expected != (len(samples), len(classes)):
+        raise ValueError(
+            f"{place}: index.npy has {len(samples)} rows of {samples.dtype} and classes.json {len(classes)} names; dataset.json speaks "
+            f"of {expected[0]} samples in {expected[1]} classes, and its shards hold {sum(counts)}. The three are not of the same "
+            "dataset: copy them again from where it was packed"
+        )
+    return Index(
+        folder=folder,
+        shards=shards,
+        shard_start=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
+        samples=samples,
+        classes=tuple(classes),
+        fingerprint=identity,
+        remote=remote,
+    )
+
+
+def _check_whole(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder}: no such folder; a dataset is made by `python -m data pack SOURCE {folder.parent} --split {folder.name}`"
+        )
+    for name in ("dataset.json", "classes.json", "index.npy"):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder} is not a whole dataset: it has no {name}. Packing may have been interrupted "
+                f"(the same command goes on), or the dataset is a folder inside this one, such as {folder / 'train'}"
+            )
+
+
+def _sizes(folder: Path, shards: Iterable[Shard]) -> dict[str, int]:
+    """Bytes of the shards that are there, by name."""
+    sizes = {}
+    for shard in shards:
+        with suppress(FileNotFoundError):
+            sizes[shard.name] = os.stat(folder / shard.name).st_size
+    return sizes
+
+
+def _check_sizes(place: str | os.PathLike[str], shards: Iterable[Shard], sizes: Mapping[str, int] | None) -> None:
+    if sizes is None:  # a web server has no listing
+        return
+    faults = [
+        f"{shard.name} has {sizes[shard.name]} bytes instead of {shard.bytes}" if shard.name in sizes else f"{shard.name} is missing"
+        for shard in shards
+        if sizes.get(shard.name) != shard.bytes
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ValueError(f"{place}: {'; '.join(faults[:5])}{more}. Copy these shards again from where the dataset was packed")
+
+
+def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], expected: str, texts: Mapping[str, bytes]) -> None:
+    """Brings index.npy, and the texts, into the dataset's folder of the cache; what has another fingerprint never gets there."""
+
+    def check(path: Path) -> None:
+        samples = np.load(path, mmap_mode="r")
+        if samples.dtype != DTYPE or fingerprint(samples, shards) != expected:
+            raise ValueError("not the index that dataset.json was written with; copy both again from where the dataset was packed")
+
+    cache = Cache(folder)
+    cache.keep("index.npy", lambda part: remote.download("index.npy", part, check=check))
+    for name, text in texts.items():
+        cache.keep(name, partial(_write, text))
+
+
+def _write(text: bytes, path: Path) -> None:
+    path.write_bytes(text)
+
+
+def key(index: Index, sample_id: int) -> str:
+    """A sample's key, read from the .idx of its shard."""
+    shard = index.shard_of(sample_id)
+    return _keys(idx_path(index, shard))[sample_id - int(index.shard_start[shard])]
+
+
+def idx_path(index: Index, shard: int) -> Path:
+    """The .idx of a shard, which is fetched where the dataset lives at a URL."""
+    path = (index.folder / index.shards[shard].name).with_suffix(".idx")
+    remote = index.remote
+    if remote is not None and not path.exists():
+
+        def check(part: Path) -> None:
+            if len(_keys.__wrapped__(part)) != index.shards[shard].samples:
+                raise ValueError(f"not an index of {index.shards[shard].samples} samples")
+
+        Cache(index.folder).keep(path.name, lambda part: remote.download(path.name, part, check=check))
+    return path
+
+
+@lru_cache(maxsize=64)  # neighbouring samples are asked for together
+def _keys(idx: Path) -> list[str]:
+    lines = idx.read_text(encoding="ascii").splitlines()[1:]
+    names = [unquote(line.split()[3], errors="surrogateescape") for line in lines]
+    return [folder + slash + stem.partition(".")[0] for folder, slash, stem in (name.rpartition("/") for name in names)]

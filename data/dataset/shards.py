@@ -1,0 +1,288 @@
+"""Tar shards in WebDataset's layout: write one, read one, and the .idx file that lets DALI's own reader use it.
+
+    KEY.cls   the label, as decimal text
+    KEY.jpg   the encoded image (or KEY.jpeg, .png, .webp)
+
+The bytes of a shard follow from its samples alone (no times, users or modes of the machine that wrote it). A shard appears
+under its final name whole or not at all. What is read may come from other writers: any letter case, other members beside
+these, labels in a .json.
+"""
+
+import io
+import itertools
+import json
+import operator
+import re
+import string
+import tarfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+from urllib.parse import quote
+
+import numpy as np
+import xxhash
+from PIL import Image, UnidentifiedImageError
+
+from data.common.files import publish
+from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+MAX_SIDE = np.iinfo(DTYPE["width"]).max
+_TAR_OVERHEAD = 2048  # two headers, the label and padding
+_BLOCK_BYTES = 1 << 20
+_END_OF_TAR = bytes(512)
+# Which members make a sample: as in webdataset.tariterators, base_plus_ext and tar_file_iterator's skip_meta. But hidden files
+# in folders are passed over, as by DALI's wds2idx; WebDataset would see the key "folder/" in them.
+_MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
+_META_NAME = re.compile(r"__[^/]*__($|/)")
+_IDX_SAFE = string.punctuation.replace("%", "")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image on its way into a shard. `key` has no dot, at which WebDataset would end it, and at most 95 bytes, as a plain tar
+    header has no room for more."""
+
+    key: str
+    encoded: bytes
+    label: int
+    extension: str = "jpg"
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file in a tar: `offset` is where its data begin, in bytes from the start of the tar; `data` is empty where only headers
+    were read. The extension, all behind the first dot of the name, is in lower case."""
+
+    key: str
+    extension: str
+    offset: int
+    size: int
+    data: bytes = b""
+
+
+# What a sample's members say of it: label, width and height in pixels. Raises ValueError for a sample that can't be used.
+Describe = Callable[[list[Member]], tuple[int, int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a pass over a shard finds: a key, an index row (of index.DTYPE) and a line of the .idx for each sample, and what is
+    wrong with samples, by their number. Where only headers were read, checksum, labels, widths and heights are empty or 0."""
+
+    shard: Shard
+    keys: list[str]
+    rows: np.ndarray
+    idx: str
+    faults: dict[int, str]
+
+
+def write_dataset(out: Path, samples: Iterable[Sample], classes: Sequence[str], *, shard_bytes: int, name: str) -> Index:
+    """Writes samples, in the order they come, as a dataset in OUT: shards of about `shard_bytes` bytes, index, dataset.json.
+
+    Raises ValueError when there are no samples.
+    """
+    samples = iter(samples)
+    shards: list[Shard] = []
+    rows: list[np.ndarray] = []
+    for first in samples:
+        path = out / f"{name}-{len(shards):06d}.tar"
+        shard, shard_rows = write_shard(path, _up_to(itertools.chain([first], samples), shard_bytes))
+        shards.append(shard)
+        rows.append(shard_rows)
+    if not shards:
+        raise ValueError(f"no image to write to {out}")
+    write_index(out, shards, rows, classes)
+    return open_index(out)
+
+
+def _up_to(samples: Iterator[Sample], shard_bytes: int) -> Iterator[Sample]:
+    """Samples until they fill a shard."""
+    filled = 0
+    for sample in samples:
+        yield sample
+        filled += len(sample.encoded) + _TAR_OVERHEAD
+        if filled >= shard_bytes:
+            return
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarray]:
+    """Writes PATH and its .idx; gives its description and its index rows, of index.DTYPE, in the order of the samples. Both are
+    read back from what was written."""
+    with open(path.with_name(path.name + ".tmp"), "wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                for extension, data in (("cls", str(sample.label).encode()), (sample.extension, sample.encoded)):
+                    member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                    member.size, member.mode, member.uname, member.gname = len(data), 0o644, "data", "data"
+                    tar.addfile(member, io.BytesIO(data))
+        publish(file, path)
+    contents = read_shard(path)
+    if contents.faults:
+        raise ValueError("; ".join(f"{path}: sample {contents.keys[number]}: {fault}" for number, fault in contents.faults.items()))
+    write_idx(path.with_suffix(".idx"), contents.idx)
+    return contents.shard, contents.rows
+
+
+def image_of(sample: list[Member]) -> Member:
+    """The member of a sample that is its image. Raises ValueError for a sample without one, and for two of one extension."""
+    found = {member.extension: member for member in sample}
+    if len(found) < len(sample):
+        raise ValueError(f"it has several members of one extension: {_extensions(sample)}")
+    for extension in IMAGE_EXTENSIONS:
+        if extension in found:
+            return found[extension]
+    raise ValueError(f"it has {_extensions(sample)}, and no {' or '.join(IMAGE_EXTENSIONS)}")
+
+
+def label_of(sample: list[Member], field: str | None = None) -> int | str:
+    """A sample's label as it is stored: the number in its .cls, or a number or class name in a field of its .json.
+
+    Raises ValueError for a sample without the member or the field, and for a label of another type.
+    """
+    extension = "cls" if field is None else "json"
+    data = next((member.data for member in sample if member.extension == extension), None)
+    if data is None:
+        hint = "; --label FIELD takes labels from the .json" if field is None and "json" in _extensions(sample) else ""
+        raise ValueError(f"it has {_extensions(sample)}, and no {extension}{hint}")
+    if field is None:
+        try:
+            return int(data)
+        except ValueError:
+            raise ValueError(f"its .cls holds {data[:20]!r} instead of a number") from None
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"its .json can't be read ({error})") from error
+    if not isinstance(fields, dict) or field not in fields:
+        raise ValueError(f"its .json has no field {field}")
+    if not isinstance(fields[field], int | str) or isinstance(fields[field], bool):
+        raise ValueError(f"field {field} of its .json is {fields[field]!r} instead of a number or a class name")
+    return fields[field]
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header of a JPEG, PNG or WebP.
+
+    Raises ValueError for all else, and for more pixels a side than an index can hold.
+    """
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),  # Pillow's, about odd metadata
+            Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image,
+        ):
+            width, height = image.size
+    except UnidentifiedImageError:
+        raise ValueError("its image is no JPEG, PNG or WebP, or its header is damaged") from None
+    except Exception as error:  # Pillow's decoders raise whatever the damage leads them to
+        raise ValueError(f"its image can't be read ({error})") from error
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"its image has {width} x {height} pixels; a side may have {MAX_SIDE}")
+    return width, height
+
+
+def describe_sample(sample: list[Member]) -> tuple[int, int, int]:
+    """A Describe, of shards whose labels are numbers in .cls members."""
+    return int(label_of(sample)), *image_size(image_of(sample).data)
+
+
+def _extensions(sample: list[Member]) -> str:
+    return ", ".join(member.extension for member in sample)
+
+
+def read_shard(path: Path, describe: Describe | None = describe_sample) -> Contents:
+    """Reads a shard from start to end, once; with `describe` None only its headers, about 4 KB a sample.
+
+    Raises ValueError for a file that can't be read, is cut short or is no tar.
+    """
+    keys: list[str] = []
+    rows: list[tuple[int, int, int, int, int]] = []
+    lines: list[str] = []
+    faults: dict[int, str] = {}
+    try:
+        with open(path, "rb") as file:
+            source = _Hashed(file)
+            for number, sample in enumerate(read_samples(source if describe else file, data=describe is not None)):
+                keys.append(sample[0].key)
+                rows.append((0, 0, 0, 0, 0))
+                lines.append(idx_line(sample))
+                try:
+                    image = image_of(sample)
+                    rows[number] = (image.offset, image.size, *(describe(sample) if describe else (0, 0, 0)))
+                except ValueError as error:
+                    faults[number] = str(error)
+            while describe and source.read(_BLOCK_BYTES):  # what follows the end of the archive has a part in the checksum
+                pass
+    except tarfile.TarError as error:
+        after = f", after sample {keys[-1]}" if keys else ""
+        raise ValueError(f"{path}: not a whole tar file ({error}{after})") from error
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    shard = Shard(path.name, len(keys), path.stat().st_size, source.digest.hexdigest() if describe else "")
+    return Contents(shard, keys, np.array(rows, DTYPE), f"v1.2 {len(lines)}\n" + "".join(lines), faults)
+
+
+class _Hashed:
+    """A file that is read from start to end, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, xxhash.xxh3_128()
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        return data
+
+
+class TarHeader(tarfile.TarInfo):
+    """Takes a header that is damaged or missing for an error, where tarfile takes it for the end of the archive."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf == _END_OF_TAR:
+                raise
+            raise tarfile.ReadError(str(error)) from error
+
+
+def read_samples(file: Any, *, data: bool) -> Iterator[list[Member]]:
+    """The samples of a tar as WebDataset forms them: neighbouring files of one key, which ends at the first dot of the base name.
+
+    With `data` the file is read in sequence and need only have read(); else only headers are read, by seeking. Raises
+    tarfile.TarError for a tar that is cut short, damaged or none.
+    """
+    with tarfile.open(fileobj=file, mode="r|" if data else "r:", tarinfo=TarHeader) as tar:
+        for _, members in itertools.groupby(_members(tar, data), key=operator.attrgetter("key")):
+            yield list(members)
+
+
+def _members(tar: tarfile.TarFile, data: bool) -> Iterator[Member]:
+    for entry in tar:
+        name = _MEMBER_NAME.fullmatch(entry.name)
+        if entry.isreg() and name and not _META_NAME.match(entry.name):
+            stored = tar.extractfile(entry) if data else None
+            yield Member(name[1], name[2].lower(), entry.offset_data, entry.size, stored.read() if stored else b"")
+
+
+def idx_line(sample: list[Member]) -> str:
+    """A sample's line of an .idx as DALI's wds2idx writes it, `extension offset size name` for each member.
+
+    DALI ends a name at a blank, so names are written percent-encoded: blanks, percent signs and all that is not ASCII.
+    """
+
+    def quoted(text: str) -> str:
+        return quote(text, safe=_IDX_SAFE, errors="surrogateescape")
+
+    parts = [(quoted(part.extension), quoted(part.key), part) for part in sample]
+    return " ".join(f"{extension} {part.offset} {part.size} {key}.{extension}" for extension, key, part in parts) + "\n"
+
+
+def write_idx(path: Path, text: str) -> None:
+    with open(path.with_name(path.name + ".tmp"), "w", encoding="ascii") as file:
+        file.write(text)
+        publish(file, path)

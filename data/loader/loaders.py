@@ -1,0 +1,218 @@
+"""From an index and an order to batches on the device: the graphs of training and evaluation, and what feeds them.
+
+    settings = DataConfig(image_size=224)
+    with TrainLoader(index, order, settings, micro_batch=64, rank=rank, ranks=ranks, device=device, start=step, end=total) as loader:
+        for batch in loader:                       # global_batch / ranks / micro_batch of these make one step
+            images, targets, weight = mix_pairs(batch.images, batch.labels, batch.mix)
+
+    with EvalLoader(index, settings, micro_batch=64, rank=rank, ranks=ranks, device=device) as loader:
+        for batch in loader: …                     # every sample once over all ranks; the last batch may be smaller
+        for batch in loader: …                     # and again, with the same pipeline
+
+DALI decodes only the crop, resizes, applies the operators of RandAugment or colour jitter, and normalises. The graph is the same on a
+CPU and on a GPU, where JPEG bytes cross to the device and pixels never cross back; pipeline.py runs it.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn
+from nvidia.dali.types import DALIDataType, DALIImageType
+
+from data.augment.erasing import NoiseBank
+from data.augment.operators import apply_layer, operator_inputs, resize
+from data.augment.recipe import Erased, Recipe
+from data.augment.sampling import Mix
+from data.dataset.index import Index
+from data.loader.order import (
+    SampleOrder,
+    bytes_at_once,
+    evaluation_bytes_at_once,
+    evaluation_ids,
+    evaluation_uses,
+    rank_slice,
+    shard_uses,
+)
+from data.loader.pipeline import Loader, Slots
+from data.loader.quarantine import Quarantine
+from data.loader.store import FetchedShards, ShardStore
+from data.settings import DataConfig
+
+
+class TrainLoader(Loader):
+    """One rank's micro-batches of the steps `start` to `end` - 1 but for those that it `passes`, in slot order.
+
+    With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The cache of a
+    dataset at a URL is shared by `ranks_on_node` ranks. Without a `quarantine` it begins with an empty one.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        order: SampleOrder,
+        settings: DataConfig,
+        *,
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+        start: int = 0,
+        end: int,
+        ranks_on_node: int = 1,
+        passes: Callable[[int], bool] = lambda step: False,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        self.passes = passes
+        self.order, self.micro_batch, self.ranks, self.ranks_on_node = order, micro_batch, ranks, ranks_on_node
+        self.slots = rank_slice(order.global_batch, rank, ranks)
+        self.start, self.end = start, end
+        self.recipe = Recipe(order.seed, settings)
+        self._noise = NoiseBank(settings.image_size, device) if settings.random_erasing else None
+        crop_start = crop_shape = size = linear = mirror = group = DALIDataType.INT32
+        matrix = value = DALIDataType.FLOAT
+        dtypes = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * self.recipe.layers)
+        quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
+        super().__init__(index, settings, quarantine, dtypes, max_batch=micro_batch, device=device)
+        self._start()
+
+    def _open_store(self) -> ShardStore:
+        index, order = self.index, self.order
+        if not index.remote:
+            return ShardStore(index)
+        at_once = bytes_at_once(order, index.shard_bytes, self.ranks, self.start, self.end)
+        uses = shard_uses(order, self.slots, self.start, self.end)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+
+    def _work(self) -> Iterator[Slots]:
+        copies = self.order.copies[self.slots].reshape(-1, self.micro_batch)
+        for step in itertools.filterfalse(self.passes, range(self.start, self.end)):
+            epoch, step_in_epoch = self.order.locate(step)
+            own = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.micro_batch)
+            for number, ids in enumerate(own):
+                yield Slots(ids, copies[number], epoch, step, done=step + (number + 1 == len(own)))
+
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+        drawn, image_size = self.recipe.draw(epoch, ids, copies, self.index.samples[ids]), self.settings.image_size
+        corner, shape = np.ascontiguousarray(drawn.crops[:, :2]), np.ascontiguousarray(drawn.crops[:, 2:])
+        size = np.full((len(ids), 2), image_size, np.int32)
+        layers = [part for layer, linear in drawn.layers for part in operator_inputs(layer, drawn.mirrored, linear, image_size)]
+        return (corner, shape, size, drawn.bilinear.astype(np.int32), drawn.mirrored.astype(np.int32), *layers), drawn.erased
+
+    def _erase(self, images: torch.Tensor, erased: Erased) -> None:
+        assert self._noise is not None
+        self._noise.erase(images, erased)
+
+    def _mix(self, slots: Slots) -> Mix | None:
+        """Of the samples that the order has, not of those that take their place: a bad one changes nothing for its partner."""
+        return self.recipe.mix(slots.epoch, slots.ids, slots.copies)
+
+    def _graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
+        crops = fn.decoders.image_slice(
+            encoded,
+            start=start,
+            shape=shape,
+            axis_names="HW",
+            device="mixed" if self.device.type == "cuda" else "cpu",
+            output_type=DALIImageType.RGB,
+            adjust_orientation=False,  # the index, and so the crop, speaks of the image as it is stored
+            hw_decoder_load=self.settings.hw_decoder_load,
+        )
+        images = resize(crops, size, linear, self._resizer)
+        fill = [float(round(255 * mean)) for mean in self.settings.mean]  # as timm fills what geometry leaves empty
+        for first in range(0, len(layers), 3):
+            group, matrix, value = layers[first : first + 3]
+            images = apply_layer(images, group, matrix, value, fill)
+        return images, mirror
+
+
+class EvalLoader(Loader):
+    """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0. Every iteration is a pass
+    over all of them, with the pipeline of the first.
+
+    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop,
+    then the central square of image_size; with eval_resize "squash" straight to image_size x image_size. A rank without samples
+    yields nothing. Bad samples are left out.
+
+    `samples` are the ids to take, int64 and ascending; without them, those of `evaluated`.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        settings: DataConfig,
+        *,
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+        ranks_on_node: int = 1,
+        quarantine: Quarantine | None = None,
+        samples: np.ndarray | None = None,
+    ) -> None:
+        self.micro_batch, self.ranks, self.ranks_on_node = micro_batch, ranks, ranks_on_node
+        self.samples = evaluated(index, settings) if samples is None else samples
+        self.own = self.samples[evaluation_ids(len(self.samples), rank, ranks)]
+        size = linear = corner = DALIDataType.INT32
+        quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
+        super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=micro_batch, device=device)
+
+    def _open_store(self) -> ShardStore:
+        index = self.index
+        if not index.remote:
+            return ShardStore(index)
+        uses = evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.micro_batch, self.ranks)
+        at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+
+    def _work(self) -> Iterator[Slots]:
+        for step, start in enumerate(range(0, len(self.own), self.micro_batch)):
+            ids = self.own[start : start + self.micro_batch]
+            yield Slots(ids, np.zeros_like(ids), epoch=0, step=step, done=step + 1)
+
+    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+        samples = self.index.samples[ids]
+        size = resized_shape(samples["width"], samples["height"], self.settings)
+        corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
+        return (size.astype(np.int32), np.zeros(len(ids), np.int32), corner), None
+
+    def _graph(self, encoded: Any, size: Any, linear: Any, corner: Any) -> tuple[Any, Any]:
+        images = fn.decoders.image(
+            encoded,
+            device="mixed" if self.device.type == "cuda" else "cpu",
+            output_type=DALIImageType.RGB,
+            adjust_orientation=False,
+            hw_decoder_load=self.settings.hw_decoder_load,
+            jpeg_fancy_upsampling=True,  # on a GPU: upsample chroma as libjpeg does, which Pillow and the CPU graph use
+        )
+        resized = resize(images, size, linear, self._resizer)
+        return fn.slice(resized, start=corner, shape=[self.settings.image_size] * 2, axis_names="HW"), 0
+
+
+def evaluated(index: Index, settings: DataConfig) -> np.ndarray:
+    """The ids of the samples of data.val that are evaluated, int64, ascending: all but those of the classes in data.val_except.
+
+    Raises ValueError for a name there that is no class's.
+    """
+    unknown = [name for name in settings.val_except if name not in index.classes]
+    if unknown:
+        raise ValueError(
+            f"data.val_except names {', '.join(unknown)}, which {index.place} has not among its classes; take it out of the list"
+        )
+    labels = [index.classes.index(name) for name in settings.val_except]
+    return np.flatnonzero(~np.isin(index.samples["label"], labels))
+
+
+def resized_shape(widths: np.ndarray, heights: np.ndarray, settings: DataConfig) -> np.ndarray:
+    """(height, width) after the resize of evaluation, int64 (n, 2).
+
+    As in timm: the shorter side becomes floor(image_size / eval_crop), 256 for 224 and 0.875, and the longer one, as in
+    torchvision's Resize, int(shorter * long / short).
+    """
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)
+    if settings.eval_resize == "squash":
+        return np.full_like(sides, settings.image_size)
+    return math.floor(settings.image_size / settings.eval_crop) * sides // sides.min(axis=1, keepdims=True)

@@ -1,0 +1,25 @@
+"""What runs on the GPU of `attention.py`, beside the convolutions' kernels: not called from here, nor checked by mypy (see
+pyproject.toml). Maps, runs and partials are as in `residual_device.py`."""
+
+import triton
+import triton.language as tl
+
+from pretrain.model.fast.triton.residual_device import places, run_of_pixels
+
+
+@triton.jit(do_not_specialize=["pixels", "per_run"])
+def gate_backward_kernel(
+    grad, x, attention, x_grad, attention_grad, partial, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """x_grad = grad * attention; attention_grad = grad * x, and the sum of a run's part of it: partial (runs, C)."""
+    run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
+    sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    for first in range(begin, end, PIXELS):
+        at, here = places(first + tl.arange(0, PIXELS), end, c, some_channel, channels)
+        given = tl.load(grad + at, mask=here, other=0.0).to(tl.float32)
+        of_x = given * tl.load(attention + at, mask=here, other=0.0).to(tl.float32)
+        of_attention = given * tl.load(x + at, mask=here, other=0.0).to(tl.float32)
+        tl.store(x_grad + at, of_x.to(x_grad.dtype.element_ty), mask=here)
+        tl.store(attention_grad + at, of_attention.to(attention_grad.dtype.element_ty), mask=here)
+        sums += of_attention
+    tl.store(partial + run * channels + c, tl.sum(sums, 0), mask=some_channel)

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.augment.mixup import mix_pairs
+from data.augment.sampling import Mix, mix_parameters
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+def batch(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, size, size, generator=generator).to(memory_format=torch.channels_last)
+    return images, torch.randint(0, 10, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_against_a_plain_loop(device: str) -> None:
+    images, labels = batch(40, 24)
+    mix = mix_parameters(0, 0, np.arange(20), image_size=24, mixup=0.8, cutmix=1.0)
+    out, targets, weight = mix_pairs(images.to(device), labels.to(device), mix)
+    out, targets, weight = out.cpu(), targets.cpu(), weight.cpu()
+    for slot in range(40):
+        partner = slot ^ 1
+        lam = float(mix.lam[slot // 2])
+        y0, y1, x0, x1 = mix.box[slot // 2].tolist()
+        if y1 > y0 and x1 > x0:
+            expected = images[slot].clone()
+            expected[:, y0:y1, x0:x1] = images[partner][:, y0:y1, x0:x1]
+            assert torch.equal(out[slot], expected)
+        else:
+            torch.testing.assert_close(out[slot], lam * images[slot] + (1 - lam) * images[partner])
+        assert targets[slot].tolist() == [labels[slot], labels[partner]]
+        assert weight[slot] == mix.lam[slot // 2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_layout_and_input_stay(device: str) -> None:
+    images, labels = batch(8, 16)
+    images, labels = images.to(device), labels.to(device)
+    before = images.clone()
+    out, targets, weight = mix_pairs(images, labels, mix_parameters(0, 0, np.arange(4), image_size=16, mixup=0.8, cutmix=1.0))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert out.stride() == images.stride()
+    assert torch.equal(images, before)
+    assert (out.dtype, targets.dtype, weight.dtype) == (torch.float32, torch.int64, torch.float32)
+    assert (targets.shape, weight.shape) == ((8, 2), (8,))
+
+
+def test_an_empty_box_with_weight_one_changes_nothing() -> None:
+    images, labels = batch(4, 8)
+    out, _, weight = mix_pairs(images, labels, Mix(np.zeros((2, 4), np.int32), np.ones(2, np.float32)))
+    assert torch.equal(out, images)
+    assert (weight == 1).all()
+
+
+def test_the_loss_is_that_of_the_mixed_one_hot_targets() -> None:
+    images, labels = batch(6, 8)
+    mix = mix_parameters(3, 0, np.arange(3), image_size=8, mixup=0.8, cutmix=1.0)
+    _, targets, weight = mix_pairs(images, labels, mix)
+    logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
+    own = F.cross_entropy(logits, targets[:, 0], reduction="none", label_smoothing=0.1)
+    other = F.cross_entropy(logits, targets[:, 1], reduction="none", label_smoothing=0.1)
+    one_hot = F.one_hot(labels, 10) * weight[:, None] + F.one_hot(labels.view(3, 2).flip(1).reshape(-1), 10) * (1 - weight[:, None])
+    expected = F.cross_entropy(logits, one_hot, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(weight * own + (1 - weight) * other, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_never_waits_for_the_device() -> None:
+    images, labels = batch(8, 16)
+    images, labels = images.cuda(), labels.cuda()
+    mix = mix_parameters(0, 0, np.arange(4), image_size=16, mixup=0.8, cutmix=1.0)
+    mix_pairs(images, labels, mix)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mix_pairs(images, labels, mix)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,171 @@
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import chi2_contingency, ks_2samp
+from timm.data.auto_augment import rand_augment_transform
+from torchvision.transforms import ColorJitter
+
+from data.augment.randaugment import Layer, Operator, Policy, color_jitter, parse_policy, rand_augment
+
+pytestmark = pytest.mark.slow
+
+DRAWS = 100_000
+RECIPE = "rand-m9-mstd0.5-inc1"
+POLICIES = [RECIPE, "rand-m9-mstd0.5", "rand-m6-n3-mstd1-inc1", "rand-m15-n1-p0.8-mmax20-inc1", "rand-m8-mstd101-inc1", "rand"]
+# That equal distributions differ by so much is as likely as this; a hundred comparisons are made.
+UNLIKELY = 1e-5
+
+# How timm calls its operators.
+TIMM = {
+    "AutoContrast": Operator.AUTO_CONTRAST,
+    "Equalize": Operator.EQUALIZE,
+    "Invert": Operator.INVERT,
+    "Rotate": Operator.ROTATE,
+    "Posterize": Operator.POSTERIZE,
+    "Solarize": Operator.SOLARIZE,
+    "SolarizeAdd": Operator.SOLARIZE_ADD,
+    "Color": Operator.COLOR,
+    "Contrast": Operator.CONTRAST,
+    "Brightness": Operator.BRIGHTNESS,
+    "Sharpness": Operator.SHARPNESS,
+    "ShearX": Operator.SHEAR_X,
+    "ShearY": Operator.SHEAR_Y,
+    "TranslateXRel": Operator.TRANSLATE_X,
+    "TranslateYRel": Operator.TRANSLATE_Y,
+}
+
+# What is applied to each image: its operators and their arguments, in order.
+Applied = list[list[tuple[int, float]]]
+
+
+def timms(text: str, images: int) -> Applied:
+    """By timm's RandAugment, whose operators tell what they are called with."""
+    transform = rand_augment_transform(text, {"translate_const": 100, "img_mean": (0, 0, 0)})
+    calls: list[tuple[int, float]] = []
+
+    def recorder(operator: Operator) -> Any:
+        def record(image: Image.Image, *arguments: float, **_: Any) -> Image.Image:
+            calls.append((int(operator), float(arguments[0]) if arguments else 0.0))
+            return image
+
+        return record
+
+    for op in transform.ops:
+        op.aug_fn = recorder(TIMM[op.name.removesuffix("Increasing")])
+    random.seed(0)
+    np.random.seed(0)
+    found: Applied = []
+    for _ in range(images):
+        transform(Image.new("RGB", (1, 1)))
+        found.append(calls.copy())
+        calls.clear()
+    return found
+
+
+def ours(layers: list[Layer]) -> Applied:
+    found: Applied = [[] for _ in layers[0].operator]
+    for layer in layers:
+        for number in np.flatnonzero(layer.operator).tolist():
+            found[number].append((int(layer.operator[number]), float(layer.argument[number])))
+    return found
+
+
+def alike(one: list[Any], other: list[Any]) -> float:
+    """How likely it is that counts of two samples differ as much as these, where both are from one distribution."""
+    kinds = sorted(set(one) | set(other))
+    counts = np.array([[sample.count(kind) for kind in kinds] for sample in (one, other)])
+    return float(chi2_contingency(counts).pvalue) if len(kinds) > 1 else 1.0
+
+
+def check_against_timm(mine: Applied, theirs: Applied) -> None:
+    assert alike([len(calls) for calls in mine], [len(calls) for calls in theirs]) > UNLIKELY, "numbers of operators"
+    flat_mine, flat_theirs = ([call for calls in sample for call in calls] for sample in (mine, theirs))
+    assert {operator for operator, _ in flat_mine} == {operator for operator, _ in flat_theirs}
+    assert alike([operator for operator, _ in flat_mine], [operator for operator, _ in flat_theirs]) > UNLIKELY, "operators"
+    for operator in TIMM.values():
+        arguments = [np.array([argument for one, argument in flat if one == operator]) for flat in (flat_mine, flat_theirs)]
+        assert ks_2samp(*arguments).pvalue > UNLIKELY, f"arguments of {operator.name}"
+    pairs = [[calls[0][0] * 100 + calls[1][0] for calls in sample if len(calls) == 2] for sample in (mine, theirs)]
+    assert alike(*pairs) > UNLIKELY, "pairs of operators"
+
+
+@pytest.mark.parametrize("text", POLICIES)
+def test_operators_and_arguments_are_distributed_as_timms(text: str) -> None:
+    draws = DRAWS if text == RECIPE else DRAWS // 5
+    check_against_timm(ours(rand_augment(3, 1, np.arange(draws), parse_policy(text))), timms(text, draws))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"probability": 0.55}, "numbers of operators"),
+        pytest.param({"magnitude_std": 0.6}, "arguments", marks=pytest.mark.long),
+        pytest.param({"increasing": False}, "arguments", marks=pytest.mark.long),
+        ({"magnitude": 8}, "arguments"),
+    ],
+    ids=str,
+)
+def test_the_comparison_finds_another_policy(change: dict[str, Any], told: str) -> None:
+    policy = Policy(**{**vars(parse_policy(RECIPE)), **change})
+    with pytest.raises(AssertionError, match=told):
+        check_against_timm(ours(rand_augment(3, 1, np.arange(DRAWS), policy)), timms(RECIPE, DRAWS))
+
+
+def test_a_function_of_seed_epoch_and_id_alone() -> None:
+    ids, policy = np.array([5, 900, 17, 3, 14_000_000]), parse_policy(RECIPE)
+    whole = rand_augment(1, 2, ids, policy) + color_jitter(1, 2, ids, 0.4)
+    for place in range(len(ids)):
+        part = ids[place : place + 1]
+        for one, other in zip(whole, rand_augment(1, 2, part, policy) + color_jitter(1, 2, part, 0.4), strict=True):
+            assert (one.operator[place], one.argument[place]) == (other.operator[0], other.argument[0])
+    many = np.arange(1000)
+    for seed, epoch in ((2, 2), (1, 3)):
+        assert (rand_augment(seed, epoch, many, policy)[0].operator != rand_augment(1, 2, many, policy)[0].operator).mean() > 0.3
+
+
+def test_layers_are_independent_of_one_another() -> None:
+    first, second = rand_augment(0, 0, np.arange(DRAWS), parse_policy("rand-m9-p1-mstd0.5"))
+    assert chi2_contingency(np.histogram2d(first.operator, second.operator, bins=15)[0]).pvalue > UNLIKELY
+    both = (first.operator == Operator.ROTATE) & (second.operator == Operator.ROTATE)
+    assert abs(np.corrcoef(first.argument[both], second.argument[both])[0, 1]) < 0.2
+
+
+def test_policies_are_read() -> None:
+    assert parse_policy(RECIPE) == Policy(magnitude=9, magnitude_std=0.5, increasing=True)
+    assert parse_policy("rand-m7-n3-p0.25-mmax12") == Policy(magnitude=7, layers=3, probability=0.25, magnitude_max=12)
+    assert parse_policy("rand-mstdinf").magnitude_std == parse_policy("rand-mstd101").magnitude_std == np.inf
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("augmix-m3", "must be RandAugment"),
+        ("rand-m9-tweights", "'tweights'"),
+        ("rand-m9.5", "'m9.5'"),
+        ("rand-x3", "'x3'"),
+        ("rand-p1.5", "probability"),
+        ("rand-n0", "at least 1"),
+    ],
+)
+def test_what_is_wrong_with_a_policy_is_told(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        parse_policy(text)
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.5])
+def test_jitter_is_torchvisions(strength: float) -> None:
+    layers = color_jitter(0, 0, np.arange(DRAWS // 5), strength)
+    torch.manual_seed(0)
+    params = [ColorJitter.get_params(*[(max(0, 1 - strength), 1 + strength)] * 3, None) for _ in range(DRAWS // 5)]
+    theirs = [([which for which in order.tolist() if which < 3], factors) for order, *factors in params]
+    names = [Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR]  # 0, 1 and 2 of torchvision
+    orders = np.stack([layer.operator for layer in layers], axis=1)
+    assert alike([tuple(names[which] for which in order) for order, _ in theirs], [tuple(row) for row in orders.tolist()]) > UNLIKELY
+    for which, name in enumerate(names):
+        factors = np.concatenate([layer.argument[layer.operator == name] for layer in layers])
+        assert len(factors) == DRAWS // 5
+        assert ks_2samp(factors, [values[which] for _, values in theirs]).pvalue > UNLIKELY

@@ -1,0 +1,130 @@
+import random
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import ks_2samp
+from timm.data.mixup import cutmix_bbox_and_lam
+from timm.data.transforms import RandomResizedCropAndInterpolation
+
+from data.augment.sampling import flip, mix_parameters, random_resized_crop, symmetric_beta
+from data.common.counter_rng import Draw
+
+QUANTILES = np.linspace(0.05, 0.95, 19)
+
+
+def crops(width: int, height: int, count: int, **options: tuple[float, float]) -> np.ndarray:
+    ids = np.arange(count)
+    return random_resized_crop(0, 0, ids, np.full(count, width, np.uint16), np.full(count, height, np.uint16), **options)
+
+
+def timms_crops(width: int, height: int, count: int, scale: tuple[float, float]) -> np.ndarray:
+    """y, x, height, width."""
+    random.seed(0)
+    image = Image.new("L", (width, height))
+    return np.array([RandomResizedCropAndInterpolation.get_params(image, scale, (3 / 4, 4 / 3)) for _ in range(count)])
+
+
+def least_likely(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The least of the probabilities, by Kolmogorov and Smirnov, that place, sides, area and ratio differ so much by chance."""
+    described = [np.column_stack([one, one[:, 2] * one[:, 3], one[:, 3] / one[:, 2]]) for one in (ours, theirs)]
+    return min(ks_2samp(described[0][:, column], described[1][:, column]).pvalue for column in range(6))
+
+
+@pytest.mark.parametrize(("width", "height"), [(200, 150), (64, 220), (500, 375)])
+def test_crops_have_timms_distribution(width: int, height: int) -> None:
+    assert least_likely(crops(width, height, 100_000), timms_crops(width, height, 100_000, (0.08, 1.0))) > 1e-5
+
+
+def test_the_comparison_finds_other_crops() -> None:
+    assert least_likely(crops(500, 375, 100_000), timms_crops(500, 375, 100_000, (0.09, 1.0))) < 1e-5
+    assert least_likely(crops(500, 375, 100_000, ratio=(0.76, 4 / 3)), timms_crops(500, 375, 100_000, (0.08, 1.0))) < 1e-5
+
+
+def test_crops_lie_inside_and_keep_to_scale_and_ratio() -> None:
+    y, x, h, w = crops(211, 97, 20_000).astype(float).T
+    assert y.min() == 0
+    assert x.min() == 0
+    assert (y + h).max() == 97
+    assert (x + w).max() == 211
+    assert (w / h).max() < 4 / 3 * 1.05
+    assert (w / h).min() > 3 / 4 * 0.95
+    assert (w * h / (211 * 97)).min() > 0.07
+
+
+def test_where_no_crop_fits_the_central_one_is_taken() -> None:
+    """Whole area only, of images too long for any allowed ratio: torchvision's fallback, which draws nothing."""
+    for width, height in ((300, 40), (40, 300), (33, 117), (301, 51)):
+        image = Image.new("L", (width, height))
+        expected = RandomResizedCropAndInterpolation.get_params(image, (1.0, 1.0), (3 / 4, 4 / 3))
+        assert (crops(width, height, 5, scale=(1.0, 1.0)) == np.array(expected)).all()
+    assert (crops(80, 80, 5, scale=(1.0, 1.0), ratio=(1.0, 1.0)) == (0, 0, 80, 80)).all()
+
+
+def test_parameters_depend_on_seed_epoch_and_id_alone() -> None:
+    ids = np.array([5, 900, 17, 3])
+    width, height = np.array([100, 200, 150, 90]), np.array([90, 80, 220, 300])
+    whole = random_resized_crop(1, 2, ids, width, height)
+    for place in range(4):
+        part = slice(place, place + 1)
+        assert (random_resized_crop(1, 2, ids[part], width[part], height[part]) == whole[part]).all()
+        assert flip(1, 2, ids[part]) == flip(1, 2, ids)[place]
+    assert (random_resized_crop(2, 2, ids, width, height) != whole).any()
+    assert (random_resized_crop(1, 3, ids, width, height) != whole).any()
+    whole_mix = mix_parameters(1, 2, ids, image_size=64, mixup=0.8, cutmix=1.0)
+    for place in range(4):
+        part_mix = mix_parameters(1, 2, ids[place : place + 1], image_size=64, mixup=0.8, cutmix=1.0)
+        assert part_mix.lam == whole_mix.lam[place]
+        assert (part_mix.box == whole_mix.box[place]).all()
+
+
+def test_flip() -> None:
+    ids = np.arange(20_000)
+    assert abs(flip(0, 0, ids).mean() - 0.5) < 0.02
+    assert abs(flip(0, 0, ids, 0.2).mean() - 0.2) < 0.02
+    assert not flip(0, 0, ids, 0.0).any()
+    assert flip(0, 0, ids, 1.0).all()
+    assert 0.4 < (flip(0, 0, ids) == flip(0, 1, ids)).mean() < 0.6
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.4, 0.8, 1.0, 2.0])
+def test_beta(alpha: float) -> None:
+    numbers = symmetric_beta(alpha, 0, Draw.MIXUP_LAM, 0, np.arange(100_000))
+    assert numbers.min() >= 0
+    assert numbers.max() <= 1
+    assert abs(numbers.mean() - 0.5) < 0.005
+    assert abs(numbers.var() * 4 * (2 * alpha + 1) - 1) < 0.02
+    reference = np.random.default_rng(0).beta(alpha, alpha, 100_000)
+    assert np.abs(np.quantile(numbers, QUANTILES) - np.quantile(reference, QUANTILES)).max() < 0.02
+
+
+def test_boxes_are_timms() -> None:
+    """Same lam, same distribution of boxes; and for every box, lam is the share of a sample's own pixels."""
+    size, count = 224, 20_000
+    mix = mix_parameters(0, 0, np.arange(count), image_size=size, mixup=0.0, cutmix=1.0)
+    np.random.seed(0)
+    theirs = np.array(
+        [(*box, lam) for box, lam in (cutmix_bbox_and_lam((3, size, size), lam) for lam in np.random.default_rng(0).beta(1, 1, count))]
+    )
+    y0, y1, x0, x1 = mix.box.T
+    assert ((y0 >= 0) & (y0 <= y1) & (y1 <= size) & (x0 >= 0) & (x0 <= x1) & (x1 <= size)).all()
+    assert np.allclose(mix.lam, 1 - (y1 - y0) * (x1 - x0) / size**2)
+    ours = np.column_stack([y0, y1, x0, x1, mix.lam])
+    for column, unit in enumerate((size, size, size, size, 1)):
+        difference = np.quantile(ours[:, column], QUANTILES) - np.quantile(theirs[:, column], QUANTILES)
+        assert np.abs(difference).max() < 0.025 * unit
+
+
+def test_kinds_of_mix() -> None:
+    ids = np.arange(10_000)
+
+    def share_cut(mixup: float, cutmix: float, switch: float) -> float:
+        box = mix_parameters(0, 0, ids, image_size=224, mixup=mixup, cutmix=cutmix, switch=switch).box
+        return float(((box[:, 1] > box[:, 0]) & (box[:, 3] > box[:, 2])).mean())
+
+    assert abs(share_cut(0.8, 1.0, 0.5) - 0.5) < 0.02
+    assert abs(share_cut(0.8, 1.0, 0.1) - 0.1) < 0.02
+    assert share_cut(0.8, 0.0, 0.5) == 0
+    assert share_cut(0.0, 1.0, 0.5) > 0.99
+    lam = mix_parameters(0, 0, ids, image_size=224, mixup=0.8, cutmix=0.0).lam
+    assert abs(lam.var() - 1 / (4 * 2.6)) < 0.003

@@ -1,0 +1,65 @@
+"""What is looked at before a job starts."""
+
+from pathlib import Path
+
+import pytest
+
+from data.dataset.check import damaged
+from data.dataset.index import Index
+from tests.support.damage import damaged_copy
+
+
+def everything(index: Index, *, checksums: bool) -> list[str]:
+    return damaged(index, range(len(index.shards)), checksums=checksums, quiet=True)
+
+
+def overwrite(index: Index, shard: int, place: int, data: bytes) -> None:
+    with open(index.folder / index.shards[shard].name, "r+b") as file:
+        file.seek(place)
+        file.write(data)
+
+
+def test_nothing_is_wrong_with_what_was_packed(dataset: Index) -> None:
+    assert everything(dataset, checksums=False) == everything(dataset, checksums=True) == []
+
+
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_another_file_of_the_same_size(dataset: Index, tmp_path: Path, which: str) -> None:
+    """Other members, or no tar at all: the sizes say nothing, a header does; each rank looks at its own shards."""
+    index = damaged_copy(dataset, tmp_path / "copy", {})
+    sample = int(index.shard_start[1]) if which == "first" else int(index.shard_start[2]) - 1
+    header = int(index.samples["offset"][sample]) - 512
+    name = index.shards[1].name
+    whole = (index.folder / name).read_bytes()
+    for content in (bytes(len(whole)), whole[: header + 3] + b"?" * (len(whole) - header - 3)):
+        (index.folder / name).write_bytes(content)
+        (fault,) = everything(index, checksums=False)
+        assert fault.startswith(f"{name} has no image where the index says (")
+    (index.folder / name).write_bytes(whole[:512] + whole[:-512])  # a tar of the same members, elsewhere
+    assert [name in fault for fault in everything(index, checksums=False)] == [True]
+    assert damaged(index, [0, 2, 3], checksums=False, quiet=True) == []
+    assert damaged(index, [1], checksums=True, quiet=True)[0].startswith(f"{name} has the checksum ")
+
+
+def test_a_single_bit_is_found_by_its_checksum_alone(dataset: Index, tmp_path: Path) -> None:
+    index = damaged_copy(dataset, tmp_path / "copy", {})
+    place = int(index.samples["offset"][30]) + int(index.samples["size"][30]) // 2
+    shard = index.shard_of(30)
+    byte = (index.folder / index.shards[shard].name).read_bytes()[place]
+    overwrite(index, shard, place, bytes([byte ^ 1]))
+    assert everything(index, checksums=False) == []
+    (fault,) = everything(index, checksums=True)
+    assert fault.startswith(f"{index.shards[shard].name} has the checksum ")
+    assert fault.endswith(f" instead of {index.shards[shard].xxh3_128}")
+
+
+def test_a_shard_that_has_gone(dataset: Index, tmp_path: Path) -> None:
+    index = damaged_copy(dataset, tmp_path / "copy", {})
+    (index.folder / index.shards[2].name).unlink()
+    for checksums in (False, True):
+        assert everything(index, checksums=checksums) == [f"{index.shards[2].name} can't be read (No such file or directory)"]
+
+
+def test_progress_is_told(dataset: Index, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged(dataset, range(3), checksums=True)
+    assert f"checksums of {dataset.folder}, this rank's share of the shards: 3 of 3" in capsys.readouterr().err

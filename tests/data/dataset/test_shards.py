@@ -1,0 +1,190 @@
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+import xxhash
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+
+from data.dataset.index import Index
+from data.dataset.shards import Sample, image_size, read_shard, write_idx, write_shard
+from data.synthetic.synthesize import images
+from tests.support.foreign_shards import JPEGS, as_format, write_tar
+
+# Names that tars may hold and that a .idx, whose fields end at blanks, can't hold as they are.
+ODD_KEYS = [
+    "plain",
+    "in/a folder.of/many",
+    "./dot",
+    "with blank",
+    "tab\tand\nnewline",
+    "per%20cent",
+    "é ü 漢字 \xa0",
+    "not UTF-8: \udcff\udce9",
+    "x" * 150,
+    "y" * 120 + "/" + "z" * 80,
+]
+
+
+def test_a_shard_is_reproducible(tmp_path: Path) -> None:
+    samples = [Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(images(10, 12, 0, 0))]
+    first = write_shard(tmp_path / "a.tar", samples)
+    second = write_shard(tmp_path / "b.tar", iter(samples))
+    shard, rows = first
+    assert (rows == second[1]).all()
+    assert shard == replace(second[0], name="a.tar")
+    assert shard.xxh3_128 == xxhash.xxh3_128_hexdigest((tmp_path / "a.tar").read_bytes())
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    assert (tmp_path / "a.idx").read_bytes() == (tmp_path / "b.idx").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.idx", "a.tar", "b.idx", "b.tar"]
+    data = (tmp_path / "a.tar").read_bytes()
+    for sample, row in zip(samples, rows, strict=True):
+        assert data[row["offset"] : row["offset"] + row["size"]] == sample.encoded
+
+
+def test_a_shard_has_the_bytes_that_webdataset_would_write(tmp_path: Path) -> None:
+    samples = [Sample(f"n01/{number}%20_~", encoded, label) for number, (encoded, label) in enumerate(images(10, 12, 0, 0))]
+    write_shard(tmp_path / "ours.tar", samples)
+    with (
+        open(tmp_path / "theirs.tar", "wb") as file,
+        webdataset.TarWriter(file, encoder=False, mtime=0, user="data", group="data", mode=0o644) as tar,
+    ):
+        for sample in samples:
+            tar.write({"__key__": sample.key, sample.extension: sample.encoded, "cls": str(sample.label).encode()})
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_webdataset_reads_the_shards(dataset: Index) -> None:
+    urls = [str(dataset.folder / shard.name) for shard in dataset.shards]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [f"{number:09d}" for number in range(150)]
+    assert [int(sample["cls"]) for sample in found] == dataset.samples["label"].tolist()
+    assert [len(sample["jpg"]) for sample in found] == dataset.samples["size"].tolist()
+
+
+def dali_reads(paths: list[Path], batch: int) -> list[tuple[bytes, bytes]]:
+    """(image, label) of the first `batch` samples, as DALI's own reader finds them by the .idx files."""
+    pipeline = Pipeline(batch_size=batch, num_threads=1, device_id=None)
+    with pipeline:
+        outputs: Any = fn.readers.webdataset(
+            paths=[str(path) for path in paths],
+            index_paths=[str(path.with_suffix(".idx")) for path in paths],
+            ext=["jpg;jpeg;png;webp", "cls"],
+            missing_component_behavior="error",
+        )
+        pipeline.set_outputs(*outputs)
+    run: Any = pipeline.run()
+    encoded, labels = run
+    return [(bytes(encoded.at(place)), bytes(labels.at(place))) for place in range(batch)]
+
+
+def test_dali_reads_the_shards_by_their_idx_files(dataset: Index) -> None:
+    paths = [dataset.folder / shard.name for shard in dataset.shards]
+    for (encoded, label), row in zip(dali_reads(paths, len(dataset)), dataset.samples, strict=True):
+        assert len(encoded) == row["size"]
+        assert int(label) == row["label"]
+        assert image_size(encoded) == (row["width"], row["height"])
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_of_any_name_are_those_of_webdataset_and_dali(tmp_path: Path, format: int) -> None:
+    path = tmp_path / "odd.tar"
+    members = [("__meta__", b"x"), ("no extension", b"x"), (".hidden.jpg", b"x")]
+    for number, key in enumerate(ODD_KEYS):
+        members += [(f"{key}.JPG", JPEGS[number]), (f"{key}.cls", b"%d\n" % number), (f"{key}.Seg.png", b"mask")]
+    members += [(".hidden.cls", b"1"), ("late.cls", b"99"), ("late.txt", b"a caption"), ("late.webp", as_format(JPEGS[0], "WEBP"))]
+    write_tar(path, members, format=format, folders=["in", "in/a folder.of"])
+    contents = read_shard(path)
+    assert not contents.faults
+    expected = list(webdataset.WebDataset([str(path)], shardshuffle=False))
+    assert contents.keys == [sample["__key__"] for sample in expected] == [*ODD_KEYS, "late"]
+    assert contents.rows["label"].tolist() == [int(sample["cls"]) for sample in expected]
+    data = path.read_bytes()
+    stored = [data[row["offset"] : row["offset"] + row["size"]] for row in contents.rows]
+    assert stored == [sample.get("jpg", sample.get("webp")) for sample in expected]
+    assert [image_size(encoded) for encoded in stored] == list(zip(contents.rows["width"], contents.rows["height"], strict=True))
+
+    write_idx(path.with_suffix(".idx"), contents.idx)
+    assert dali_reads([path], len(expected)) == [(encoded, sample["cls"]) for encoded, sample in zip(stored, expected, strict=True)]
+    headers = read_shard(path, None)
+    assert headers.keys == contents.keys
+    assert headers.idx == contents.idx
+    assert (headers.rows[["offset", "size"]] == contents.rows[["offset", "size"]]).all()
+    assert headers.shard.samples == contents.shard.samples
+
+
+def test_hidden_files_in_folders_are_passed_over(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a/1.cls", b"5"), ("a/._1.jpg", b"of macOS"), ("a/1.jpg", JPEGS[0])])
+    contents = read_shard(tmp_path / "x.tar")
+    assert contents.keys == ["a/1"]
+    assert not contents.faults
+
+
+def test_a_tar_that_is_not_whole(tmp_path: Path) -> None:
+    path = tmp_path / "cut.tar"
+    write_tar(path, [part for number in range(4) for part in ((f"{number}.cls", b"1"), (f"{number}.jpg", JPEGS[number]))])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        *_, last = tar
+    boundary = last.offset_data + -(-last.size // 512) * 512  # all members are there, and nothing says that these are all
+    for size in (0, 100, 512, 700, 1024, len(whole) // 2, last.offset_data, boundary - 1, boundary, boundary + 100):
+        path.write_bytes(whole[:size])
+        for describe in ({}, {"describe": None}):
+            with pytest.raises(ValueError, match=r"cut\.tar: not a whole tar"):
+                read_shard(path, **describe)
+    path.write_bytes(whole[: boundary + 512])
+    assert read_shard(path).shard.samples == 4
+    path.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(ValueError, match=r"cut\.tar: not a whole tar"):
+        read_shard(path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"cut\.tar: No such file"):
+        read_shard(path)
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "flipped.tar"
+    write_tar(path, [part for number in range(4) for part in ((f"{number}.cls", b"1"), (f"{number}.jpg", JPEGS[number]))])
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [entry.offset for entry in tar]
+    for header in headers:
+        for place in (0, 100, 124, 136, 148, 156, 257, 345):
+            flipped = bytearray(whole)
+            flipped[header + place] ^= 1
+            path.write_bytes(flipped)
+            for describe in ({}, {"describe": None}):
+                with pytest.raises(ValueError, match=r"not a whole tar"):
+                    read_shard(path, **describe)
+
+
+@pytest.mark.parametrize(
+    ("members", "fault"),
+    [
+        ({"jpg": JPEGS[0]}, "it has jpg, and no cls"),
+        ({"cls": b"1", "b.jpg": JPEGS[0]}, "it has cls, b.jpg, and no jpg or jpeg or png or webp"),
+        ({"cls": b"cat", "jpg": JPEGS[0]}, "its .cls holds b'cat' instead of a number"),
+        ({"cls": b"1", "jpg": as_format(JPEGS[0], "GIF")}, "its image is no JPEG, PNG or WebP"),
+        ({"cls": b"1", "jpg": b""}, "its image is no JPEG, PNG or WebP"),
+        ({"cls": b"1", "jpg": JPEGS[0], "JPG": JPEGS[1]}, "it has several members of one extension: cls, jpg, jpg"),
+    ],
+)
+def test_samples_that_can_not_be_used(tmp_path: Path, members: dict[str, bytes], fault: str) -> None:
+    path = tmp_path / "x.tar"
+    good = [("0.cls", b"7"), ("0.jpg", JPEGS[0])]
+    write_tar(path, [*good, *((f"1.{extension}", data) for extension, data in members.items()), ("2.cls", b"8"), ("2.png", JPEGS[1])])
+    contents = read_shard(path)
+    assert contents.keys == ["0", "1", "2"]
+    assert list(contents.faults) == [1]
+    assert fault in contents.faults[1]
+    assert contents.rows["label"].tolist() == [7, 0, 8]
+
+
+def test_rows_are_read_from_the_headers(dataset: Index) -> None:
+    rows = read_shard(dataset.folder / dataset.shards[1].name).rows
+    assert (rows == dataset.samples[dataset.shard_start[1] : dataset.shard_start[2]]).all()
+    assert len(np.unique(rows["width"])) > 5

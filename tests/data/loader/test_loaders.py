@@ -1,0 +1,400 @@
+import gc
+import io
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from data.augment.sampling import flip, random_resized_crop
+from data.dataset.index import Index, open_index
+from data.dataset.shards import Sample, write_dataset
+from data.loader.loaders import EvalLoader, TrainLoader, resized_shape
+from data.loader.order import SampleOrder, bytes_at_once, rank_slice, shard_uses
+from data.loader.pipeline import Batch
+from data.loader.store import ShardStore
+from data.settings import IMAGENET_MEAN, IMAGENET_STD, DataConfig
+from data.synthetic.drawings import PATTERNS
+from data.synthetic.synthesize import images
+from tests.support.servers import Proxy
+
+pytestmark = pytest.mark.slow
+
+MEAN, STD = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+GLOBAL_BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def order(dataset: Index) -> SampleOrder:
+    return SampleOrder(dataset.shard_start, seed=3, global_batch=GLOBAL_BATCH, lanes=8, window=8)
+
+
+# What a test says about a loader beside the settings of its data.
+PLACE = {"micro_batch", "rank", "ranks", "device", "start", "end", "ranks_on_node"}
+
+
+def train(dataset: Index, order: SampleOrder, **options: Any) -> Iterator[Batch]:
+    settings = DataConfig(**({"image_size": 32, "decode_threads": 1} | {k: v for k, v in options.items() if k not in PLACE}))
+    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu"), "micro_batch": 4}
+    place |= {k: v for k, v in options.items() if k in PLACE}
+    with TrainLoader(dataset, order, settings, **place) as loader:
+        yield from loader
+
+
+def evaluation(dataset: Index, **options: Any) -> Iterator[Batch]:
+    settings = DataConfig(**({"decode_threads": 1} | {k: v for k, v in options.items() if k not in PLACE}))
+    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu"), "micro_batch": 8}
+    place |= {k: v for k, v in options.items() if k in PLACE}
+    with EvalLoader(dataset, settings, **place) as loader:
+        yield from loader
+
+
+def pixels(images: torch.Tensor) -> torch.Tensor:
+    """Undoes the normalisation: 0 to 255."""
+    return (images * STD + MEAN) * 255
+
+
+def picture(dataset: Index, sample_id: int) -> Image.Image:
+    with ShardStore(dataset) as store:
+        return Image.open(io.BytesIO(store.read(sample_id).tobytes())).convert("RGB")
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def only(count: int) -> bool:
+    """Whether no more threads are left, in a moment: one that has been joined may still be in the kernel's list."""
+    gc.collect()  # an exception's traceback holds DALI's frames
+    deadline = time.monotonic() + 5
+    while threads() > count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return threads() <= count
+
+
+def steps_of(batches: Iterator[Batch]) -> dict[int, list[Batch]]:
+    steps: dict[int, list[Batch]] = {}
+    for batch in batches:
+        steps.setdefault(batch.step, []).append(batch)
+    return steps
+
+
+def joined(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
+    """Images, labels, ids, boxes and lam of batches, one after another."""
+    mixes = [batch.mix for batch in batches if batch.mix is not None]
+    return (
+        torch.cat([batch.images for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.from_numpy(np.concatenate([batch.ids for batch in batches])),
+        torch.from_numpy(np.concatenate([mix.box for mix in mixes])),
+        torch.from_numpy(np.concatenate([mix.lam for mix in mixes])),
+    )
+
+
+def test_a_batch(dataset: Index, order: SampleOrder) -> None:
+    for batch in train(dataset, order, end=2):
+        assert batch.images.shape == (4, 3, 32, 32)
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == dataset.samples["label"][batch.ids].tolist()
+        assert batch.ids.dtype == np.int64
+        assert batch.mix is not None
+        assert batch.mix.lam.shape == (2,)
+    assert all(batch.mix is None for batch in train(dataset, order, end=1, mixup=0.0, cutmix=0.0))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_the_first_50_global_batches_for_any_number_of_ranks(dataset: Index, order: SampleOrder, ranks: int) -> None:
+    micro_batch = GLOBAL_BATCH // ranks
+    loaders = [train(dataset, order, rank=rank, ranks=ranks, end=50, micro_batch=micro_batch, image_size=8) for rank in range(ranks)]
+    for step in range(50):
+        batches = [next(loader) for loader in loaders]
+        epoch, step_in_epoch = order.locate(step)
+        assert {(batch.epoch, batch.step) for batch in batches} == {(epoch, step)}
+        assert (np.concatenate([batch.ids for batch in batches]) == order.batch(epoch, step_in_epoch)).all()
+    for loader in loaders:
+        assert next(loader, None) is None
+
+
+@pytest.mark.parametrize("start", [1, 8, 9, 10, 31])
+def test_a_restart_at_any_step(dataset: Index, order: SampleOrder, start: int) -> None:
+    batches = steps_of(train(dataset, order, start=start, end=start + 3, image_size=8))
+    assert list(batches) == [start, start + 1, start + 2]
+    for step, parts in batches.items():
+        epoch, step_in_epoch = order.locate(step)
+        assert (np.concatenate([part.ids for part in parts]) == order.batch(epoch, step_in_epoch)).all()
+        assert {part.epoch for part in parts} == {epoch}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"micro_batch": 16}, {"micro_batch": 2, "decode_threads": 2}, {"start": 5}, {"ranks": 2, "micro_batch": 8}, {"ranks": 4}],
+    ids=str,
+)
+def test_images_are_identical_however_they_are_loaded(dataset: Index, order: SampleOrder, options: dict[str, int]) -> None:
+    """Bit for bit, over the end of an epoch."""
+    steps = order.steps_per_epoch + 2
+    expected = steps_of(train(dataset, order, end=steps))
+    ranks = options.get("ranks", 1)
+    found = [steps_of(train(dataset, order, end=steps, rank=rank, **options)) for rank in range(ranks)]
+    for step in range(options.get("start", 0), steps):
+        parts = [part for rank in range(ranks) for part in found[rank][step]]
+        for one, other in zip(joined(expected[step]), joined(parts), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_another_epoch_or_seed_augments_otherwise(dataset: Index) -> None:
+    def first_sample(seed: int = 7, **options: int) -> torch.Tensor:
+        whole = SampleOrder(dataset.shard_start, seed=seed, global_batch=150)
+        (batch,) = train(dataset, whole, micro_batch=150, **options)
+        return batch.images[int(np.flatnonzero(batch.ids == 7)[0])]
+
+    base = first_sample(end=1)
+    assert not torch.equal(base, first_sample(start=1, end=2))
+    assert not torch.equal(base, first_sample(end=1, seed=8))
+    assert torch.equal(base, first_sample(end=1, decode_threads=2))
+
+
+def test_batches_kept_are_not_overwritten(dataset: Index, order: SampleOrder) -> None:
+    kept = [(batch.images, batch.images.clone()) for batch in train(dataset, order, end=20)]
+    gc.collect()
+    assert len({images.data_ptr() for images, _ in kept}) == len(kept)
+    assert all(torch.equal(images, copy) for images, copy in kept)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_same_graph_on_a_gpu(dataset: Index, order: SampleOrder) -> None:
+    """The decoders differ a little in chroma, the rest must not; and batches kept stay what they were."""
+    kept = []
+    for host, device in zip(train(dataset, order, end=12), train(dataset, order, end=12, device=torch.device("cuda:0")), strict=True):
+        assert device.images.device == device.labels.device == torch.device("cuda:0")
+        assert device.images.is_contiguous(memory_format=torch.channels_last)
+        assert (device.ids == host.ids).all()
+        assert device.labels.tolist() == host.labels.tolist()
+        assert (pixels(device.images.cpu()) - pixels(host.images)).abs().mean() < 4
+        kept.append((device.images, device.images.clone()))
+    assert all(torch.equal(images, copy) for images, copy in kept)
+    for host, device in zip(
+        evaluation(dataset, image_size=64),
+        evaluation(dataset, image_size=64, device=torch.device("cuda:0")),
+        strict=True,
+    ):
+        assert (pixels(device.images.cpu()) - pixels(host.images)).abs().mean() < 1.5
+
+
+def test_crop_resize_and_flip_are_pillows(dataset: Index, order: SampleOrder) -> None:
+    for batch in train(dataset, order, end=2, image_size=64, micro_batch=16):
+        samples = dataset.samples[batch.ids]
+        boxes = random_resized_crop(order.seed, batch.epoch, batch.ids, samples["width"], samples["height"])
+        mirrored = flip(order.seed, batch.epoch, batch.ids)
+        for place, sample_id in enumerate(batch.ids.tolist()):
+            y, x, h, w = boxes[place].tolist()
+            crop = picture(dataset, sample_id).crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BICUBIC)
+            if mirrored[place]:
+                crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            expected = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float()
+            assert (pixels(batch.images[place]) - expected).abs().mean() <= 2
+
+
+def test_crops_are_exact_to_the_pixel(dataset: Index) -> None:
+    """With the size of the result equal to the crop's nothing is resampled: what is left is the decoder's own crop."""
+    whole = SampleOrder(dataset.shard_start, seed=7, global_batch=150)
+    (batch,) = train(dataset, whole, micro_batch=150, end=1, crop_area=(0.1, 0.5), crop_ratio=(1.0, 1.0), image_size=60)
+    samples = dataset.samples[batch.ids]
+    boxes = random_resized_crop(7, 0, batch.ids, samples["width"], samples["height"], scale=(0.1, 0.5), ratio=(1.0, 1.0))
+    mirrored = flip(7, 0, batch.ids)
+    exact = np.flatnonzero((boxes[:, 2] == 60) & (boxes[:, 3] == 60))
+    assert len(exact) >= 1
+    for place in exact:
+        y, x, h, w = boxes[place]
+        crop = np.array(picture(dataset, int(batch.ids[place])))[y : y + h, x : x + w]
+        if mirrored[place]:
+            crop = crop[:, ::-1]
+        found = pixels(batch.images[place]).permute(1, 2, 0).round().to(torch.uint8).numpy()
+        assert (found == crop).all()
+
+
+@pytest.mark.parametrize(("image_size", "crop_pct"), [(64, 0.875), (224, 0.875), (96, 0.9), (64, 1.0)])
+def test_evaluation_is_timms(dataset: Index, image_size: int, crop_pct: float) -> None:
+    transform = create_transform(
+        image_size, is_training=False, interpolation="bicubic", crop_pct=crop_pct, mean=IMAGENET_MEAN, std=IMAGENET_STD
+    )
+    batch = next(evaluation(dataset, image_size=image_size, eval_crop=crop_pct, micro_batch=40))
+    for place, sample_id in enumerate(batch.ids.tolist()):
+        expected = transform(picture(dataset, sample_id))
+        assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
+
+
+def test_evaluation_of_photographs_is_timms(tmp_path: Path) -> None:
+    """Of 500 x 375 pixels, as most of ImageNet's are."""
+    samples = (Sample(str(number), encoded, label) for number, (encoded, label) in enumerate(images(10, 8, 0, 0, photographs=True)))
+    index = write_dataset(tmp_path, samples, list(PATTERNS), shard_bytes=1 << 30, name="val")
+    for size, resize, mode in ((224, "crop", "center"), (384, "squash", "squash")):
+        crop_pct = 1.0 if resize == "squash" else 0.875
+        transform = create_transform(
+            size, is_training=False, interpolation="bicubic", crop_pct=crop_pct, crop_mode=mode, mean=IMAGENET_MEAN, std=IMAGENET_STD
+        )
+        (batch,) = evaluation(index, image_size=size, eval_resize=resize)
+        for place, sample_id in enumerate(batch.ids.tolist()):
+            expected = transform(picture(index, sample_id))
+            assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
+
+
+def test_squashed_evaluation_is_timms(dataset: Index) -> None:
+    transform = create_transform(
+        96, is_training=False, interpolation="bicubic", crop_pct=1.0, crop_mode="squash", mean=IMAGENET_MEAN, std=IMAGENET_STD
+    )
+    batch = next(evaluation(dataset, image_size=96, eval_resize="squash", micro_batch=40))
+    for place, sample_id in enumerate(batch.ids.tolist()):
+        expected = transform(picture(dataset, sample_id))
+        assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
+
+
+def test_exif_orientation_is_applied_nowhere(tmp_path: Path) -> None:
+    """As in Pillow and timm: the index speaks of the image as stored, and so must the pixels."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 60, 3), np.uint8)).resize((120, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6  # "rotate by 90 degrees to display"
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", exif=exif)
+    index = write_dataset(tmp_path, [Sample("0", encoded.getvalue(), 0)], ["only"], shard_bytes=1, name="train")
+    assert (index.samples["width"][0], index.samples["height"][0]) == (120, 40)
+    (batch,) = evaluation(index, image_size=40, eval_crop=1.0)
+    expected = torch.from_numpy(np.array(picture(index, 0))[:, 40:80]).permute(2, 0, 1).float()
+    assert (pixels(batch.images[0]) - expected).abs().max() < 0.01
+    order = SampleOrder(index.shard_start, seed=0, global_batch=1)
+    (batch,) = train(index, order, end=1, micro_batch=1, mixup=0.0, cutmix=0.0, image_size=40)
+    assert batch.images.shape == (1, 3, 40, 40)
+
+
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_evaluation_sees_every_sample_once(dataset: Index, ranks: int) -> None:
+    ids = []
+    for rank in range(ranks):
+        batches = list(evaluation(dataset, image_size=8, rank=rank, ranks=ranks))
+        assert all(len(batch.ids) == 8 for batch in batches[:-1])
+        assert all(len(batch.ids) == len(batch.images) == len(batch.labels) for batch in batches)
+        assert all(batch.mix is None for batch in batches)
+        ids.append(np.concatenate([batch.ids for batch in batches]))
+    assert sorted(np.concatenate(ids).tolist()) == list(range(150))
+
+
+def test_a_rank_without_samples(dataset: Index) -> None:
+    assert list(evaluation(dataset, image_size=8, rank=150, ranks=151)) == []
+
+
+def test_resized_shape() -> None:
+    width, height = np.array([500, 375, 256, 72], np.uint16), np.array([375, 500, 256, 219], np.uint16)
+    assert resized_shape(width, height, DataConfig()).tolist() == [[256, 341], [341, 256], [256, 256], [778, 256]]
+    assert resized_shape(width, height, DataConfig(image_size=384, eval_resize="squash")).tolist() == [[384, 384]] * 4
+
+
+def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
+    before = threads()
+    assert len(list(train(dataset, order, end=3, decode_threads=2))) == 12
+    assert only(before)
+    settings = DataConfig(image_size=8, decode_threads=2)
+    loader = TrainLoader(dataset, order, settings, micro_batch=4, rank=0, ranks=1, device=torch.device("cpu"), end=1000)
+    iterator = iter(loader)
+    kept = next(iterator)
+    assert threads() > before
+    loader.close()
+    assert only(before)
+    assert next(iterator, None) is None
+    assert kept.images.isfinite().all()
+
+
+def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after a pass that was broken off; and between passes no thread reads."""
+    built = []
+    build = EvalLoader._build
+    monkeypatch.setattr(EvalLoader, "_build", lambda self, *args, **options: built.append(1) or build(self, *args, **options))
+    expected = list(evaluation(dataset, image_size=32))
+    built.clear()
+    before = threads()
+    settings = DataConfig(image_size=32, decode_threads=1)
+    with EvalLoader(dataset, settings, micro_batch=8, rank=0, ranks=1, device=torch.device("cpu")) as loader:
+        for _ in range(3):
+            for one, other in zip(expected, loader, strict=True):
+                assert torch.equal(one.images, other.images)
+                assert (one.ids == other.ids).all()
+            assert threads_named("read-ahead") == []
+        assert len(built) == 1
+        for batch, _ in zip(loader, range(2), strict=False):
+            assert batch.images.isfinite().all()
+        for one, other in zip(expected, loader, strict=True):
+            assert torch.equal(one.images, other.images)
+    assert only(before)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("start", [0, 30])
+def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_path: Path, ranks: int, start: int) -> None:
+    """Bit for bit, over the end of an epoch, through a cache of just the size that is needed, from a step that a run resumes at."""
+    order = SampleOrder(many_shards.shard_start, seed=3, global_batch=4, lanes=2, window=6)
+    at_once = bytes_at_once(order, many_shards.shard_bytes, ranks, start, 60)
+    assert at_once * ranks < many_shards.shard_bytes.sum() / 2
+    index = open_index("s3://bucket/train", str(tmp_path))
+    expected = steps_of(train(many_shards, order, start=start, end=60, micro_batch=2))
+    s3.fail(many_shards.shards[7].name, "corrupt", "500", "reset")
+    s3.fail(many_shards.shards[11].name, "short")
+    place = {"start": start, "end": 60, "ranks": ranks, "ranks_on_node": ranks, "micro_batch": 2}
+    loaders = [train(index, order, **place, rank=rank, cache_gb=at_once * ranks / 1e9) for rank in range(ranks)]
+    soon = {index.shards[use.shard].name for use in shard_uses(order, rank_slice(4, 0, 1), start, start + 12)}
+    assert len(soon) < len(index.shards)
+    for step in range(start, 60):
+        parts = [next(loader) for _ in range(2 // ranks) for loader in loaders]
+        for one, other in zip(joined(expected[step]), joined(parts), strict=True):
+            assert torch.equal(one, other)
+        if step == start:
+            assert s3.shards().keys() <= soon
+    assert all(next(loader, None) is None for loader in loaders)
+    assert threads_named("fetch") == []
+
+
+def test_evaluation_from_s3_is_the_same(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
+    """Also the second time, with no shard fetched again."""
+    index = open_index("s3://bucket/train", str(tmp_path))
+    settings = DataConfig(decode_threads=1, cache_gb=0.002)
+    for rank in range(3):
+        with EvalLoader(index, settings, micro_batch=8, rank=rank, ranks=3, device=torch.device("cpu")) as loader:
+            for _ in range(2):
+                for one, other in zip(evaluation(many_shards, rank=rank, ranks=3), loader, strict=True):
+                    assert torch.equal(one.images, other.images)
+                    assert (one.ids == other.ids).all()
+    assert s3.shards() == {shard.name: 1 for shard in index.shards}
+
+
+def test_a_loader_closes_while_it_waits_for_a_shard(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
+    order = SampleOrder(many_shards.shard_start, seed=3, global_batch=4, lanes=2, window=6)
+    index = open_index("s3://bucket/train", str(tmp_path))
+    stalled = next(iter(shard_uses(order, rank_slice(4, 0, 1), 0, 1)))
+    s3.fail(index.shards[stalled.shard].name, "stall")
+    settings = DataConfig(image_size=8, decode_threads=1)
+    loader = TrainLoader(index, order, settings, micro_batch=4, rank=0, ranks=1, device=torch.device("cpu"), end=20)
+    assert s3.stalled.wait(10)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 5
+    assert threads_named("read-ahead") == []
+
+
+def test_a_step_is_done_with_its_last_micro_batch(dataset: Index, order: SampleOrder) -> None:
+    settings = DataConfig(image_size=8, decode_threads=1)
+    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu")}
+    with TrainLoader(dataset, order, settings, micro_batch=8, start=7, end=9, **place) as loader:
+        assert [(slots.step, slots.done) for slots in loader._work()] == [(7, 7), (7, 8), (8, 8), (8, 9)]
+    with EvalLoader(dataset, settings, micro_batch=50, **place) as evaluating:
+        assert [(slots.step, slots.done) for slots in evaluating._work()] == [(0, 1), (1, 2), (2, 3)]
+
+
+def threads_named(name: str) -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(name)]

@@ -1,0 +1,508 @@
+"""Bad images: what is used instead, that nothing else changes, and when it is too much."""
+
+import gc
+import io
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.augment.sampling import Mix
+from data.common.files import checksum
+from data.dataset.index import Index, open_index, write_index
+from data.dataset.shards import Sample, write_dataset
+from data.loader.loaders import EvalLoader, TrainLoader
+from data.loader.order import SampleOrder, bytes_at_once
+from data.loader.pipeline import Alone, Batch, Loader
+from data.loader.quarantine import Quarantine
+from data.packing.images import BadImage, _nvimgcodec, check_header
+from data.settings import DataConfig
+from data.synthetic.drawings import PATTERNS
+from data.synthetic.synthesize import images
+from tests.data.loader.test_loaders import only
+from tests.support.damage import KINDS, damaged_copy
+from tests.support.datasets import upload
+from tests.support.image_corpus import corpus, damaged, encode
+from tests.support.servers import Proxy
+
+pytestmark = pytest.mark.slow
+
+GLOBAL_BATCH, SAMPLES = 16, 64  # every sample is used in every epoch
+STEPS = 2 * SAMPLES // GLOBAL_BATCH
+PNGS, WEBPS = (7, 27), (33,)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """64 drawn images in shards of about 10, a few of them PNG and WebP; not to be changed."""
+    folder = tmp_path_factory.mktemp("quarantine") / "train"
+    folder.mkdir()
+    samples = []
+    for number, (encoded, label) in enumerate(images(10, SAMPLES, 1, 0)):
+        extension = "png" if number in PNGS else "webp" if number in WEBPS else "jpg"
+        if extension != "jpg":
+            picture = Image.open(io.BytesIO(encoded)).convert("RGB")
+            encoded = encode(picture, {"png": "PNG", "webp": "WEBP"}[extension])
+        samples.append(Sample(f"{number:09d}", encoded, label, extension))
+    index = write_dataset(folder, samples, list(PATTERNS), shard_bytes=100_000, name="train")
+    assert len(index.shards) >= 5
+    return index
+
+
+@pytest.fixture(scope="module")
+def order(clean: Index) -> SampleOrder:
+    return SampleOrder(clean.shard_start, seed=3, global_batch=GLOBAL_BATCH, lanes=4, window=8)
+
+
+@pytest.fixture(scope="module")
+def undamaged(clean: Index, order: SampleOrder) -> dict[int, Batch]:
+    return by_step(train(clean, order))
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.loader.store.FIRST_PAUSE", 0.001)
+
+
+def loader_of(index: Index, order: SampleOrder, *, ranks: int = 1, rank: int = 0, start: int = 0, **options: Any) -> TrainLoader:
+    micro_batch = options.pop("micro_batch", GLOBAL_BATCH // ranks)
+    quarantine = options.pop("quarantine", None)
+    settings = DataConfig(**({"image_size": 16, "decode_threads": 1, "read_threads": 2, "max_bad": 0.5} | options))
+    return TrainLoader(
+        index, order, settings, micro_batch=micro_batch, rank=rank, ranks=ranks, device=CPU, start=start, end=STEPS, quarantine=quarantine
+    )
+
+
+def train(index: Index, order: SampleOrder, **options: Any) -> Iterator[Batch]:
+    with loader_of(index, order, **options) as loader:
+        yield from loader
+
+
+def threads() -> int:
+    gc.collect()  # an exception's traceback holds DALI's frames
+    return len(os.listdir("/proc/self/task"))
+
+
+def by_step(batches: Iterator[Batch]) -> dict[int, Batch]:
+    """The micro-batches of each step as one."""
+    steps: dict[int, list[Batch]] = {}
+    for batch in batches:
+        steps.setdefault(batch.step, []).append(batch)
+    return {step: joined(parts) for step, parts in steps.items()}
+
+
+def joined(parts: list[Batch]) -> Batch:
+    mixes = [part.mix for part in parts if part.mix is not None]
+    return Batch(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        np.concatenate([part.ids for part in parts]),
+        Mix(np.concatenate([mix.box for mix in mixes]), np.concatenate([mix.lam for mix in mixes])),
+        parts[0].epoch,
+        parts[0].step,
+    )
+
+
+def next_good(index: Index, bad: set[int], sample: int) -> int:
+    """The definition, written down once more."""
+    shard = index.shard_of(sample)
+    while True:
+        first, end = index.shard_start[shard : shard + 2].tolist()
+        own = list(range(first, end))
+        if sample in own:
+            own = own[sample - first :] + own[: sample - first]
+        for candidate in own:
+            if candidate not in bad:
+                return candidate
+        shard = (shard + 1) % len(index.shards)
+
+
+def check(found: dict[int, Batch], undamaged: dict[int, Batch], index: Index, bad: set[int]) -> None:
+    """All is as without damage, bit for bit, but for the slots of bad samples, which have the image, label and augmentation of those
+    that take their place."""
+    pictures = {(b.epoch, int(i)): image for b in undamaged.values() for i, image in zip(b.ids, b.images, strict=True)}
+    assert len(pictures) == 2 * SAMPLES
+    for step, batch in found.items():
+        slots = undamaged[step].ids.tolist()
+        used = [next_good(index, bad, slot) for slot in slots]
+        assert batch.ids.tolist() == used
+        assert batch.labels.tolist() == index.samples["label"][used].tolist()
+        assert batch.mix is not None
+        assert (batch.mix.box == undamaged[step].mix.box).all()  # type: ignore[union-attr]
+        assert (batch.mix.lam == undamaged[step].mix.lam).all()  # type: ignore[union-attr]
+        assert all(torch.equal(image, pictures[batch.epoch, sample]) for image, sample in zip(batch.images, used, strict=True))
+
+
+def scenario(name: str, index: Index, order: SampleOrder) -> dict[int, str]:
+    jpegs = [sample for sample in range(SAMPLES) if sample not in (*PNGS, *WEBPS)]
+    first, end = index.shard_start[2:4].tolist()
+    if name == "everything":
+        return {0: "zeros", 1: "no tables", 2: "no tables", 3: "cut", 7: "cut", 33: "zeros", 40: "another size", 63: "no tables"}
+    if name == "neighbours that only DALI finds":
+        return dict.fromkeys((10, 11, 12), "no tables")
+    if name == "several in one batch":
+        own = [sample for sample in order.batch(0, 1).tolist() if sample in jpegs]
+        return dict(zip(own[:4], ("no tables", "cut", "no tables", "another size"), strict=True))
+    if name == "first and last of a shard":
+        return {first: "no tables", end - 1: "cut"}
+    return {sample: "no tables" if sample in jpegs else "zeros" for sample in range(first, end)}  # a whole shard
+
+
+SCENARIOS = ["everything", "neighbours that only DALI finds", "several in one batch", "first and last of a shard", "whole shard"]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_bad_images_are_replaced_and_nothing_else_changes(
+    clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path, name: str
+) -> None:
+    damage = scenario(name, clean, order)
+    index = damaged_copy(clean, tmp_path / "copy", damage)
+    before = threads()
+    with loader_of(index, order) as loader:
+        check(by_step(iter(loader)), undamaged, index, set(damage))
+    assert only(before)
+    assert {bad.sample for bad in loader.quarantine.take_unshared()} == set(damage)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_on_any_number_of_ranks(clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path, ranks: int) -> None:
+    """Each finds out by itself, and all use the same."""
+    damage = scenario("everything", clean, order)
+    index = damaged_copy(clean, tmp_path / "copy", damage)
+    loaders = [train(index, order, ranks=ranks, rank=rank) for rank in range(ranks)]
+    check({step: joined([next(loader) for loader in loaders]) for step in range(STEPS)}, undamaged, index, set(damage))
+    assert all(next(loader, None) is None for loader in loaders)
+
+
+@pytest.mark.parametrize("start", [1, 4, 7])
+def test_a_restart_goes_on_the_same_with_and_without_what_was_found(
+    clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path, start: int
+) -> None:
+    damage = scenario("everything", clean, order)
+    index = damaged_copy(clean, tmp_path / "copy", damage)
+    known = Quarantine(index, 0.5, tmp_path / "quarantine.jsonl")
+    for sample in damage:
+        known.add(sample, "found before")
+    known.record(known.share(known.take_unshared()), step=start)
+    for file in (None, tmp_path / "quarantine.jsonl"):
+        quarantine = Quarantine(index, 0.5, file)
+        check(by_step(train(index, order, start=start, quarantine=quarantine)), undamaged, index, set(damage))
+        assert (quarantine.unshared > 0) == (file is None)
+
+
+def test_a_pipeline_that_raised_is_not_used_again(
+    clean: Index, order: SampleOrder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what takes the bad images out, the job ends: control of the tests above."""
+    index = damaged_copy(clean, tmp_path / "copy", {20: "no tables"})
+
+    def give_up(self: Loader, error: RuntimeError) -> None:
+        raise error
+
+    monkeypatch.setattr(Loader, "_take_out_bad", give_up)
+    with pytest.raises(RuntimeError, match="Failed to decode"):
+        list(train(index, order))
+
+
+def test_another_failure_of_dali_is_told_as_such(clean: Index, order: SampleOrder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops that lie outside of their image for whole batches only."""
+    parameters = TrainLoader._parameters
+
+    def broken(self: TrainLoader, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Any:
+        (start, *others), erased = parameters(self, epoch, ids, copies)
+        return (start + (100_000 if len(ids) > 1 else 0), *others), erased
+
+    monkeypatch.setattr(TrainLoader, "_parameters", broken)
+    before = threads()
+    with pytest.raises(ValueError, match=r"DALI failed on samples \d+ to \d+, each of which it can decode alone: "):
+        list(train(clean, order))
+    assert only(before)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_reads_that_fail_for_a_while_change_nothing(
+    clean: Index, order: SampleOrder, undamaged: dict[int, Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read fails twice, in turn with an error and with half of the bytes, before it succeeds."""
+    pread, tries, failed = os.pread, defaultdict[tuple[str, int, int], int](int), [0]
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        read = os.readlink(f"/proc/self/fd/{descriptor}"), size, offset
+        tries[read] += 1
+        failed[0] += tries[read] % 3 != 0
+        if tries[read] % 3 == 1:
+            raise OSError(5, "Input/output error")
+        return pread(descriptor, size, offset)[: size // 2 if tries[read] % 3 == 2 else size]
+
+    monkeypatch.setattr("data.loader.store.os.pread", failing)
+    monkeypatch.setattr("data.loader.store.FIRST_PAUSE", 0.001)
+    with loader_of(clean, order) as loader:
+        check(by_step(iter(loader)), undamaged, clean, set())
+    assert failed[0] > 20
+    assert loader.quarantine.unshared == 0
+    monkeypatch.setattr("data.loader.store.READ_TRIES", 1)
+    tries.clear()
+    with loader_of(clean, order, max_bad=0.99) as loader, pytest.raises(ValueError, match="Input/output error"):
+        next(iter(loader))  # control: who asks once takes them for bad
+
+
+def test_a_region_that_stays_unreadable(
+    clean: Index, order: SampleOrder, undamaged: dict[int, Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {21, 22, 50}
+    offsets = {int(clean.samples["offset"][sample]) for sample in bad}
+    pread = os.pread
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        if offset in offsets and os.readlink(f"/proc/self/fd/{descriptor}").endswith(tuple(names)):
+            raise OSError(5, "Input/output error")
+        return pread(descriptor, size, offset)
+
+    names = {clean.shards[clean.shard_of(sample)].name for sample in bad}
+    also = {s for s in range(SAMPLES) if clean.samples["offset"][s] in offsets and clean.shards[clean.shard_of(s)].name in names}
+    monkeypatch.setattr("data.loader.store.os.pread", failing)
+    with loader_of(clean, order) as loader:
+        check(by_step(iter(loader)), undamaged, clean, bad | also)
+    found = loader.quarantine.take_unshared()
+    assert {entry.sample for entry in found} == bad | also
+    assert all("Input/output error; 6 tries" in entry.reason or "1 try" in entry.reason for entry in found)
+
+
+def test_a_shard_cut_while_training(clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path) -> None:
+    index = damaged_copy(clean, tmp_path / "copy", {})
+    shard = 3
+    first, end = index.shard_start[shard : shard + 2].tolist()
+    middle = (first + end) // 2
+    bad = set(range(middle, end))
+    found = []
+    with loader_of(index, order, micro_batch=2, read_threads=1) as loader:  # which reads no step ahead
+        for batch in loader:
+            found.append(batch)
+            if len(found) == 1:
+                os.truncate(index.folder / index.shards[shard].name, int(index.samples["offset"][middle]) + 10)
+    steps = by_step(iter(found))
+    assert list(steps) == list(range(STEPS))
+    check({step: batch for step, batch in steps.items() if batch.epoch == 1}, undamaged, index, bad)
+    entries = loader.quarantine.take_unshared()
+    assert {entry.sample for entry in entries} == bad
+    assert all("the shard ends early" in entry.reason for entry in entries)
+
+
+def test_a_whole_bad_shard_at_a_url(s3: Proxy, clean: Index, tmp_path: Path) -> None:
+    """What takes its samples' place lies in a shard that the cache, of just the size that is needed, may have no room for."""
+    order = SampleOrder(clean.shard_start, seed=3, global_batch=GLOBAL_BATCH, lanes=1, window=6)
+    damage = scenario("whole shard", clean, order)
+    local = damaged_copy(clean, tmp_path / "copy", damage)
+    as_packed = [replace(shard, xxh3_128=checksum(local.folder / shard.name)) for shard in local.shards]
+    write_index(local.folder, as_packed, [np.array(local.samples)], local.classes)
+    upload(local.folder, "s3://bucket/damaged")
+    index = open_index("s3://bucket/damaged", str(tmp_path / "cache"))
+    at_once = bytes_at_once(order, index.shard_bytes, 1, 0, STEPS)
+    assert at_once < index.shard_bytes.sum()
+    with loader_of(index, order, cache_gb=at_once / 1e9) as loader:
+        check(by_step(iter(loader)), by_step(train(clean, order)), index, set(damage))
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(index: Index, *, rank: int = 0, ranks: int = 1, micro_batch: int = 7, passes: int = 1) -> list[list[Batch]]:
+    settings = DataConfig(image_size=16, decode_threads=1, max_bad=0.9)
+    with EvalLoader(index, settings, micro_batch=micro_batch, rank=rank, ranks=ranks, device=CPU) as loader:
+        return [list(loader) for _ in range(passes)]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", ["everything", "whole shard"])
+def test_in_evaluation_bad_images_are_left_out(clean: Index, order: SampleOrder, tmp_path: Path, ranks: int, name: str) -> None:
+    damage = scenario(name, clean, order)
+    index = damaged_copy(clean, tmp_path / "copy", damage)
+    (expected,) = evaluate(clean)
+    pictures = {int(i): image for batch in expected for i, image in zip(batch.ids, batch.images, strict=True)}
+    seen = []
+    for rank in range(ranks):
+        for batches in evaluate(index, rank=rank, ranks=ranks, passes=2):
+            assert all(len(batch.ids) == len(batch.images) == len(batch.labels) > 0 for batch in batches)
+            for batch in batches:
+                assert batch.labels.tolist() == index.samples["label"][batch.ids].tolist()
+                assert all(torch.equal(image, pictures[int(i)]) for i, image in zip(batch.ids, batch.images, strict=True))
+            ids = [int(i) for batch in batches for i in batch.ids]
+        seen += ids
+    assert sorted(seen) == [sample for sample in range(SAMPLES) if sample not in damage]
+
+
+def test_a_batch_of_which_nothing_is_left(clean: Index, tmp_path: Path) -> None:
+    index = damaged_copy(clean, tmp_path / "copy", {8: "no tables", 9: "no tables", 10: "zeros", 11: "cut"})
+    (batches,) = evaluate(index, micro_batch=4)
+    assert [batch.step for batch in batches] == [step for step in range(SAMPLES // 4) if step != 2]
+
+
+# ---------------------------------------------------------------- the header
+
+
+@pytest.mark.parametrize("case", corpus(), ids=lambda case: case.name)
+def test_header_of_what_packing_keeps(case: Any) -> None:
+    """What packing leaves as it is passes; of what it refuses all that is cut short, or no image at all, does not."""
+    encoded = np.frombuffer(case.encoded, np.uint8)
+    if case.bad is None and case.kept:
+        with Image.open(io.BytesIO(case.encoded)) as image:
+            check_header(encoded, *image.size)
+            with pytest.raises(BadImage, match="its header speaks of"):
+                check_header(encoded, image.width + 1, image.height)
+    elif case.name.startswith(("cut", "no end", "zeros.", "zeros at", "empty", "text")) and not case.name.endswith(".webp"):
+        with pytest.raises(BadImage):
+            check_header(encoded, 56, 40)
+
+
+def test_a_cut_jpeg_decodes_or_not_as_the_crop_has_it(clean: Index, order: SampleOrder) -> None:
+    """So without a look at its end it would be good in some epochs and bad in others."""
+    store_path = clean.folder / clean.shards[0].name
+    row = clean.samples[3]
+    encoded = store_path.read_bytes()[row["offset"] : row["offset"] + row["size"]]
+    hurt = np.frombuffer(KINDS["cut"](encoded), np.uint8)
+    with loader_of(clean, order, crop_area=(0.05, 0.1)) as loader:
+        alone = Alone(loader)
+        assert {alone.decodes(epoch, 3, 0, hurt) for epoch in range(30)} == {True, False}
+    with pytest.raises(BadImage, match="cut short"):
+        check_header(hurt, int(row["width"]), int(row["height"]))
+
+
+def test_what_passes_is_good_or_bad_whatever_the_crop(clean: Index, order: SampleOrder) -> None:
+    """Files hurt in a dozen ways; and none of them ends the process."""
+    outcomes = []
+    with loader_of(clean, order) as loader:
+        for encoded in damaged(300, seed=11):
+            hurt = np.frombuffer(encoded, np.uint8)
+            try:
+                stream = _nvimgcodec().CodeStream(hurt)
+                width, height = stream.width, stream.height
+                check_header(hurt, width, height)
+            except (BadImage, RuntimeError):
+                continue
+            crops = [(0, 0), (height // 2, width // 2), (0, width // 2), (height - 1, 0)]
+            outcomes.append({decodes(loader, hurt, y, x, height - y, width - x) for y, x in crops} | {decodes(loader, hurt, 0, 0, 1, 1)})
+    assert all(len(outcome) == 1 for outcome in outcomes)
+    assert min(outcomes.count({True}), outcomes.count({False})) > 20
+
+
+def decodes(loader: TrainLoader, encoded: np.ndarray, y: int, x: int, height: int, width: int) -> bool:
+    parameters = TrainLoader._parameters
+
+    def cropped(epoch: int, ids: np.ndarray, copies: np.ndarray) -> Any:
+        (_, _, *others), erased = parameters(loader, epoch, ids, copies)
+        return (np.array([[y, x]], np.int32), np.array([[height, width]], np.int32), *others), erased
+
+    loader._parameters = cropped  # type: ignore[method-assign]
+    return Alone(loader).decodes(0, 0, 0, encoded)
+
+
+def test_the_end_of_a_thumbnail_is_not_that_of_the_image(clean: Index) -> None:
+    encoded = (clean.folder / clean.shards[0].name).read_bytes()
+    row = clean.samples[3]
+    jpeg = encoded[row["offset"] : row["offset"] + row["size"]]
+    with_thumbnail = jpeg[:2] + b"\xff\xe1\x00\x0aExif\0\0\xff\xd9" + jpeg[2:]
+    size = int(row["width"]), int(row["height"])
+    for whole in (with_thumbnail, with_thumbnail + b"something behind it"):
+        check_header(np.frombuffer(whole, np.uint8), *size)
+    with pytest.raises(BadImage, match="cut short"):
+        check_header(np.frombuffer(with_thumbnail[:-200], np.uint8), *size)
+
+
+# ---------------------------------------------------------------- how many, and what is kept
+
+
+def test_too_many_end_the_job(clean: Index, order: SampleOrder, tmp_path: Path) -> None:
+    damage = dict.fromkeys((4, 5, 30, 44), "no tables")
+    index = damaged_copy(clean, tmp_path / "copy", damage)
+    assert len(list(train(index, order, max_bad=4 / SAMPLES))) == STEPS
+    before = threads()
+    with pytest.raises(ValueError, match=rf"{index.place}: 4 of 64 images can't be used, and data\.max_bad=0\.046875 allows 3\.") as caught:
+        list(train(index, order, max_bad=3 / SAMPLES))
+    assert str(caught.value).count("DALI can't decode it") == 4
+    assert "python -m data verify --deep" in str(caught.value)
+    del caught
+    assert only(before)
+
+
+def test_what_all_ranks_found_counts_together(clean: Index) -> None:
+    one, other = Quarantine(clean, 3 / SAMPLES), Quarantine(clean, 3 / SAMPLES)
+    for sample in (5, 6):
+        one.add(sample, "bad")
+    for sample in (6, 7, 8):
+        other.add(sample, "bad")
+    found = one.take_unshared() + other.take_unshared()
+    errors = []
+    for quarantine in (one, other):
+        assert [bad.sample for bad in quarantine.share(found)] == [5, 6, 7, 8]
+        assert quarantine.share(found) == []
+        assert quarantine.count == 4
+        with pytest.raises(ValueError, match="4 of 64 images") as caught:
+            quarantine.check()
+        errors.append(str(caught.value))
+        with pytest.raises(ValueError, match="5 of 64 images"):
+            quarantine.add(9, "bad")
+    assert errors[0] == errors[1]
+
+
+def test_the_file(clean: Index, tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    first = Quarantine(clean, 0.5, file)
+    assert not file.exists()
+    first.add(63, "its header is damaged")
+    first.record(first.share(first.take_unshared()), step=50)
+    val = Quarantine(clean, 0.5, file, replaces=False)
+    val.add(3, "DALI can't decode it")
+    val.record(val.share(val.take_unshared()), step=60)
+    first.add(int(clean.shard_start[-2]), "cut")  # the one that took its place
+    first.record(first.share(first.take_unshared()), step=100)
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    start = int(clean.shard_start[-2])
+    expected = [(50, 63, start), (60, 3, None), (100, start, start + 1)]
+    assert [(line["step"], line["sample"], line["replaced_by"]) for line in lines] == expected
+    assert lines[0]["key"] == "000000063"
+    assert lines[0]["shard"] == clean.shards[-1].name
+    assert lines[0]["reason"] == "its header is damaged"
+    assert {line["dataset"] for line in lines} == {clean.fingerprint}
+
+    again = Quarantine(clean, 0.5, file)
+    assert (again.count, again.unshared) == (3, 0)
+    assert [again.stand_in(sample) for sample in (63, start, 0)] == [start + 1, start + 1, 0]
+    with pytest.raises(ValueError, match=r"3 of 64 images can't be used, and data\.max_bad=0 allows 0"):
+        Quarantine(clean, 0, file)
+
+    file.write_text(file.read_text().replace(clean.fingerprint, "of another dataset"))
+    assert Quarantine(clean, 0, file).count == 0
+    file.write_text(file.read_text() + '{"time": 17')
+    with pytest.raises(ValueError, match=rf"{file}: line 4 can't be read"):
+        Quarantine(clean, 0.5, file)
+
+
+def test_every_pattern_of_bad_samples(clean: Index) -> None:
+    """What takes a place is what the definition says, and never bad."""
+    chance = np.random.default_rng(0)
+    for share in (0.02, 0.3, 0.7, 0.95):
+        bad = set(np.flatnonzero(chance.random(SAMPLES) < share).tolist()) - {11}
+        quarantine = Quarantine(clean, 0.99)
+        for sample in bad:
+            quarantine.add(sample, "bad")
+        assert [quarantine.stand_in(s) for s in range(SAMPLES)] == [next_good(clean, bad, s) for s in range(SAMPLES)]
+
+
+def test_without_its_idx_a_bad_image_has_no_key(clean: Index, tmp_path: Path) -> None:
+    index = damaged_copy(clean, tmp_path / "copy", {})
+    (index.folder / index.shards[0].name).with_suffix(".idx").unlink()
+    quarantine = Quarantine(index, 0.5)
+    quarantine.add(0, "bad")
+    (bad,) = quarantine.take_unshared()
+    assert str(bad) == f"sample 0 (key None, shard {index.shards[0].name}): bad"

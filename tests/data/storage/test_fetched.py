@@ -1,0 +1,504 @@
+"""Reading from shards at URLs, through the cache, whatever fails for a while."""
+
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import ANY
+
+import fsspec
+import numpy as np
+import pytest
+
+from data.__main__ import main
+from data.dataset.index import Index, key, open_index
+from data.loader.order import ShardUse, evaluation_bytes_at_once, evaluation_uses
+from data.loader.store import FetchedShards, fetch
+from data.packing.verify import verify
+from data.storage.cache import Cache, release
+from data.storage.remote import Stopped
+from tests.data.loader.test_store import whole
+from tests.support.datasets import upload
+from tests.support.servers import Proxy, web_server
+
+pytestmark = pytest.mark.slow
+
+TRAIN = "s3://bucket/train"
+
+
+@pytest.fixture
+def remote(s3: Proxy, tmp_path: Path) -> Index:
+    """many_shards, from S3; nothing but its index is in the cache."""
+    index = open_index(TRAIN, str(tmp_path / "cache"))
+    s3.clear()
+    return index
+
+
+def sequence(index: Index, micro_batch: int = 1) -> tuple[list[ShardUse], int]:
+    """The uses of one reader that goes through all samples in order, a micro-batch a step, and the bytes that takes at once."""
+    uses = evaluation_uses(index.shard_start, micro_batch, 1)
+    return uses, evaluation_bytes_at_once(uses, index.shard_bytes)
+
+
+def store_of(index: Index, *, shards: float, **options: Any) -> FetchedShards:
+    """A store with room for so many shards of the largest size, of which it may hold half."""
+    uses, at_once = sequence(index)
+    options = {"at_once": at_once, "cache_gb": shards * index.shard_bytes.max() / 1e9} | options
+    return FetchedShards(index, options.pop("uses", uses), **options)
+
+
+def read_all(store: FetchedShards) -> list[bytes]:
+    images = []
+    for sample_id in range(len(store.index)):
+        images.append(store.read(sample_id).tobytes())
+        store.advance(sample_id + 1)
+    return images
+
+
+def held(index: Index) -> int:
+    """Bytes of shards in the cache, whole or on their way, at a moment in which nobody adds or removes any."""
+    with Cache(index.folder)._alone():
+        return sum(path.stat().st_size for path in index.folder.iterdir() if path.name.endswith((".tar", ".tar.part")))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def fetchers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("fetch-")]
+
+
+def test_the_index_comes_through_the_cache_once(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
+    s3.clear()
+    index = open_index(TRAIN, str(tmp_path))
+    assert index.folder == tmp_path / many_shards.fingerprint
+    assert isinstance(index.samples, np.memmap)
+    assert (index.samples == many_shards.samples).all()
+    assert (index.shards, index.classes, index.fingerprint) == (many_shards.shards, many_shards.classes, many_shards.fingerprint)
+    assert [key(index, sample_id) for sample_id in (0, 50, 99, 50)] == [key(many_shards, sample_id) for sample_id in (0, 50, 99, 50)]
+    assert not s3.shards()
+    open_index(TRAIN, str(tmp_path))
+    assert s3.gets["index.npy"] == 1
+    assert sum(count for name, count in s3.gets.items() if name.endswith(".idx")) == 3
+
+
+def test_an_index_of_another_dataset_never_enters_the_cache(s3: Proxy, tmp_path: Path) -> None:
+    s3.fail("index.npy", "ever-corrupt")
+    with pytest.raises(ValueError, match=r"s3://bucket/train/index\.npy: .*\(6 tries\)"):
+        open_index(TRAIN, str(tmp_path))
+    assert [path.name for folder in tmp_path.iterdir() for path in folder.iterdir()] == ["lock"]
+
+
+def test_all_samples_in_order_with_a_small_cache(s3: Proxy, remote: Index, many_shards: Index) -> None:
+    """Each shard is fetched once, and at no moment is there more in the cache than its bound."""
+    most, done = [0], threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            most[0] = max(most[0], held(remote))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    with store_of(remote, shards=6) as store:
+        assert read_all(store) == whole(many_shards)
+        assert store.waited_s > 0
+    done.set()
+    sampler.join()
+    assert s3.shards() == {shard.name: 1 for shard in remote.shards}
+    bound = 6 * int(remote.shard_bytes.max())
+    assert bound / 2 < most[0] <= bound
+    assert not fetchers()
+    assert not list(remote.folder.glob("reserved-*"))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 25])
+def test_a_cache_of_just_what_is_needed_at_once_is_enough(remote: Index, many_shards: Index, micro_batch: int) -> None:
+    uses, at_once = sequence(remote, micro_batch)
+    expected = whole(many_shards)
+    with FetchedShards(remote, uses, at_once=at_once, cache_gb=at_once / 1e9) as store:
+        for step in range(0, 100, micro_batch):
+            assert [store.read(step + i).tobytes() for i in range(micro_batch)] == expected[step : step + micro_batch]
+            store.advance(step // micro_batch + 1)
+
+
+def test_a_second_epoch_fetches_nothing_where_there_is_room(s3: Proxy, remote: Index, many_shards: Index) -> None:
+    room = len(remote.shards) + 1
+    for _ in range(2):
+        with store_of(remote, shards=room) as store:
+            assert read_all(store) == whole(many_shards)
+    assert s3.shards() == {shard.name: 1 for shard in remote.shards}
+    with store_of(remote, shards=room - 5) as store:  # control: with less room some come again
+        assert held(remote) <= (room - 5) * int(remote.shard_bytes.max())
+        assert read_all(store) == whole(many_shards)
+    assert sum(s3.shards().values()) > len(remote.shards)
+
+
+def test_what_is_needed_first_is_fetched_first_and_as_far_ahead_as_the_cache_allows(
+    s3: Proxy, remote: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.loader.store.FETCH_THREADS", 1)  # so that the order of the requests is that of the bookings
+    uses = [use for use in sequence(remote)[0] if use.first >= 40]  # as after a resume
+    with store_of(remote, shards=10, uses=uses) as store:
+        wait_for(lambda: len(list(remote.folder.glob("*.tar"))) >= 5)
+        time.sleep(0.1)
+        expected, room = [], 10 * int(remote.shard_bytes.max()) // 2
+        for use in uses:
+            room -= remote.shards[use.shard].bytes
+            if room < 0:
+                break
+            expected.append(remote.shards[use.shard].name)
+        assert list(s3.shards()) == expected
+        store.advance(uses[1].last + 1)  # two are done
+        wait_for(lambda: len(s3.shards()) >= len(expected) + 2)
+        time.sleep(0.05)
+        assert list(s3.shards())[: len(expected) + 2] == [remote.shards[use.shard].name for use in uses[: len(expected) + 2]]
+
+
+def test_a_slow_fetch_stops_only_those_who_need_it(s3: Proxy, remote: Index, many_shards: Index) -> None:
+    slow = remote.shards[2]
+    s3.fail(slow.name, "stall")
+    first = int(remote.shard_start[2])
+    expected = whole(many_shards)
+    with store_of(remote, shards=14) as store, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(store.read, first)
+        for sample_id in (*range(first), *range(int(remote.shard_start[3]), int(remote.shard_start[5]))):
+            assert store.read(sample_id).tobytes() == expected[sample_id]
+        time.sleep(0.1)
+        assert not waiting.done()
+        before = store.waited_s
+        s3.go_on.set()
+        assert waiting.result(timeout=20).tobytes() == expected[first]
+        assert store.waited_s >= before + 0.1
+    assert s3.shards()[slow.name] >= 2
+
+
+@pytest.mark.parametrize("fault", ["500", "503", "reset", "short", "corrupt"])
+def test_faults_that_pass(s3: Proxy, remote: Index, many_shards: Index, fault: str) -> None:
+    for shard in remote.shards[::3]:
+        s3.fail(shard.name, *[fault] * 2)
+    with store_of(remote, shards=8) as store:
+        assert read_all(store) == whole(many_shards)
+    assert {name for name, count in s3.shards().items() if count == 3} == {shard.name for shard in remote.shards[::3]}
+
+
+@pytest.mark.parametrize("fault", ["500", "reset", "short", "corrupt"])
+def test_a_failed_try_leaves_nothing_pinned(s3: Proxy, remote: Index, fault: str) -> None:
+    """Also while no collection frees the exceptions that the store's libraries keep in cycles, with all frames below them: what stayed
+    pinned could not be evicted, and ranks that share the cache would wait for its room for ever."""
+    for shard in remote.shards[:6]:
+        s3.fail(shard.name, fault)
+    gc.collect()
+    gc.disable()
+    try:
+        with store_of(remote, shards=3 * len(remote.shards)) as store:
+            wait_for(lambda: len(s3.shards()) == len(remote.shards) and not fetchers())
+            assert pinned(remote) == {shard.name for shard in remote.shards}
+            store.advance(len(remote))
+            assert pinned(remote) == set()
+    finally:
+        gc.enable()
+
+
+def pinned(index: Index) -> set[str]:
+    """The dataset's shards that this process has open."""
+    files = [Path(os.readlink(file)) for file in Path("/proc/self/fd").iterdir() if file.exists()]
+    return {file.name for file in files if file.parent == index.folder and file.suffix == ".tar"}
+
+
+def test_a_stall_is_given_up(s3: Proxy, tmp_path: Path, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.storage.remote.STALL", 0.3)
+    index = open_index(TRAIN, str(tmp_path))
+    s3.fail(index.shards[1].name, "stall", "stall")
+    with store_of(index, shards=8) as store:
+        assert read_all(store) == whole(many_shards)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "tries"),
+    [
+        ("500", r"OSError: .*injected", "6 tries"),
+        ("corrupt", "other bytes than were packed, .*", "6 tries"),
+        ("403", "PermissionError: .*", r"1 try\); credentials are found"),
+    ],
+)
+def test_faults_that_stay_are_errors_at_the_shards_turn(s3: Proxy, remote: Index, fault: str, reason: str, tries: str) -> None:
+    bad = remote.shards[3]
+    s3.fail(bad.name, f"ever-{fault}")
+    first = int(remote.shard_start[3])
+    with store_of(remote, shards=14) as store:
+        wait_for(lambda: s3.gets[bad.name] > 0)
+        for sample_id in range(first):
+            store.read(sample_id)
+        with pytest.raises(ValueError, match=rf"^s3://bucket/train/{bad.name}: {reason} \({tries}"):
+            store.read(first)
+        store.read(int(remote.shard_start[4]))
+    assert not (remote.folder / bad.name).exists()
+    assert not list(remote.folder.glob("*.part"))
+
+
+def test_without_the_checksum_damage_gets_through(s3: Proxy, remote: Index, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control of the tests above."""
+    monkeypatch.setattr("data.loader.store.checksum", lambda path: ANY)
+    s3.fail(remote.shards[3].name, "corrupt")
+    with store_of(remote, shards=8) as store:
+        assert read_all(store) != whole(many_shards)
+
+
+@pytest.mark.parametrize(("change", "message"), [(-7, r"\d+ bytes instead of \d+"), (7, r"more than the \d+ bytes")])
+def test_a_shard_of_another_size(s3: Proxy, many_shards: Index, tmp_path: Path, change: int, message: str) -> None:
+    """One that was changed after the listing, or is on a server that has none."""
+    folder = shutil.copytree(many_shards.folder, tmp_path / "train")
+    index = open_index(f"file://{folder}", str(tmp_path / "cache"))
+    os.truncate(folder / index.shards[0].name, index.shards[0].bytes + change)
+    with store_of(index, shards=8) as store, pytest.raises(ValueError, match=message):
+        store.read(0)
+
+
+def test_close_does_not_wait_for_a_stalled_download(s3: Proxy, remote: Index) -> None:
+    s3.fail(remote.shards[0].name, "stall")
+    store = store_of(remote, shards=8)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(store.read, 0)
+        assert s3.stalled.wait(10)
+        began = time.monotonic()
+        store.close()
+        assert time.monotonic() - began < 5
+        with pytest.raises(Stopped):
+            waiting.result(timeout=5)
+    s3.go_on.set()
+    wait_for(lambda: not fetchers())
+    assert not list(remote.folder.glob("*.part"))
+
+
+def test_a_cache_that_is_too_small_says_what_is_needed(remote: Index) -> None:
+    uses, at_once = sequence(remote, micro_batch=8)
+    message = r"data\.cache_gb=0\.0001 is too small: the shards that the ranks of a node \(8\) need at the same time take (\S+) GB"
+    with pytest.raises(ValueError, match=message) as caught:
+        FetchedShards(remote, uses, at_once=at_once, cache_gb=0.0001, ranks_on_node=8)
+    enough = float(re.search(message, str(caught.value))[1])  # type: ignore[index]
+    assert 8 * at_once <= enough * 1e9 <= 8 * at_once * 1.01
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(FetchedShards(remote, uses, at_once=at_once, cache_gb=enough, ranks_on_node=8))
+        with pytest.raises(ValueError, match="other processes on this node have reserved"):
+            FetchedShards(remote, uses, at_once=at_once, cache_gb=enough, ranks_on_node=1)
+
+
+READER = """
+import hashlib, json, sys, time
+import data.storage.remote, data.store
+from data.dataset.index import open_index
+from data.loader.order import evaluation_bytes_at_once, evaluation_uses
+data.storage.remote.FIRST_PAUSE = 0.01
+url, cache, gb, ranks, rank = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+index = open_index(url, cache)
+uses = evaluation_uses(index.shard_start, 1, 1)
+at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
+digest = hashlib.sha256()
+with data.loader.store.FetchedShards(index, uses, at_once=at_once, cache_gb=gb, ranks_on_node=ranks) as store:
+    for sample_id in range(len(index)):
+        digest.update(store.read(sample_id))
+        store.advance(sample_id + 1)
+        time.sleep(0.002 * rank)
+print(digest.hexdigest())
+"""
+
+
+class Readers:
+    """Processes that read all samples through the same cache."""
+
+    def __init__(self, count: int, cache: Path, gb: float) -> None:
+        command = [sys.executable, "-c", READER, TRAIN, str(cache), str(gb), str(count)]
+        pipe = subprocess.PIPE
+        self.processes = [subprocess.Popen([*command, str(rank)], stdout=pipe, stderr=pipe, text=True) for rank in range(count)]
+
+    def results(self) -> list[str]:
+        """What each printed, or its error."""
+        outputs = [process.communicate(timeout=60) for process in self.processes]
+        return [output.strip() or error for output, error in outputs]
+
+    def __enter__(self) -> "Readers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def digest(many_shards: Index) -> str:
+    import hashlib
+
+    return hashlib.sha256(b"".join(whole(many_shards))).hexdigest()
+
+
+def test_the_ranks_of_a_node_fetch_a_shard_once(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
+    """Three processes, from an empty cache: index and shards are asked for once each."""
+    with Readers(3, tmp_path, 1.0) as readers:
+        assert readers.results() == [digest] * 3
+    assert s3.gets["index.npy"] == 1
+    assert s3.shards() == {shard.name: 1 for shard in many_shards.shards}
+
+
+def test_ranks_share_a_cache_that_is_too_small_for_all_shards(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
+    bound = 7 * int(many_shards.shard_bytes.max())
+    folder = tmp_path / many_shards.fingerprint
+    most = 0
+    with Readers(3, tmp_path, bound / 1e9) as readers:
+        index = many_shards.__class__(**{**vars(many_shards), "folder": folder})
+        while any(process.poll() is None for process in readers.processes):
+            if folder.exists():
+                most = max(most, held(index))
+            time.sleep(0.002)
+        assert readers.results() == [digest] * 3
+    assert bound / 2 < most <= bound
+
+
+def test_ranks_go_on_when_one_is_killed_in_a_download(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
+    stalled = many_shards.shards[5].name
+    s3.fail(stalled, "stall")
+    with Readers(3, tmp_path, 1.0) as readers:
+        assert s3.stalled.wait(30)
+        fetching = [process for process in readers.processes if locks(process.pid, tmp_path / many_shards.fingerprint / f"{stalled}.part")]
+        assert len(fetching) == 1
+        fetching[0].kill()
+        others = [process for process in readers.processes if process is not fetching[0]]
+        assert [process.communicate(timeout=60)[0].strip() for process in others] == [digest] * 2
+    assert not list((tmp_path / many_shards.fingerprint).glob("*.part"))
+    assert all(count <= 2 for count in s3.shards().values())
+
+
+def locks(process: int, path: Path) -> bool:
+    """Whether a process holds an exclusive flock on a file."""
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1:4] == ["FLOCK", "ADVISORY", "WRITE"] and fields[4] == str(process):
+            return any(os.readlink(link) == str(path) for link in Path(f"/proc/{process}/fd").iterdir())
+    return False
+
+
+def test_two_datasets_in_one_cache_folder(s3: Proxy, dataset: Index, many_shards: Index, tmp_path: Path) -> None:
+    upload(dataset.folder, "s3://bucket/other")
+    first, second = open_index(TRAIN, str(tmp_path)), open_index("s3://bucket/other", str(tmp_path))
+    with store_of(first, shards=4) as one, store_of(second, shards=4) as two:
+        images = [(one.read(0).tobytes(), two.read(0).tobytes())]
+        assert images == [(whole(many_shards)[0], whole(dataset)[0])]
+        assert read_all(two) == whole(dataset)
+        assert read_all(one) == whole(many_shards)
+
+
+# ---------------------------------------------------------------- other protocols, and what can't be opened
+
+
+@pytest.fixture(params=["http", "file", "memory"])
+def url(request: pytest.FixtureRequest, many_shards: Index) -> Iterator[str]:
+    if request.param == "http":
+        with web_server(many_shards.folder.parent) as proxy:
+            proxy.fail(many_shards.shards[1].name, "500", "short", "corrupt")
+            yield f"{proxy.url}/train"
+    elif request.param == "file":
+        yield f"file://{many_shards.folder}"
+    else:
+        store = fsspec.filesystem("memory")
+        store.put(str(many_shards.folder), "/train", recursive=True)
+        yield "memory://train"
+        store.rm("/train", recursive=True)
+
+
+def test_other_protocols(url: str, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)
+    index = open_index(url, str(tmp_path))
+    assert index.place == url
+    with store_of(index, shards=6) as store:
+        assert read_all(store) == whole(many_shards)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://nobody/train", r"s3://nobody/train/dataset\.json: FileNotFoundError: .*bucket does not exist \(1 try\)"),
+        ("s3://bucket/nothing", r"s3://bucket/nothing/dataset\.json: FileNotFoundError.* is it the folder of a packed dataset"),
+        ("gs://bucket/train", r"gs://bucket/train: can't be opened: .*gcsfs"),
+        ("what://bucket/train", r"what://bucket/train: can't be opened: Protocol not known: what"),
+        ("http://127.0.0.1:1/train", r"http://127\.0\.0\.1:1/train/dataset\.json: ClientConnectorError.*\(6 tries\)"),
+    ],
+)
+def test_places_that_cannot_be_opened(s3: Proxy, tmp_path: Path, url: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_index(url, str(tmp_path))
+
+
+def test_missing_credentials(s3: Proxy, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(many_shards.folder, "s3://bucket/public", ACL="public-read")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(ValueError, match=r"Unable to locate credentials \(1 try\); credentials are found .* FSSPEC_S3_ANON=true"):
+        open_index(TRAIN, str(tmp_path))
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})  # what FSSPEC_S3_ANON=true does
+    with pytest.raises(ValueError, match=r"dataset\.json: PermissionError: .*\(1 try\)"):
+        open_index(TRAIN, str(tmp_path))
+    assert len(open_index("s3://bucket/public", str(tmp_path))) == 100
+
+
+def test_a_listing_shows_shards_that_are_missing_or_cut(s3: Proxy, dataset: Index, tmp_path: Path) -> None:
+    upload(dataset.folder, "s3://bucket/cut")
+    store = fsspec.filesystem("s3")
+    store.rm_file(f"bucket/cut/{dataset.shards[1].name}")
+    store.pipe_file(f"bucket/cut/{dataset.shards[3].name}", b"short")
+    expected = rf"s3://bucket/cut: {dataset.shards[1].name} is missing; {dataset.shards[3].name} has 5 bytes instead of \d+"
+    with pytest.raises(ValueError, match=expected):
+        open_index("s3://bucket/cut", str(tmp_path))
+
+
+def test_a_store_that_may_be_read_but_not_listed(s3: Proxy, tmp_path: Path) -> None:
+    s3.fail("bucket", "ever-403")
+    index = open_index(TRAIN, str(tmp_path))
+    assert index.remote is not None
+    assert index.remote.sizes() is None
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_stats_order_and_verify_of_a_url(
+    s3: Proxy, many_shards: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)
+    outputs = []
+    job = tmp_path / "job.yaml"
+    for place in (str(many_shards.folder), TRAIN):
+        job.write_text(f"global_batch: 10\ndata: {{train: '{place}', cache: {tmp_path}}}")
+        for command in (["stats", place, "--cache", str(tmp_path)], ["order", str(job), "--steps", "0:3"]):
+            assert main(command) == 0
+            outputs.append(capsys.readouterr().out.replace(place, ""))
+    assert outputs[:2] == outputs[2:]
+    assert not s3.shards()
+    s3.fail(many_shards.shards[2].name, "ever-corrupt")
+    assert main(["verify", TRAIN, "--cache", str(tmp_path), "--workers", "1"]) == 1
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{TRAIN}/{many_shards.shards[2].name}: other bytes than were packed")
+    s3.clear()
+    assert verify(TRAIN, str(tmp_path), deep=True) == 0
+    assert s3.shards() == {many_shards.shards[2].name: 1}
+
+
+def test_one_shard_without_a_plan(remote: Index, many_shards: Index) -> None:
+    descriptor = fetch(Cache(remote.folder, 1e9), remote, 4)
+    assert os.pread(descriptor, 1 << 20, 0) == (many_shards.folder / many_shards.shards[4].name).read_bytes()
+    release(descriptor)

@@ -1,0 +1,211 @@
+"""What the engine's keys change and what they must not: ZeRO stages, offload, recomputation, compilation, BatchNorm over all ranks."""
+
+import os
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.engine import engine as engines
+from tests.support.ranks import run_on_ranks
+
+pytestmark = pytest.mark.slow
+
+STEPS = 50
+INDUCTOR, SWITCH = "torch._inductor.compile_fx", "TORCHDYNAMO_DISABLE"
+
+
+def run(
+    steps: int, clip: float = 0.0, lr: float = 2e-3, model: dict[str, Any] | None = None, graphs: bool = False, **engine: Any
+) -> dict[str, Any]:
+    """One rank's losses of a narrow VAN that learns four classes, with accumulation, drop path and a moving average."""
+    from pretrain import config as settings
+    from pretrain.engine import engine as engines
+    from pretrain.engine.batch_stats import BatchStats
+    from pretrain.engine.guard import Guard
+    from pretrain.model.fast.cuda_graphs import graph_stages
+    from pretrain.model.van import VAN
+    from tests.pretrain.model.fast.test_cuda_graphs import Rerun
+
+    config = settings.from_dict(
+        {
+            "name": "narrow", "seed": 1, "global_batch": 16, "epochs": 1.0, "data": {"train": "unused"}, "optim": {"lr": lr},
+            "model": {"name": "van_b0", "classes": 4} | (model or {}),
+            "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 4} | engine,
+        }
+    )  # fmt: skip
+    if not dist.is_initialized():
+        engines.start(config.engine)
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    network = VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), drop_path_rate=0.1)
+    built = engines.build(config, network, settings.accumulation(config, dist.get_world_size()))
+    stats, guard, losses = BatchStats(network, 0.9), Guard(built, clip=clip, scales=config.engine.precision == "fp16"), []
+    if graphs:
+        line = graph_stages(network, built.reductions.ready, torch.empty(4, 3, 32, 32).to(memory_format=torch.channels_last), Rerun)
+        assert line == "graphs: 4 stages, forward and backward"
+    for step in range(steps):
+        drawn = torch.Generator().manual_seed(step)
+        labels = torch.arange(16) % 4
+        images = torch.randn(16, 3, 32, 32, generator=drawn) + torch.randn(4, 3, 1, 1, generator=torch.Generator().manual_seed(9))[labels]
+        torch.manual_seed(100 * step + rank)
+        total = torch.zeros(())
+        for micro_step, own in enumerate(torch.arange(16).view(2, 2, 4)[rank]):
+            loss = nn.functional.cross_entropy(built(images[own].to(memory_format=torch.channels_last)).float(), labels[own])
+            built.backward(guard.scaled(loss))
+            total += loss.detach() / 2
+            if micro_step == 1:
+                stats.start_averaging()
+                guard.check()
+            built.step()
+        stats.finish(guard.found_inf)
+        dist.all_reduce(total)
+        losses.append(float(total) / 2)
+    counted = {int(buffer) for name, buffer in network.named_buffers() if name.endswith("num_batches_tracked")}
+    return {"losses": losses, "statistics": stats.flat.tolist(), "counted": counted}
+
+
+def every_stage() -> dict[str, list[float]]:
+    found = {f"ZeRO-{stage}": run(STEPS, clip=1.0, zero_stage=stage)["losses"] for stage in range(4)}
+    found["offload"] = run(STEPS, clip=1.0, zero_stage=2, offload=True)["losses"]
+    found["control"] = run(STEPS, clip=1.0, zero_stage=1, lr=2.02e-3)["losses"]
+    return found
+
+
+@pytest.mark.long
+def test_every_zero_stage_trains_as_plain_data_parallel() -> None:
+    for found in run_on_ranks(2, every_stage):
+        plain, control = found.pop("ZeRO-0"), found.pop("control")
+        assert len(plain) == STEPS
+        assert sum(plain[-5:]) < 0.5 * sum(plain[:5])  # it learns something
+        for losses in found.values():
+            assert losses == pytest.approx(plain, rel=1e-3)
+        assert control != pytest.approx(plain, rel=1e-3)
+
+
+def with_graphs() -> list[dict[str, Any]]:
+    return [run(4, clip=1.0, zero_stage=stage, graphs=graphs) for stage in (0, 1) for graphs in (False, True)]
+
+
+def test_graphs_train_as_without() -> None:
+    for plain_0, graphs_0, plain_1, graphs_1 in run_on_ranks(2, with_graphs):
+        assert graphs_0 == plain_0
+        assert graphs_1 == plain_1
+
+
+def imported() -> tuple[list[bool], str]:
+    """Inductor, by engines of all stages and then by torch.compile."""
+    os.environ[SWITCH] = "0"
+    for stage in range(4):
+        run(1, zero_stage=stage)
+    before = INDUCTOR in sys.modules
+    torch.compile(torch.neg)
+    return [before, INDUCTOR in sys.modules], os.environ[SWITCH]
+
+
+def test_inductor_is_not_imported_for_nothing() -> None:
+    assert run_on_ranks(2, imported) == [([False, True], "0")] * 2
+
+
+# ---------------------------------------------------------------- memory and compilation
+
+
+def every_way() -> dict[str, Any]:
+    ways: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "recomputed": {"model": {"checkpoint_stages": [0, 2]}},
+        "everything recomputed": {"model": {"checkpoint_stages": [0, 1, 2, 3]}},
+    }
+    found = {name: run(3, **way) for name, way in ways.items()}
+    both = {"model": {"checkpoint_stages": [0, 1, 2, 3]}, "sync_bn": True}
+    return found | {"synchronised": run(3, sync_bn=True), "both": run(3, **both)}
+
+
+def test_recomputation_changes_nothing_and_counts_each_step_once() -> None:
+    for found in run_on_ranks(2, every_way):
+        assert found["recomputed"] == found["everything recomputed"] == found["plain"]
+        assert found["plain"]["counted"] == {6}
+        assert found["both"] == found["synchronised"]
+        assert found["synchronised"]["losses"] != found["plain"]["losses"]
+
+
+def compiled() -> tuple[list[float], list[float], int]:
+    from torch._dynamo.utils import counters
+
+    plain = run(3)["losses"]
+    return plain, run(3, model={"compile": True, "checkpoint_stages": [2]})["losses"], counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.full
+def test_compiled_blocks_compute_what_the_others_do() -> None:
+    for plain, losses, graphs in run_on_ranks(2, compiled):
+        assert losses == pytest.approx(plain, rel=1e-3)
+        assert graphs >= 4  # one at least for the blocks of each stage
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_lower_precision_is_close_to_fp32(precision: str) -> None:
+    one, _ = run_on_ranks(2, run, steps=5, precision=precision)
+    exact, _ = run_on_ranks(2, run, steps=5)
+    assert one["losses"] == pytest.approx(exact["losses"], rel=3e-2)
+    # A CPU without bf16 computes in fp32.
+    assert (one["losses"] == exact["losses"]) == (engines.arithmetic(torch.device("cpu"), precision) == "fp32")
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_is_fp32_where_a_cpu_has_none(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    used = {(device.type, wish): engines.arithmetic(device, wish) for device in (cpu, gpu) for wish in engines.PRECISIONS}
+    assert {key: found for key, found in used.items() if found != key[1]} == ({} if supported else {("cpu", "bf16"): "fp32"})
+    with engines.autocast(cpu, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if supported else torch.float32)
+
+
+# ---------------------------------------------------------------- BatchNorm over all ranks
+
+
+def norms(dtype: torch.dtype) -> dict[str, Any]:
+    """Of two ranks' parts of a batch together, by SyncBatchNorm, and of the whole batch, by BatchNorm."""
+    from pretrain.engine.batch_stats import synchronise
+
+    dist.init_process_group("gloo")
+    rank, generator = dist.get_rank(), torch.Generator().manual_seed(3)
+    batch, outer = torch.randn(8, 5, 4, 4, generator=generator) * 3 + 7, torch.randn(8, 5, 4, 4, generator=generator)
+    whole, parts = nn.Sequential(nn.BatchNorm2d(5)), nn.Sequential(nn.BatchNorm2d(5))
+    for model in (whole, parts):
+        nn.init.normal_(model[0].weight, generator=torch.Generator().manual_seed(4))
+    synchronise(parts)
+    found = []
+    for model, own in ((whole, slice(0, 8)), (parts, slice(4 * rank, 4 * rank + 4))):
+        x = batch[own].to(dtype).requires_grad_()
+        y = model(x)
+        (y.float() * outer[own]).sum().backward()
+        for parameter in model.parameters():
+            if model is parts:
+                dist.all_reduce(parameter.grad)  # of a sum over the batch
+        state = {name: tensor.float() for name, tensor in model.state_dict().items()}
+        found.append((y.detach(), x.grad, [parameter.grad for parameter in model.parameters()], state, model.eval()(x).detach()))
+    (y, grad, weights, state, evaluated), (y_part, grad_part, weights_part, state_part, evaluated_part) = found
+    own = slice(4 * rank, 4 * rank + 4)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    assert y_part.dtype == y.dtype == dtype
+    torch.testing.assert_close(y_part, y[own], **tolerance)
+    torch.testing.assert_close(grad_part, grad[own], **tolerance)
+    torch.testing.assert_close(weights_part, weights, **tolerance)
+    torch.testing.assert_close(state_part, state, **tolerance)
+    torch.testing.assert_close(evaluated_part, evaluated[own], **tolerance)
+    alone = nn.BatchNorm2d(5)
+    return {
+        "alone differs": not torch.allclose(alone(batch[own]), whole[0].train()(batch)[own], rtol=1e-2, atol=1e-2),
+        "kind": type(parts[0]).__name__,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_synchronised_statistics_are_those_of_the_whole_batch(dtype: torch.dtype) -> None:
+    for found in run_on_ranks(2, norms, dtype=dtype):
+        assert found == {"alone differs": True, "kind": "SyncBatchNorm"}

@@ -1,0 +1,239 @@
+"""Reductions of gradients beside the backward pass: when they begin, and that nothing and nobody waits for them who need not."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from benchmarks.training.overlap import Overlap, overlap, read
+from pretrain.engine.reductions import in_buckets
+from tests.support.ranks import run_on_ranks
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+WHOLE = 500_000_000  # elements: DeepSpeed's default, and one bucket for the whole model
+
+
+def build(stage: int) -> tuple[Any, Any]:
+    """The engine of one rank, two micro-batches of two samples a step, and its guard."""
+    from pretrain import config as settings
+    from pretrain.engine import engine as engines
+    from pretrain.engine.guard import Guard
+    from pretrain.model.van import VAN
+
+    config = settings.from_dict(
+        {
+            "name": "narrow", "seed": 1, "global_batch": 8, "epochs": 1.0, "data": {"train": "unused"}, "optim": {"lr": 1e-3},
+            "model": {"name": "van_b0", "classes": 4},
+            "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 2, "zero_stage": stage},
+        }
+    )  # fmt: skip
+    if not dist.is_initialized():
+        engines.start(config.engine)
+    torch.manual_seed(0)
+    engine = engines.build(config, VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1)), 2)
+    return engine, Guard(engine, clip=1.0, scales=False)
+
+
+def step(engine: Any, guard: Any, number: int, profiler: Any = None) -> None:
+    def part(name: str, micro_step: int) -> Any:
+        return profiler.part(name, micro_step) if profiler is not None else nullcontext()
+
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(number))
+    for micro_step, own in enumerate(torch.arange(8).view(2, 2, 2)[dist.get_rank()]):
+        with part("forward", micro_step):
+            loss = nn.functional.cross_entropy(engine(images[own]), torch.arange(8)[own] % 4)
+        with part("backward", micro_step):
+            engine.backward(guard.scaled(loss))
+        if micro_step == 1:
+            guard.check()
+        with part("optimizer", micro_step):
+            engine.step()
+
+
+# ---------------------------------------------------------------- buckets
+
+
+def test_buckets_are_filled_from_the_last_parameter_on() -> None:
+    parameters = [torch.empty(size) for size in (4, 3, 9, 2, 2)]
+    assert [[one.numel() for one in bucket] for bucket in in_buckets(parameters, 7)] == [[2, 2], [9], [3, 4]]
+
+
+def without_a_head(stage: int) -> str:
+    engine, guard = build(stage)
+    engine.module.forward_head = lambda x: x.mean((2, 3))[:, :4]
+    try:
+        step(engine, guard, 0)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_parameter_without_a_gradient_is_told(stage: int) -> None:
+    told = run_on_ranks(2, without_a_head, stage=stage)
+    assert all("parameters got no gradient in a step's last backward pass" in one for one in told)
+
+
+# ---------------------------------------------------------------- order on a GPU
+
+
+def ordered() -> dict[str, tuple[int, int, list[str]]]:
+    """Streams that operators ran on, waits of the host, and races (streams.py) of three steps."""
+    from pretrain.engine import zero_state
+    from tests.support.streams import Stream, Streams
+
+    def watched(stage: int, deaf: str = "") -> tuple[int, int, list[str]]:
+        streams, wait_stream = Streams(), Stream.wait_stream
+        engine, guard = build(stage)
+
+        def heard(stream: Stream, other: Stream) -> None:
+            if deaf != ("main" if stream is streams.main else "reductions"):
+                wait_stream(stream, other)
+
+        with streams.watched(), patch.object(Stream, "wait_stream", heard):
+            for number in range(STEPS):
+                step(engine, guard, number)
+        return len(streams.used), streams.host_waits, streams.races
+
+    found = {f"ZeRO-{stage}": watched(stage) for stage in (0, 1, 2)}
+    found |= {f"{stage}, deaf {stream}": watched(stage, stream) for stage in (0, 1, 2) for stream in ("main", "reductions")}
+    with patch.object(zero_state, "leave_out_wait", lambda engine: None):
+        return found | {"DeepSpeed's": watched(2)}
+
+
+def test_the_device_orders_reductions_and_the_host_waits_for_none() -> None:
+    for found in run_on_ranks(2, ordered):
+        assert found["ZeRO-0"] == found["ZeRO-1"] == found["ZeRO-2"] == (2, 0, [])
+        assert found["DeepSpeed's"] == (2, 2 * STEPS, [])
+        for stage in (0, 1, 2):  # the controls: one of both streams never waits for the other
+            assert any("reads" in race or "copy_" in race for race in found[f"{stage}, deaf main"][2])
+            assert any("cat" in race or "copy_" in race or "div_" in race for race in found[f"{stage}, deaf reductions"][2])
+
+
+def test_memory_that_is_freed_in_use_is_a_race() -> None:
+    from tests.support.streams import Streams
+
+    found = []
+    for records in (False, True):
+        streams = Streams()
+        with streams.watched():
+            tensor, other = torch.ones(3), streams.Stream()
+            other.wait_stream(streams.main)
+            with streams.stream(other):
+                tensor.add_(1)
+                if records:
+                    tensor.record_stream(other)
+            del tensor
+            torch.ones(3)
+        found.append(streams.races)
+    assert found == [["memory freed in use, before a tensor of (3,)"], []]
+
+
+# ---------------------------------------------------------------- bits
+
+
+def trained() -> dict[int, list[tuple[int, list[float]]]]:
+    """By stage: in buckets, in one, and a step more, how many elements are reduced together, and all of this rank's weights."""
+    from pretrain.engine import engine as engines
+    from pretrain.engine import zero_state
+
+    def weights(stage: int, steps: int = STEPS) -> tuple[int, list[float]]:
+        engine, guard = build(stage)
+        for number in range(steps):
+            step(engine, guard, number)
+        pieces = [piece.tensors["weight"] for piece in zero_state.local_pieces(engine)]
+        return engine.zero_reduce_bucket_size(), torch.cat(pieces).tolist()
+
+    found = {}
+    for stage in range(4):
+        with patch.object(engines, "bucket_size", lambda model: WHOLE):
+            one = weights(stage)
+        found[stage] = [weights(stage), one, weights(stage, STEPS + 1)]
+    return found
+
+
+@pytest.mark.long
+def test_buckets_change_no_bit() -> None:
+    for found in run_on_ranks(2, trained):
+        for (size, weights), (whole, expected), (_, control) in found.values():
+            assert size < len(weights) < whole == WHOLE
+            assert weights == expected
+            assert weights != control
+
+
+# ---------------------------------------------------------------- ZeRO-3
+
+
+def fetched() -> dict[str, tuple[int, int]]:
+    """By block and by layer: how often a module's weights are asked for in a step, and gathered."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from torch.profiler import profile
+
+    def counted() -> tuple[int, int]:
+        engine, guard = build(3)
+        for number in range(STEPS):  # it learns in its first steps what to gather when
+            step(engine, guard, number)
+        fetch = Coordinator.fetch_sub_module
+        with patch.object(Coordinator, "fetch_sub_module", autospec=True, side_effect=fetch) as fetches, profile() as profiled:
+            step(engine, guard, STEPS)
+        return fetches.call_count, sum(event.name == "c10d::_allgather_base_" for event in profiled.events())
+
+    by_block = counted()
+    with patch("deepspeed.utils.set_z3_leaf_module"):
+        return {"block": by_block, "layer": counted()}
+
+
+def test_zero_3_fetches_weights_block_by_block() -> None:
+    """And all in one message a micro-step, as this model is smaller than what DeepSpeed gathers at once."""
+    for found in run_on_ranks(2, fetched):
+        fetches, gathers = found["block"]
+        assert gathers == 2
+        assert found["layer"][0] > 3 * fetches
+
+
+# ---------------------------------------------------------------- a trace
+
+
+def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
+    """By stage and whether there are buckets, what the trace of two steps tells, on rank 0."""
+    from pretrain.engine import engine as engines
+    from pretrain.monitor.profiling import Profiler
+    from pretrain.run.place import Place
+
+    def trace(stage: int, place: Path) -> Overlap | None:
+        engine, guard = build(stage)
+        profiler = Profiler(Place(), range(1, 3), place, print)
+        for number in range(4):
+            profiler.at(number)
+            step(engine, guard, number, profiler)
+        return overlap(read(next(place.iterdir()))) if dist.get_rank() == 0 else None
+
+    found = {}
+    for stage in (0, 1, 2):
+        found[stage, True] = trace(stage, folder / f"{stage}")
+        with patch.object(engines, "bucket_size", lambda model: WHOLE):
+            found[stage, False] = trace(stage, folder / f"{stage}-control")
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.long
+def test_a_trace_shows_reductions_within_the_backward_pass(tmp_path: Path) -> None:
+    found = run_on_ranks(2, traced, folder=tmp_path)[0]
+    for stage in (0, 1, 2):
+        ours, one = found[stage, True], found[stage, False]
+        passes = 4 if stage == 2 else 2  # two steps of two micro-steps: stages 0 and 1 reduce in the last one, stage 2 in each
+        assert len(ours.early) == len(ours.ahead) == passes
+        for early, all_of_them in ours.early:
+            assert early >= 5
+            assert all_of_them - early <= 2
+        assert min(ours.ahead) > 0.3
+        assert one.early == [(0, 1)] * passes  # the control
+        assert ours.collectives > one.collectives
+        assert ours.communication > 0  # which a CPU waits for: only a GPU computes beside it

@@ -1,0 +1,216 @@
+"""VAN in timm's hands: its interface, and what other programs do with a timm model: script it, trace it, cut it, export it."""
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from timm.models import FeatureGraphNet, group_parameters, save_for_hf
+from torch import nn
+
+from tests.pretrain.model.test_van import Copies, images, meta_model, small_model
+
+pytestmark = pytest.mark.slow
+
+# timm's interface
+
+
+def test_features_only() -> None:
+    model = small_model(features_only=True)
+    assert model.feature_info.channels() == [32, 64, 160, 256]
+    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    shapes = [tuple(f.shape) for f in model(images(size=64))]
+    assert shapes == [(2, 32, 16, 16), (2, 64, 8, 8), (2, 160, 4, 4), (2, 256, 2, 2)]
+    shallow = small_model(features_only=True, out_indices=(0, 2))
+    assert [tuple(f.shape) for f in shallow(images(size=64))] == [shapes[0], shapes[2]]
+    assert not any(name.startswith("model.stages.3") for name, _ in shallow.named_parameters())
+
+
+def test_features_only_trains_with_gradient_checkpointing() -> None:
+    gradients = []
+    for enable in (False, True):
+        model = small_model(features_only=True, out_indices=(1, 3))
+        model.model.set_grad_checkpointing(enable)
+        assert {stage.grad_checkpointing for stage in model.model.stages} == {enable}
+        sum(f.square().mean() for f in model(images())).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+def test_sizes_that_strides_do_not_divide() -> None:
+    assert [tuple(f.shape[2:]) for f in small_model(features_only=True)(torch.randn(1, 3, 50, 70))] == [
+        (13, 18),
+        (7, 9),
+        (4, 5),
+        (2, 3),
+    ]
+
+
+def test_head() -> None:
+    model = small_model().eval()
+    x = images()
+    features = model.forward_features(x)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    torch.testing.assert_close(model.forward_head(features), model(x))
+
+    model = model.double()
+    model.reset_classifier(7)
+    assert model.num_classes == 7
+    assert model(x.double()).shape == (2, 7)
+    assert model.get_classifier() is model.head
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
+    model.reset_classifier(0)
+    assert model(x.double()).shape == (2, model.num_features)
+    model.reset_classifier(0, "")
+    assert model(x.double()).shape == (2, model.num_features, 2, 2)
+    with pytest.raises(AssertionError, match="Invalid pool type: median"):
+        model.reset_classifier(5, "median")
+
+
+# As timm.layers.SelectAdaptivePool2d names them.
+POOLS = {
+    "avg": lambda x: x.mean((2, 3)),
+    "max": lambda x: x.amax((2, 3)),
+    "avgmax": lambda x: (x.mean((2, 3)) + x.amax((2, 3))) / 2,
+    "catavgmax": lambda x: torch.cat([x.mean((2, 3)), x.amax((2, 3))], dim=1),
+    "": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_global_pool(pool: str) -> None:
+    classes = 10 if pool else 0
+    model, x = small_model(global_pool=pool, num_classes=classes).eval(), images()
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, POOLS[pool](features), rtol=1e-6, atol=1e-6)
+    assert pooled.shape[1] == model.head_hidden_size == (512 if pool == "catavgmax" else 256)
+    assert model.num_features == features.shape[1] == 256
+    assert set(model.state_dict()) - set(small_model(num_classes=0).state_dict()) == ({"head.weight", "head.bias"} if pool else set())
+    if pool:
+        torch.testing.assert_close(model(x), model.head(pooled))
+
+    model.reset_classifier(classes)  # keeps the pooling
+    assert torch.equal(model.forward_head(features, pre_logits=True), pooled)
+    model.reset_classifier(4, "avg")
+    assert model.head_hidden_size == 256
+    assert model(x).shape == (2, 4)
+    assert not any(module.training for module in model.modules())
+    model.prune_intermediate_layers([1])
+    model.reset_classifier(4, "catavgmax")
+    assert (model.num_features, model.head_hidden_size) == (64, 128)
+    assert model(x).shape == (2, 4)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_global_pool_keeps_the_layout(pool: str) -> None:
+    model, x = small_model(global_pool=pool, num_classes=0), images()
+    maps = model.forward_features(x).detach().requires_grad_()
+    with Copies() as copies:
+        output = model.forward_head(maps)
+    assert copies.found == []
+    output.sum().backward()
+    assert maps.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_created_on_a_device_and_in_a_type() -> None:
+    whole = small_model(device="cpu", dtype=torch.float64)
+    assert {p.dtype for p in whole.parameters()} == {torch.float64}
+    expected = small_model().double().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in whole.state_dict().items())
+    empty = small_model(device="meta", dtype=torch.float64)
+    assert {tensor.device.type for tensor in [*empty.parameters(), *empty.buffers()]} == {"meta"}
+    empty.to_empty(device="cpu").load_state_dict(expected)
+    assert torch.equal(empty.eval()(images().double()), whole.eval()(images().double()))
+
+
+def test_pretrained_weights_for_other_classes_and_channels() -> None:
+    source = small_model(seed=3)
+    overlay = {"state_dict": source.state_dict(), "num_classes": 10}
+    same = timm.create_model("van_b0", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=10).eval()
+    torch.testing.assert_close(same(images()), source.eval()(images()))
+    grey = timm.create_model("van_b0", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=4, in_chans=1)
+    assert grey.head.out_features == 4
+    weight = grey.state_dict()["stages.0.patch_embed.proj.weight"]
+    torch.testing.assert_close(weight, source.state_dict()["stages.0.patch_embed.proj.weight"].sum(dim=1, keepdim=True))
+
+
+def test_parameter_groups() -> None:
+    model = meta_model("van_b0")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    assert layers["stages.0.patch_embed.proj.weight"] == 0
+    assert layers["stages.0.blocks.0.mlp.fc1.weight"] == 1
+    assert layers["stages.0.norm.weight"] == layers["stages.0.blocks.2.norm1.weight"] == 3
+    assert layers["stages.1.patch_embed.proj.weight"] == layers["stages.1.blocks.0.layer_scale_1"] == 4
+    assert layers["head.weight"] == 14
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert sorted(set(coarse.values())) == [0, 1, 2, 3, 4, 5]
+    one_dimensional = {name for name, p in model.named_parameters() if p.ndim == 1}
+    assert model.no_weight_decay() <= one_dimensional
+    assert len(model.no_weight_decay()) == 2 * 13
+
+
+# Other programs
+
+
+@pytest.fixture(
+    scope="module", params=["avg", pytest.param("fastcatavgmax", marks=pytest.mark.long)]
+)  # TorchScript takes no other catavgmax
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return small_model(global_pool=request.param).eval()
+
+
+@torch.no_grad()
+def test_torchscript(model: nn.Module) -> None:
+    x = images()
+    expected = model(x)
+    assert torch.equal(torch.jit.script(model)(x), expected)
+    assert torch.equal(torch.jit.trace(model, x)(x), expected)
+    features = small_model(features_only=True).eval()
+    assert all(torch.equal(*pair) for pair in zip(torch.jit.script(features)(x), features(x), strict=True))
+
+
+def test_torchscript_trains() -> None:
+    scripted = torch.jit.script(small_model().train())
+    scripted(images()).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in scripted.parameters())
+
+
+@torch.no_grad()
+def test_feature_extraction_by_torch_fx(model: nn.Module) -> None:
+    x = images()
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
+    expected = model.forward_intermediates(x, intermediates_only=True)  # type: ignore[operator]
+    for training in (False, True):
+        net = FeatureGraphNet(model.train(training), out_indices=(0, 3))
+        model.eval()
+        assert [f.shape for f in net(x)] == [expected[0].shape, expected[3].shape]
+    assert all(torch.equal(*pair) for pair in zip(FeatureGraphNet(model, (0, 3))(x), (expected[0], expected[3]), strict=True))
+
+
+@torch.no_grad()
+def test_torch_export(model: nn.Module) -> None:
+    x = images(6)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},))
+    for size in (2, 5):
+        torch.testing.assert_close(program.module()(x[:size]), model(x[:size]), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_onnx(model: nn.Module, tmp_path: Path) -> None:
+    path, x = tmp_path / "van.onnx", images()
+    torch.onnx.export(model, (x,), path, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_folder_remembers_the_pooling(tmp_path: Path) -> None:
+    model, x = small_model().eval(), images()
+    model.reset_classifier(4, "catavgmax")
+    save_for_hf(model, tmp_path)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))

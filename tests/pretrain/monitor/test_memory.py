@@ -1,0 +1,82 @@
+"""What is said of a GPU whose memory is too small, with a CPU's operators in a GPU's place; a job that ends so is in test_starts.py."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import pretrain.model.van  # noqa: F401  registers the family with timm
+from pretrain import config as settings
+from pretrain.config import Config
+from pretrain.engine.engine import autocast
+from pretrain.monitor.memory import activation_bytes, explanation, largest_that_fits
+
+pytestmark = pytest.mark.slow
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sample", "sizes", "expected"),
+    [
+        (8 * GB, GB, [2, 4, 8, 16, 32], 32),  # 40 of 80
+        (8 * GB, 2 * GB, [2, 4, 8, 16, 32], 32),  # 72 of 80
+        (9 * GB, 2 * GB, [2, 4, 8, 16, 32], 16),
+        (8 * GB, 5 * GB, [2, 4, 8, 16, 32], 8),
+        (8 * GB, 33 * GB, [2, 4], None),
+        (8 * GB, GB, [], None),
+    ],
+)
+def test_largest_that_fits(fixed: int, sample: int, sizes: list[int], expected: int | None) -> None:
+    assert largest_that_fits(fixed, sample, 80 * GB, sizes) == expected
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_what_a_sample_keeps_is_what_a_real_forward_pass_keeps(precision: str) -> None:
+    with torch.device("meta"):
+        shapes = timm.create_model("van_b0", num_classes=10, drop_path_rate=0.1)
+    model = timm.create_model("van_b0", num_classes=10, drop_path_rate=0.1)
+    really = really_kept(model, 4, precision) - really_kept(model, 2, precision)
+    assert 2 * activation_bytes(shapes, 64, precision, "cpu") == pytest.approx(really, rel=0.001)
+
+
+def really_kept(model: nn.Module, batch: int, precision: str) -> int:
+    storages = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
+        model(torch.randn(batch, 3, 64, 64).to(memory_format=torch.channels_last))
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+
+
+def job(**engine: object) -> Config:
+    return settings.from_dict(
+        {
+            "name": "van_b3", "global_batch": 8192, "epochs": 90, "model": {"name": "van_b3", "classes": 21841, "drop_path": 0.1},
+            "data": {"train": "unused"}, "optim": {"lr": 4e-3}, "engine": {"precision": "fp32", "micro_batch": 128, **engine},
+        }
+    )  # fmt: skip
+
+
+def test_what_is_said_of_a_job() -> None:
+    text = explanation(job(), 64, "cpu", state=GB, total=40 * GB)
+    with torch.device("meta"):
+        model = timm.create_model("van_b3", num_classes=21841, drop_path_rate=0.1)
+    sample = activation_bytes(model, 224, "fp32", "cpu")
+    fits = 64 if 1.3 * GB + 64 * sample < 36 * GB else 32
+    assert text == (
+        f"out of memory with engine.micro_batch=128: of 40.0 GB the model's state and gradients take 1.2, and each sample's activations "
+        f"{sample / GB:.2f}. engine.micro_batch={fits} should fit, by this estimate; the global batch stays 8192 either way. What helps: "
+        f"engine.micro_batch={fits}, or model.checkpoint_stages=[0,1,2,3], or engine.zero_stage=2"
+    )
+
+
+def test_what_is_said_where_nothing_smaller_fits() -> None:
+    text = explanation(job(zero_stage=3, micro_batch=2), 64, "cpu", state=GB, total=2 * GB)
+    assert "No smaller engine.micro_batch should fit, by this estimate" in text
+    assert text.endswith("What helps: model.checkpoint_stages=[0,1,2,3]")

@@ -1,0 +1,67 @@
+"""The rank that holds the others up is named, on CPU ranks with DeepSpeed's engine; the length of their steps does not tell."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain import config as settings
+from pretrain.monitor.stragglers import Slowest
+from tests.support.ranks import run_on_ranks
+
+pytestmark = pytest.mark.slow
+
+SLOW = 0.6  # seconds more for one rank in every micro-step
+
+
+def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[float]]:
+    """One rank: an interval of one step and one of two, of two micro-steps each; what the second tells, and its steps' times."""
+    import torch.distributed as dist
+
+    from pretrain.engine import engine as engines
+    from pretrain.evaluation.accuracy import build_model
+    from pretrain.monitor.stragglers import OwnTime
+
+    torch.set_num_threads(1)
+    config = settings.from_dict(
+        {
+            "name": "slow", "global_batch": 12, "epochs": 1.0, "model": {"name": "van_b0", "classes": 7}, "data": {"train": "unused"},
+            "optim": {"lr": 1e-3}, "engine": {"micro_batch": 2, "device": "cpu", "zero_stage": zero_stage, "precision": "fp32"},
+        }
+    )  # fmt: skip
+    engines.start(config.engine)
+    model = build_model(config)
+    slow = dist.get_rank() == slow_rank
+    model.stages[1].register_forward_pre_hook(lambda *_: time.sleep(SLOW if slow and where == "forward" else 0))  # type: ignore[index,union-attr]
+    engine = engines.build(config, model, 2)
+    own = OwnTime(engine, zero_stage, engines.hosts())
+    for steps in (1, 2):
+        times = []
+        for _ in range(steps):
+            began = time.perf_counter()
+            for _ in range(2):
+                own.begin()
+                time.sleep(SLOW if slow and where == "data" else 0)
+                loss = nn.functional.cross_entropy(engine(torch.randn(2, 3, 32, 32)), torch.arange(2))
+                engine.backward(loss)
+                engine.step()
+            times.append(time.perf_counter() - began)
+        found = own.close()
+    engines.stop()
+    return found, times
+
+
+@pytest.mark.parametrize(("zero_stage", "slow_rank", "where"), [(1, 1, "forward"), pytest.param(3, 2, "data", marks=pytest.mark.long)])
+def test_the_slow_rank_is_named(zero_stage: int, slow_rank: int, where: str) -> None:
+    results: list[Any] = run_on_ranks(3, session, zero_stage=zero_stage, slow_rank=slow_rank, where=where)
+    found = results[0][0]
+    assert all(other == found for other, _ in results)
+    assert found.rank == slow_rank
+    assert found.seconds > 4 * SLOW
+    assert found.seconds - found.median > 2 * SLOW
+    # The control: all ranks' steps are as long.
+    whole = [sum(times) for _, times in results]
+    assert min(whole) > 4 * SLOW
+    assert max(whole) - min(whole) < SLOW

@@ -1,0 +1,124 @@
+"""What a step is said to send, against what two and three ranks of a job hand to collectives, and what leaves their sockets."""
+
+import os
+import socket
+import struct
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretrain.monitor.traffic import Collective, communication, in_words
+from tests.support.ranks import run_on_ranks
+
+KINDS = {"c10d::allreduce_": "all-reduce", "c10d::_allgather_base_": "all-gather", "c10d::_reduce_scatter_base_": "reduce-scatter"}
+ACCUMULATION = 2
+
+
+class Handed(TorchDispatchMode):
+    """While entered, counts the bytes of the whole tensors that collectives of a kind work on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            self.bytes[KINDS.get(function._schema.name, function._schema.name)] += max(
+                one.nbytes for one in tree_leaves(args) if isinstance(one, Tensor)
+            )
+        return function(*args, **(kwargs or {}))
+
+
+def sent_by_sockets() -> int:
+    """Bytes that this process has sent by TCP, of the sockets that are open (tcpi_bytes_sent of linux/tcp.h)."""
+    total = 0
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            link = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:  # the folder's own
+            continue
+        if link.startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(number))) as one:
+                if one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM:
+                    total += struct.unpack_from("Q", one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), 200)[0]
+    return total
+
+
+def a_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
+    """A VAN's parameters and channels, and for each stage what a step hands to collectives, and what it sends."""
+    import timm
+
+    from pretrain import config as settings
+    from pretrain.engine import engine as engines
+    from pretrain.engine.batch_stats import BatchStats
+    from pretrain.engine.guard import Guard
+
+    ranks, found = int(os.environ["WORLD_SIZE"]), {}
+    for stage in range(4):
+        config = settings.from_dict(
+            {
+                "name": "sent", "global_batch": 2 * ACCUMULATION * ranks, "epochs": 1.0, "data": {"train": "unused"}, "optim": {"lr": 1e-3},
+                "model": {"name": "van_b0", "classes": 1000},
+                "engine": {"device": "cpu", "precision": "fp32", "micro_batch": 2, "zero_stage": stage},
+            }
+        )  # fmt: skip
+        if not dist.is_initialized():
+            engines.start(config.engine)
+        model = timm.create_model("van_b0", num_classes=1000)
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        channels = sum(norm.num_features for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
+        engine = engines.build(config, model, settings.accumulation(config, ranks))
+        stats, guard = BatchStats(model, 0.0), Guard(engine, clip=1.0, scales=False)
+        for _ in range(3 if stage == 3 else 1):  # ZeRO-3 learns in its first steps what to gather when, and ranks agree on it
+            dist.barrier()
+            before = sent_by_sockets()
+            with Handed() as handed:
+                for micro_step in range(ACCUMULATION):
+                    logits = engine(torch.randn(2, 3, 32, 32))
+                    engine.backward(guard.scaled(nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long))))
+                    if micro_step + 1 == ACCUMULATION:
+                        stats.start_averaging()
+                        guard.check()
+                    engine.step()
+                stats.finish(guard.found_inf)
+            sent = sent_by_sockets() - before
+        found[stage] = dict(handed.bytes), sent
+    return sizes, channels, found
+
+
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_step_sends_what_is_said(ranks: int) -> None:
+    for sizes, channels, found in run_on_ranks(ranks, a_step):
+        for stage, (handed, sent) in found.items():
+            told = communication(sizes, channels, stage=stage, accumulation=ACCUMULATION)
+            expected: Counter[str] = Counter()
+            for one in told:
+                expected[one.kind] += one.bytes
+            assert handed == pytest.approx(expected, rel=1e-3), stage  # padding
+            # gloo's reduce-scatter is an all-reduce of which each rank keeps a part.
+            by_gloo = [Collective(one.what, "all-reduce", one.bytes) if one.kind == "reduce-scatter" else one for one in told]
+            assert sent == pytest.approx(sum(one.sent(ranks) for one in by_gloo), rel=1e-2), stage
+            assert sent != pytest.approx(sum(one.sent(ranks + 1) for one in by_gloo), rel=1e-2)  # the control
+
+
+def test_by_hand() -> None:
+    told = communication([300_000, 100_000, 5], 10, stage=1, accumulation=4)
+    assert told == [
+        Collective("gradients", "all-reduce", 1_600_020),
+        Collective("weights", "all-gather", 1_600_020),
+        Collective("norm", "all-reduce", 4),
+        Collective("statistics", "all-reduce", 80),
+    ]
+    assert [one.sent(4) for one in told] == [2_400_030, 1_200_015, 6, 120]
+    assert in_words(told, 4) == "a step sends 3.6 MB a rank: gradients 2.4 by all-reduce, weights 1.2 by all-gather"
+    assert in_words(told, 1) == "a step sends 0.0 MB a rank"
+    assert communication([300_000, 100_000, 5], 10, stage=2, accumulation=4)[0].bytes == 4 * 1_600_020
+    assert communication([300_000, 100_000, 5], 10, stage=3, accumulation=4)[1].bytes == 4 * 1_600_020

@@ -1,0 +1,149 @@
+"""Hangs: every rank writes its stacks, the one that is behind is named, and all end; what only takes long goes on."""
+
+import ctypes
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.monitor.watchdog import behind
+from pretrain.run.attempts import heard
+from pretrain.run.exit_codes import EXIT_HUNG
+from pretrain.run.place import PARTS, Place, Where
+from tests.support import REPOSITORY, jobs
+from tests.support.ranks import join, kill, start_training
+
+pytestmark = pytest.mark.slow
+
+
+ALONE = """
+import ctypes, time
+import torch.distributed as dist
+from pretrain.monitor import watchdog
+from pretrain.run.place import Place
+watchdog.POLL_S, watchdog.ANSWER_S = 0.1, 0.3
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+place = Place()
+dog = watchdog.Watchdog(place, ["n0"], 0.5, 1.5)
+"""
+
+
+def at(step: int, part: str, micro_step: int = 0) -> Where:
+    return Where(step, micro_step, PARTS.index(part))  # type: ignore[arg-type]
+
+
+def alone(code: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a job of one rank, with limits of half a second for a step and 1.5 s for the first."""
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    done = subprocess.run([sys.executable, "-c", ALONE + code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_who_is_behind() -> None:
+    hosts = ["n0", "n0", "n1", "n1"]
+    waiting = at(7, "backward", 1)
+    assert behind({0: waiting, 1: waiting, 2: at(7, "data", 1), 3: waiting}, hosts)[0] == 2
+    assert behind({0: at(7, "forward"), 1: at(7, "backward"), 2: at(6, "save", 2), 3: at(7, "data")}, hosts)[0] == 2
+    rank, reason = behind({0: waiting, 1: at(7, "data"), 3: waiting}, hosts)
+    assert (rank, reason) == (2, "rank 2 on n1 gives no answer, while others wait in step 7 (backward)")
+    assert "no rank is behind" in behind(dict.fromkeys(range(4), waiting), hosts)[1]
+
+
+def test_a_place_outlives_its_process() -> None:
+    from pretrain.run.place import PAGE, shared_page
+
+    page = shared_page()
+    code = "import os; from pretrain.run.place import Place; Place().at(12, 'optimizer', 3); os.abort()"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | {PAGE: str(page)}, pass_fds=[page], timeout=60)
+    assert ended.returncode < 0
+    assert Where.of(page) == at(12, "optimizer", 3)
+    os.close(page)
+    place = Place()  # without a launcher
+    place.at(3, "data")
+    assert (place.now(), str(place.now()), place.now().computing) == (at(3, "data"), "step 3 (data)", 3)
+
+
+def hang_in_data(rank: int) -> None:
+    """In a rank's process: rank 1 never gets its batch of step 5."""
+    from pretrain import train
+    from pretrain.monitor import watchdog
+
+    watchdog.ANSWER_S = 3.0
+    rate = train.learning_rate
+
+    def learning_rate(step: int, *args: object) -> float:
+        if rank == 1 and step == 5:
+            time.sleep(1000)
+        return rate(step, *args)  # type: ignore[arg-type]
+
+    train.learning_rate = learning_rate  # type: ignore[assignment]
+
+
+def test_a_rank_that_hangs_is_named_and_all_end(tmp_path: Path, drawn: Path) -> None:
+    config = tmp_path / "small.yaml"
+    config.write_text(jobs.SMALL)
+    places = [f"data.train={drawn / 'train'}", f"data.val={drawn / 'val'}", f"run.dir={tmp_path / 'run'}"]
+    processes = start_training(2, tmp_path / "log", [str(config), *places, "guard.step_limit=2"], prepare=hang_in_data)
+    try:
+        codes = join(processes).codes
+        assert codes[1] == EXIT_HUNG
+        assert codes[0] in (EXIT_HUNG, 1)  # it stays a moment longer, in which it may notice that the other has gone
+    finally:
+        kill(processes)
+    log = (tmp_path / "log").read_text()
+    told = [found for line in log.splitlines() if (found := heard(line))]
+    assert [kind for kind, _ in told] == ["hang"]
+    assert (told[0][1]["rank"], told[0][1]["step"]) == (1, 5)
+    assert re.search(r"HANG: rank 1 on \S+ is behind: it is in step 5 \(data\), while others wait in step 5 \((backward|log)\)", log)
+    for rank in range(2):
+        assert re.search(rf"rank {rank} on \S+ has not finished a step for 2 s; it is in step 5", log)
+    assert "in learning_rate" in log  # where rank 1 sleeps
+
+
+@pytest.mark.long
+def test_what_takes_long_but_moves_goes_on() -> None:
+    code, output, _ = alone("""
+time.sleep(1)  # the start
+for step in range(8):
+    place.at(step, "data"); time.sleep(1 if step == 0 else 0.3)
+place.at(7, "save"); time.sleep(1)
+place.at(8, "evaluation"); time.sleep(1)
+dog.close(); time.sleep(2)
+print("done")""")
+    assert (code, output) == (0, "done\n")
+
+
+@pytest.mark.parametrize("part", ["data", "save"])
+def test_a_step_over_its_limit_ends(part: str) -> None:
+    began = time.monotonic()
+    code, output, errors = alone(f'place.at(0, "data"); place.at(1, "{part}"); time.sleep(100)')
+    assert code == EXIT_HUNG
+    assert f"in step 1 ({part})" in output
+    assert "most recent call first" in errors
+    assert time.monotonic() - began < 30
+
+
+def test_stacks_are_written_in_one_piece() -> None:
+    """Ranks that share a log write at the same moment, and would otherwise write between each other's words."""
+    end, other_end = socket.socketpair(type=socket.SOCK_DGRAM)  # in which each write stays by itself
+    end.settimeout(60)
+    code = ALONE + 'place.at(0, "data"); place.at(1, "data"); time.sleep(100)'
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    with end, other_end, subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stderr=other_end) as process:
+        while "has not finished" not in (told := end.recv(1 << 20).decode()):
+            pass
+        assert process.wait(timeout=60) == EXIT_HUNG
+    assert re.search(r"it is in step 1 \(data\); its threads:\n(.|\n)*most recent call first(.|\n)* in <module>\n$", told)
+
+
+def test_who_holds_pythons_lock_for_good_is_ended_too() -> None:
+    assert ctypes.PyDLL(None).sleep  # calls without giving the lock up
+    code, output, errors = alone('place.at(0, "data"); time.sleep(0.3); ctypes.PyDLL(None).sleep(100)')
+    assert (code, output) == (1, "")
+    assert "Timeout" in errors
+    assert "most recent call first" in errors

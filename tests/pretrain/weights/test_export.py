@@ -1,0 +1,418 @@
+"""Weights out of a run, in the formats of others."""
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import pretrain.weights.export
+from pretrain import checkpoint
+from pretrain.__main__ import main
+from pretrain.model.formats import FORMATS, to_format
+from pretrain.weights.export import DTYPES, FOLDERS, LOADED_BY, SUFFIXES, export, model_card, release
+from pretrain.weights.initial import read_source
+from pretrain.weights.run_model import build_trained, open_run
+from tests.support import REFERENCE as REFERENCE_FOLDER
+from tests.support.tiny_runs import CLASSES, assert_held, assert_same, held, new_model
+
+pytestmark = pytest.mark.slow
+
+REFERENCE = json.loads((REFERENCE_FOLDER / "van_state_dicts.json").read_text())
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_what_is_written_is_what_was_trained(runs: Path, tmp_path: Path, fmt: str, average: bool) -> None:
+    out = tmp_path / "deep" / "weights"
+    line = export(runs / "averaged", fmt, out, average=average)
+    assert line.startswith(f"{out}: van_b0, {'moving average' if average else 'weights'} of step 2, fp32, format {fmt}; ")
+    weights = read_source(out).weights
+    kind = "ema" if average else "raw"
+    if fmt == "mmseg":
+        assert not [name for name in weights if name.startswith("head.")]
+        weights |= {name: held(runs, kind)[name] for name in ("head.weight", "head.bias")}
+    assert_held(weights, runs, kind)
+    beside = ["weights"] if fmt in FOLDERS else ["weights", "weights.md", "weights.sha256"]
+    assert sorted(path.name for path in out.parent.iterdir()) == beside
+    if fmt == "official":
+        shapes = {key: list(tensor.shape) for key, tensor in torch.load(out)["state_dict"].items()}
+        head = {"head.weight": [len(CLASSES), 256], "head.bias": [len(CLASSES)]}
+        assert shapes == REFERENCE["van_b0"]["state_dict"] | head
+
+
+def test_weights_and_average_differ(runs: Path) -> None:
+    raw, ema = held(runs, "raw"), held(runs, "ema")
+    for name in ("head.weight", "stages.0.blocks.0.norm1.running_mean"):
+        assert not torch.allclose(raw[name], ema[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_timm_builds_the_model_from_its_folder(runs: Path, tmp_path: Path, average: bool) -> None:
+    export(runs / "averaged", "timm", tmp_path / "van", average=average)
+    model = timm.create_model(f"local-dir:{tmp_path / 'van'}", pretrained=True).eval()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    trained = new_model().eval()
+    trained.load_state_dict(held(runs, "ema" if average else "raw"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), trained(images), **({"rtol": 1e-4, "atol": 1e-5} if average else {"rtol": 0, "atol": 0}))
+    transform = timm.data.resolve_model_data_config(model)
+    assert (transform["input_size"], tuple(transform["mean"])) == ((3, 32, 32), (0.4, 0.5, 0.6))
+    assert (transform["crop_pct"], transform["crop_mode"]) == (0.875, "center")
+    assert json.loads((tmp_path / "van" / "config.json").read_text())["label_names"] == CLASSES
+
+
+def test_timm_crops_nothing_where_evaluation_squashes(runs: Path, tmp_path: Path) -> None:
+    export(runs / "plain", "timm", tmp_path / "van")
+    transform = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path / 'van'}", pretrained=True))
+    assert (transform["crop_pct"], transform["crop_mode"]) == (1.0, "squash")
+
+
+@pytest.mark.parametrize("fmt", ["official", "timm"])
+def test_what_exists_is_replaced_only_when_asked(runs: Path, tmp_path: Path, fmt: str) -> None:
+    out, leftover = tmp_path / "weights", tmp_path / ".partial-weights"
+    out.write_text("precious")
+    leftover.mkdir()  # of an export that was killed
+    with pytest.raises(ValueError, match=f"^{out} exists; give another --out, or --force to replace it$"):
+        export(runs / "averaged", fmt, out)
+    assert out.read_text() == "precious"
+    for other in ("official", "timm", fmt):  # a file by a folder, a folder by a file
+        export(runs / "averaged", other, out, force=True)
+        assert_same(read_source(out).weights, held(runs, "raw"))
+        assert not leftover.exists()
+
+
+@pytest.mark.parametrize("beside", ["weights.pth.md", "weights.pth.sha256"])
+def test_what_stands_beside_is_not_overwritten_either(runs: Path, tmp_path: Path, beside: str) -> None:
+    (tmp_path / beside).write_text("precious")
+    with pytest.raises(ValueError, match=f"^{tmp_path / beside} exists; "):
+        export(runs / "plain", "official", tmp_path / "weights.pth")
+    assert (tmp_path / beside).read_text() == "precious"
+
+
+@pytest.mark.parametrize("fmt", ["official", "timm"])
+def test_a_folder_that_is_no_export_is_never_replaced(runs: Path, tmp_path: Path, fmt: str) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("precious")
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'run'} is not replaced: it holds more than an export, checkpoints; "):
+        export(runs / "plain", fmt, tmp_path / "run", force=True)
+    assert (tmp_path / "run" / "checkpoints").read_text() == "precious"
+
+
+def test_a_place_that_can_not_be_written(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "weights.pth"
+    with pytest.raises(ValueError, match=f"^{out} can't be written: "):
+        export(runs / "plain", "official", out)
+
+
+@pytest.mark.parametrize("fmt", ["official", "timm"])
+def test_what_reads_back_differently_is_not_announced(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fmt: str) -> None:
+    writer = pretrain.weights.export._WRITERS[fmt]
+
+    def damaging(path: Path, fmt: str, model: nn.Module, *rest: Any) -> None:
+        other = copy.deepcopy(model)
+        other.stages[2].norm.bias.data[7] += 1e-6  # type: ignore[union-attr,index,operator]
+        writer(path, fmt, other, *rest)
+
+    monkeypatch.setitem(pretrain.weights.export._WRITERS, fmt, damaging)
+    with pytest.raises(RuntimeError, match=r"reads back differently: stages\.2\.norm\.bias; is the disk sound"):
+        export(runs / "plain", fmt, tmp_path / "weights")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_another_format_is_refused(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"van\.safetensors: format official is a file of torch\.save; call it .*van\.pth$"):
+        export(runs / "averaged", "official", tmp_path / "van.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_average_that_was_never_kept(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{runs / 'plain'} keeps no moving average of its weights .*--weights raw"):
+        export(runs / "plain", "official", tmp_path / "weights.pth", average=True)
+    assert list(tmp_path.iterdir()) == []
+    export(runs / "plain", "official", tmp_path / "weights.pth")
+
+
+def test_a_damaged_checkpoint_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs / "plain", run)
+    (path,) = checkpoint.steps(run / "checkpoints")
+    assert open_run(run)[0] == open_run(path)[0] == path
+    (shard,) = path.glob("*.distcp")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^checkpoint {path} is damaged: {shard.name} has another checksum"):
+        export(path, "official", tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=f"^no whole checkpoint in {run / 'checkpoints'}"):
+        export(run, "official", tmp_path / "weights.pth")
+    assert f"passing over checkpoint {path}: {shard.name} has another checksum" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"^{tmp_path} is neither a checkpoint nor a run directory"):
+        export(tmp_path, "official", tmp_path / "weights.pth")
+
+
+def test_as_a_command(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "van.pth"
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(
+        sys, "argv", ["pretrain", "export", str(runs / "averaged"), "--format", "official", "--weights", "ema", "--out", str(out)]
+    )
+    assert main() == 0
+    assert capsys.readouterr().out.startswith(f"{out}: van_b0, moving average of step 2, fp32, format official; ")
+    assert_held(read_source(out).weights, runs, "ema")
+    assert main() == 2
+    assert capsys.readouterr().err == f"error: {out} exists; give another --out, or --force to replace it\n"
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_other_types_and_no_head(runs: Path, tmp_path: Path, fmt: str, dtype: str) -> None:
+    export(runs / "averaged", fmt, tmp_path / "weights", dtype=dtype, features_only=True)
+    expected = {name: tensor for name, tensor in held(runs, "raw").items() if not name.startswith("head.")}
+    floats = {name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in expected.items()}
+    assert_same(read_source(tmp_path / "weights").weights, floats)
+
+
+@pytest.mark.parametrize("fmt", ["official", "timm"])
+def test_checksum_and_model_card(runs: Path, tmp_path: Path, fmt: str) -> None:
+    out = tmp_path / "weights"
+    export(runs / "averaged", fmt, out, average=True, licence="Apache-2.0")
+    folder, sums = (out, "SHA256SUMS") if fmt in FOLDERS else (tmp_path, "weights.sha256")
+    subprocess.run(["sha256sum", "--check", "--strict", sums], cwd=folder, check=True)
+    card = (out / "README.md" if fmt in FOLDERS else Path(f"{out}.md")).read_text()
+    assert (folder / sums).read_text().split()[0] in card
+    for stated in ("van_b0, 7 classes, fp32", "moving average, decay 0.9, of step 2", "not measured", "learning rate 0.001", "Apache-2.0"):
+        assert stated in card
+    assert LOADED_BY[fmt] in card
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever may read the card may read the weights
+
+
+def test_the_card_says_when_accuracy_was_measured(runs: Path) -> None:
+    _, config, trainer = build_trained(runs / "averaged", average=False)
+    one = {"top1": 0.5, "top5": 0.75, "images": 8, "loss": 1.0}
+    trainer |= {"evaluation": {"step": 1, "weight": one, "ema": one | {"top1": 0.625}}}
+    card = model_card(config, trainer, "timm", average=True, dtype="fp32", headless=False, digest="", licence="")
+    assert "| accuracy | top-1 62.50%, top-5 75.00% on 8 images of None, at step 1 |" in card
+
+
+@pytest.mark.parametrize("name", ["van_b0", "van_b1", *(pytest.param(f"van_b{n}", marks=pytest.mark.full) for n in (2, 3, 4, 5, 6))])
+def test_round_trip_of_every_variant(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Exported, and loaded by key names alone into the authors' state dict, as the reference has it: the same to the bit."""
+    reference = REFERENCE[name]["state_dict"]
+    torch.manual_seed(0)
+    _, config, trainer = build_trained(runs / "averaged", average=False)
+    for fmt in FORMATS:
+        model = timm.create_model(name)
+        with torch.no_grad():
+            for tensor in model.state_dict(keep_vars=True).values():
+                tensor.copy_(torch.randn(tensor.shape) if tensor.is_floating_point() else torch.tensor(3))
+        monkeypatch.setattr("pretrain.weights.export.build_trained", lambda *_, model=model, **__: (model, config, trainer))
+        expected = to_format({key: tensor.clone() for key, tensor in model.state_dict().items()}, "official")
+        export(runs / "averaged", fmt, tmp_path / "weights", force=True)
+        authors = {key: torch.zeros(shape) for key, shape in reference.items() if fmt != "mmseg" or not key.startswith("head.")}
+        found = to_format(read_source(tmp_path / "weights").weights, "official")
+        assert found.keys() == authors.keys()
+        for key, tensor in found.items():
+            authors[key].copy_(tensor)
+            assert torch.equal(authors[key], expected[key].float())
+
+
+def test_transformers_folder(runs: Path, tmp_path: Path) -> None:
+    """Its settings are those of VanConfig (transformers 4.30, models/van/configuration_van.py) for this model."""
+    export(runs / "averaged", "hf", tmp_path / "van")
+    settings = json.loads((tmp_path / "van" / "config.json").read_text())
+    assert settings["hidden_sizes"] == [32, 64, 160, 256]
+    assert settings["depths"] == [3, 3, 5, 2]
+    assert settings["mlp_ratios"] == [8, 8, 4, 4]
+    assert settings["id2label"] == {str(number): name for number, name in enumerate(CLASSES)}
+    assert read_source(tmp_path / "van").classes == tuple(CLASSES)
+
+
+def test_settings_and_classes_come_with_a_trained_model(runs: Path) -> None:
+    model, config, trainer = build_trained(runs / "averaged", average=False)
+    assert (config.model.classes, config.engine.ema_decay, trainer["step"], trainer["classes"]) == (7, 0.9, 2, CLASSES)
+    assert not model.training
+
+
+# ---------------------------------------------------------------- a finished run's own
+
+
+@pytest.fixture
+def run(runs: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(runs / "averaged", tmp_path / "run")
+
+
+def asked_for(monkeypatch: pytest.MonkeyPatch, *formats: str, steps: int = 2) -> None:
+    """Lets the tiny runs have other settings."""
+
+    def opened(run: Path) -> tuple[Path, dict[str, Any]]:
+        path, trainer = open_run(run)
+        return path, trainer | {
+            "config": trainer["config"] | {"run": trainer["config"]["run"] | {"export": list(formats)}},
+            "identity": {"steps": steps},
+        }
+
+    monkeypatch.setattr("pretrain.weights.export.open_run", opened)
+
+
+def ages(folder: Path) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+def test_a_finished_run_s_weights_lie_with_it(runs: Path, run: Path) -> None:
+    told: list[str] = []
+    assert release(run, told.append) == [run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"]
+    for path, line in zip((run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"), told, strict=True):
+        assert_held(read_source(path).weights, runs, "ema")
+        assert line.startswith(f"{path}: van_b0, moving average of step 2, fp32, format ")
+    names = ["tiny.pth", "tiny.pth.md", "tiny.pth.sha256", "tiny_timm", "weights.json"]
+    before = ages(run / "weights")
+    assert sorted(before) == names
+    release(run, told.append)
+    assert ages(run / "weights") == before
+    assert told[2:] == [f"{run / 'weights' / name}: there already, of step 2" for name in ("tiny.pth", "tiny_timm")]
+
+
+def test_without_an_average_they_are_the_weights(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "plain", tmp_path / "run")
+    release(run, lambda line: None)
+    assert_same(read_source(run / "weights" / "tiny.pth").weights, torch.load(runs / "plain.pt")["raw"])
+
+
+def test_in_every_format(runs: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for(monkeypatch, *FORMATS)
+    paths = release(run, lambda line: None)
+    assert [path.name for path in paths] == [f"tiny{SUFFIXES[fmt]}" for fmt in FORMATS]
+    for path in paths:
+        weights = read_source(path).weights
+        if path.name == "tiny_mmseg.pth":  # alone without a head, though all come from one model
+            weights |= {name: held(runs, "ema")[name] for name in ("head.weight", "head.bias")}
+        assert_held(weights, runs, "ema")
+
+
+def test_in_no_format(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for(monkeypatch)
+    assert release(run) == []
+    assert not (run / "weights").exists()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def of_another_step(path: Path) -> None:
+    path.write_text(path.read_text().replace('"step": 2', '"step": 1'))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "again"),
+    [
+        ("tiny.pth", flip, ["tiny.pth"]), ("tiny_timm/model.safetensors", flip, ["tiny_timm"]), ("tiny.pth", Path.unlink, ["tiny.pth"]),
+        ("tiny.pth.md", Path.unlink, ["tiny.pth"]), ("tiny_timm", shutil.rmtree, ["tiny_timm"]),
+        ("weights.json", of_another_step, ["tiny.pth", "tiny_timm"]), ("weights.json", Path.unlink, ["tiny.pth", "tiny_timm"]),
+        ("weights.json", flip, ["tiny.pth", "tiny_timm"]),
+    ],
+)  # fmt: skip
+def test_what_is_not_as_it_was_written_is_written_again(
+    runs: Path, run: Path, name: str, damage: Any, again: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release(run, lambda line: None)
+    damage(run / "weights" / name)
+    told: list[str] = []
+    release(run, told.append)
+    assert [Path(line.split(": ")[0]).name for line in told if "there already" not in line] == again
+    for path in (run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"):
+        assert_held(read_source(path).weights, runs, "ema")
+
+
+@pytest.mark.parametrize("fmt", ["official", "timm"])
+def test_replacing_that_is_cut_short_leaves_whole_ones_or_none(runs: Path, tmp_path: Path, fmt: str) -> None:
+    """The process dies at each of its file operations in turn."""
+    for kind in ("old", "new"):
+        export(runs / "averaged", fmt, tmp_path / kind / "van", average=kind == "new")
+    names = [path.name for path in (tmp_path / "old").iterdir()]
+
+    def content(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".partial" not in str(path)
+        }
+
+    wholes, seen, died = [content(tmp_path / kind) for kind in ("old", "new")], set(), True
+    for operation in range(40):
+        place = tmp_path / str(operation)
+        shutil.copytree(tmp_path / "old", place)
+        (shutil.copytree if fmt in FOLDERS else shutil.copy)(tmp_path / "new" / "van", place / ".partial-van")
+        child = os.fork()
+        if child == 0:
+            die_at(operation)
+            pretrain.weights.export._put(place / ".partial-van", fmt, place / "van", card_and_sum(tmp_path / "new", fmt))
+            os._exit(0)
+        died = os.waitpid(child, 0)[1] != 0
+        found = {name: data for name, data in content(place).items() if not name.startswith(".removed")}
+        assert any(found.items() <= whole.items() for whole in wholes), sorted(found)
+        if fmt in FOLDERS:
+            assert found in ({}, *wholes)
+        seen.add("none" if not found.keys() & {"van", "van/config.json"} else ("old" if found.items() <= wholes[0].items() else "new"))
+        if not died:
+            assert found == wholes[1]
+            assert sorted(path.name for path in place.iterdir()) == sorted(names)
+            break
+    assert not died
+    assert operation > 4
+    assert {"old", "new"} <= seen
+
+
+def die_at(operation: int) -> None:
+    """Ends this process before its so-manieth operation that changes files."""
+    count = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in ("os.rename", "os.remove", "os.rmdir") or (event == "open" and "w" in str(arguments[1])):
+            if count == operation:
+                os._exit(1)
+            count += 1
+
+    sys.addaudithook(hook)
+
+
+def card_and_sum(folder: Path, fmt: str) -> tuple[str, str]:
+    names = ("van/README.md", "van/SHA256SUMS") if fmt in FOLDERS else ("van.md", "van.sha256")
+    card, sums = ((folder / name).read_text() for name in names)
+    return card, sums
+
+
+def test_a_run_that_is_not_finished_is_not_released(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for(monkeypatch, "official", steps=3)
+    with pytest.raises(ValueError, match=f"^{run} is not finished: step 2 of 3; with --format and --out its weights are exported as"):
+        release(run)
+    (checkpoint_path,) = checkpoint.steps(run / "checkpoints")
+    with pytest.raises(ValueError, match="is a checkpoint: give --format and --out"):
+        release(checkpoint_path)
+    assert not (run / "weights").exists()
+
+
+def test_released_by_a_command(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "export", str(run)])
+    assert main() == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        str(run / "weights" / name) for name in ("tiny.pth", "tiny_timm")
+    ]
+    for options in (["--format", "timm"], ["--out", "a"], ["--force"], ["--weights", "ema", "--dtype", "bf16"]):
+        monkeypatch.setattr(sys, "argv", ["pretrain", "export", str(run), *options])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        named = ", ".join(option for option in options if option.startswith("--"))
+        assert f"error: {named}: to export with options takes --format and --out" in capsys.readouterr().err

@@ -1,0 +1,45 @@
+"""Damage to images in a copy of a dataset, in place: the shards keep their sizes, the index stays as it is."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from data.dataset.index import Index, open_index
+from tests.support.image_corpus import claiming
+
+
+def _cut(encoded: bytes) -> bytes:
+    """The second half is a hole."""
+    half = len(encoded) // 2
+    return encoded[:half] + bytes(len(encoded) - half)
+
+
+def _without_tables(jpeg: bytes) -> bytes:
+    """The segments of the quantisation tables have become some application's: the header can be read, but nothing decodes."""
+    assert b"\xff\xdb" in jpeg
+    return jpeg.replace(b"\xff\xdb", b"\xff\xe9")
+
+
+# What each leads to: found when the header is read (of a PNG and a JPEG), when DALI decodes (the last).
+KINDS: dict[str, Callable[[bytes], bytes]] = {
+    "cut": _cut,
+    "zeros": lambda encoded: bytes(len(encoded)),
+    "another size": lambda encoded: claiming(encoded, 64, 64),
+    "no tables": _without_tables,
+}
+
+
+def damaged_copy(index: Index, folder: Path, damage: dict[int, str]) -> Index:
+    """A copy of a dataset in which the samples have the damage of a kind."""
+    copy = open_index(shutil.copytree(index.folder, folder))
+    for sample, kind in damage.items():
+        row = copy.samples[sample]
+        with open(copy.folder / copy.shards[copy.shard_of(sample)].name, "r+b") as file:
+            file.seek(int(row["offset"]))
+            encoded = file.read(int(row["size"]))
+            hurt = KINDS[kind](encoded)
+            assert len(hurt) == len(encoded)
+            assert hurt != encoded
+            file.seek(int(row["offset"]))
+            file.write(hurt)
+    return copy

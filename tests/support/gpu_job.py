@@ -1,0 +1,63 @@
+"""A job on a GPU that computes nothing (benchmarks/idle_gpu), in a process that sees one.
+
+    python -m tests.support.gpu_job CONFIG key=value …
+
+DALI, which such a GPU is not enough for, makes batches on the CPU. Prints a line of JSON for each step: in
+which functions of the project the host has waited for the device, and how many kernels and graphs it has launched.
+"""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training import idle_gpu
+from data.loader.loaders import TrainLoader
+from pretrain import config as settings
+from pretrain import train as training
+from tests.support import REPOSITORY
+
+ROOT = str(REPOSITORY)
+
+
+class FromCpu(TrainLoader):
+    def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
+        super().__init__(*args, device=torch.device("cpu"), **kwargs)
+        self._to = device
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            images, labels = (tensor.pin_memory().to(self._to, non_blocking=True) for tensor in (batch.images, batch.labels))
+            yield replace(batch, images=images.contiguous(memory_format=torch.channels_last), labels=labels)
+
+
+def main() -> None:
+    gpu = idle_gpu.IdleGpu()
+    idle_gpu.trust()
+    torch._tensor_str._str = lambda *_, **__: "a tensor"  # type: ignore[attr-defined]  # DeepSpeed would show numbers, and there are none
+    training.TrainLoader = FromCpu  # type: ignore[misc]
+    told = training.Profiler.at
+
+    def at(self: Any, step: int) -> None:
+        found = Counter[str]()
+        for stack, times in gpu.stacks.items():
+            calls = re.findall(rf'File "{ROOT}/(?!\.venv)(\S+)", line \d+, in (\w+)', stack)
+            found["{}:{}".format(*calls[-1]) if calls else stack] += times
+        print(json.dumps({"step": step - 1, "waits": found, "launches": gpu.kernels.total()}), flush=True)
+        told(self, step)
+        gpu.watch()
+
+    training.Profiler.at = at  # type: ignore[method-assign]
+    print(json.dumps({"code": training.train(settings.load(Path(sys.argv[1]), sys.argv[2:]))}), flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

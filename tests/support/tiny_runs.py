@@ -1,0 +1,73 @@
+"""Two runs of two steps, made once for the tests of what comes out of a run and what a run starts from; the fixture is `runs`."""
+
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+CLASSES = [f"class {number}" for number in range(7)]
+
+
+def worker(folder: str) -> None:
+    """One rank: runs of two steps, FOLDER/averaged with a moving average and FOLDER/plain without; FOLDER/….pt is what they hold."""
+    from pretrain import config as settings
+    from pretrain.checkpoint import Checkpoints, Retention, hold
+    from pretrain.engine import engine as engines
+    from pretrain.engine.batch_stats import BatchStats
+    from pretrain.evaluation.accuracy import build_model
+    from pretrain.run.metrics import RunLog
+
+    config = settings.from_dict(
+        {
+            "name": "tiny", "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": len(CLASSES)},
+            "data": {"train": "unused", "image_size": 32, "mean": [0.4, 0.5, 0.6]}, "optim": {"lr": 1e-3},
+            "engine": {"micro_batch": 4, "device": "cpu"},
+        }
+    )  # fmt: skip
+    engines.start(config.engine)
+    for name, ema_decay in (("averaged", 0.9), ("plain", 0.0)):
+        config.engine.ema_decay, config.data.eval_resize = ema_decay, "crop" if ema_decay else "squash"
+        model = build_model(config)
+        engine = engines.build(config, model, 1)
+        stats = BatchStats(model, ema_decay)
+        run, log = Path(folder, name), RunLog(None)
+        checkpoints = Checkpoints(run / "checkpoints", engine, stats, retention=Retention(3), lock=hold(run, log.line), log=log)
+        average = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        for _ in range(2):
+            images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
+            engine.backward(nn.functional.cross_entropy(engine(images).float(), torch.arange(4)))
+            stats.start_averaging()
+            engine.step()
+            stats.finish()
+            for key, tensor in model.state_dict().items():
+                average[key] = tensor.clone() if key.endswith("num_batches_tracked") else 0.9 * average[key] + 0.1 * tensor
+        trainer = {"step": 2, "identity": {"steps": 2}, "classes": CLASSES, "evaluation": None}
+        checkpoints.save({**trainer, "config": settings.as_dict(config)})
+        checkpoints.close()
+        torch.save({"raw": {key: tensor.clone() for key, tensor in model.state_dict().items()}, "ema": average}, Path(folder, f"{name}.pt"))
+    engines.stop()
+
+
+def held(runs: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The native state dict as it was in the training process; the average as its formula has it."""
+    return torch.load(runs / "averaged.pt")[kind]
+
+
+def new_model(classes: int = len(CLASSES)) -> nn.Module:
+    torch.manual_seed(5)
+    return timm.create_model("van_b0", num_classes=classes)
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_held(actual: dict[str, Any], runs: Path, kind: str) -> None:
+    """The weights to the bit, their average but for rounding."""
+    if kind == "raw":
+        assert_same(actual, held(runs, "raw"))
+    else:
+        torch.testing.assert_close(actual, held(runs, "ema"), rtol=1e-5, atol=1e-6)
