@@ -73,7 +73,8 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
 
 
 def joint_kernels(x: str) -> list[Kernel]:
-    """Those whose code is the same for maps of any size. Of `pretrain/model/fast/triton/residual.py`, as an attention's end takes them, whose
+    """Those whose code is the same for maps of any size. Of `pretrain/model/fast/triton/residual.py`, as an attention's end
+    takes them, whose
     shortcut begins behind one norm and which has another behind it; what folds a norm; and the gate's."""
     tile, sums, fold = ({name: value for name, value in sizes.items() if name.isupper()} for sizes in (TILE, SUMS, FOLD))
     vector, sum_ = "*fp32", "*fp32"

@@ -10,7 +10,8 @@ multiply-adds on the fp32 lanes; kernels run one after the other. Three ways to 
 - FUSED: what a better cut could do. All pointwise work and the application of BatchNorm happen where a neighbour loads or stores,
   statistics where their tensor is made; the input and weight gradient of a depth-wise convolution share a kernel; each activation is stored
   once. A gradient through BatchNorm stays a kernel of its own, as it needs sums over the whole gradient first.
-- BUILT: the cut of `pretrain.model.fast.triton`, whose sum along the blocks and its gradient are 4 bytes a value, as PyTorch's are under autocast.
+- BUILT: the cut of `pretrain.model.fast.triton`, whose sum along the blocks and its gradient are 4 bytes a value, as
+PyTorch's are under autocast.
 
 Else activations and their gradients are 2 bytes a value. Weights, patch embeddings, the stages' last norms, the head, the optimizer and
 the exchange of gradients are left out.

@@ -2,7 +2,8 @@
 
 ZeRO stage, precision and accumulation come from the settings. Weights are fp32 and arithmetic runs under torch's autocast:
 DeepSpeed's own bf16 mode would hold BatchNorm's statistics in bf16, and its torch_autocast would reduce the gradients of convolutions
-and linear layers in bf16. Norm, clipping and loss scale are the guard's (pretrain/engine/guard.py): DeepSpeed's wait for the device in every
+and linear layers in bf16. Norm, clipping and loss scale are the guard's (pretrain/engine/guard.py): DeepSpeed's wait for
+the device in every
 step, and so does its throughput timer, which is off.
 """
 

@@ -2,7 +2,8 @@
 
     log.line(use_graphs(engine, config))     # before the first step
 
-A VAN launches some four thousand kernels in a micro-step, most of them short (`python -m benchmarks.training.host`). A graph is what one pass of a
+A VAN launches some four thousand kernels in a micro-step, most of them short (`python -m benchmarks.training.host`). A
+graph is what one pass of a
 stage launches, recorded once and then started as a whole: same kernels, same order, same memory. Each of the four stages has two, so that
 the gradients of a stage are reduced beside the backward pass of those in front of it. Gradients are added up in tensors that stay, which
 become the parameters' `grad` at a step's first pass. What is not a micro-batch's training pass goes the ordinary way: other shapes,

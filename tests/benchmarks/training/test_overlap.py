@@ -1,4 +1,5 @@
-"""What is read off a trace of a GPU, here of events made by hand in the form that torch.profiler writes; tests/pretrain/engine/test_reductions.py
+"""What is read off a trace of a GPU, here of events made by hand in the form that torch.profiler writes;
+tests/pretrain/engine/test_reductions.py
 reads real traces, of a CPU."""
 
 import gzip

@@ -23,7 +23,8 @@ WARPS = 4  # LANES * CHANNELS / (32 * WARPS) = 8 values a thread: 16 bytes of bf
 REGISTERS = {2: 168, 4: 255}
 PROGRAMS_PER_MULTIPROCESSOR = {2: 3, 4: 2}
 
-# The most rows of a strip, for which nothing spills with REGISTERS (tests/pretrain/model/fast/triton/test_resources.py). A thread holds a sum for
+# The most rows of a strip, for which nothing spills with REGISTERS (tests/pretrain/model/fast/triton/test_resources.py). A
+# thread holds a sum for
 # each of its rows and the kernel's column, eight channels of each: 8 * (rows + kernel size) registers.
 MOST_ROWS = {3: 7, 5: 7, 7: 5}
 # In the weight gradient a sum for each row of the kernel, and the strip's rows of the output's gradient: the same count.
