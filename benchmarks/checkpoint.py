@@ -24,7 +24,7 @@ from pretrain import checkpoint
 from pretrain import config as settings
 from pretrain.engine import engine as engines
 from pretrain.engine.batch_stats import BatchStats
-from pretrain.evaluation.accuracy import build_model
+from pretrain.model.build import build_model
 from pretrain.run.metrics import RunLog
 
 RESULT = Path(__file__).parent / "results" / "checkpoint.json"

@@ -31,7 +31,8 @@ from pretrain.engine import zero_state
 from pretrain.engine.batch_stats import BatchStats
 from pretrain.engine.guard import Guard
 from pretrain.engine.optim import learning_rate, set_learning_rate
-from pretrain.evaluation.accuracy import build_model, evaluate, fill, restriction
+from pretrain.evaluation.accuracy import evaluate, restriction
+from pretrain.model.build import build_model
 from pretrain.model.fast.cuda_graphs import use_graphs
 from pretrain.model.fast.kernel_choice import use_kernels
 from pretrain.monitor import traffic
@@ -50,6 +51,7 @@ from pretrain.run.metrics import RunLog, duration
 from pretrain.run.place import Place
 from pretrain.run.provenance import provenance, record_start
 from pretrain.weights.initial import start_from
+from pretrain.weights.run_model import copy_weights
 
 
 def train(config: Config, force_config: bool = False) -> int:
@@ -154,7 +156,7 @@ def train(config: Config, force_config: bool = False) -> int:
         results: dict[str, Any] = {"step": step}
         for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):
             buffers = dict(model.named_buffers())
-            fill(judge, zero_state.whole_tensors(engine, kind), buffers | stats.averages if kind == "ema" else buffers)
+            copy_weights(judge, zero_state.whole_tensors(engine, kind), buffers | stats.averages if kind == "ema" else buffers)
             found = results[kind] = evaluate(judge, val_loader, index.classes, config.engine.precision)
             if found["left_out"]:
                 tell_all(val_loader.quarantine, step, log)

@@ -23,7 +23,7 @@ from data.loader.loaders import TrainLoader
 from data.loader.pipeline import Batch
 from pretrain.config import Config
 from pretrain.engine import engine as engines
-from pretrain.evaluation.accuracy import build_model
+from pretrain.model.build import build_model
 
 KINDS = ("fed", "repeated")
 

@@ -8,33 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import pretrain.model.van  # noqa: F401  registers the family with timm
 from data.dataset.index import Index
 from data.loader.loaders import EvalLoader
-from pretrain.config import Config
 from pretrain.engine.engine import autocast
 from pretrain.model.formats import some
 
 _NAMED = 20  # classes that an error offers to leave out
-
-
-def build_model(config: Config) -> nn.Module:
-    return timm.create_model(config.model.name, num_classes=config.model.classes, drop_path_rate=config.model.drop_path)
-
-
-def fill(model: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-    """Copies weights into a model by parameter name, in the layout that parameters are stored in; flat tensors are given shape."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parameters[name].view(parameter.shape))
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name].view(buffer.shape))
 
 
 @torch.inference_mode()

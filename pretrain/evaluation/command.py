@@ -23,8 +23,9 @@ from data.loader.loaders import EvalLoader
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine import engine as engines
-from pretrain.evaluation.accuracy import build_model, evaluate, matched, none_left, restriction
+from pretrain.evaluation.accuracy import evaluate, matched, none_left, restriction
 from pretrain.evaluation.probe import NEIGHBOURS, LinearProbe, drawn_samples, features, from_all_ranks, knn_hits
+from pretrain.model.build import build_model
 from pretrain.model.fast.kernel_choice import use_kernels
 from pretrain.model.formats import some
 from pretrain.monitor.damage import check_shards, describe, share

@@ -1,14 +1,16 @@
 """The model of a run or a checkpoint, in one process, without DeepSpeed: for evaluation, export and fine-tuning."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pretrain import checkpoint
 from pretrain.config import Config, from_dict
-from pretrain.evaluation.accuracy import build_model, fill
+from pretrain.model.build import build_model
 
 
 def is_run(source: Path) -> bool:
@@ -33,7 +35,7 @@ def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[
         kind, _, rest = name.partition("/")
         by_kind[kind][rest] = tensor
     model = build_model(config)
-    fill(model, by_kind[kinds[0]], by_kind["buffer"] | by_kind.get("buffer_ema", {}))
+    copy_weights(model, by_kind[kinds[0]], by_kind["buffer"] | by_kind.get("buffer_ema", {}))
     return model.eval(), config, trainer
 
 
@@ -54,3 +56,17 @@ def open_run(source: Path) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"{source} is neither a checkpoint nor a run directory with one in checkpoints/")
         path = newest
     return path, json.loads((path / checkpoint.TRAINER).read_text())
+
+
+@torch.no_grad()
+def copy_weights(model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+    """Copies weights into a model by name.
+
+    Args:
+        parameters: each of as many elements as the model's, in the layout that the parameters are stored in; may be flat.
+        buffers: likewise.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameters[name].view(parameter.shape))
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name].view(buffer.shape))

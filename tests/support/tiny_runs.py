@@ -16,7 +16,7 @@ def worker(folder: str) -> None:
     from pretrain.checkpoint import Checkpoints, Retention, hold
     from pretrain.engine import engine as engines
     from pretrain.engine.batch_stats import BatchStats
-    from pretrain.evaluation.accuracy import build_model
+    from pretrain.model.build import build_model
     from pretrain.run.metrics import RunLog
 
     config = settings.from_dict(

@@ -33,7 +33,7 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     from pretrain.engine import engine as engines
     from pretrain.engine import zero_state
     from pretrain.engine.batch_stats import BatchStats
-    from pretrain.evaluation.accuracy import build_model
+    from pretrain.model.build import build_model
 
     config = settings.from_dict(CONFIG)
     config.engine.zero_stage, config.engine.micro_batch, config.engine.ema_decay = stage, micro_batch, ema_decay

@@ -21,7 +21,7 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[
     import torch.distributed as dist
 
     from pretrain.engine import engine as engines
-    from pretrain.evaluation.accuracy import build_model
+    from pretrain.model.build import build_model
     from pretrain.monitor.stragglers import OwnTime
 
     torch.set_num_threads(1)
