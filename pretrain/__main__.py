@@ -1,4 +1,4 @@
-"""One process of a job, or what a run made: train, status, evaluate, export, checkpoints; or how fast a machine is: bench.
+"""One process of a job, or what a run made: train, status, evaluate, export, checkpoints.
 
 python -m pretrain train CONFIG [--force-config] key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set, or the only one, without them; `python -m launch`
@@ -15,14 +15,6 @@ python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mm
     [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
 python -m pretrain checkpoints RUN [--verify | --compare A B | --prune KEEP]
     lists a run's checkpoints; reads every byte; compares two bit by bit; removes those that need not stay
-python -m pretrain bench --gpu [--only layers|steps] [--model van_b3 …] [--image-size 224] [--batch N] [--precision bf16|fp16|fp32]
-    [--peer PATH] [--ways WAY …] [--rounds 9] [--out FOLDER]
-    on this machine's GPU: the depth-wise layers of a model, Triton's kernels beside PyTorch's operator; then whole training steps of VAN-B3
-    to B6, each way at its best micro-batch. --peer: a checkout of the authors' VAN-Classification, whose code takes turns with this one
-python -m pretrain bench --cpu [--model van_b0 …] [--image-size 224] [--batch 16] [--peer PATH] [--rounds 9] [--out FOLDER]
-    whole training steps on the CPU
-python -m pretrain bench --gpu|--cpu [--rounds 9] [--steps 50] [--out FOLDER] --feed CONFIG key=value …
-    a job's step fed by its loader, beside the same step on one batch repeated
 """
 
 import argparse
@@ -67,21 +59,6 @@ def main() -> int:
     export_parser.add_argument("--force", action="store_true", help="replace what is there")
     for sub in (evaluate_parser, export_parser):
         sub.add_argument("--weights", choices=("raw", "ema"), default="raw", help="the weights, or their moving average")
-    bench_parser = commands.add_parser("bench", help="how fast this machine trains")
-    where = bench_parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gpu", action="store_true", help="depth-wise layers, by Triton and by PyTorch, and whole steps")
-    where.add_argument("--cpu", action="store_true", help="whole steps")
-    bench_parser.add_argument("--only", choices=("layers", "steps"), help="of a GPU's")
-    bench_parser.add_argument("--model", nargs="+", choices=[f"van_b{n}" for n in range(7)], help="default: B3 to B6 on a GPU, B0 on a CPU")
-    bench_parser.add_argument("--image-size", type=int, default=224)
-    bench_parser.add_argument("--batch", type=int, help="default: 64 for layers, 16 on a CPU, for steps on a GPU the best of each way")
-    bench_parser.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the layers")
-    bench_parser.add_argument("--peer", type=Path, metavar="PATH", help="a checkout of the authors' VAN-Classification")
-    bench_parser.add_argument("--ways", nargs="+", metavar="WAY", help="of the steps, these alone (benchmarks/training/ways.py)")
-    bench_parser.add_argument("--feed", nargs="+", metavar="CONFIG key=value", help="steps of this job, fed by its loader")
-    bench_parser.add_argument("--rounds", type=int, default=9, help="in which all ways take turns")
-    bench_parser.add_argument("--steps", type=int, default=50, help="that count in a round, of --feed")
-    bench_parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the figures as JSON; default: benchmarks/results")
     checkpoints_parser = commands.add_parser("checkpoints", help="lists, verifies, compares and prunes a run's checkpoints")
     checkpoints_parser.add_argument("run", type=Path, metavar="RUN")
     wish = checkpoints_parser.add_mutually_exclusive_group()
@@ -103,9 +80,7 @@ def main() -> int:
         if alone:
             parser.error(f"{', '.join(alone)}: to export with options takes --format and --out; without any, RUN's own formats are written")
     try:
-        run = {
-            "train": _train, "status": _status, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints, "bench": _bench,
-        }[args.command]  # fmt: skip
+        run = {"train": _train, "status": _status, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints}[args.command]
         return run(args)
     except ValueError as error:
         if not raised_here(error):
@@ -195,12 +170,6 @@ def _checkpoints(args: argparse.Namespace) -> int:
     from pretrain.checkpoint import command
 
     return command.run(args.run, args.verify, args.compare, args.prune)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from benchmarks.training import command
-
-    return command.run(args)
 
 
 if __name__ == "__main__":

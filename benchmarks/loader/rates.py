@@ -1,7 +1,7 @@
 """How fast a job's images are decoded and augmented: this loader beside timm's, and both beside decoding alone.
 
-    python -m data bench CONFIG --against timm [--images 2048] [--batch 64] [key=value …]
-    python -m data bench CONFIG --gpu-sweep
+    python -m benchmarks.loader CONFIG --against timm [--images 2048] [--batch 64] [key=value …]
+    python -m benchmarks.loader CONFIG --gpu-sweep
 
 Both loaders read the same shards and do the same to an image: the job's crops, flips, interpolation and augmentation, without mixup
 and cutmix. timm's gets a map-style dataset that reads an image by its position in a shard and opens it with Pillow. Every way is tried

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.host
 
-Whole steps of VAN-B3 at 224 px run on a GPU that computes nothing (benchmarks/idle_gpu), in turns: our model as
+Whole steps of VAN-B3 at 224 px run on a GPU that computes nothing (benchmarks/training/idle_gpu), in turns: our model as
 `benchmarks.training` has it,
 and what a job runs (`engine_step`), in each ZeRO stage. PyTorch, DeepSpeed and Triton do all that they do with a real one, on which no
 step can be shorter. Times are of this machine's CPU; launches, kernels and waits hold for any. Results go to

@@ -1,6 +1,6 @@
 """How fast this machine's GPU runs VAN's depth-wise layers: Triton's kernels beside PyTorch's operator in both memory layouts.
 
-    python -m pretrain bench --gpu --only layers [--model van_b3 …] [--image-size 224] [--batch 64] [--precision bf16]
+    python -m benchmarks.training --gpu --only layers [--model van_b3 …] [--image-size 224] [--batch 64] [--precision bf16]
 
 Each layer of the model that differs from the others is timed by itself, forward, input gradient and weight gradient, with the L2 cache
 cleared before every run. Beside the medians stand the bytes a second that the layer's maps amount to, each read or written once, and what
@@ -85,7 +85,7 @@ def usable_gpu() -> torch.device:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reason = unusable(device)
     if reason is not None:
-        raise ValueError(f"bench --gpu can't run here: {reason}")
+        raise ValueError(f"--gpu can't run here: {reason}")
     torch.backends.cudnn.benchmark = True
     return device
 

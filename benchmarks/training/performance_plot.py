@@ -1,4 +1,4 @@
-"""Draws what `python -m pretrain bench` found of whole steps: images a second of every way, with the authors' best as 1.
+"""Draws what `python -m benchmarks.training` found of whole steps: images a second of every way, with the authors' best as 1.
 
     python -m benchmarks.training.performance_plot [benchmarks/results/steps_….json …] [--out docs/performance.svg]
 

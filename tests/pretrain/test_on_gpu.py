@@ -1,4 +1,4 @@
-"""What a job does with a GPU, without one: a whole job on a GPU that computes nothing (benchmarks/idle_gpu).
+"""What a job does with a GPU, without one: a whole job on a GPU that computes nothing (benchmarks/training/idle_gpu).
 
 Its numbers mean nothing; what the host asks of the GPU does. No step waits for the device, in any function of PyTorch, DeepSpeed or this
 project, unless a line of the log or a checkpoint is due.

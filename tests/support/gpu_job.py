@@ -1,4 +1,4 @@
-"""A job on a GPU that computes nothing (benchmarks/idle_gpu), in a process that sees one.
+"""A job on a GPU that computes nothing (benchmarks/training/idle_gpu), in a process that sees one.
 
     python -m tests.support.gpu_job CONFIG key=value …
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import benchmarks.loader.index_at_scale
-from benchmarks.loader.index_at_scale import Figure, bench, bytes_on_disk, private_bytes, ranks_of_a_node, simulate, slowest_step
-from data.__main__ import main
+from benchmarks.loader.index_at_scale import Figure, bench, bytes_on_disk, main, private_bytes, ranks_of_a_node, simulate, slowest_step
 from data.dataset.index import Index, open_index
 from data.inspect.shuffle import Quality, Row
 
@@ -99,11 +98,10 @@ def test_the_slowest_step_is_the_slowest(simulated: Path, monkeypatch: pytest.Mo
 
 def test_a_broken_promise_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     figures = [Figure("first", 1.0, "s", 2), Figure("second", 3.0, "s")]
-    monkeypatch.setattr("data.__main__.bench", lambda samples, shards: figures)
+    monkeypatch.setattr("benchmarks.loader.index_at_scale.bench", lambda samples, shards: figures)
     rows = [Row(4, 5, Quality(0.3, 0.5, 0.25, 6, 2.5)), Row(None, None, Quality(0.4, 0.0, 0.1, 9, 3.5))]
-    monkeypatch.setattr("data.__main__.sorted_shards", lambda samples, shards: {"sorted": rows})
-    out = tmp_path / "results.json"
-    command = ["bench", "--simulate", "--samples", "50", "--shards", "5", "--out", str(out)]
+    monkeypatch.setattr("benchmarks.loader.index_at_scale.sorted_shards", lambda samples, shards: {"sorted": rows})
+    command = ["--samples", "50", "--shards", "5", "--out", str(tmp_path)]
     assert main(command) == 0
     assert main(command) == 0
     figures.append(Figure("third", 2.5, "s", 2))
@@ -113,8 +111,8 @@ def test_a_broken_promise_is_the_exit_code(tmp_path: Path, capsys: pytest.Captur
     assert first.endswith("promised at most 2")
     assert "promised" not in second
     assert third.endswith("promised at most 2: BROKEN")
-    (result,) = json.loads(out.read_text())
-    assert result["command"] == "python -m data bench --simulate --samples 50 --shards 5"
+    (result,) = json.loads((tmp_path / "index_at_scale.json").read_text())
+    assert result["command"] == "python -m benchmarks.loader.index_at_scale --samples 50 --shards 5"
     assert [row["measured"] for row in result["rows"]] == [1.0, 3.0, 2.5]
     assert shuffled[:2] == ["", "sorted"]
     assert shuffled[3].split() == ["4", "5", "75.0%", "0.50", "25.0%", "6", "2.50", "bits"]

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks.loader.__main__ import main
 from benchmarks.loader.rates import (
     OWN,
     OWN_DECODING,
@@ -35,7 +36,6 @@ from benchmarks.loader.rates import (
     timm_batches,
     timm_recipe,
 )
-from data.__main__ import main
 from data.dataset.index import Index
 from data.settings import DataConfig
 
@@ -200,26 +200,12 @@ def test_decoding_alone_decodes(dataset: Index) -> None:
 def test_against_timm(dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(psutil.Process().children(recursive=True))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    job, out = tmp_path / "job.yaml", tmp_path / "results.json"
+    job = tmp_path / "job.yaml"
     job.write_text(f"global_batch: 20\nengine: {{device: cpu}}\ndata: {{train: {dataset.folder}, image_size: 32}}\n")
-    command = [
-        "bench",
-        str(job),
-        "--against",
-        "timm",
-        "--images",
-        "40",
-        "--out",
-        str(out),
-        "--batch",
-        "10",
-        "--rounds",
-        "2",
-        "data.flip=0.4",
-    ]
-    assert main(command) == 0
-    (result,) = json.loads(out.read_text())
-    assert result["command"] == f"python -m data bench {job} --against timm --images 40 --batch 10 --rounds 2 data.flip=0.4"
+    options = ["--against", "timm", "--images", "40", "--batch", "10", "--rounds", "2", "--out", str(tmp_path)]
+    assert main([str(job), *options, "data.flip=0.4"]) == 0
+    (result,) = json.loads((tmp_path / "loader.json").read_text())
+    assert result["command"] == f"python -m benchmarks.loader {job} --against timm --images 40 --batch 10 --rounds 2 data.flip=0.4"
     assert result["device"] == "cpu"
     assert {"torch", "timm", "nvidia-dali-cuda130"} <= result["versions"].keys()
     tried = [{name: value for name, value in row.items() if not name.startswith("images")} for row in result["rows"]]
@@ -237,7 +223,6 @@ def test_against_timm(dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "timm"], "python -m data bench CONFIG"),
         (["{job}", "--gpu-sweep", "engine.device=cpu"], "--gpu-sweep needs a GPU"),
         (["{job}", "--against", "timm", "data.flp=1"], "did you mean data.flip"),
     ],
@@ -247,11 +232,14 @@ def test_what_cannot_be_measured(
 ) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"global_batch: 20\ndata: {{train: {dataset.folder}}}\n")
-    assert main(["bench", *(argument.format(job=job) for argument in arguments)]) == 2
+    assert main([*(argument.format(job=job) for argument in arguments)]) == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["job.yaml"], ["job.yaml", "--simulate", "--against", "timm"], ["--against", "webdataset"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--against", "timm"], ["job.yaml"], ["job.yaml", "--gpu-sweep", "--against", "timm"], ["job.yaml", "--against", "webdataset"]],
+)
 def test_one_thing_is_measured(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["bench", *arguments])
+        main(arguments)

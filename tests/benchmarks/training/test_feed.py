@@ -1,7 +1,6 @@
 """Steps that the real loader feeds, beside steps on one batch."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.training import feed
+from benchmarks.training.__main__ import main
 from data.loader.loaders import TrainLoader
 from data.loader.pipeline import Batch
-from pretrain.__main__ import main
 from tests.support.jobs import SMALL
 from tests.support.ranks import run_on_ranks
 
@@ -32,8 +31,7 @@ class Slow(TrainLoader):
 def slowly_fed(arguments: list[str]) -> int:
     """The command, in a process that is a job's only rank."""
     feed.TrainLoader = Slow  # type: ignore[misc]
-    sys.argv = ["pretrain", "bench", *arguments]
-    return main()
+    return main(arguments)
 
 
 def test_a_loader_that_does_not_keep_up_shows(drawn: Path, tmp_path: Path) -> None:
@@ -50,12 +48,9 @@ def test_a_loader_that_does_not_keep_up_shows(drawn: Path, tmp_path: Path) -> No
     assert repeated_s < fed_s - WAIT_S / 2  # and not in those
 
 
-def test_what_does_not_fit_is_said(
-    drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_count_mismatch_is_an_error(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(SMALL)
     arguments = ["--cpu", "--feed", str(config), f"data.train={drawn / 'train'}", "model.classes=7"]
-    monkeypatch.setattr(sys, "argv", ["pretrain", "bench", *arguments])
-    assert main() == 2
+    assert main(arguments) == 2
     assert "has 10 classes, but model.classes=7; make them agree" in capsys.readouterr().err

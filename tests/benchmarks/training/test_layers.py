@@ -7,8 +7,8 @@ import torch
 from triton import knobs
 
 from benchmarks.training import layers
+from benchmarks.training.__main__ import main
 from benchmarks.training.layers import Layer, Part
-from pretrain.__main__ import main
 
 DEVICE = torch.device("cpu" if knobs.runtime.interpret else "cuda")
 
@@ -50,7 +50,6 @@ def test_a_wrong_result_would_be_seen() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["pretrain", "bench", "--gpu", "--batch", "2"])
-    assert main() == 2
-    assert capsys.readouterr().err.strip().endswith("error: bench --gpu can't run here: the device is cpu")
+def test_gpu_benchmark_without_a_gpu_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--gpu", "--batch", "2"]) == 2
+    assert capsys.readouterr().err == "error: --gpu can't run here: the device is cpu\n"

@@ -1,7 +1,6 @@
 """Whole steps: every way that a CPU can take, at a few pixels, and what is done about those that fail."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.training import peer
-from benchmarks.training.command import chosen, judged, table
+from benchmarks.training.__main__ import chosen, judged, main, table
 from benchmarks.training.measure import Measured, best_batch, measure, ratios, row, start
 from benchmarks.training.ways import Job, Step, Way, ways
-from pretrain.__main__ import main
 from pretrain.model.van import VAN
 from tests.support.ranks import run_on_ranks
 
@@ -56,15 +54,9 @@ def authors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["pretrain", "bench", *map(str, arguments)])
-    return main()
-
-
 def every_way(arguments: list[str]) -> int:
     """The command, in a process that is a job's only rank, as the engine wants one."""
-    sys.argv = ["pretrain", "bench", *arguments]
-    return main()
+    return main(arguments)
 
 
 def test_every_way_of_a_cpu_in_one_run(authors: Path, tmp_path: Path) -> None:
@@ -110,14 +102,14 @@ def test_timms_registry_keeps_our_models(authors: Path, tmp_path: Path) -> None:
         peer.build(module, "van_b9", 10, 0.0)
 
 
-def test_a_wrong_peer_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(monkeypatch, "--cpu", "--peer", tmp_path) == 2
+def test_wrong_peer_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--cpu", "--peer", str(tmp_path)]) == 2
     assert "it has no models/van.py; name a checkout of the authors' VAN-Classification" in capsys.readouterr().err
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "van.py").write_text("import no_such_module")
     with pytest.raises(ValueError, match="can't be imported: No module named 'no_such_module'"):
         peer.load(tmp_path)
-    assert command(monkeypatch, "--cpu", "--ways", "own_fp23") == 2
+    assert main(["--cpu", "--ways", "own_fp23"]) == 2
     assert "no own_fp23 here; there are own_fp32, own_bf16, engine" in capsys.readouterr().err
 
 

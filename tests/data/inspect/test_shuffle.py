@@ -53,7 +53,7 @@ def test_more_lanes_and_larger_windows_mix_more() -> None:
 
 
 def test_an_order_that_does_not_permute_shards_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control: of the figure that `bench --simulate` promises something of."""
+    """Control: of the figure that `benchmarks.loader.index_at_scale` promises something of."""
     random_labels = np.random.default_rng(0).permutation(LABELS)
 
     def displacement() -> float:

@@ -16,7 +16,7 @@ work over them. Layers choose them through `pretrain.model.fast.kernel_choice.us
     trial.py        whether a kernel runs here and agrees with PyTorch
 
 `python -m benchmarks.training.kernel_resources` compiles them for GPUs that need not be there and reads off registers and spills;
-`python -m pretrain bench --gpu` times them on one that is. docs/performance.md has the reasons, in bytes and multiply-adds.
+`python -m benchmarks.training --gpu` times them on one that is. docs/performance.md has the reasons, in bytes and multiply-adds.
 """
 
 import torch

@@ -1,10 +1,21 @@
-"""The command `python -m pretrain bench`: what it measures on this machine, as lines while it runs, a table, and JSON.
+"""Training benchmarks of this machine: printed while they run, summed up in a table, and kept as JSON.
 
-Results go to FOLDER (benchmarks/results) as lists of measurements with machine, versions and commit, each model's as soon as it is there:
+python -m benchmarks.training --gpu [--only layers|steps] [--model van_b3 …] [--image-size 224] [--batch N] [--precision bf16|fp16|fp32]
+    [--peer PATH] [--ways WAY …] [--rounds 9] [--out FOLDER]
+    a GPU: the depth-wise layers of a model, Triton's kernels beside PyTorch's operator; then whole training steps of VAN-B3 to B6, each way
+    at its best micro-batch. --peer: a checkout of the authors' VAN-Classification, which is measured in turns with this project
+python -m benchmarks.training --cpu [--model van_b0 …] [--image-size 224] [--batch 16] [--peer PATH] [--rounds 9] [--out FOLDER]
+    whole training steps on the CPU
+python -m benchmarks.training --gpu|--cpu [--rounds 9] [--steps 50] [--out FOLDER] --feed CONFIG key=value …
+    the training step of a job fed by its data loader, beside the same step on one batch repeated
+
+Results go to FOLDER (benchmarks/results) as lists of measurements with machine, versions and commit, written after each model:
 layers_GPU.json, steps_GPU.json or steps_cpu.json, feed_GPU.json or feed_cpu.json.
 """
 
+import argparse
 import re
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +36,39 @@ LAYER_BATCH = 64
 CPU_BATCH = 16
 
 
-def run(args: Namespace) -> int:
-    """Of the options that `pretrain/__main__.py` has.
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m benchmarks.training", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    where = top.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gpu", action="store_true", help="depth-wise layers, by Triton and by PyTorch, and whole steps")
+    where.add_argument("--cpu", action="store_true", help="whole steps")
+    top.add_argument("--only", choices=("layers", "steps"), help="with --gpu")
+    top.add_argument("--model", nargs="+", choices=[f"van_b{n}" for n in range(7)], help="default: B3 to B6 on a GPU, B0 on a CPU")
+    top.add_argument("--image-size", type=int, default=224)
+    top.add_argument("--batch", type=int, help="default: 64 for layers, 16 on a CPU, for steps on a GPU the best of each way")
+    top.add_argument("--precision", choices=("bf16", "fp16", "fp32"), default="bf16", help="of the layers")
+    top.add_argument("--peer", type=Path, metavar="PATH", help="a checkout of the authors' VAN-Classification")
+    top.add_argument("--ways", nargs="+", metavar="WAY", help="measure these steps only (benchmarks/training/ways.py)")
+    top.add_argument("--feed", nargs="+", metavar="CONFIG key=value", help="measure the step of this job, fed by its data loader")
+    top.add_argument("--rounds", type=int, default=9, help="number of turns of each way")
+    top.add_argument("--steps", type=int, default=50, help="timed in a round of --feed")
+    top.add_argument("--out", type=Path, metavar="FOLDER", default=RESULTS, help="for the results as JSON; default: benchmarks/results")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmarks that the arguments name; returns the exit code, 2 after a mistake of the user's."""
+    try:
+        run(parser().parse_args(arguments))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0
+
+
+def run(args: Namespace) -> None:
+    """Runs the benchmarks that the parsed arguments name.
 
     Raises:
         ValueError: --gpu without a GPU that the kernels run on; --peer is no checkout of the authors' code; a job's settings can't work.
@@ -36,7 +78,7 @@ def run(args: Namespace) -> int:
         device = layers.usable_gpu()
     if args.feed:
         _feed(args, device)
-        return 0
+        return
     authors = peer.load(args.peer) if args.peer is not None else None
     if args.gpu and args.only != "steps":
         for model in args.model or ["van_b3"]:
@@ -44,7 +86,6 @@ def run(args: Namespace) -> int:
     if args.only != "layers":
         for model in args.model or STEP_MODELS[device.type]:
             _steps(args, model, device, authors)
-    return 0
 
 
 def _layers(args: Namespace, model: str, device: torch.device) -> None:
@@ -52,7 +93,7 @@ def _layers(args: Namespace, model: str, device: torch.device) -> None:
     job = {"model": model, "image_size": args.image_size, "batch": batch, "precision": args.precision}
     print(f"\n{model}, {args.image_size} px, {batch} images, {args.precision}", flush=True)
     found = layers.bench(layers.layers(model, args.image_size), batch, PRECISIONS[args.precision], device)
-    command = f"python -m pretrain bench --gpu --only layers {_options(job)}"
+    command = f"python -m benchmarks.training --gpu --only layers {_options(job)}"
     record(_file(args, "layers", device), command, ["torch", "triton"], **about(device), **job, **found)
 
 
@@ -66,7 +107,7 @@ def _steps(args: Namespace, model: str, device: torch.device, authors: Any) -> N
     print("\n".join(table(rows)), flush=True)
     options = {"model": model, "image_size": args.image_size, "batch": batch, "rounds": args.rounds}
     options |= {"ways": args.ways and " ".join(args.ways), "peer": authors and "PATH"}
-    command = f"python -m pretrain bench --{'gpu' if args.gpu else 'cpu'} --only steps {_options(options)}"
+    command = f"python -m benchmarks.training --{'gpu' if args.gpu else 'cpu'} --only steps {_options(options)}"
     theirs = {"peer_sha256": peer.fingerprint(authors)} if authors is not None else {}
     packages = ["torch", "triton", "timm", "deepspeed"]
     described = {"model": model, "image_size": args.image_size, "drop_path": job.drop_path, "classes": job.classes}
@@ -92,7 +133,7 @@ def _feed(args: Namespace, device: torch.device) -> None:
     config = settings.load(Path(args.feed[0]), [*args.feed[1:], f"engine.device={device.type}"], unused=("data.val",))
     found = measure_feed(config, rounds=args.rounds, steps=args.steps)
     print(f"fed by the loader a step makes {found['fed_to_repeated']:.1%} of the images/s that it makes of one batch repeated", flush=True)
-    command = f"python -m pretrain bench --{device.type.replace('cuda', 'gpu')} --rounds {args.rounds} --steps {args.steps}"
+    command = f"python -m benchmarks.training --{device.type.replace('cuda', 'gpu')} --rounds {args.rounds} --steps {args.steps}"
     command += f" --feed {' '.join(args.feed)}"
     packages = ["torch", "deepspeed", "nvidia-dali-cuda130"]
     job = {"model": config.model.name, "kernels": config.model.kernels, "image_size": config.data.image_size}
@@ -160,8 +201,12 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _file(args: Namespace, kind: str, device: torch.device) -> Path:
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return (args.out or RESULTS) / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json"
+    return args.out / f"{kind}_{re.sub(r'[^a-z0-9]+', '_', name.lower())}.json"
 
 
 def _options(values: dict[str, Any]) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
