@@ -30,7 +30,7 @@ from data.common.config_files import ConfigError
 from pretrain import config as settings
 from pretrain.run import attempts
 from pretrain.run.attempts import FAILED, Attempt, End, heard
-from pretrain.run.directory import CHECKPOINTS, step_of, steps
+from pretrain.run.directory import CHECKPOINTS, list_checkpoints, step_of
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG, EXIT_UNFIT
 
 FAILURES = ("crashed", "hung", "unfit")
@@ -259,7 +259,7 @@ def _time(seconds: float) -> str:
 
 def newest(run: Path) -> int:
     """Step of the newest checkpoint, which has its name only since it is whole; 0 without one."""
-    found = steps(run / CHECKPOINTS)
+    found = list_checkpoints(run / CHECKPOINTS)
     return step_of(found[-1]) if found else 0
 
 

@@ -24,7 +24,7 @@ from data.dataset.index import open_index
 from data.loader.loaders import EvalLoader, TrainLoader
 from data.loader.quarantine import Quarantine
 from pretrain import config as settings
-from pretrain.checkpoint import Checkpoints, Retention, hold, steps
+from pretrain.checkpoint import Checkpoints, Retention, hold, list_checkpoints
 from pretrain.config import Config
 from pretrain.engine import engine as engines
 from pretrain.engine import zero_state
@@ -68,7 +68,7 @@ def train(config: Config, force_config: bool = False) -> int:
     watchdog = Watchdog(place, hosts, config.guard.step_limit, config.guard.start_limit)
     log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
     lock = hold(folder, log.line)
-    if steps(folder / "checkpoints") and (folder / "config.yaml").exists():
+    if list_checkpoints(folder / "checkpoints") and (folder / "config.yaml").exists():
         for change in settings.confirm(config, folder / "config.yaml", force_config):
             log.line(f"changed by --force-config: {change}")
 
@@ -90,7 +90,7 @@ def train(config: Config, force_config: bool = False) -> int:
     torch.manual_seed(config.seed)
     model = build_model(config)
     # A run that goes on takes all from its checkpoint; what it once started from may be gone by then.
-    if config.model.init_from and not steps(folder / "checkpoints"):
+    if config.model.init_from and not list_checkpoints(folder / "checkpoints"):
         for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
             log.line(line)
     flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)

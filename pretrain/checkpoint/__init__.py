@@ -29,7 +29,7 @@ from pretrain.checkpoint.files import newest_whole, verify
 from pretrain.checkpoint.lock import RunLock, hold
 from pretrain.checkpoint.pieces import read
 from pretrain.checkpoint.retention import Retention
-from pretrain.run.directory import LATEST, MANIFEST, TRAINER, steps
+from pretrain.run.directory import LATEST, MANIFEST, TRAINER, list_checkpoints
 
 __all__ = [
     "LATEST",
@@ -40,8 +40,8 @@ __all__ = [
     "RunLock",
     "SaveFailed",
     "hold",
+    "list_checkpoints",
     "newest_whole",
     "read",
-    "steps",
     "verify",
 ]

@@ -20,7 +20,7 @@ from pretrain.checkpoint.staging import Staging
 from pretrain.engine import zero_state
 from pretrain.engine.batch_stats import BatchStats
 from pretrain.engine.engine import from_rank_0
-from pretrain.run.directory import LATEST, TRAINER, name_of, steps
+from pretrain.run.directory import LATEST, TRAINER, checkpoint_name, list_checkpoints
 from pretrain.run.metrics import RunLog
 
 # A checkpoint is a little more than its state: .metadata, and trainer.json with all names of classes.
@@ -124,7 +124,7 @@ class Checkpoints:
         copied = time.monotonic()
         step = trainer["step"]
         trainer = trainer | {_COUNTER: int(self.staging.host[_COUNTER])}
-        partial = files.temporary(self.folder, "partial", name_of(step))
+        partial = files.temporary(self.folder, "partial", checkpoint_name(step))
         try:
             partial = from_rank_0(lambda: self._begin(partial), self.group)
             outcomes = self._write_shards(partial)
@@ -174,12 +174,12 @@ class Checkpoints:
         entries[METADATA] = files.write(partial / METADATA, self._metadata)
         entries[TRAINER] = files.write(partial / TRAINER, json.dumps(trainer, indent=1).encode())
         self.lock.check()
-        files.commit(partial, self.folder / name_of(trainer["step"]), entries)
+        files.commit(partial, self.folder / checkpoint_name(trainer["step"]), entries)
         return sum(entry["bytes"] for entry in entries.values())
 
     def _give_up(self, partial: Path, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        newest = [path.name for path in steps(self.folder)][-1:]
+        newest = [path.name for path in list_checkpoints(self.folder)][-1:]
         self.log.line(
             f"SAVING FAILED at step {step}: {self._unsaved}. Training goes on and tries again at the next save; until then a restart "
             f"goes back to {newest[0] if newest else 'the beginning'}"
@@ -211,7 +211,7 @@ class Checkpoints:
         good = files.newest_whole(self.folder, self.log.line, until)
         if good is None:
             raise ValueError(f"{self.folder} has no checkpoint of step {until} or before")
-        for path in steps(self.folder):
+        for path in list_checkpoints(self.folder):
             if path.name > good.name:
                 files.remove(path)
 

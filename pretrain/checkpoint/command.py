@@ -11,7 +11,7 @@ from pretrain.checkpoint import files
 from pretrain.checkpoint.lock import acquire
 from pretrain.checkpoint.pieces import kind_of, read, saved_tensors
 from pretrain.checkpoint.retention import Retention, saved_in, score_of
-from pretrain.run.directory import CHECKPOINTS, TRAINER, name_of, step_of, steps
+from pretrain.run.directory import CHECKPOINTS, TRAINER, checkpoint_name, list_checkpoints, step_of
 
 
 def run(folder: Path, verify: bool, compared: Sequence[str] | None, keep: int | None) -> int:
@@ -26,10 +26,10 @@ def run(folder: Path, verify: bool, compared: Sequence[str] | None, keep: int | 
         ValueError: no checkpoints there, none is whole, or the run is in use and can't be pruned.
     """
     checkpoints = folder / CHECKPOINTS
-    if not steps(checkpoints):
+    if not list_checkpoints(checkpoints):
         raise ValueError(f"there are no checkpoints in {checkpoints}")
     if compared:
-        return compare(*(checkpoints / name_of(int(name)) if name.isdigit() else Path(name) for name in compared))
+        return compare(*(checkpoints / checkpoint_name(int(name)) if name.isdigit() else Path(name) for name in compared))
     if keep is not None:
         return prune(folder, keep)
     return show(checkpoints, verify)
@@ -39,7 +39,7 @@ def show(folder: Path, verify: bool) -> int:
     """Prints a line for each checkpoint; returns 1 when one that was verified is damaged."""
     pointed, damaged = files.pointed(folder), 0
     print(f"{'step':>9} {'epoch':>8} {'saved':16} {'MB':>9} {'ranks':>5} {'ZeRO':>4} {'top-1':>7}  state")
-    for path in steps(folder):
+    for path in list_checkpoints(folder):
         faults = files.verify(path) if verify else []
         damaged += bool(faults)
         state = ("; ".join(faults) or "whole") if verify else ", ".join(sorted({kind_of(name) for name in _names(path)}))

@@ -16,7 +16,7 @@ from typing import Any
 import xxhash
 
 from data.common.files import checksum, sync
-from pretrain.run.directory import LATEST, MANIFEST, name_of, steps
+from pretrain.run.directory import LATEST, MANIFEST, checkpoint_name, list_checkpoints
 
 FORMAT = 2
 Entry = dict[str, Any]  # {"bytes": size, "xxh3_128": checksum in hex} of a file
@@ -121,7 +121,7 @@ def newest_whole(folder: Path, log: Callable[[str], None], until: int | None = N
     Raises:
         ValueError: there are checkpoints and none is whole. Starting afresh without a word would throw a run away.
     """
-    candidates = [path for path in steps(folder) if until is None or path.name <= name_of(until)]
+    candidates = [path for path in list_checkpoints(folder) if until is None or path.name <= checkpoint_name(until)]
     for path in reversed(candidates):
         faults = verify(path)
         if not faults:

@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pretrain.engine.engine import from_rank_0
-from pretrain.run.directory import BEAT_S, PATIENCE_S, holder, locks, machine, started
+from pretrain.run.directory import BEAT_S, PATIENCE_S, list_locks, machine_id, process_start, read_lock
 from pretrain.run.place import host
 
 
@@ -75,7 +75,7 @@ def acquire(run: Path, log: Callable[[str], None]) -> Path:
     try:
         run.mkdir(parents=True, exist_ok=True)
         while True:
-            held = locks(run)
+            held = list_locks(run)
             for path in held[-1:]:
                 _must_be_gone(path, log)
             mine = run / f"lock-{_number(held[-1]) + 1 if held else 1:06d}"
@@ -85,7 +85,7 @@ def acquire(run: Path, log: Callable[[str], None]) -> Path:
                 continue
             os.write(descriptor, json.dumps(_this_process()).encode())
             os.close(descriptor)
-            if locks(run)[-1] == mine:  # else a listing from memory had hidden a newer one
+            if list_locks(run)[-1] == mine:  # else a listing from memory had hidden a newer one
                 for path in held:
                     path.unlink(missing_ok=True)
                 return mine
@@ -100,10 +100,10 @@ def _number(path: Path) -> int:
 
 def _must_be_gone(path: Path, log: Callable[[str], None]) -> None:
     """Raises ValueError when the lock's holder lives."""
-    held = holder(path)
+    held = read_lock(path)
     if held is None:  # made in this moment
         time.sleep(min(1.0, PATIENCE_S / 10))
-        held = holder(path)
+        held = read_lock(path)
     who = (
         f"{path.parent} is in use by job {held['job'] or 'without a number'}, process {held['pid']} on {held['host']}, "
         f"since {held['since']}"
@@ -114,8 +114,8 @@ def _must_be_gone(path: Path, log: Callable[[str], None]) -> None:
         # Slurm has started the job again: whatever is left of the earlier start, on a node that it has lost, must not go on.
         log(f"{who}, an earlier start of this job: taking over")
         return
-    if held and held["machine"] == machine():
-        alive = started(held["pid"]) == held["started"]
+    if held and held["machine"] == machine_id():
+        alive = process_start(held["pid"]) == held["started"]
     else:
         log(f"{who}: watching {path.name} for up to {PATIENCE_S:.0f} s to see whether that still runs")
         alive = _beats(path)
@@ -151,6 +151,6 @@ def _this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": machine(),
-        "started": started(os.getpid()),
+        "machine": machine_id(),
+        "started": process_start(os.getpid()),
     }

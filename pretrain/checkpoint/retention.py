@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pretrain.run.directory import TRAINER, step_of, steps
+from pretrain.run.directory import TRAINER, list_checkpoints, step_of
 
 Best = Literal["none", "top1", "top5", "loss"]
 
@@ -67,7 +67,7 @@ class Retention:
 
 def saved_in(folder: Path, best: Best) -> list[Saved]:
     """The checkpoints of a run, the oldest first, with their scores by `best`."""
-    return [Saved(path, step_of(path), _score(path, best)) for path in steps(folder)]
+    return [Saved(path, step_of(path), _score(path, best)) for path in list_checkpoints(folder)]
 
 
 def score_of(trainer: dict[str, Any], best: Best) -> float | None:

@@ -1,9 +1,7 @@
-"""What lies where in a run directory, and who trains there: for the job, and for those who only look (status.py).
+"""Names the files of a run directory and reads its lock. Imports neither torch nor DeepSpeed, so `status` starts in tenths of a second.
 
-Nothing here imports torch, so that a look at a run takes tenths of a second.
-
-    RUN/checkpoints/step-000012500    steps(run / CHECKPOINTS), the oldest first
-    RUN/lock-000007                   locks(run), the newest last; holder(path) says who, and started(pid) whether it runs, on its machine()
+RUN/checkpoints/step-000012500    list_checkpoints(RUN / CHECKPOINTS), oldest first
+RUN/lock-000007                   list_locks(RUN), newest last; read_lock(path) returns its holder, a process on one machine
 """
 
 import json
@@ -12,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 CHECKPOINTS, METRICS, CONFIG = "checkpoints", "metrics.jsonl", "config.yaml"
-MANIFEST, TRAINER, LATEST = "MANIFEST.json", "trainer.json", "latest"  # of a checkpoint, and the newest one's name beside them
-BEAT_S, PATIENCE_S = 10.0, 60.0  # a lock's holder touches it so often, and is gone when it has not for so long
+MANIFEST, TRAINER = "MANIFEST.json", "trainer.json"  # files of a checkpoint
+LATEST = "latest"  # file beside the checkpoints with the name of the newest
+# The holder of a lock touches its file every BEAT_S seconds. A holder that has not done so for PATIENCE_S seconds counts as gone.
+BEAT_S, PATIENCE_S = 10.0, 60.0
 
 
-def steps(folder: Path) -> list[Path]:
-    """A run's checkpoints, whole or not, the oldest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns a run's checkpoints, oldest first, complete or not."""
     return sorted(folder.glob("step-" + "[0-9]" * 9))
 
 
-def name_of(step: int) -> str:
+def checkpoint_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
@@ -29,27 +29,27 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def locks(run: Path) -> list[Path]:
+def list_locks(run: Path) -> list[Path]:
     return sorted(run.glob("lock-" + "[0-9]" * 6))
 
 
-def holder(path: Path) -> dict[str, Any] | None:
-    """Who holds a lock; None while that is being written, or was cut short."""
+def read_lock(path: Path) -> dict[str, Any] | None:
+    """Returns the holder of a lock, or None for a file that is incomplete or gone."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
 
 
-def machine() -> str:
-    """What tells apart all places in which a process number can mean another process: machine, its start, container."""
+def machine_id() -> str:
+    """Returns an id of the boot and PID namespace: the scope in which a process number means one process."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
 
 
-def started(pid: int) -> int | None:
-    """When a process started, in the machine's own count; None where there is no such process, or it has ended."""
+def process_start(pid: int) -> int | None:
+    """Returns the start time of a process in clock ticks since boot, or None if there is no such running process."""
     try:
-        # proc(5): after the name in brackets, the state is the 3rd field and the start the 22nd.
+        # proc(5): after the name in parentheses, the state is field 3 and the start time field 22.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None

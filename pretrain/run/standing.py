@@ -26,7 +26,18 @@ from typing import Any, Literal
 from data.common.progress import duration
 from pretrain.run import attempts
 from pretrain.run.attempts import ATTEMPTS, FAILED, STOP, Attempt, End
-from pretrain.run.directory import CHECKPOINTS, CONFIG, METRICS, PATIENCE_S, TRAINER, locks, machine, started, step_of, steps
+from pretrain.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    METRICS,
+    PATIENCE_S,
+    TRAINER,
+    list_checkpoints,
+    list_locks,
+    machine_id,
+    process_start,
+    step_of,
+)
 
 TAIL_BYTES = 256 << 10  # of metrics.jsonl; a record has some 400
 SQUEUE_S = 10.0  # that Slurm may take to answer
@@ -109,7 +120,7 @@ class Run:
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (METRICS, CONFIG, CHECKPOINTS, ATTEMPTS, FAILED)) or bool(locks(folder))
+    return any((folder / name).exists() for name in (METRICS, CONFIG, CHECKPOINTS, ATTEMPTS, FAILED)) or bool(list_locks(folder))
 
 
 def find(folder: Path) -> list[Path]:
@@ -133,7 +144,7 @@ def _read(folder: Path, tried: tuple[Attempt, ...], held: Holder | None, jobs: d
     records = tail(folder / METRICS)
     last = {record["kind"]: record for record in records}
     moved = [record["step"] for record in records if record["kind"] in ("train", "rollback")]
-    saved = steps(folder / CHECKPOINTS)
+    saved = list_checkpoints(folder / CHECKPOINTS)
     trainer = _part(_json(saved[-1] / TRAINER)) if saved else {}
     if "evaluation" not in last and (evaluation := _part(trainer.get("evaluation"))):
         last["evaluation"] = evaluation
@@ -245,13 +256,13 @@ def _interval(records: Sequence[Record]) -> float | None:
 
 
 def _holder(folder: Path, now: float) -> Holder | None:
-    for path in locks(folder)[-1:]:
+    for path in list_locks(folder)[-1:]:
         touched = _modified(path)
         found = _part(_json(path))
         if touched is None:  # released in this moment
             return None
-        here = found.get("machine") == machine()
-        alive = started(found.get("pid", 0)) == (found.get("started") or 0) if here else now - touched < PATIENCE_S
+        here = found.get("machine") == machine_id()
+        alive = process_start(found.get("pid", 0)) == (found.get("started") or 0) if here else now - touched < PATIENCE_S
         job, since = found.get("job"), found.get("since")
         process = f"process {found.get('pid', '?')} on {found.get('host', '?')}"
         return Holder(job if isinstance(job, str) else None, process, _time(since, "%Y-%m-%d %H:%M:%S %z"), here, alive, touched)

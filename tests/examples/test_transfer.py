@@ -34,12 +34,12 @@ def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (figures.classes, others.classes) == (tuple(SETS["figures"]), tuple(SETS["other-figures"]))
 
     run = pretrain(tmp_path, *SMALL)
-    (last,) = checkpoint.steps(run / "checkpoints")
+    (last,) = checkpoint.list_checkpoints(run / "checkpoints")
     for start in STARTS:
         points = learn_others(tmp_path, start, 0, *SMALL)
         assert (f"starting from {run}: all " in log.read_text()) == (start == "pretrained")
         assert [step for step, _ in points] == [1, 2]
-    assert checkpoint.steps(run / "checkpoints") == [last]
+    assert checkpoint.list_checkpoints(run / "checkpoints") == [last]
 
 
 def test_the_table_has_the_ends_of_the_curves() -> None:

@@ -164,7 +164,7 @@ def saves_on_a_slow_disk(folder: str, unprotected: str | None) -> dict[str, Any]
         session.checkpoints.wait()
         if session.checkpoints._writer is not None:
             session.checkpoints._writer.join()
-        for path in checkpoint.steps(session.folder):
+        for path in checkpoint.list_checkpoints(session.folder):
             assert different(checkpoint.read(path, KINDS), session.states[int(path.name.removeprefix("step-"))]) == [], path
     records = [record for record in session.log.records if record["kind"] == "checkpoint"]
     session.end()

@@ -172,7 +172,7 @@ def test_a_job_on_a_full_disk_trains_on_and_says_at_its_end_what_is_not_saved(
     assert all(code not in (0, 85) for code in ended.codes)
     for words in ("SAVING FAILED at step 4", "SAVING FAILED at step 7", "SaveFailed: the last state of this run is not saved: "):
         assert words in jobs.log_of(folder), words
-    assert [path.name for path in checkpoint.steps(checkpoints)] == ["step-000000002"]
+    assert [path.name for path in checkpoint.list_checkpoints(checkpoints)] == ["step-000000002"]
     assert checkpoint.verify(checkpoints / "step-000000002") == []
     subprocess.run(["mount", "-o", "remount,size=400m", small_disk], check=True)
     (small_disk / "filler").unlink()

@@ -60,7 +60,7 @@ def test_a_job_starts_from_weights_for_other_classes(sources: Path, others: Path
     assert f"starting from {source}: all {len(backbone)} tensors of the backbone loaded\n" in output
     assert "  head.weight, head.bias: 3 of 4 rows taken by class name; zeros for moons; dropped there: 7 rows\n" in output
 
-    first, last = (build_trained(path, average=False)[0] for path in checkpoint.steps(tmp_path / "run" / "checkpoints"))
+    first, last = (build_trained(path, average=False)[0] for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"))
     began, ended = first.state_dict(), last.state_dict()
     parameters = [key for key, _ in first.named_parameters() if key in backbone]
     assert [key for key in parameters if not torch.equal(began[key], expected.weights[key])] == []
@@ -76,7 +76,7 @@ def test_a_resumed_job_does_not_need_what_it_started_from(sources: Path, others:
     source = shutil.copy(sources / "van.pth", tmp_path)
     settings = [*SETTINGS, f"model.init_from={source}"]
     assert "starting from" in jobs.run(tmp_path, others, *settings, ranks=2)
-    last = checkpoint.steps(tmp_path / "run" / "checkpoints")[-1]
+    last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     undisturbed = checkpoint.read(last, ("weight", "exp_avg", "buffer"))
     Path(source).unlink()
     shutil.rmtree(last)

@@ -119,7 +119,7 @@ def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: 
     jobs.run(two, drawn, *alike, ranks=2)
     four = tmp_path / "four"
     shutil.copytree(two, four)
-    for later in checkpoint.steps(four / "run" / "checkpoints"):
+    for later in checkpoint.list_checkpoints(four / "run" / "checkpoints"):
         if later.name > "step-000000012":
             shutil.rmtree(later)
     (four / "run" / "metrics.jsonl").unlink()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain.checkpoint.files import steps
+from pretrain.checkpoint.files import list_checkpoints
 from pretrain.run import attempts
 from pretrain.run.attempts import Attempt
 from tests.slurm.cluster import Cluster, processes
@@ -90,7 +90,7 @@ class Jobs:
         return self.cluster.output(job)
 
     def newest(self) -> Path:
-        return steps(self.run / "checkpoints")[-1]
+        return list_checkpoints(self.run / "checkpoints")[-1]
 
     def end(self) -> None:
         """Cancels what still runs, and makes room: a checkpoint of VAN-B6 has 2.4 GB."""

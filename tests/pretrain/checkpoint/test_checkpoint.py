@@ -107,7 +107,7 @@ def test_state_is_the_same_on_any_ranks_in_any_stage(tmp_path: Path, saved: tupl
     before = run(tmp_path, ranks, stage=stage, steps=2, save=True)
     assert before["steps"] == 2
     # In one process, without ranks and without DeepSpeed.
-    (path,) = checkpoint.steps(tmp_path)
+    (path,) = checkpoint.list_checkpoints(tmp_path)
     assert_same(checkpoint.read(path, KINDS), before["state"])
     for other_stage, other_ranks in loaded:
         after = run(tmp_path, other_ranks, stage=other_stage, load=True)
@@ -190,9 +190,9 @@ DAMAGES = {
 
 @pytest.mark.slow
 def test_what_is_on_disk(folder: Path) -> None:
-    assert [path.name for path in checkpoint.steps(folder)] == ["step-000000001", "step-000000002"]
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-000000001", "step-000000002"]
     assert (folder / "latest").read_text() == "step-000000002"
-    for path in checkpoint.steps(folder):
+    for path in checkpoint.list_checkpoints(folder):
         assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "MANIFEST.json"])
         assert checkpoint.verify(path) == []
 
@@ -201,7 +201,7 @@ def test_what_is_on_disk(folder: Path) -> None:
 @pytest.mark.parametrize("file", [*FILES, "MANIFEST.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_named_and_passed_over(folder: Path, file: str, damage: str) -> None:
-    older, newer = checkpoint.steps(folder)
+    older, newer = checkpoint.list_checkpoints(folder)
     DAMAGES[damage](newer / file)
     lines: list[str] = []
     assert checkpoint.newest_whole(folder, lines.append) == older
@@ -228,5 +228,5 @@ def test_what_a_cut_short_save_left_is_removed_and_old_checkpoints_go(folder: Pa
     assert sum("left over" in line for line in result["lines"]) == 2
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "state.pt"] + [f"step-00000000{step}" for step in (1, 2, 3)]
     run(folder, 1, stage=1, steps=1, load=True, save=True)
-    assert [path.name for path in checkpoint.steps(folder)] == [f"step-00000000{step}" for step in (2, 3, 4)]
+    assert [path.name for path in checkpoint.list_checkpoints(folder)] == [f"step-00000000{step}" for step in (2, 3, 4)]
     assert (folder / "latest").read_text() == "step-000000004"

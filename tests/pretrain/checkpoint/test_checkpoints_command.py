@@ -31,7 +31,7 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def names(run: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.steps(run / "checkpoints")]
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.list_checkpoints(run / "checkpoints")]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -15,7 +15,7 @@ import pytest
 
 from pretrain.checkpoint import lock
 from pretrain.checkpoint.lock import RunLock, acquire
-from pretrain.run.directory import machine, started
+from pretrain.run.directory import machine_id, process_start
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +37,8 @@ def held_by(run: Path, process: subprocess.Popen, elsewhere: bool = False) -> Pa
     run.mkdir(exist_ok=True)
     path = run / "lock-000004"
     holder = {"host": "node7", "pid": process.pid, "job": "123", "since": "2026-01-01 00:00:00 +0000"}
-    place = "another/pid:[1]" if elsewhere else machine()
-    path.write_text(json.dumps(holder | {"machine": place, "started": started(process.pid)}))
+    place = "another/pid:[1]" if elsewhere else machine_id()
+    path.write_text(json.dumps(holder | {"machine": place, "started": process_start(process.pid)}))
     return path
 
 
@@ -69,7 +69,7 @@ def test_a_second_job_on_a_live_run_is_told_whose_it_is(tmp_path: Path, other_pr
 def test_the_lock_of_a_killed_job_is_taken_over_at_once(tmp_path: Path, other_process: subprocess.Popen) -> None:
     held_by(tmp_path, other_process)
     other_process.kill()
-    while started(other_process.pid) is not None:  # until it has ended, though nobody has asked for its exit code
+    while process_start(other_process.pid) is not None:  # until it has ended, though nobody has asked for its exit code
         time.sleep(0.01)
     lines: list[str] = []
     began = time.monotonic()

@@ -130,7 +130,7 @@ def test_a_job_goes_on_and_resumes_the_same(drawn: Path, tmp_path: Path) -> None
         assert [(record[kind]["images"], record[kind]["left_out"]) for kind in ("weight", "ema")] == [(18, 2)] * 2
 
     shutil.copytree(whole, resumed)
-    for later in checkpoint.steps(resumed / "run" / "checkpoints"):
+    for later in checkpoint.list_checkpoints(resumed / "run" / "checkpoints"):
         if later.name > "step-000000004":
             shutil.rmtree(later)
     (resumed / "run" / "metrics.jsonl").unlink()

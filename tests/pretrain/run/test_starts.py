@@ -54,7 +54,7 @@ def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a job of which the checkpoint of step 4 is the newest; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped")
     run(folder, dataset, "run.keep=9")
-    for later in checkpoint.steps(folder / "run" / "checkpoints"):
+    for later in checkpoint.list_checkpoints(folder / "run" / "checkpoints"):
         if later.name > "step-000000004":
             shutil.rmtree(later)
     return folder
@@ -210,4 +210,4 @@ def test_memory_that_runs_out_later_is_a_crash(dataset: Path, tmp_path: Path) ->
     assert 2 not in codes
     assert 0 not in codes
     assert "OutOfMemoryError: CUDA out of memory" in (tmp_path / "log").read_text()
-    assert checkpoint.steps(tmp_path / "run" / "checkpoints") != []
+    assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints") != []

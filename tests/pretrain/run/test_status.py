@@ -18,7 +18,7 @@ import pytest
 from pretrain.__main__ import main
 from pretrain.run import attempts, standing
 from pretrain.run.attempts import ATTEMPTS, Attempt, End
-from pretrain.run.directory import machine, started
+from pretrain.run.directory import machine_id, process_start
 from pretrain.run.standing import Job, Run, judge, tail
 from pretrain.run.status import size, status
 from tests.support import REPOSITORY, jobs
@@ -51,8 +51,8 @@ def locked(run: Path, *, pid: int = 0, elsewhere: bool = False, touched: float =
     """The lock of a process of this machine (by default this one) or of another, touched and taken so many seconds ago."""
     pid = pid or os.getpid()
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(NOW - since))
-    holder = {"host": "node3", "pid": pid, "job": job, "since": when, "started": started(pid) or 1}
-    lines(run / "lock-000003", holder | {"machine": "another/pid:[1]" if elsewhere else machine()})
+    holder = {"host": "node3", "pid": pid, "job": job, "since": when, "started": process_start(pid) or 1}
+    lines(run / "lock-000003", holder | {"machine": "another/pid:[1]" if elsewhere else machine_id()})
     os.utime(run / "lock-000003", (NOW - touched, NOW - touched))
 
 

@@ -145,7 +145,7 @@ def test_an_average_that_was_never_kept(runs: Path, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs / "plain", run)
-    (path,) = checkpoint.steps(run / "checkpoints")
+    (path,) = checkpoint.list_checkpoints(run / "checkpoints")
     assert open_run(run)[0] == open_run(path)[0] == path
     (shard,) = path.glob("*.distcp")
     content = bytearray(shard.read_bytes())
@@ -397,7 +397,7 @@ def test_a_run_that_is_not_finished_is_not_released(run: Path, monkeypatch: pyte
     asked_for(monkeypatch, "official", steps=3)
     with pytest.raises(ValueError, match=f"^{run} is not finished: step 2 of 3; with --format and --out its weights are exported as"):
         release(run)
-    (checkpoint_path,) = checkpoint.steps(run / "checkpoints")
+    (checkpoint_path,) = checkpoint.list_checkpoints(run / "checkpoints")
     with pytest.raises(ValueError, match="is a checkpoint: give --format and --out"):
         release(checkpoint_path)
     assert not (run / "weights").exists()
