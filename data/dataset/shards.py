@@ -15,7 +15,6 @@ import operator
 import re
 import string
 import tarfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,12 @@ from urllib.parse import quote
 
 import numpy as np
 import xxhash
-from PIL import Image, UnidentifiedImageError
 
 from data.common.files import publish
+from data.dataset.headers import image_size
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-MAX_SIDE = np.iinfo(DTYPE["width"]).max
 _TAR_OVERHEAD = 2048  # two headers, the label and padding
 _BLOCK_BYTES = 1 << 20
 _END_OF_TAR = bytes(512)
@@ -162,26 +160,6 @@ def label_of(sample: list[Member], field: str | None = None) -> int | str:
     if not isinstance(fields[field], int | str) or isinstance(fields[field], bool):
         raise ValueError(f"field {field} of its .json is {fields[field]!r} instead of a number or a class name")
     return fields[field]
-
-
-def image_size(encoded: bytes) -> tuple[int, int]:
-    """Width and height in pixels, from the header of a JPEG, PNG or WebP.
-
-    Raises ValueError for all else, and for more pixels a side than an index can hold.
-    """
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # Pillow's, about odd metadata
-            Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image,
-        ):
-            width, height = image.size
-    except UnidentifiedImageError:
-        raise ValueError("its image is no JPEG, PNG or WebP, or its header is damaged") from None
-    except Exception as error:  # Pillow's decoders raise whatever the damage leads them to
-        raise ValueError(f"its image can't be read ({error})") from error
-    if max(width, height) > MAX_SIDE:
-        raise ValueError(f"its image has {width} x {height} pixels; a side may have {MAX_SIDE}")
-    return width, height
 
 
 def describe_sample(sample: list[Member]) -> tuple[int, int, int]:

@@ -24,11 +24,11 @@ from nvidia.dali.types import DALIDataType
 from data.augment.operators import CpuResizer
 from data.augment.recipe import Erased
 from data.augment.sampling import Mix
+from data.dataset.headers import BadImage, check_header
 from data.dataset.index import Index
 from data.loader.quarantine import Quarantine
 from data.loader.read_ahead import ReadAhead
 from data.loader.store import ShardStore
-from data.packing.images import BadImage, check_header
 from data.settings import DataConfig
 
 

@@ -20,8 +20,9 @@ import xxhash
 
 from data.common.files import publish
 from data.common.progress import progress
+from data.dataset.headers import image_size
 from data.dataset.index import Index, Shard, fingerprint, open_index, write_index
-from data.dataset.shards import Member, image_of, image_size, label_of, read_shard, write_idx
+from data.dataset.shards import Member, image_of, label_of, read_shard, write_idx
 from data.packing.workers import workers
 
 MAX_CLASSES = 1 << 20  # a greater label is an identifier of something, not a position in a list of classes

@@ -17,25 +17,23 @@ transparent pixels.
 
 Whether a JPEG is fine is decided by libjpeg-turbo with warnings as errors: libjpeg and Pillow decode a damaged file to its end
 and leave grey or garbled blocks in it. DALI's decoder is libjpeg-turbo too, but it reads headers more strictly, and so does
-`_read_header`. That what is stored here decodes in DALI is tested with many damaged files (tests/data/packing/test_images.py). Of the
+`read_jpeg_header`. That what is stored here decodes in DALI is tested with many damaged files (tests/data/packing/test_images.py). Of the
 other formats only PNG has checksums; what is damaged but decodes becomes a JPEG of what can be seen.
 """
 
 import functools
-import importlib
 import io
-import os
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+
+from data.dataset.headers import END_OF_IMAGE, FRAMES, BadImage, JpegHeader, nvimgcodec, read_jpeg_header
 
 MAX_PIXELS = 2**28 // 3  # 89 megapixels, 256 MiB of RGB: bounds a worker's memory, and DALI's buffers, which never shrink
 DALI_PIXELS = (2**29 - 1) // 3  # DALI's JPEG decoder refuses 2^29 bytes of pixels and more
@@ -44,10 +42,6 @@ MAX_BYTES = 2**31 - 1  # of an encoded image: DALI's JPEG decoder counts them in
 MAX_METADATA = 1 << 18  # bytes of a JPEG beside its picture: three average images of ImageNet-22K, and read in every epoch
 QUALITY = 95  # of what is made a JPEG, unless it can go on with the quantisation it had
 HISTOGRAM_STEP = 5  # rows; coprime to the 8 rows of a JPEG's block
-
-
-class BadImage(ValueError):
-    """An image that can't be used. The message is the reason, the same whenever the image is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,78 +194,33 @@ def _orientation(exif: bytes) -> int:
         return 1
 
 
-# Why a JPEG's frame, by its marker, is not baseline; what is missing here isn't decoded by libjpeg-turbo.
-_FRAMES = {0xC0: None, 0xC1: "extended", 0xC2: "progressive", 0xC3: "lossless", 0xC9: "arithmetic", 0xCA: "arithmetic"}
 # As what to decode a JPEG's colours, and their name where decoders differ about them.
 _COLOURS = {"YCbCr": ("RGB", None), "Gray": ("GRAY", None), "RGB": ("RGB", "rgb"), "CMYK": ("CMYK", "cmyk"), "YCCK": ("CMYK", "cmyk")}
 _SUBSAMPLING = {"422": 1, "420": 2}  # those that Pillow can write, as it numbers them; 0, none, for the others
-# A segment of a JPEG's header: any number of fill bytes, marker, length. Markers without a length have no business there: libjpeg
-# skips them, but DALI takes what follows for a length.
-_SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xda-\xef\xfe])(..)", re.DOTALL)
-_END_OF_IMAGE = b"\xff\xd9"
-
-
-@dataclass(frozen=True)
-class _Header:
-    """Of a JPEG: the marker of its frame, whether its first scan holds all components and where that scan's data begin, EXIF data,
-    a word for what should not be stored of it, and the header without that and other metadata."""
-
-    frame: int
-    one_scan: bool
-    data: int
-    exif: bytes
-    surplus: str | None
-    bare: bytes
-
-
-def _read_header(encoded: bytes) -> _Header:
-    """Raises BadImage for anything but whole segments up to the first scan."""
-    frame, components, exif, surplus = 0, 0, b"", None
-    bare = [encoded[:2]]
-    end = 2
-    while segment := _SEGMENT.match(encoded, end):
-        marker, start = segment[1][0], segment.end()
-        end = start - 2 + int.from_bytes(segment[2], "big")
-        if not start <= end < len(encoded):
-            break
-        if marker == 0xE0 and encoded.startswith(b"JFIF\0", start) and encoded[start + 5] != 1:
-            surplus = "jfif"  # a revision of which libjpeg warns; on the web there are photos with nothing else wrong
-            bare.append(encoded[start - 4 : start + 5] + b"\1" + encoded[start + 6 : end])
-        elif marker < 0xE1 or marker == 0xEE:  # JFIF's and Adobe's say what the components mean; other APPn and comments don't
-            bare.append(encoded[start - 4 : end])
-        if marker in _FRAMES:
-            frame, components = marker, encoded[min(start + 5, end)]
-        elif marker == 0xE1 and not exif and encoded.startswith(b"Exif\0\0", start):
-            exif = encoded[start:end]
-        elif marker == 0xE2 and encoded.startswith(b"MPF\0", start):
-            surplus = "mpo"
-        elif marker == 0xDA:
-            return _Header(frame, encoded[start] == components, end, exif, surplus, b"".join(bare))
-    raise BadImage("the JPEG's header is damaged or cut short")
 
 
 def _read_jpeg(encoded: bytes, rules: ImageRules) -> _Picture:
-    header = _read_header(encoded)
+    header = read_jpeg_header(encoded)
     try:
-        height, width, colours, chroma = simplejpeg.decode_jpeg_header(header.bare)
+        height, width, colours, chroma = simplejpeg.decode_jpeg_header(header.stripped)
     except (ValueError, KeyError):
         raise BadImage("the JPEG's header is damaged, or its colours are subsampled in a way that isn't read here") from None
     _target_size(width, height, rules)
     decoded_as, colour = _COLOURS[colours]
-    change = [word for word in (_FRAMES[header.frame], None if header.one_scan else "scans", colour) if word]
+    change = [word for word in (FRAMES[header.frame], None if header.single_scan else "scans", colour) if word]
     baseline = not change
     end = len(encoded)
-    if baseline and (header.surplus or end > MAX_METADATA):  # what follows the picture matters; an end of image can't lie inside it
-        end = encoded.find(_END_OF_IMAGE, header.data) + len(_END_OF_IMAGE)
-    bare = header.bare + encoded[header.data : end]
+    if baseline and (header.unwanted or end > MAX_METADATA):  # what follows the picture matters; an end of image can't lie inside it
+        end = encoded.find(END_OF_IMAGE, header.scan_start) + len(END_OF_IMAGE)
+    bare = header.stripped + encoded[header.scan_start : end]
     pixels = simplejpeg.decode_jpeg(bare, decoded_as)  # strict: raises ValueError where libjpeg would warn
     if decoded_as == "CMYK":  # inverted, as Adobe stores it and all others after it, also where no marker says so
         inks = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK;I", 0, 1)
         pixels = np.asarray(inks.convert("RGB"))
     elif decoded_as == "GRAY":
         pixels = pixels[:, :, 0]
-    if baseline and header.surplus:
-        change = [header.surplus]
+    if baseline and header.unwanted:
+        change = [header.unwanted]
     elif baseline and len(encoded) - len(bare) > MAX_METADATA:
         change = ["metadata"]
     encoding: dict[str, Any] = {"quality": QUALITY, "subsampling": _SUBSAMPLING.get(chroma, 0)}
@@ -279,17 +228,17 @@ def _read_jpeg(encoded: bytes, rules: ImageRules) -> _Picture:
     def ready() -> bytes:
         if baseline:
             return bare if change else encoded
-        if colour or _FRAMES[header.frame] == "lossless":
+        if colour or FRAMES[header.frame] == "lossless":
             return _as_jpeg(Image.fromarray(pixels), encoding)
         return _as_jpeg(Image.fromarray(pixels), encoding | _own_tables(header))
 
     return _Picture(pixels, "jpg", _orientation(header.exif), change, ready, encoding)
 
 
-def _own_tables(header: _Header) -> dict[str, Any]:
+def _own_tables(header: JpegHeader) -> dict[str, Any]:
     """Pillow's option to encode with the quantisation tables that a JPEG has: the same blocks, quantised alike, lose next to
     nothing."""
-    source = JpegImageFile(io.BytesIO(header.bare))
+    source = JpegImageFile(io.BytesIO(header.stripped))
     tables = [source.quantization[table] for _, _, _, table in source.layer]
     return {"quality": -1, "qtables": [[min(step, 255) for step in table] for table in tables]}  # baseline has 8 bits a step
 
@@ -337,44 +286,15 @@ def _plain(image: Image.Image) -> np.ndarray:
 
 
 @functools.cache
-def _nvimgcodec() -> ModuleType:
-    """The library that DALI itself loads to decode images."""
-    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # read at the import; what can't be decoded is told by the result
-    return importlib.import_module("nvidia.nvimgcodec")
-
-
-@functools.cache
 def _dali_decoder() -> Callable[[bytes], Any]:
     """DALI's decoder of images on a CPU."""
-    nvimgcodec = _nvimgcodec()
-    backend = nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)
-    decoder = nvimgcodec.Decoder(device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=[backend])
-    return functools.partial(decoder.decode, params=nvimgcodec.DecodeParams(apply_exif_orientation=False))
+    codec = nvimgcodec()
+    backend = codec.Backend(codec.BackendKind.CPU_ONLY)
+    decoder = codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=[backend])
+    return functools.partial(decoder.decode, params=codec.DecodeParams(apply_exif_orientation=False))
 
 
 def _dali_pixels(encoded: bytes) -> np.ndarray | None:
     """An image as DALI decodes it, uint8 (H, W, 3); None if it can't."""
     image = _dali_decoder()(encoded)
     return None if image is None else np.asarray(image)
-
-
-def check_header(encoded: np.ndarray, width: int, height: int) -> None:
-    """Looks, for a few microseconds, at an encoded image, uint8 (bytes,), that DALI is about to be given. For several threads at once.
-
-    Raises BadImage where the header can't be read or speaks of another size in pixels, for kinds of files with which DALI can abort the
-    process (see _FORMATS), and for a JPEG that is cut short: that decodes as long as the crop lies above the cut, so whether the
-    image is bad would depend on the epoch.
-    """
-    try:
-        stream = _nvimgcodec().CodeStream(encoded)
-        kind, found = stream.codec_name, (stream.width, stream.height)
-    except RuntimeError:
-        kind, found = "", (0, 0)
-    if kind not in ("jpeg", "png", "webp"):
-        raise BadImage("its header is damaged, or is none of a JPEG, PNG or WebP")
-    if found != (width, height):
-        raise BadImage(f"its header speaks of {found[0]} x {found[1]} pixels, the index of {width} x {height}")
-    if kind == "jpeg" and encoded[-2:].tobytes() != _END_OF_IMAGE:  # mostly it is the end
-        whole = encoded.tobytes()
-        if whole.rfind(_END_OF_IMAGE) < _read_header(whole).data:  # an earlier one is that of a thumbnail
-            raise BadImage("the JPEG is cut short: its end is missing")

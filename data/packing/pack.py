@@ -37,9 +37,9 @@ import xxhash
 
 from data.common.files import publish, sync
 from data.common.progress import progress
+from data.dataset.headers import BadImage
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 from data.dataset.shards import Sample, write_shard
-from data.packing.images import BadImage
 from data.packing.plan import HELD_OUT, Plan, Settings, open_plan, write_plan
 from data.packing.sources import read_classes, recognise, shown
 from data.packing.workers import Run

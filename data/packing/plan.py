@@ -27,7 +27,8 @@ import numpy as np
 from data.common.counter_rng import Draw, hash64
 from data.common.files import sync
 from data.common.progress import progress
-from data.packing.images import BadImage, ImageRules, Stored, stored_image
+from data.dataset.headers import BadImage
+from data.packing.images import ImageRules, Stored, stored_image
 from data.packing.sources import ENTRY, Container, Source, read, shown
 from data.packing.workers import Run
 

@@ -16,11 +16,12 @@ import numpy as np
 
 from data.common.files import checksum
 from data.common.progress import progress
+from data.dataset.headers import BadImage
 from data.dataset.index import Index, fingerprint, open_index
 from data.dataset.shards import Describe, Member, image_of, label_of, read_shard
 from data.loader.store import whole_shard
 from data.packing.adopt import Labels
-from data.packing.images import DALI_PIXELS, BadImage, ImageRules, stored_image
+from data.packing.images import DALI_PIXELS, ImageRules, stored_image
 from data.packing.workers import workers
 
 _AS_IT_IS = ImageRules(keep_original=True, max_pixels=DALI_PIXELS)

@@ -10,8 +10,9 @@ import xxhash
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 
+from data.dataset.headers import image_size
 from data.dataset.index import Index
-from data.dataset.shards import Sample, image_size, read_shard, write_idx, write_shard
+from data.dataset.shards import Sample, read_shard, write_idx, write_shard
 from data.synthetic.synthesize import images
 from tests.support.foreign_shards import JPEGS, as_format, write_tar
 

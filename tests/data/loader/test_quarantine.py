@@ -17,13 +17,13 @@ from PIL import Image
 
 from data.augment.sampling import Mix
 from data.common.files import checksum
+from data.dataset.headers import BadImage, check_header, nvimgcodec
 from data.dataset.index import Index, open_index, write_index
 from data.dataset.shards import Sample, write_dataset
 from data.loader.loaders import EvalLoader, TrainLoader
 from data.loader.order import SampleOrder, bytes_at_once
 from data.loader.pipeline import Alone, Batch, Loader
 from data.loader.quarantine import Quarantine
-from data.packing.images import BadImage, _nvimgcodec, check_header
 from data.settings import DataConfig
 from data.synthetic.drawings import PATTERNS
 from data.synthetic.synthesize import images
@@ -358,7 +358,7 @@ def test_header_of_what_packing_keeps(case: Any) -> None:
     if case.bad is None and case.kept:
         with Image.open(io.BytesIO(case.encoded)) as image:
             check_header(encoded, *image.size)
-            with pytest.raises(BadImage, match="its header speaks of"):
+            with pytest.raises(BadImage, match="its header has"):
                 check_header(encoded, image.width + 1, image.height)
     elif case.name.startswith(("cut", "no end", "zeros.", "zeros at", "empty", "text")) and not case.name.endswith(".webp"):
         with pytest.raises(BadImage):
@@ -385,7 +385,7 @@ def test_what_passes_is_good_or_bad_whatever_the_crop(clean: Index, order: Sampl
         for encoded in damaged(300, seed=11):
             hurt = np.frombuffer(encoded, np.uint8)
             try:
-                stream = _nvimgcodec().CodeStream(hurt)
+                stream = nvimgcodec().CodeStream(hurt)
                 width, height = stream.width, stream.height
                 check_header(hurt, width, height)
             except (BadImage, RuntimeError):

@@ -13,8 +13,9 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType
 from PIL import Image
 
+from data.dataset.headers import BadImage
 from data.packing import images
-from data.packing.images import DALI_PIXELS, BadImage, ImageRules, Stored, stored_image
+from data.packing.images import DALI_PIXELS, ImageRules, Stored, stored_image
 from tests.support.image_corpus import Case, corpus, damaged, encode, into_header, picture, png, segment, with_orientation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow's, where the tests themselves open a damaged file
@@ -287,7 +288,8 @@ def test_bombs_take_no_memory() -> None:
     """In a process of its own, whose highest memory is measured."""
     program = """
 import resource
-from data.packing.images import BadImage, ImageRules, stored_image
+from data.dataset.headers import BadImage
+from data.packing.images import ImageRules, stored_image
 from tests.support.image_corpus import corpus, encode, into_header, picture, segment
 stored_image(encode(picture(), "PNG"), ImageRules())
 bombs = [case for case in corpus() if "bomb" in case.name]
