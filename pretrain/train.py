@@ -20,6 +20,7 @@ from torch import Tensor
 from data.augment.mixup import mix_pairs
 from data.augment.recipe import sample_order
 from data.common.counter_rng import hash64
+from data.common.placement import Placement
 from data.dataset.index import open_index
 from data.loader.loaders import EvalLoader, TrainLoader
 from data.loader.quarantine import Quarantine
@@ -226,9 +227,8 @@ def train(config: Config, force_config: bool = False) -> int:
         return trainer
 
     # ---------------------------------------------------------------- the loop
-    own_part: dict[str, Any] = {"micro_batch": config.engine.micro_batch, "rank": rank, "ranks": ranks, "device": device}
-    own_part["ranks_on_node"] = hosts.count(hosts[rank])
-    val_loader = EvalLoader(val, config.data, quarantine=val_quarantine, **own_part) if val else None
+    placement = Placement(device, config.engine.micro_batch, rank, ranks, ranks_on_node=hosts.count(hosts[rank]))
+    val_loader = EvalLoader(val, config.data, placement, quarantine=val_quarantine) if val else None
     launches_ahead = device.type == "cuda" and config.engine.zero_stage < 3 and not config.engine.offload
     interval = Interval(device, config.run.log_every, accumulation, asks=launches_ahead)
     own = OwnTime(engine, config.engine.zero_stage, hosts)
@@ -241,7 +241,7 @@ def train(config: Config, force_config: bool = False) -> int:
             log.line(use_graphs(engine, config))
         while step < total and not stopping:
             with TrainLoader(
-                index, order, config.data, start=step, end=total, passes=rollbacks.passes, quarantine=quarantine, **own_part
+                index, order, config.data, placement, start=step, end=total, passes=rollbacks.passes, quarantine=quarantine
             ) as loader:
                 batches = iter(loader)
                 while step < total and not stopping and bad is None:

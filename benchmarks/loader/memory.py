@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from data.common.placement import Placement
 from data.common.results import record
 from data.dataset.index import Index
 from data.loader.loaders import EvalLoader, TrainLoader
@@ -37,10 +38,10 @@ def epochs(
     order = SampleOrder(train.shard_start, seed=0, global_batch=micro_batch)
     recipe = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 0.25}
     settings = DataConfig(image_size=image_size, decode_threads=1, read_threads=2, **recipe)
-    place = {"micro_batch": micro_batch, "rank": 0, "ranks": 1, "device": torch.device("cpu")}
+    placement = Placement(torch.device("cpu"), micro_batch)
     with (
-        TrainLoader(train, order, settings, end=EPOCHS * order.steps_per_epoch, **place) as loader,
-        EvalLoader(val, settings, **place) as evaluation,
+        TrainLoader(train, order, settings, placement, end=EPOCHS * order.steps_per_epoch) as loader,
+        EvalLoader(val, settings, placement) as evaluation,
     ):
         for number, batch in enumerate(loader, 1):
             use(batch)

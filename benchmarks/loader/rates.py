@@ -33,6 +33,7 @@ from timm.data import create_loader
 from torch.utils.data import DataLoader, Dataset
 
 from data.augment.recipe import sample_order
+from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.loader.loaders import TrainLoader
 from data.loader.store import ShardStore
@@ -133,7 +134,7 @@ def own_way(index: Index, seed: int, settings: DataConfig, batch: int, device: t
     @contextmanager
     def batches(count: int) -> Iterator[Iterator[Any]]:
         order = sample_order(index, changed, seed=seed, global_batch=batch)
-        with TrainLoader(index, order, changed, micro_batch=batch, rank=0, ranks=1, device=device, end=count) as loader:
+        with TrainLoader(index, order, changed, Placement(device, micro_batch=batch), end=count) as loader:
             yield iter(loader)
 
     return Way(OWN, changes, batches, ahead=changed.read_threads + 8)  # read, and inside DALI

@@ -23,6 +23,7 @@ from pathlib import Path
 import fsspec
 import torch
 
+from data.common.placement import Placement
 from data.common.results import record
 from data.dataset.index import Index, open_index
 from data.dataset.shards import Sample, write_dataset
@@ -71,7 +72,7 @@ def epoch(index: Index, image_size: int, cache_gb: float, decode: bool) -> tuple
     settings = DataConfig(image_size=image_size, decode_threads=1, read_threads=2, cache_gb=cache_gb)
     device = torch.device("cpu")
     began = time.perf_counter()
-    with TrainLoader(index, order, settings, micro_batch=64, rank=0, ranks=1, device=device, end=order.steps_per_epoch) as loader:
+    with TrainLoader(index, order, settings, Placement(device, micro_batch=64), end=order.steps_per_epoch) as loader:
         for _ in loader if decode else range(order.steps_per_epoch):
             if not decode:
                 loader._feed()

@@ -18,6 +18,7 @@ from benchmarks.training.measure import wait_for
 from benchmarks.training.ways import engine_step
 from data.augment.mixup import mix_pairs
 from data.augment.recipe import sample_order
+from data.common.placement import Placement
 from data.dataset.index import open_index
 from data.loader.loaders import TrainLoader
 from data.loader.pipeline import Batch
@@ -63,7 +64,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
 
     rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     end = 1 + rounds * (ahead + steps) + ahead  # the loader goes on to the last step that counts
-    with TrainLoader(index, order, config.data, micro_batch=micro_batch, rank=0, ranks=1, device=device, end=end) as loader:
+    with TrainLoader(index, order, config.data, Placement(device, micro_batch), end=end) as loader:
         fed = iter(loader)
         first = next(fed)
         repeated = itertools.repeat(replace(first, images=first.images.clone()))

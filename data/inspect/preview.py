@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from data.augment.mixup import mix_pairs
 from data.augment.recipe import Recipe, sample_order
+from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.inspect.parameters import parameters
 from data.inspect.report import saved, short
@@ -71,7 +72,7 @@ def trained_on(index: Index, order: SampleOrder, settings: DataConfig, epoch: in
     shown = max(count for count in fit if count % 2 == 0 or not mixes)
     start = epoch * order.steps_per_epoch + step
     ids = order.batch(epoch, step)[:shown]  # and so an error for a step that there isn't
-    with TrainLoader(index, order, settings, micro_batch=shown, rank=0, ranks=1, device=_CPU, start=start, end=start + 1) as loader:
+    with TrainLoader(index, order, settings, Placement(_CPU, micro_batch=shown), start=start, end=start + 1) as loader:
         batch = next(iter(loader))
     pixels, own, partner = batch.images, batch.labels, batch.labels
     weight = torch.ones(shown)
@@ -90,7 +91,8 @@ def trained_on(index: Index, order: SampleOrder, settings: DataConfig, epoch: in
 
 def evaluated_on(index: Index, settings: DataConfig, images: int) -> list[Picture]:
     """Samples from all over the dataset."""
-    with EvalLoader(index, settings, micro_batch=images, rank=0, ranks=max(1, len(index) // images), device=_CPU) as loader:
+    first = Placement(_CPU, micro_batch=images, ranks=max(1, len(index) // images))
+    with EvalLoader(index, settings, first) as loader:
         batch = next(iter(loader))
     rows = index.samples[batch.ids]
     resized = resized_shape(rows["width"], rows["height"], settings)

@@ -1,11 +1,12 @@
 """From an index and an order to batches on the device: the graphs of training and evaluation, and what feeds them.
 
     settings = DataConfig(image_size=224)
-    with TrainLoader(index, order, settings, micro_batch=64, rank=rank, ranks=ranks, device=device, start=step, end=total) as loader:
+    placement = Placement(device, micro_batch=64, rank=rank, ranks=ranks)
+    with TrainLoader(index, order, settings, placement, start=step, end=total) as loader:
         for batch in loader:                       # global_batch / ranks / micro_batch of these make one step
             images, targets, weight = mix_pairs(batch.images, batch.labels, batch.mix)
 
-    with EvalLoader(index, settings, micro_batch=64, rank=rank, ranks=ranks, device=device) as loader:
+    with EvalLoader(index, settings, placement) as loader:
         for batch in loader: …                     # every sample once over all ranks; the last batch may be smaller
         for batch in loader: …                     # and again, with the same pipeline
 
@@ -27,6 +28,7 @@ from data.augment.erasing import NoiseBank
 from data.augment.operators import apply_layer, operator_inputs, resize
 from data.augment.recipe import Erased, Recipe
 from data.augment.sampling import Mix
+from data.common.placement import Placement
 from data.dataset.index import Index
 from data.loader.order import (
     SampleOrder,
@@ -46,8 +48,8 @@ from data.settings import DataConfig
 class TrainLoader(Loader):
     """One rank's micro-batches of the steps `start` to `end` - 1 but for those that it `passes`, in slot order.
 
-    With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The cache of a
-    dataset at a URL is shared by `ranks_on_node` ranks. Without a `quarantine` it begins with an empty one.
+    With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The ranks of a node
+    share the cache of a dataset at a URL. Without a `quarantine` it begins with an empty one.
     """
 
     def __init__(
@@ -55,43 +57,39 @@ class TrainLoader(Loader):
         index: Index,
         order: SampleOrder,
         settings: DataConfig,
+        placement: Placement,
         *,
-        micro_batch: int,
-        rank: int,
-        ranks: int,
-        device: torch.device,
         start: int = 0,
         end: int,
-        ranks_on_node: int = 1,
         passes: Callable[[int], bool] = lambda step: False,
         quarantine: Quarantine | None = None,
     ) -> None:
         self.passes = passes
-        self.order, self.micro_batch, self.ranks, self.ranks_on_node = order, micro_batch, ranks, ranks_on_node
-        self.slots = rank_slice(order.global_batch, rank, ranks)
+        self.order, self.placement = order, placement
+        self.slots = rank_slice(order.global_batch, placement.rank, placement.ranks)
         self.start, self.end = start, end
         self.recipe = Recipe(order.seed, settings)
-        self._noise = NoiseBank(settings.image_size, device) if settings.random_erasing else None
+        self._noise = NoiseBank(settings.image_size, placement.device) if settings.random_erasing else None
         crop_start = crop_shape = size = linear = mirror = group = DALIDataType.INT32
         matrix = value = DALIDataType.FLOAT
         dtypes = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * self.recipe.layers)
         quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
-        super().__init__(index, settings, quarantine, dtypes, max_batch=micro_batch, device=device)
+        super().__init__(index, settings, quarantine, dtypes, max_batch=placement.micro_batch, device=placement.device)
         self._start()
 
     def _open_store(self) -> ShardStore:
         index, order = self.index, self.order
         if not index.remote:
             return ShardStore(index)
-        at_once = bytes_at_once(order, index.shard_bytes, self.ranks, self.start, self.end)
+        at_once = bytes_at_once(order, index.shard_bytes, self.placement.ranks, self.start, self.end)
         uses = shard_uses(order, self.slots, self.start, self.end)
-        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node)
 
     def _work(self) -> Iterator[Slots]:
-        copies = self.order.copies[self.slots].reshape(-1, self.micro_batch)
+        copies = self.order.copies[self.slots].reshape(-1, self.placement.micro_batch)
         for step in itertools.filterfalse(self.passes, range(self.start, self.end)):
             epoch, step_in_epoch = self.order.locate(step)
-            own = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.micro_batch)
+            own = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.placement.micro_batch)
             for number, ids in enumerate(own):
                 yield Slots(ids, copies[number], epoch, step, done=step + (number + 1 == len(own)))
 
@@ -144,33 +142,30 @@ class EvalLoader(Loader):
         self,
         index: Index,
         settings: DataConfig,
+        placement: Placement,
         *,
-        micro_batch: int,
-        rank: int,
-        ranks: int,
-        device: torch.device,
-        ranks_on_node: int = 1,
         quarantine: Quarantine | None = None,
         samples: np.ndarray | None = None,
     ) -> None:
-        self.micro_batch, self.ranks, self.ranks_on_node = micro_batch, ranks, ranks_on_node
+        self.placement = placement
         self.samples = evaluated(index, settings) if samples is None else samples
-        self.own = self.samples[evaluation_ids(len(self.samples), rank, ranks)]
+        self.own = self.samples[evaluation_ids(len(self.samples), placement.rank, placement.ranks)]
         size = linear = corner = DALIDataType.INT32
         quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
-        super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=micro_batch, device=device)
+        super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=placement.micro_batch, device=placement.device)
 
     def _open_store(self) -> ShardStore:
         index = self.index
         if not index.remote:
             return ShardStore(index)
-        uses = evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.micro_batch, self.ranks)
+        uses = evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.placement.micro_batch, self.placement.ranks)
         at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
-        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.ranks_on_node)
+        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node)
 
     def _work(self) -> Iterator[Slots]:
-        for step, start in enumerate(range(0, len(self.own), self.micro_batch)):
-            ids = self.own[start : start + self.micro_batch]
+        micro_batch = self.placement.micro_batch
+        for step, start in enumerate(range(0, len(self.own), micro_batch)):
+            ids = self.own[start : start + micro_batch]
             yield Slots(ids, np.zeros_like(ids), epoch=0, step=step, done=step + 1)
 
     def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:

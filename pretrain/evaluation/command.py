@@ -12,12 +12,12 @@ Every rank of a job runs this, or one process by itself.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.loader.loaders import EvalLoader
 from pretrain import config as settings
@@ -67,15 +67,14 @@ def judge(source: Path, config: Path | None, overrides: list[str], *, average: b
     check_shards([val] if train is None else [val, train], checksums=data.check == "checksums")
     dtype = engines.PRECISIONS[engines.arithmetic(device, engine.precision)]
     _say(use_kernels(weights.model.to(device), weights.config.model.kernels, device, data.image_size, dtype))
-    place: dict[str, Any] = {"micro_batch": engine.micro_batch, "rank": dist.get_rank(), "ranks": dist.get_world_size(), "device": device}
-    hosts = engines.hosts()
-    place["ranks_on_node"] = hosts.count(hosts[place["rank"]])
+    rank, hosts = dist.get_rank(), engines.hosts()
+    placement = Placement(device, engine.micro_batch, rank, len(hosts), ranks_on_node=hosts.count(hosts[rank]))
     if train is not None and probe is not None:
-        _probe(weights, train, val, probe, place)
+        _probe(weights, train, val, probe, placement)
         return
     if told:
         _say(told)
-    with EvalLoader(val, data, **place) as loader:
+    with EvalLoader(val, data, placement) as loader:
         found = evaluate(weights.model, loader, head, engine.precision)
         _tell_of_bad(loader)
     _say(
@@ -149,19 +148,19 @@ def _head(weights: Weights, source: Path, val: Index) -> tuple[str, ...]:
     return val.classes
 
 
-def _probe(weights: Weights, train: Index, val: Index, per_class: int, place: dict[str, Any]) -> None:
-    data, device = weights.config.data, place["device"]
+def _probe(weights: Weights, train: Index, val: Index, per_class: int, placement: Placement) -> None:
+    data, device = weights.config.data, placement.device
     rows, targets = matched(train.classes, val, data.val_except)
     samples = drawn_samples(train, rows, per_class)
     targets_of_train = torch.full((len(train.classes),), -1, device=device)
     targets_of_train[torch.from_numpy(rows).to(device)] = torch.arange(len(rows), device=device)
-    with EvalLoader(train, data, samples=samples, **place) as loader:
+    with EvalLoader(train, data, placement, samples=samples) as loader:
         own, labels = features(weights.model, loader, weights.config.engine.precision)
         _tell_of_bad(loader)
         bank, bank_labels = from_all_ranks(own), from_all_ranks(targets_of_train[labels])
         if not len(bank):
             raise ValueError(none_left(loader))
-    with EvalLoader(val, data, **place) as loader:
+    with EvalLoader(val, data, placement) as loader:
         queries, labels = features(weights.model, loader, weights.config.engine.precision)
         labels = torch.from_numpy(targets).to(device)[labels]
         _tell_of_bad(loader)

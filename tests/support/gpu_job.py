@@ -19,7 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks.training import idle_gpu
+from data.common.placement import Placement
+from data.dataset.index import Index
 from data.loader.loaders import TrainLoader
+from data.loader.order import SampleOrder
+from data.settings import DataConfig
 from pretrain import config as settings
 from pretrain import train as training
 from tests.support import REPOSITORY
@@ -28,9 +32,9 @@ ROOT = str(REPOSITORY)
 
 
 class FromCpu(TrainLoader):
-    def __init__(self, *args: Any, device: torch.device, **kwargs: Any) -> None:
-        super().__init__(*args, device=torch.device("cpu"), **kwargs)
-        self._to = device
+    def __init__(self, index: Index, order: SampleOrder, settings: DataConfig, placement: Placement, **options: Any) -> None:
+        super().__init__(index, order, settings, replace(placement, device=torch.device("cpu")), **options)
+        self._to = placement.device
 
     def __iter__(self) -> Iterator[Any]:
         for batch in super().__iter__():

@@ -13,6 +13,7 @@ from data.augment.operators import Operator
 from data.augment.randaugment import Layer, color_jitter, parse_policy, rand_augment
 from data.augment.recipe import Erased
 from data.augment.sampling import bilinear, erased_boxes, flip, noise_starts, random_resized_crop
+from data.common.placement import Placement
 from data.dataset.index import Index
 from data.loader.loaders import TrainLoader
 from data.loader.order import SampleOrder
@@ -35,8 +36,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 def batches(dataset: Index, recipe: str, *, end: int, micro_batch: int = 4, start: int = 0, rank: int = 0, ranks: int = 1, **options: Any):
     settings = DataConfig(**({"image_size": SIZE, "decode_threads": 1} | RECIPES[recipe] | options))
     order = SampleOrder(dataset.shard_start, seed=SEED, global_batch=GLOBAL_BATCH, lanes=8, window=8)
-    place: dict[str, Any] = {"rank": rank, "ranks": ranks, "device": torch.device("cpu"), "start": start, "end": end}
-    with TrainLoader(dataset, order, settings, micro_batch=micro_batch, **place) as loader:
+    placement = Placement(torch.device("cpu"), micro_batch, rank, ranks)
+    with TrainLoader(dataset, order, settings, placement, start=start, end=end) as loader:
         yield from loader
 
 
@@ -130,7 +131,7 @@ def test_repeats_are_augmented_each_in_its_own_way(dataset: Index, ranks: int) -
         found = []
         for rank in range(ranks):
             share = order.global_batch // ranks
-            with TrainLoader(dataset, order, settings, micro_batch=share, rank=rank, ranks=ranks, device=device, start=3, end=4) as loader:
+            with TrainLoader(dataset, order, settings, Placement(device, share, rank, ranks), start=3, end=4) as loader:
                 found += list(loader)
         return found
 

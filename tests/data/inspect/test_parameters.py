@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from data.augment.randaugment import Operator
 from data.augment.recipe import Recipe
+from data.common.placement import Placement
 from data.dataset.index import Index
 from data.inspect.parameters import parameters
 from data.loader.loaders import TrainLoader
@@ -26,8 +27,8 @@ def batches(index: Index, settings: DataConfig) -> list[Batch]:
     """The second epoch's first three global batches of 10."""
     order = SampleOrder(index.shard_start, seed=SEED, global_batch=10, lanes=5, window=8)
     start = order.steps_per_epoch
-    arguments = {"micro_batch": 10, "rank": 0, "ranks": 1, "device": torch.device("cpu"), "start": start, "end": start + 3}
-    with TrainLoader(index, order, settings, **arguments) as loader:
+    placement = Placement(torch.device("cpu"), micro_batch=10)
+    with TrainLoader(index, order, settings, placement, start=start, end=start + 3) as loader:
         return list(loader)
 
 

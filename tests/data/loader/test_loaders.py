@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from data.augment.sampling import flip, random_resized_crop
+from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.dataset.shards import Sample, write_dataset
 from data.loader.loaders import EvalLoader, TrainLoader, resized_shape
@@ -36,23 +38,25 @@ def order(dataset: Index) -> SampleOrder:
     return SampleOrder(dataset.shard_start, seed=3, global_batch=GLOBAL_BATCH, lanes=8, window=8)
 
 
-# What a test says about a loader beside the settings of its data.
-PLACE = {"micro_batch", "rank", "ranks", "device", "start", "end", "ranks_on_node"}
+CPU = torch.device("cpu")
+PLACEMENT = {field.name for field in fields(Placement)}
 
 
-def train(dataset: Index, order: SampleOrder, **options: Any) -> Iterator[Batch]:
-    settings = DataConfig(**({"image_size": 32, "decode_threads": 1} | {k: v for k, v in options.items() if k not in PLACE}))
-    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu"), "micro_batch": 4}
-    place |= {k: v for k, v in options.items() if k in PLACE}
-    with TrainLoader(dataset, order, settings, **place) as loader:
+def split_options(options: dict[str, Any], **defaults: Any) -> tuple[DataConfig, Placement]:
+    """Returns the options of a test as data settings and as a placement."""
+    settings = {"decode_threads": 1} | {key: value for key, value in options.items() if key not in PLACEMENT}
+    return DataConfig(**settings), Placement(**defaults | {key: value for key, value in options.items() if key in PLACEMENT})
+
+
+def train(dataset: Index, order: SampleOrder, *, end: int, start: int = 0, **options: Any) -> Iterator[Batch]:
+    settings, placement = split_options({"image_size": 32} | options, device=CPU, micro_batch=4)
+    with TrainLoader(dataset, order, settings, placement, start=start, end=end) as loader:
         yield from loader
 
 
 def evaluation(dataset: Index, **options: Any) -> Iterator[Batch]:
-    settings = DataConfig(**({"decode_threads": 1} | {k: v for k, v in options.items() if k not in PLACE}))
-    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu"), "micro_batch": 8}
-    place |= {k: v for k, v in options.items() if k in PLACE}
-    with EvalLoader(dataset, settings, **place) as loader:
+    settings, placement = split_options(options, device=CPU, micro_batch=8)
+    with EvalLoader(dataset, settings, placement) as loader:
         yield from loader
 
 
@@ -302,7 +306,7 @@ def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
     assert len(list(train(dataset, order, end=3, decode_threads=2))) == 12
     assert only(before)
     settings = DataConfig(image_size=8, decode_threads=2)
-    loader = TrainLoader(dataset, order, settings, micro_batch=4, rank=0, ranks=1, device=torch.device("cpu"), end=1000)
+    loader = TrainLoader(dataset, order, settings, Placement(CPU, micro_batch=4), end=1000)
     iterator = iter(loader)
     kept = next(iterator)
     assert threads() > before
@@ -321,7 +325,7 @@ def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatc
     built.clear()
     before = threads()
     settings = DataConfig(image_size=32, decode_threads=1)
-    with EvalLoader(dataset, settings, micro_batch=8, rank=0, ranks=1, device=torch.device("cpu")) as loader:
+    with EvalLoader(dataset, settings, Placement(CPU, micro_batch=8)) as loader:
         for _ in range(3):
             for one, other in zip(expected, loader, strict=True):
                 assert torch.equal(one.images, other.images)
@@ -365,7 +369,7 @@ def test_evaluation_from_s3_is_the_same(s3: Proxy, many_shards: Index, tmp_path:
     index = open_index("s3://bucket/train", str(tmp_path))
     settings = DataConfig(decode_threads=1, cache_gb=0.002)
     for rank in range(3):
-        with EvalLoader(index, settings, micro_batch=8, rank=rank, ranks=3, device=torch.device("cpu")) as loader:
+        with EvalLoader(index, settings, Placement(CPU, 8, rank, ranks=3)) as loader:
             for _ in range(2):
                 for one, other in zip(evaluation(many_shards, rank=rank, ranks=3), loader, strict=True):
                     assert torch.equal(one.images, other.images)
@@ -379,7 +383,7 @@ def test_a_loader_closes_while_it_waits_for_a_shard(s3: Proxy, many_shards: Inde
     stalled = next(iter(shard_uses(order, rank_slice(4, 0, 1), 0, 1)))
     s3.fail(index.shards[stalled.shard].name, "stall")
     settings = DataConfig(image_size=8, decode_threads=1)
-    loader = TrainLoader(index, order, settings, micro_batch=4, rank=0, ranks=1, device=torch.device("cpu"), end=20)
+    loader = TrainLoader(index, order, settings, Placement(CPU, micro_batch=4), end=20)
     assert s3.stalled.wait(10)
     began = time.monotonic()
     loader.close()
@@ -389,10 +393,9 @@ def test_a_loader_closes_while_it_waits_for_a_shard(s3: Proxy, many_shards: Inde
 
 def test_a_step_is_done_with_its_last_micro_batch(dataset: Index, order: SampleOrder) -> None:
     settings = DataConfig(image_size=8, decode_threads=1)
-    place = {"rank": 0, "ranks": 1, "device": torch.device("cpu")}
-    with TrainLoader(dataset, order, settings, micro_batch=8, start=7, end=9, **place) as loader:
+    with TrainLoader(dataset, order, settings, Placement(CPU, micro_batch=8), start=7, end=9) as loader:
         assert [(slots.step, slots.done) for slots in loader._work()] == [(7, 7), (7, 8), (8, 8), (8, 9)]
-    with EvalLoader(dataset, settings, micro_batch=50, **place) as evaluating:
+    with EvalLoader(dataset, settings, Placement(CPU, micro_batch=50)) as evaluating:
         assert [(slots.step, slots.done) for slots in evaluating._work()] == [(0, 1), (1, 2), (2, 3)]
 
 

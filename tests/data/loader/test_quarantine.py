@@ -17,6 +17,7 @@ from PIL import Image
 
 from data.augment.sampling import Mix
 from data.common.files import checksum
+from data.common.placement import Placement
 from data.dataset.headers import BadImage, check_header, nvimgcodec
 from data.dataset.index import Index, open_index, write_index
 from data.dataset.shards import Sample, write_dataset
@@ -77,9 +78,8 @@ def loader_of(index: Index, order: SampleOrder, *, ranks: int = 1, rank: int = 0
     micro_batch = options.pop("micro_batch", GLOBAL_BATCH // ranks)
     quarantine = options.pop("quarantine", None)
     settings = DataConfig(**({"image_size": 16, "decode_threads": 1, "read_threads": 2, "max_bad": 0.5} | options))
-    return TrainLoader(
-        index, order, settings, micro_batch=micro_batch, rank=rank, ranks=ranks, device=CPU, start=start, end=STEPS, quarantine=quarantine
-    )
+    placement = Placement(CPU, micro_batch, rank, ranks)
+    return TrainLoader(index, order, settings, placement, start=start, end=STEPS, quarantine=quarantine)
 
 
 def train(index: Index, order: SampleOrder, **options: Any) -> Iterator[Batch]:
@@ -319,7 +319,7 @@ def test_a_whole_bad_shard_at_a_url(s3: Proxy, clean: Index, tmp_path: Path) -> 
 
 def evaluate(index: Index, *, rank: int = 0, ranks: int = 1, micro_batch: int = 7, passes: int = 1) -> list[list[Batch]]:
     settings = DataConfig(image_size=16, decode_threads=1, max_bad=0.9)
-    with EvalLoader(index, settings, micro_batch=micro_batch, rank=rank, ranks=ranks, device=CPU) as loader:
+    with EvalLoader(index, settings, Placement(CPU, micro_batch, rank, ranks)) as loader:
         return [list(loader) for _ in range(passes)]
 
 

@@ -15,6 +15,7 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
+from data.common.placement import Placement
 from data.dataset.index import Index, open_index, write_index
 from data.loader.loaders import EvalLoader
 from data.settings import DataConfig
@@ -120,7 +121,7 @@ def model_of(head: int) -> nn.Module:
 
 def by_hand(model: nn.Module, index: Index, head: list[str], without: list[str]) -> dict[str, float]:
     """Image by image, in float64."""
-    with EvalLoader(index, SETTINGS, micro_batch=5, rank=0, ranks=1, device=CPU) as loader, torch.no_grad():
+    with EvalLoader(index, SETTINGS, Placement(CPU, micro_batch=5)) as loader, torch.no_grad():
         outputs = [
             (logits, label) for batch in loader for logits, label in zip(model(batch.images).double().numpy(), batch.labels, strict=True)
         ]
@@ -148,7 +149,7 @@ def by_hand(model: nn.Module, index: Index, head: list[str], without: list[str])
 def test_a_head_for_more_classes_is_restricted_to_those_of_the_data(drawn: Path, without: list[str]) -> None:
     index, model = open_index(drawn / "train"), model_of(len(WIDE))
     settings = DataConfig(image_size=32, decode_threads=1, read_threads=1, val_except=without)
-    with EvalLoader(index, settings, micro_batch=50, rank=0, ranks=1, device=CPU) as loader:
+    with EvalLoader(index, settings, Placement(CPU, micro_batch=50)) as loader:
         found = evaluate(model, loader, WIDE, "fp32")
         best = torch.cat([model(batch.images).argmax(1) for batch in loader])
     assert (best >= 10).all()  # unrestricted, nothing would be right
@@ -161,7 +162,7 @@ def test_a_head_for_more_classes_is_restricted_to_those_of_the_data(drawn: Path,
 def test_a_name_to_leave_out_must_be_one_of_the_classes(drawn: Path) -> None:
     settings = DataConfig(val_except=["rings", "ring"])
     with pytest.raises(ValueError, match=r"data\.val_except names ring, which .* has not among its classes"):
-        EvalLoader(open_index(drawn / "val"), settings, micro_batch=4, rank=0, ranks=1, device=CPU)
+        EvalLoader(open_index(drawn / "val"), settings, Placement(CPU, micro_batch=4))
 
 
 # ---------------------------------------------------------------- ranks, and bad images
@@ -171,8 +172,8 @@ def evaluating(folder: str, without: list[str]) -> dict[str, Any] | str:
     """One rank."""
     engines.join()
     settings = DataConfig(image_size=32, decode_threads=1, read_threads=1, max_bad=0.99, val_except=without)
-    place = {"rank": torch.distributed.get_rank(), "ranks": torch.distributed.get_world_size(), "device": CPU}
-    with EvalLoader(open_index(folder), settings, micro_batch=4, **place) as loader:
+    placement = Placement(CPU, 4, torch.distributed.get_rank(), torch.distributed.get_world_size())
+    with EvalLoader(open_index(folder), settings, placement) as loader:
         try:
             found = evaluate(model_of(len(WIDE)), loader, WIDE, "fp32")
             return found | {"here": len(loader.own)}
@@ -256,7 +257,7 @@ def test_everything_that_holds_the_weights_is_judged_alike(
     expected = result(run, data)
     open_run = open_weights(run, None, [data], average=False, headless=False)
     engines.join()
-    with EvalLoader(open_index(val), open_run.config.data, micro_batch=64, rank=0, ranks=1, device=CPU) as loader:
+    with EvalLoader(open_index(val), open_run.config.data, Placement(CPU, micro_batch=64)) as loader:
         found = evaluate(open_run.model, loader, CLASSES, "bf16")
     engines.stop()
     assert expected == f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, loss {found['loss']:.4f} on 120 images of {val}"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.loader.loaders import EvalLoader
 from data.settings import DataConfig
@@ -170,7 +171,7 @@ SETTINGS = DataConfig(image_size=32, decode_threads=1, read_threads=1)
 
 
 def images_of(index: Index) -> tuple[Tensor, Tensor]:
-    with EvalLoader(index, SETTINGS, micro_batch=64, rank=0, ranks=1, device=CPU) as loader:
+    with EvalLoader(index, SETTINGS, Placement(CPU, micro_batch=64)) as loader:
         batches = list(loader)
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
 
@@ -198,7 +199,7 @@ def test_training_makes_features_better(tmp_path: Path) -> None:
     def right() -> tuple[int, int]:
         parts: list[Tensor] = []
         for index in (bank, queries):
-            with EvalLoader(index, SETTINGS, micro_batch=64, rank=0, ranks=1, device=CPU) as loader:
+            with EvalLoader(index, SETTINGS, Placement(CPU, micro_batch=64)) as loader:
                 parts += features(model, loader, "fp32")
         known, known_labels, asked, labels = parts
         nearest = knn_hits(known, known_labels, asked, labels, 4)
@@ -212,7 +213,7 @@ def test_training_makes_features_better(tmp_path: Path) -> None:
 
 def test_features_are_what_the_head_is_given(drawn: Path) -> None:
     model, index = new_model(10), open_index(drawn / "val")
-    with EvalLoader(index, SETTINGS, micro_batch=6, rank=0, ranks=1, device=CPU, samples=np.array([1, 3, 17])) as loader:
+    with EvalLoader(index, SETTINGS, Placement(CPU, micro_batch=6), samples=np.array([1, 3, 17])) as loader:
         found, labels = features(model, loader, "fp32")
     images, all_labels = images_of(index)
     with torch.no_grad():
