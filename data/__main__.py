@@ -21,12 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.loader.index_at_scale import SAMPLES, SHARDS, bench, sorted_shards
-from data.augment.recipe import Recipe, sample_order
+from data.augment.recipe import Recipe
 from data.common.results import record
 from data.dataset.index import Index, open_index
 from data.inspect.parameters import lines, parameters
 from data.inspect.report import stats, write_report
 from data.inspect.shuffle import table
+from data.loader.order import sample_order
 from data.packing.adopt import index_shards
 from data.packing.images import MAX_PIXELS, ImageRules
 from data.packing.pack import MAX_REJECTED, pack

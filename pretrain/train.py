@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.augment.mixup import mix_pairs
-from data.augment.recipe import sample_order
 from data.common.counter_rng import hash64
 from data.common.placement import Placement
 from data.dataset.index import open_index
 from data.loader.loaders import EvalLoader, TrainLoader
+from data.loader.order import sample_order
 from data.loader.quarantine import Quarantine
 from pretrain import config as settings
 from pretrain.checkpoint import Checkpoints, Retention, hold, list_checkpoints

@@ -32,10 +32,10 @@ from PIL import Image
 from timm.data import create_loader
 from torch.utils.data import DataLoader, Dataset
 
-from data.augment.recipe import sample_order
 from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.loader.loaders import TrainLoader
+from data.loader.order import sample_order
 from data.loader.store import ShardStore
 from data.settings import DataConfig, JobData
 

@@ -17,10 +17,10 @@ from benchmarks.training.layers import deciles
 from benchmarks.training.measure import wait_for
 from benchmarks.training.ways import engine_step
 from data.augment.mixup import mix_pairs
-from data.augment.recipe import sample_order
 from data.common.placement import Placement
 from data.dataset.index import open_index
 from data.loader.loaders import TrainLoader
+from data.loader.order import sample_order
 from data.loader.pipeline import Batch
 from pretrain.config import Config
 from pretrain.engine import engine as engines

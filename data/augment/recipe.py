@@ -1,6 +1,6 @@
-"""Which samples a job takes and all that is drawn for them: what the loader does, and what `data order` and `data preview` tell.
+"""Draws all augmentation parameters of a job's samples, for the loader, `data order` and `data preview`.
 
-    order, recipe = sample_order(index, settings, seed=seed, global_batch=8192), Recipe(seed, settings)
+    recipe = Recipe(seed, settings)
     drawn = recipe.draw(epoch, ids, copies, index.samples[ids])
     mix = recipe.mix(epoch, ids, copies)         # of pairs of neighbours; None where nothing is mixed
 
@@ -14,8 +14,6 @@ import numpy as np
 
 from data.augment.randaugment import JITTER_LAYERS, Layer, color_jitter, parse_policy, rand_augment
 from data.augment.sampling import Mix, bilinear, erased_boxes, flip, mix_parameters, noise_starts, random_resized_crop
-from data.dataset.index import Index
-from data.loader.order import SampleOrder
 from data.settings import DataConfig
 
 _COPY_BITS = 48  # above those of sample ids
@@ -92,11 +90,6 @@ class Recipe:
             cutmix=settings.cutmix,
             switch=settings.mix_switch,
         )
-
-
-def sample_order(index: Index, settings: DataConfig, *, seed: int, global_batch: int) -> SampleOrder:
-    """The order of a job. Raises ValueError where its numbers don't go together."""
-    return SampleOrder(index.shard_start, seed, global_batch, settings.lanes, settings.window, settings.repeats)
 
 
 def _draw_ids(ids: np.ndarray, copies: np.ndarray) -> np.ndarray:

@@ -17,13 +17,13 @@ import torch
 from matplotlib.figure import Figure
 
 from data.augment.mixup import mix_pairs
-from data.augment.recipe import Recipe, sample_order
+from data.augment.recipe import Recipe
 from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.inspect.parameters import parameters
 from data.inspect.report import saved, short
 from data.loader.loaders import EvalLoader, TrainLoader, resized_shape
-from data.loader.order import SampleOrder
+from data.loader.order import SampleOrder, sample_order
 from data.settings import DataConfig, JobData
 
 IMAGES = 16  # of a step

@@ -32,6 +32,8 @@ from functools import lru_cache
 import numpy as np
 
 from data.common.counter_rng import Draw, hash64, permutation
+from data.dataset.index import Index
+from data.settings import DataConfig
 
 
 def lanes_for(global_batch: int, lanes: int) -> int:
@@ -138,6 +140,11 @@ class SampleOrder:
             parts.append(first + shuffled[:, max(start - first, 0) : stop - first])
         within_lane = np.concatenate(parts, axis=1)
         return np.tile((np.arange(lanes)[:, None] * lane_length + within_lane).reshape(-1), self.repeats)
+
+
+def sample_order(index: Index, settings: DataConfig, *, seed: int, global_batch: int) -> SampleOrder:
+    """Makes the sample order of a job. Raises ValueError as SampleOrder does."""
+    return SampleOrder(index.shard_start, seed, global_batch, settings.lanes, settings.window, settings.repeats)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.augment.recipe import sample_order
 from data.dataset.index import open_index
+from data.loader.order import sample_order
 from data.settings import DataConfig
 from data.synthetic.synthesize import synthesize
 from pretrain.config import GuardConfig
