@@ -27,7 +27,7 @@ from data.dataset.index import Index, open_index
 from data.inspect.parameters import lines, parameters
 from data.inspect.report import stats, write_report
 from data.inspect.shuffle import table
-from data.loader.order import sample_order
+from data.loader.order import make_sample_order
 from data.packing.adopt import index_shards
 from data.packing.images import MAX_PIXELS, ImageRules
 from data.packing.pack import MAX_REJECTED, pack
@@ -286,7 +286,7 @@ def _bench(given: argparse.Namespace) -> int:
 def _print_order(given: argparse.Namespace) -> None:
     job = _job(given)
     index = open_index(job.data.train, job.data.cache)
-    order, recipe = sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
+    order, recipe = make_sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
     for step in given.steps:
         ids = order.batch(given.epoch, step)
         drawn = parameters(recipe, given.epoch, ids, order.copies, index)

@@ -22,7 +22,7 @@ from data.common.counter_rng import hash64
 from data.common.placement import Placement
 from data.dataset.index import open_index
 from data.loader.loaders import EvalLoader, TrainLoader
-from data.loader.order import sample_order
+from data.loader.order import make_sample_order
 from data.loader.quarantine import Quarantine
 from pretrain import config as settings
 from pretrain.checkpoint import Checkpoints, Retention, hold, list_checkpoints
@@ -83,7 +83,7 @@ def train(config: Config, force_config: bool = False) -> int:
     check_shards([index, val] if val else [index], checksums=config.data.check == "checksums")
     quarantine = Quarantine(index, config.data.max_bad, folder / "quarantine.jsonl")
     val_quarantine = Quarantine(val, config.data.max_bad, folder / "quarantine.jsonl", replaces=False) if val else None
-    order = sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
+    order = make_sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
     total, warmup = settings.lengths(config, order.steps_per_epoch)
     evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
 
@@ -241,7 +241,7 @@ def train(config: Config, force_config: bool = False) -> int:
             log.line(use_graphs(engine, config))
         while step < total and not stopping:
             with TrainLoader(
-                index, order, config.data, placement, start=step, end=total, passes=rollbacks.passes, quarantine=quarantine
+                index, order, config.data, placement, start=step, end=total, is_skipped=rollbacks.is_skipped, quarantine=quarantine
             ) as loader:
                 batches = iter(loader)
                 while step < total and not stopping and bad is None:
@@ -250,7 +250,7 @@ def train(config: Config, force_config: bool = False) -> int:
                     set_learning_rate(engine.optimizer, lr)
                     # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
                     torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
-                    for micro_step in range(0 if rollbacks.passes(step) else accumulation):
+                    for micro_step in range(0 if rollbacks.is_skipped(step) else accumulation):
                         own.begin()
                         with interval.waiting(), profiler.part("data", micro_step):
                             batch = next(batches)
@@ -279,7 +279,7 @@ def train(config: Config, force_config: bool = False) -> int:
                     saves = stopping > 0 or step % config.run.save_every == 0 or step == total or retention.due(step, evaluates)
                     if step % config.run.log_every == 0 or saves or evaluates:
                         with profiler.part("log", accumulation):
-                            bad = report(interval.close(quarantine.unshared), own.close())
+                            bad = report(interval.close(quarantine.unreported_count), own.close())
                     if bad is None and evaluates:
                         with interval.pausing(), profiler.part("evaluation", accumulation):
                             evaluation = evaluate_all()

@@ -24,9 +24,9 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-from data.augment.operators import CpuResizer, apply_layer, operator_inputs, resize
-from data.augment.randaugment import Layer, Operator, parse_policy, rand_augment
-from data.augment.sampling import random_resized_crop
+from data.augment.operators import CpuResizer, apply_layer, compute_operator_inputs, resize
+from data.augment.randaugment import Layer, Operator, draw_rand_augment, parse_policy
+from data.augment.sampling import draw_crops
 from data.common.results import record
 from data.synthetic.drawings import PHOTOGRAPH
 from data.synthetic.synthesize import images
@@ -79,7 +79,7 @@ def normalised(pixels: Any) -> Any:
 def stages(encoded: list[np.ndarray], resizer: CpuResizer) -> dict[str, Callable[[], None]]:
     count = len(encoded)
     ids, (width, height) = np.arange(count), PHOTOGRAPH
-    crops = random_resized_crop(0, 0, ids, np.full(count, width), np.full(count, height))
+    crops = draw_crops(0, 0, ids, np.full(count, width), np.full(count, height))
     feeds = [encoded, np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:])]
     sizes = [*feeds, np.full((count, 2), SIZE, np.int32), np.zeros(count, np.int32)]
 
@@ -113,7 +113,7 @@ def augmentations(pixels: list[np.ndarray]) -> dict[str, Callable[[], None]]:
     run = partial(dali, batches=count // BATCH, layout=["HWC"])
 
     def layered(layers: list[Layer]) -> Callable[[], None]:
-        inputs = [part for layer in layers for part in operator_inputs(layer, never, never, SIZE)]
+        inputs = [part for layer in layers for part in compute_operator_inputs(layer, never, never, SIZE)]
 
         def graph(*nodes: Any) -> Any:
             result, *parts = nodes
@@ -123,7 +123,7 @@ def augmentations(pixels: list[np.ndarray]) -> dict[str, Callable[[], None]]:
 
         return run(graph, [pixels, *inputs]) if inputs else run(lambda *nodes: nodes[0], [pixels])
 
-    drawn = rand_augment(0, 0, np.arange(50_000), parse_policy(POLICY))
+    drawn = draw_rand_augment(0, 0, np.arange(50_000), parse_policy(POLICY))
     photos = [Image.fromarray(one) for one in pixels]
     by_timm = rand_augment_transform(
         POLICY, {"translate_const": 100, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}

@@ -27,7 +27,7 @@ from data.common.results import record
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 from data.inspect.report import stats
 from data.inspect.shuffle import Row, compare, table
-from data.loader.order import SampleOrder, rank_slice
+from data.loader.order import SampleOrder, select_rank_slots
 from data.settings import DataConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -157,7 +157,7 @@ def slowest_step(index: Index, seed: int = 0) -> float:
     for tries in seconds:
         for number, (epoch, step, count) in enumerate(zip(epochs, steps, ranks, strict=True)):
             began = time.perf_counter()
-            order.batch(epoch, step)[rank_slice(GLOBAL_BATCH, count - 1, count)]
+            order.batch(epoch, step)[select_rank_slots(GLOBAL_BATCH, count - 1, count)]
             tries[number] = time.perf_counter() - began
     return float(seconds.min(axis=0).max())
 
@@ -181,7 +181,7 @@ def use_as_a_rank(index: Index, rank: int, ranks: int) -> None:
     random = np.random.default_rng(0)
     for _ in range(100):
         ids = order.batch(int(random.integers(EPOCHS)), int(random.integers(order.steps_per_epoch)))
-        index.samples[ids[rank_slice(GLOBAL_BATCH, rank, ranks)]]
+        index.samples[ids[select_rank_slots(GLOBAL_BATCH, rank, ranks)]]
 
 
 def ranks_of_a_node(folder: Path, count: int, use: Use = use_as_a_rank) -> list[Rank]:
@@ -207,7 +207,7 @@ def _rank(folder: Path, ranks: int, use: Use, rank: int) -> Rank:
     index = open_index(folder)
     opened = time.perf_counter()
     order = SampleOrder(index.shard_start, seed=0, global_batch=GLOBAL_BATCH)
-    index.samples[order.batch(0, 0)[rank_slice(GLOBAL_BATCH, rank, ranks)]]
+    index.samples[order.batch(0, 0)[select_rank_slots(GLOBAL_BATCH, rank, ranks)]]
     first = time.perf_counter()
     use(index, rank, ranks)
     _meet.wait()

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.loader.loaders import TrainLoader
-from data.loader.order import sample_order
+from data.loader.order import make_sample_order
 from data.loader.store import ShardStore
 from data.settings import DataConfig, JobData
 
@@ -133,7 +133,7 @@ def own_way(index: Index, seed: int, settings: DataConfig, batch: int, device: t
 
     @contextmanager
     def batches(count: int) -> Iterator[Iterator[Any]]:
-        order = sample_order(index, changed, seed=seed, global_batch=batch)
+        order = make_sample_order(index, changed, seed=seed, global_batch=batch)
         with TrainLoader(index, order, changed, Placement(device, micro_batch=batch), end=count) as loader:
             yield iter(loader)
 

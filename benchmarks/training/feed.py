@@ -20,7 +20,7 @@ from data.augment.mixup import mix_pairs
 from data.common.placement import Placement
 from data.dataset.index import open_index
 from data.loader.loaders import TrainLoader
-from data.loader.order import sample_order
+from data.loader.order import make_sample_order
 from data.loader.pipeline import Batch
 from pretrain.config import Config
 from pretrain.engine import engine as engines
@@ -40,7 +40,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
     if len(index.classes) != config.model.classes:
         raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}; make them agree")
     micro_batch = config.engine.micro_batch
-    order = sample_order(index, config.data, seed=config.seed, global_batch=micro_batch)
+    order = make_sample_order(index, config.data, seed=config.seed, global_batch=micro_batch)
     torch.manual_seed(config.seed)
     train = engine_step(config, build_model(config))
     device = engines.rank_device(config.engine)

@@ -1,7 +1,7 @@
 """What is done to decoded images, as nodes of a DALI graph: resizing, and the operators of RandAugment and colour jitter.
 
     images = resize(images, size, linear, resizer)              # inside a pipeline_def with enable_conditionals
-    inputs = operator_inputs(layer, mirrored, linear, 224)      # NumPy: what the graph is fed for one layer
+    inputs = compute_operator_inputs(layer, mirrored, linear, 224)      # NumPy: what the graph is fed for one layer
     images = apply_layer(images, group, matrix, value, fill)
 
 All is the same on a CPU and on a GPU but the resize: on a CPU DALI's takes as long as all else together, and torch's, which works on
@@ -26,7 +26,7 @@ from nvidia.dali.types import Constant, DALIDataType, DALIImageType, DALIInterpT
 from data.augment.randaugment import Layer, Operator
 
 
-class Group:
+class Branch:
     """A branch of the graph, with what `matrix` and `value` are to it. (Plain numbers: DALI compares nodes with no others.)"""
 
     NONE = 0
@@ -45,19 +45,19 @@ class Group:
 
 
 _GROUP = {
-    Operator.NONE: Group.NONE,
-    Operator.AUTO_CONTRAST: Group.AUTO_CONTRAST,
-    Operator.EQUALIZE: Group.EQUALIZE,
-    Operator.INVERT: Group.INVERT,
-    Operator.POSTERIZE: Group.POSTERIZE,
-    Operator.SOLARIZE: Group.SOLARIZE,
-    Operator.SOLARIZE_ADD: Group.SOLARIZE_ADD,
-    Operator.COLOR: Group.COLOR,
-    Operator.CONTRAST: Group.CONTRAST,
-    Operator.BRIGHTNESS: Group.SCALE,
-    Operator.SHARPNESS: Group.FILTER,
+    Operator.NONE: Branch.NONE,
+    Operator.AUTO_CONTRAST: Branch.AUTO_CONTRAST,
+    Operator.EQUALIZE: Branch.EQUALIZE,
+    Operator.INVERT: Branch.INVERT,
+    Operator.POSTERIZE: Branch.POSTERIZE,
+    Operator.SOLARIZE: Branch.SOLARIZE,
+    Operator.SOLARIZE_ADD: Branch.SOLARIZE_ADD,
+    Operator.COLOR: Branch.COLOR,
+    Operator.CONTRAST: Branch.CONTRAST,
+    Operator.BRIGHTNESS: Branch.SCALE,
+    Operator.SHARPNESS: Branch.FILTER,
 }
-_GROUPS = np.array([_GROUP.get(operator, Group.WARP_CUBIC) for operator in Operator], np.int32)
+_GROUPS = np.array([_GROUP.get(operator, Branch.WARP_CUBIC) for operator in Operator], np.int32)
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow's convert("L")
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's ImageFilter.SMOOTH
@@ -100,7 +100,9 @@ def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
     return result
 
 
-def operator_inputs(layer: Layer, mirrored: np.ndarray, linear: np.ndarray, image_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def compute_operator_inputs(
+    layer: Layer, mirrored: np.ndarray, linear: np.ndarray, image_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Group int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,) of each sample.
 
     Geometry is that of the mirrored image where `mirrored`, since the graph mirrors last, and interpolated bilinearly where `linear`;
@@ -108,7 +110,7 @@ def operator_inputs(layer: Layer, mirrored: np.ndarray, linear: np.ndarray, imag
     """
     operator, argument = layer.operator, layer.argument
     group = _GROUPS[operator]
-    warped = group == Group.WARP_CUBIC
+    warped = group == Branch.WARP_CUBIC
     matrix = np.zeros((len(operator), 3, 3), np.float32)
     matrix[warped] = _homography(operator[warped], argument[warped], mirrored[warped], image_size)
     factor = argument[:, None, None]
@@ -116,9 +118,9 @@ def operator_inputs(layer: Layer, mirrored: np.ndarray, linear: np.ndarray, imag
         own = operator == one
         matrix[own] = factor[own] * identity + (1 - factor[own]) * degenerate
     value = np.where(operator == Operator.POSTERIZE, 256 - 2 ** np.clip(8 - argument, 0, 8), argument).astype(np.float32)
-    group = np.where(warped & linear, Group.WARP_LINEAR, group)
+    group = np.where(warped & linear, Branch.WARP_LINEAR, group)
     unchanged = ((operator == Operator.POSTERIZE) & (argument >= 8)) | ((operator == Operator.SOLARIZE) & (argument > 255))
-    return np.where(unchanged, Group.NONE, group).astype(np.int32), matrix, value
+    return np.where(unchanged, Branch.NONE, group).astype(np.int32), matrix, value
 
 
 def _homography(operator: np.ndarray, argument: np.ndarray, mirrored: np.ndarray, size: int) -> np.ndarray:
@@ -144,30 +146,30 @@ def _homography(operator: np.ndarray, argument: np.ndarray, mirrored: np.ndarray
 
 def apply_layer(images: Any, group: Any, matrix: Any, value: Any, fill: list[float]) -> Any:
     """One layer over uint8 HWC images; `fill` is the colour of what comes from outside of the image, 0 to 255."""
-    if group == Group.NONE:
+    if group == Branch.NONE:
         result = images
-    elif group == Group.WARP_CUBIC:
+    elif group == Branch.WARP_CUBIC:
         result = _warp(images, matrix, fill, DALIInterpType.INTERP_CUBIC)
-    elif group == Group.WARP_LINEAR:
+    elif group == Branch.WARP_LINEAR:
         result = _warp(images, matrix, fill, DALIInterpType.INTERP_LINEAR)
-    elif group == Group.SCALE:
+    elif group == Branch.SCALE:
         result = fn.brightness_contrast(images, brightness=value, brightness_shift=-_TRUNCATE / 255)
-    elif group == Group.INVERT:
+    elif group == Branch.INVERT:
         result = images ^ _ALL_BITS
-    elif group == Group.SOLARIZE:
+    elif group == Branch.SOLARIZE:
         result = images ^ (_ALL_BITS * (images >= fn.cast(value, dtype=DALIDataType.UINT8)))
-    elif group == Group.SOLARIZE_ADD:
+    elif group == Branch.SOLARIZE_ADD:
         result = images + fn.cast(value, dtype=DALIDataType.UINT8) * (images < Constant(np.uint8(128)))  # at most 127 + 128
-    elif group == Group.POSTERIZE:
+    elif group == Branch.POSTERIZE:
         result = images & fn.cast(value, dtype=DALIDataType.UINT8)
-    elif group == Group.FILTER:
+    elif group == Branch.FILTER:
         weights = matrix.gpu() if images.device == "gpu" else matrix  # an input of the operator, where others take an argument
         result = fn.filter(images, weights, border="clamp")
-    elif group == Group.COLOR:
+    elif group == Branch.COLOR:
         result = fn.coord_transform(images, M=matrix, T=-_TRUNCATE, dtype=DALIDataType.UINT8)
-    elif group == Group.CONTRAST:
+    elif group == Branch.CONTRAST:
         result = _contrast(images, value)
-    elif group == Group.AUTO_CONTRAST:
+    elif group == Branch.AUTO_CONTRAST:
         result = _auto_contrast(images)
     else:
         result = _equalize(images)

@@ -1,8 +1,8 @@
 """RandAugment as timm has it: which operator is applied to each sample, how strongly, as a pure function of (seed, epoch, sample id).
 
     policy = parse_policy("rand-m9-mstd0.5-inc1")
-    for layer in rand_augment(seed, epoch, ids, policy): …      # layer.operator, layer.argument: one of each a sample
-    for layer in color_jitter(seed, epoch, ids, 0.4): …         # torchvision's ColorJitter, in the same terms
+    for layer in draw_rand_augment(seed, epoch, ids, policy): …      # layer.operator, layer.argument: one of each a sample
+    for layer in draw_color_jitter(seed, epoch, ids, 0.4): …         # torchvision's ColorJitter, in the same terms
 
 Operators, magnitudes and their arguments are those of timm 1.0.31 (timm/data/auto_augment.py: LEVEL_TO_ARG, AugmentOp, RandAugment),
 after "RandAugment" (arXiv 1909.13719). What an operator does to pixels is in operators.py.
@@ -94,7 +94,7 @@ def parse_policy(text: str) -> Policy:
     return policy
 
 
-def rand_augment(seed: int, epoch: int, ids: np.ndarray, policy: Policy) -> list[Layer]:
+def draw_rand_augment(seed: int, epoch: int, ids: np.ndarray, policy: Policy) -> list[Layer]:
     """The layers of RandAugment for each sample, in the order of application; an operator may come twice."""
     layers = []
     for number in range(policy.layers):
@@ -127,7 +127,7 @@ def _argument(operator: np.ndarray, level: np.ndarray, sign: np.ndarray, increas
     return np.select([operator == one for one in by_operator], list(by_operator.values()), 0.0)
 
 
-def color_jitter(seed: int, epoch: int, ids: np.ndarray, strength: float) -> list[Layer]:
+def draw_color_jitter(seed: int, epoch: int, ids: np.ndarray, strength: float) -> list[Layer]:
     """Brightness, contrast and saturation, each by a factor uniform in [max(0, 1 - strength), 1 + strength], in a random order
     (torchvision.transforms.ColorJitter; timm gives it one number for the three and no hue)."""
     rank = hash64(seed, Draw.JITTER_ORDER, epoch, ids[:, None], np.arange(JITTER_LAYERS)).argsort(axis=1)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.augment.randaugment import JITTER_LAYERS, Layer, color_jitter, parse_policy, rand_augment
-from data.augment.sampling import Mix, bilinear, erased_boxes, flip, mix_parameters, noise_starts, random_resized_crop
+from data.augment.randaugment import JITTER_LAYERS, Layer, draw_color_jitter, draw_rand_augment, parse_policy
+from data.augment.sampling import Mix, draw_bilinear, draw_crops, draw_erased_boxes, draw_flips, draw_mix, draw_noise_starts
 from data.settings import DataConfig
 
 _COPY_BITS = 48  # above those of sample ids
@@ -60,19 +60,19 @@ class Recipe:
         settings, keys = self.settings, (self.seed, epoch, _draw_ids(ids, copies))
         layers: list[Layer] = []
         if self._policy:
-            layers = rand_augment(*keys, self._policy)
+            layers = draw_rand_augment(*keys, self._policy)
         elif settings.color_jitter:
-            layers = color_jitter(*keys, settings.color_jitter)
+            layers = draw_color_jitter(*keys, settings.color_jitter)
         erased = None
         if settings.random_erasing:
             probability, count = settings.random_erasing, settings.erasing_count
-            boxes = erased_boxes(*keys, image_size=settings.image_size, probability=probability, count=count)
-            erased = Erased(boxes, noise_starts(*keys, count))
+            boxes = draw_erased_boxes(*keys, image_size=settings.image_size, probability=probability, count=count)
+            erased = Erased(boxes, draw_noise_starts(*keys, count))
         return Drawn(
-            crops=random_resized_crop(*keys, rows["width"], rows["height"], scale=settings.crop_area, ratio=settings.crop_ratio),
-            bilinear=bilinear(*keys, settings.interpolation, 0),
-            mirrored=flip(*keys, settings.flip),
-            layers=[(layer, bilinear(*keys, settings.interpolation, number)) for number, layer in enumerate(layers, 1)],
+            crops=draw_crops(*keys, rows["width"], rows["height"], scale=settings.crop_area, ratio=settings.crop_ratio),
+            bilinear=draw_bilinear(*keys, settings.interpolation, 0),
+            mirrored=draw_flips(*keys, settings.flip),
+            layers=[(layer, draw_bilinear(*keys, settings.interpolation, number)) for number, layer in enumerate(layers, 1)],
             erased=erased,
         )
 
@@ -81,7 +81,7 @@ class Recipe:
         settings = self.settings
         if not (settings.mixup or settings.cutmix):
             return None
-        return mix_parameters(
+        return draw_mix(
             self.seed,
             epoch,
             _draw_ids(ids, copies)[::2],

@@ -1,9 +1,9 @@
 """What can be drawn for each sample: pure functions of (seed, epoch, sample id), as arrays over a batch.
 
-    crops = random_resized_crop(seed, epoch, ids, widths, heights)
-    mirror = flip(seed, epoch, ids)
-    boxes = erased_boxes(seed, epoch, ids, image_size=224, probability=0.25)
-    mix = mix_parameters(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
+    crops = draw_crops(seed, epoch, ids, widths, heights)
+    mirror = draw_flips(seed, epoch, ids)
+    boxes = draw_erased_boxes(seed, epoch, ids, image_size=224, probability=0.25)
+    mix = draw_mix(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
 
 RandAugment and colour jitter are in randaugment.py; recipe.py draws all that a job's settings ask for. Nothing depends on how samples
 are spread over micro-batches, ranks or restarts. The mix belongs to a pair of neighbouring slots (2i, 2i + 1) of the global batch
@@ -23,7 +23,7 @@ NOISE_STARTS = 1 << 20  # places in the bank of numbers (erasing.py) at which th
 _BETA_TRIES = 16
 
 
-def random_resized_crop(
+def draw_crops(
     seed: int,
     epoch: int,
     ids: np.ndarray,
@@ -59,12 +59,12 @@ def random_resized_crop(
     return np.where(fits.any(axis=1)[:, None], np.hstack([y, x, h, w]), central).astype(np.int32)
 
 
-def flip(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5) -> np.ndarray:
+def draw_flips(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5) -> np.ndarray:
     """Which samples are mirrored left to right, bool (n,)."""
     return uniform(seed, Draw.FLIP, epoch, ids) < probability
 
 
-def bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: int) -> np.ndarray:
+def draw_bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: int) -> np.ndarray:
     """Which samples are interpolated bilinearly rather than bicubically, bool (n,); `interpolation` is bilinear, bicubic or random. Each
     use of it for a sample (the resize, layers of operators) has a number of its own."""
     if interpolation == "random":
@@ -72,7 +72,7 @@ def bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: in
     return np.full(len(ids), interpolation == "bilinear")
 
 
-def erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, probability: float, count: int = 1) -> np.ndarray:
+def draw_erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, probability: float, count: int = 1) -> np.ndarray:
     """Boxes in pixels that are erased, int32 (n, count, 4): y, x, height, width, all 0 where there is none.
 
     The algorithm of timm's RandomErasing, after "Random Erasing Data Augmentation" (arXiv 1708.04896): with `probability` an image has
@@ -97,7 +97,7 @@ def erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, pro
     return np.where(there, np.concatenate([y, x, h, w], axis=2), 0).astype(np.int32)
 
 
-def noise_starts(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
+def draw_noise_starts(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
     """Where in the bank of numbers the noise of each of a sample's `count` boxes begins, int64 (n, count)."""
     return (hash64(seed, Draw.ERASED_NOISE, epoch, ids[:, None], np.arange(count)) % np.uint64(NOISE_STARTS)).astype(np.int64)
 
@@ -115,9 +115,7 @@ class Mix:
     lam: np.ndarray
 
 
-def mix_parameters(
-    seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mixup: float, cutmix: float, switch: float = 0.5
-) -> Mix:
+def draw_mix(seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mixup: float, cutmix: float, switch: float = 0.5) -> Mix:
     """The mix of each pair, from the ids of the pairs' even slots. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha).
 
     With both above 0 a pair is cut with probability `switch`, else blended; with one of them, always that one. The box is
@@ -128,9 +126,9 @@ def mix_parameters(
     cut = uniform(seed, Draw.MIX_KIND, epoch, even_ids) < share_cut
     lam = np.ones(len(even_ids))
     if mixup > 0:
-        lam[~cut] = symmetric_beta(mixup, seed, Draw.MIXUP_LAM, epoch, even_ids[~cut])
+        lam[~cut] = draw_symmetric_beta(mixup, seed, Draw.MIXUP_LAM, epoch, even_ids[~cut])
     if cutmix > 0:
-        lam[cut] = symmetric_beta(cutmix, seed, Draw.CUTMIX_LAM, epoch, even_ids[cut])
+        lam[cut] = draw_symmetric_beta(cutmix, seed, Draw.CUTMIX_LAM, epoch, even_ids[cut])
 
     side = np.where(cut, image_size * np.sqrt(1 - lam), 0).astype(np.int64)
     bounds = []
@@ -142,7 +140,7 @@ def mix_parameters(
     return Mix(box=box, lam=np.where(cut, own, lam).astype(np.float32))
 
 
-def symmetric_beta(alpha: float, seed: int, draw: Draw, epoch: int, ids: np.ndarray) -> np.ndarray:
+def draw_symmetric_beta(alpha: float, seed: int, draw: Draw, epoch: int, ids: np.ndarray) -> np.ndarray:
     """One number a sample from Beta(alpha, alpha), float64 (n,), for an alpha of at most a few.
 
     Jöhnk's algorithm (Jöhnk 1964; Devroye, "Non-Uniform Random Variate Generation", 1986, IX.3.2): of uniform u, v take

@@ -11,7 +11,7 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def progress(iterable: Iterable[T], total: int, label: str, weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
+def report_progress(iterable: Iterable[T], total: int, label: str, weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
     """Passes the items of `iterable` on and reports on them. An item counts as many of the `total` as `weigh` says."""
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit="", unit_scale=total > 99_999) as bar:

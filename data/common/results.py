@@ -18,7 +18,7 @@ def record(out: Path, command: str, packages: Sequence[str], **result: Any) -> N
     found = {
         "command": command,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "commit": commit(),
+        "commit": git_commit(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         **result,
     }
@@ -28,7 +28,7 @@ def record(out: Path, command: str, packages: Sequence[str], **result: Any) -> N
     out.write_text(json.dumps([*(other for other in others if other["command"] != command), found], indent=1) + "\n")
 
 
-def commit() -> str:
+def git_commit() -> str:
     """Of this code, with a mark where files were changed since."""
     try:
         described = subprocess.run(

@@ -1,6 +1,6 @@
 """Whether a dataset's shards are what was packed, as far as a job looks before it starts; for a folder, not for a URL.
 
-    faults = damaged(index, range(rank, len(index.shards), ranks), checksums=False)
+    faults = find_damaged_shards(index, range(rank, len(index.shards), ranks), checksums=False)
 
 That all shards are there in their sizes is checked where the index is opened (index.py). Shards of URLs are compared with their
 checksums when they are fetched (store.py).
@@ -13,15 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from data.common.files import checksum
-from data.common.progress import progress
+from data.common.progress import report_progress
 from data.dataset.index import Index
-from data.dataset.shards import TarHeader
+from data.dataset.shards import StrictTarInfo
 
 THREADS = 4
 _HEADER = tarfile.BLOCKSIZE
 
 
-def damaged(index: Index, shards: Sequence[int], *, checksums: bool, quiet: bool = False) -> list[str]:
+def find_damaged_shards(index: Index, shards: Sequence[int], *, checksums: bool, quiet: bool = False) -> list[str]:
     """What is wrong with these shards, a text each: whether a tar header of the right size lies in front of their first and last
     image, which two small reads tell; with `checksums` every byte is read. Not `quiet`, it says how far that is."""
     if index.remote:
@@ -29,7 +29,7 @@ def damaged(index: Index, shards: Sequence[int], *, checksums: bool, quiet: bool
     with ThreadPoolExecutor(THREADS) as pool:
         results = pool.map(partial(_fault, index, checksums), shards)
         if checksums and not quiet:
-            results = progress(results, len(shards), f"checksums of {index.place}, this rank's share of the shards")
+            results = report_progress(results, len(shards), f"checksums of {index.place}, this rank's share of the shards")
         return [fault for fault in results if fault]
 
 
@@ -44,7 +44,7 @@ def _fault(index: Index, checksums: bool, number: int) -> str | None:
         with open(path, "rb") as file:
             for row in samples[[0, -1]] if len(samples) else samples:
                 header = os.pread(file.fileno(), _HEADER, int(row["offset"]) - _HEADER)
-                if TarHeader.frombuf(header, "utf-8", "surrogateescape").size != row["size"]:
+                if StrictTarInfo.frombuf(header, "utf-8", "surrogateescape").size != row["size"]:
                     raise tarfile.ReadError("a file of another size")
     except tarfile.TarError as error:
         return f"{shard.name} has no image where the index says ({error})"

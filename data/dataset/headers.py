@@ -1,7 +1,7 @@
 """Headers of encoded images: the checks that keep damaged files from DALI, and the parts of a JPEG that packing needs.
 
 check_header(encoded, width, height)        # raises BadImage; takes a few microseconds; safe in several threads
-width, height = image_size(encoded)
+width, height = read_image_size(encoded)
 header = read_jpeg_header(encoded)          # .frame, .single_scan, .scan_start, .exif, .unwanted, .stripped
 """
 
@@ -113,7 +113,7 @@ def check_header(encoded: np.ndarray, width: int, height: int) -> None:
             raise BadImage("the JPEG is cut short: its end is missing")
 
 
-def image_size(encoded: bytes) -> tuple[int, int]:
+def read_image_size(encoded: bytes) -> tuple[int, int]:
     """Reads width and height, in pixels, from the header of a JPEG, PNG or WebP.
 
     Raises ValueError for any other format, and for more pixels a side than an index can hold.

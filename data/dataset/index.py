@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from data.common.files import checksum, publish
-from data.storage.cache import Cache, cache_root
+from data.storage.cache import Cache, choose_cache_root
 from data.storage.remote import Remote, is_url
 
 DTYPE = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("width", "<u2"), ("height", "<u2")])
@@ -75,7 +75,7 @@ class Index:
         return int(np.searchsorted(self.shard_start, sample_id, side="right")) - 1
 
 
-def fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
+def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
     """The dataset's identity: a 128-bit xxhash of the index rows and of the shards' names and checksums, in hex."""
     digest = xxhash.xxh3_128()
     for start in range(0, len(samples), _HASH_ROWS):
@@ -98,7 +98,7 @@ def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray
         "samples": len(samples),
         "classes": len(classes),
         "classes_xxh3_128": checksum(folder / "classes.json"),
-        "fingerprint": fingerprint(samples, shards),
+        "fingerprint": compute_fingerprint(samples, shards),
         **about,
         "shards": [asdict(shard) for shard in shards],
     }
@@ -139,7 +139,7 @@ def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes
         _check_sizes(place, shards, remote.sizes() if remote else _sizes(folder, shards))
 
     if remote is not None:
-        folder = cache_root(cache) / identity
+        folder = choose_cache_root(cache) / identity
         _fetch_index(remote, folder, shards, identity, texts)
     try:
         samples = np.load(folder / "index.npy", mmap_mode="r")
@@ -203,7 +203,7 @@ def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], expected
 
     def check(path: Path) -> None:
         samples = np.load(path, mmap_mode="r")
-        if samples.dtype != DTYPE or fingerprint(samples, shards) != expected:
+        if samples.dtype != DTYPE or compute_fingerprint(samples, shards) != expected:
             raise ValueError("not the index that dataset.json was written with; copy both again from where the dataset was packed")
 
     cache = Cache(folder)
@@ -216,13 +216,13 @@ def _write(text: bytes, path: Path) -> None:
     path.write_bytes(text)
 
 
-def key(index: Index, sample_id: int) -> str:
+def read_key(index: Index, sample_id: int) -> str:
     """A sample's key, read from the .idx of its shard."""
     shard = index.shard_of(sample_id)
-    return _keys(idx_path(index, shard))[sample_id - int(index.shard_start[shard])]
+    return _keys(fetch_idx(index, shard))[sample_id - int(index.shard_start[shard])]
 
 
-def idx_path(index: Index, shard: int) -> Path:
+def fetch_idx(index: Index, shard: int) -> Path:
     """The .idx of a shard, which is fetched where the dataset lives at a URL."""
     path = (index.folder / index.shards[shard].name).with_suffix(".idx")
     remote = index.remote

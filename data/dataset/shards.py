@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from data.common.files import publish
-from data.dataset.headers import image_size
+from data.dataset.headers import read_image_size
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -67,7 +67,7 @@ Describe = Callable[[list[Member]], tuple[int, int, int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Contents:
+class ShardContents:
     """What a pass over a shard finds: a key, an index row (of index.DTYPE) and a line of the .idx for each sample, and what is
     wrong with samples, by their number. Where only headers were read, checksum, labels, widths and heights are empty or 0."""
 
@@ -125,7 +125,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarra
     return contents.shard, contents.rows
 
 
-def image_of(sample: list[Member]) -> Member:
+def find_image(sample: list[Member]) -> Member:
     """The member of a sample that is its image. Raises ValueError for a sample without one, and for two of one extension."""
     found = {member.extension: member for member in sample}
     if len(found) < len(sample):
@@ -136,7 +136,7 @@ def image_of(sample: list[Member]) -> Member:
     raise ValueError(f"it has {_extensions(sample)}, and no {' or '.join(IMAGE_EXTENSIONS)}")
 
 
-def label_of(sample: list[Member], field: str | None = None) -> int | str:
+def read_label(sample: list[Member], field: str | None = None) -> int | str:
     """A sample's label as it is stored: the number in its .cls, or a number or class name in a field of its .json.
 
     Raises ValueError for a sample without the member or the field, and for a label of another type.
@@ -164,14 +164,14 @@ def label_of(sample: list[Member], field: str | None = None) -> int | str:
 
 def describe_sample(sample: list[Member]) -> tuple[int, int, int]:
     """A Describe, of shards whose labels are numbers in .cls members."""
-    return int(label_of(sample)), *image_size(image_of(sample).data)
+    return int(read_label(sample)), *read_image_size(find_image(sample).data)
 
 
 def _extensions(sample: list[Member]) -> str:
     return ", ".join(member.extension for member in sample)
 
 
-def read_shard(path: Path, describe: Describe | None = describe_sample) -> Contents:
+def read_shard(path: Path, describe: Describe | None = describe_sample) -> ShardContents:
     """Reads a shard from start to end, once; with `describe` None only its headers, about 4 KB a sample.
 
     Raises ValueError for a file that can't be read, is cut short or is no tar.
@@ -186,9 +186,9 @@ def read_shard(path: Path, describe: Describe | None = describe_sample) -> Conte
             for number, sample in enumerate(read_samples(source if describe else file, data=describe is not None)):
                 keys.append(sample[0].key)
                 rows.append((0, 0, 0, 0, 0))
-                lines.append(idx_line(sample))
+                lines.append(format_idx_line(sample))
                 try:
-                    image = image_of(sample)
+                    image = find_image(sample)
                     rows[number] = (image.offset, image.size, *(describe(sample) if describe else (0, 0, 0)))
                 except ValueError as error:
                     faults[number] = str(error)
@@ -200,7 +200,7 @@ def read_shard(path: Path, describe: Describe | None = describe_sample) -> Conte
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     shard = Shard(path.name, len(keys), path.stat().st_size, source.digest.hexdigest() if describe else "")
-    return Contents(shard, keys, np.array(rows, DTYPE), f"v1.2 {len(lines)}\n" + "".join(lines), faults)
+    return ShardContents(shard, keys, np.array(rows, DTYPE), f"v1.2 {len(lines)}\n" + "".join(lines), faults)
 
 
 class _Hashed:
@@ -215,7 +215,7 @@ class _Hashed:
         return data
 
 
-class TarHeader(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Takes a header that is damaged or missing for an error, where tarfile takes it for the end of the archive."""
 
     @classmethod
@@ -234,7 +234,7 @@ def read_samples(file: Any, *, data: bool) -> Iterator[list[Member]]:
     With `data` the file is read in sequence and need only have read(); else only headers are read, by seeking. Raises
     tarfile.TarError for a tar that is cut short, damaged or none.
     """
-    with tarfile.open(fileobj=file, mode="r|" if data else "r:", tarinfo=TarHeader) as tar:
+    with tarfile.open(fileobj=file, mode="r|" if data else "r:", tarinfo=StrictTarInfo) as tar:
         for _, members in itertools.groupby(_members(tar, data), key=operator.attrgetter("key")):
             yield list(members)
 
@@ -247,7 +247,7 @@ def _members(tar: tarfile.TarFile, data: bool) -> Iterator[Member]:
             yield Member(name[1], name[2].lower(), entry.offset_data, entry.size, stored.read() if stored else b"")
 
 
-def idx_line(sample: list[Member]) -> str:
+def format_idx_line(sample: list[Member]) -> str:
     """A sample's line of an .idx as DALI's wds2idx writes it, `extension offset size name` for each member.
 
     DALI ends a name at a blank, so names are written percent-encoded: blanks, percent signs and all that is not ASCII.

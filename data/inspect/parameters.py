@@ -9,7 +9,7 @@ import numpy as np
 from data.augment.randaugment import Layer, Operator
 from data.augment.recipe import Recipe
 from data.augment.sampling import Mix
-from data.dataset.index import Index, key
+from data.dataset.index import Index, read_key
 
 
 def parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndarray, index: Index) -> list[dict[str, str]]:
@@ -57,6 +57,6 @@ def lines(epoch: int, step: int, ids: np.ndarray, drawn: list[dict[str, str]], i
     labels = index.samples["label"][ids].tolist()
     found = []
     for slot, (sample_id, label, own) in enumerate(zip(ids.tolist(), labels, drawn, strict=True)):
-        about = {"epoch": epoch, "step": step, "slot": slot, "key": key(index, sample_id), "class": index.classes[label]}
+        about = {"epoch": epoch, "step": step, "slot": slot, "key": read_key(index, sample_id), "class": index.classes[label]}
         found.append("  ".join(f"{name}={value}" for name, value in {**about, **own}.items()))
     return found

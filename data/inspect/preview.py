@@ -22,8 +22,8 @@ from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.inspect.parameters import parameters
 from data.inspect.report import saved, short
-from data.loader.loaders import EvalLoader, TrainLoader, resized_shape
-from data.loader.order import SampleOrder, sample_order
+from data.loader.loaders import EvalLoader, TrainLoader, compute_resized_shape
+from data.loader.order import SampleOrder, make_sample_order
 from data.settings import DataConfig, JobData
 
 IMAGES = 16  # of a step
@@ -52,7 +52,7 @@ def preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], images
     if out.suffix != ".png":
         raise ValueError(f"{out}: a preview is a .png")
     index = open_index(job.data.train, job.data.cache)
-    order = sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch)
+    order = make_sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch)
     sections = {}
     for step in steps:
         pictures = trained_on(index, order, job.data, epoch, step, images)
@@ -95,7 +95,7 @@ def evaluated_on(index: Index, settings: DataConfig, images: int) -> list[Pictur
     with EvalLoader(index, settings, first) as loader:
         batch = next(iter(loader))
     rows = index.samples[batch.ids]
-    resized = resized_shape(rows["width"], rows["height"], settings)
+    resized = compute_resized_shape(rows["width"], rows["height"], settings)
     about = [
         [f"{width} x {height} → {w} x {h}"]
         for width, height, (h, w) in zip(rows["width"].tolist(), rows["height"].tolist(), resized.tolist(), strict=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from data.dataset.index import Index, key
+from data.dataset.index import Index, read_key
 from data.loader.store import ShardStore
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def _drawn(index: Index, store: ShardStore, sample_id: int) -> Drawn:
         image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
         picture = image.convert("RGB")
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return Drawn(picture, index.classes[row["label"]], f"{row['width']} x {row['height']}", key(index, sample_id))
+    return Drawn(picture, index.classes[row["label"]], f"{row['width']} x {row['height']}", read_key(index, sample_id))
 
 
 def write_report(index: Index, out: Path, *, seed: int = 0) -> None:

@@ -25,19 +25,19 @@ from nvidia.dali import fn
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data.augment.erasing import NoiseBank
-from data.augment.operators import apply_layer, operator_inputs, resize
+from data.augment.operators import apply_layer, compute_operator_inputs, resize
 from data.augment.recipe import Erased, Recipe
 from data.augment.sampling import Mix
 from data.common.placement import Placement
 from data.dataset.index import Index
 from data.loader.order import (
     SampleOrder,
-    bytes_at_once,
-    evaluation_bytes_at_once,
-    evaluation_ids,
-    evaluation_uses,
-    rank_slice,
-    shard_uses,
+    compute_evaluation_peak_bytes,
+    compute_peak_bytes,
+    plan_evaluation_uses,
+    plan_shard_uses,
+    select_evaluation_ids,
+    select_rank_slots,
 )
 from data.loader.pipeline import Loader, Slots
 from data.loader.quarantine import Quarantine
@@ -46,7 +46,7 @@ from data.settings import DataConfig
 
 
 class TrainLoader(Loader):
-    """One rank's micro-batches of the steps `start` to `end` - 1 but for those that it `passes`, in slot order.
+    """One rank's micro-batches of the steps `start` to `end` - 1 but for those that it skips, in slot order.
 
     With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The ranks of a node
     share the cache of a dataset at a URL. Without a `quarantine` it begins with an empty one.
@@ -61,12 +61,12 @@ class TrainLoader(Loader):
         *,
         start: int = 0,
         end: int,
-        passes: Callable[[int], bool] = lambda step: False,
+        is_skipped: Callable[[int], bool] = lambda step: False,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self.passes = passes
+        self.is_skipped = is_skipped
         self.order, self.placement = order, placement
-        self.slots = rank_slice(order.global_batch, placement.rank, placement.ranks)
+        self.slots = select_rank_slots(order.global_batch, placement.rank, placement.ranks)
         self.start, self.end = start, end
         self.recipe = Recipe(order.seed, settings)
         self._noise = NoiseBank(settings.image_size, placement.device) if settings.random_erasing else None
@@ -81,13 +81,13 @@ class TrainLoader(Loader):
         index, order = self.index, self.order
         if not index.remote:
             return ShardStore(index)
-        at_once = bytes_at_once(order, index.shard_bytes, self.placement.ranks, self.start, self.end)
-        uses = shard_uses(order, self.slots, self.start, self.end)
+        at_once = compute_peak_bytes(order, index.shard_bytes, self.placement.ranks, self.start, self.end)
+        uses = plan_shard_uses(order, self.slots, self.start, self.end)
         return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node)
 
     def _work(self) -> Iterator[Slots]:
         copies = self.order.copies[self.slots].reshape(-1, self.placement.micro_batch)
-        for step in itertools.filterfalse(self.passes, range(self.start, self.end)):
+        for step in itertools.filterfalse(self.is_skipped, range(self.start, self.end)):
             epoch, step_in_epoch = self.order.locate(step)
             own = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.placement.micro_batch)
             for number, ids in enumerate(own):
@@ -97,7 +97,7 @@ class TrainLoader(Loader):
         drawn, image_size = self.recipe.draw(epoch, ids, copies, self.index.samples[ids]), self.settings.image_size
         corner, shape = np.ascontiguousarray(drawn.crops[:, :2]), np.ascontiguousarray(drawn.crops[:, 2:])
         size = np.full((len(ids), 2), image_size, np.int32)
-        layers = [part for layer, linear in drawn.layers for part in operator_inputs(layer, drawn.mirrored, linear, image_size)]
+        layers = [part for layer, linear in drawn.layers for part in compute_operator_inputs(layer, drawn.mirrored, linear, image_size)]
         return (corner, shape, size, drawn.bilinear.astype(np.int32), drawn.mirrored.astype(np.int32), *layers), drawn.erased
 
     def _erase(self, images: torch.Tensor, erased: Erased) -> None:
@@ -148,8 +148,8 @@ class EvalLoader(Loader):
         samples: np.ndarray | None = None,
     ) -> None:
         self.placement = placement
-        self.samples = evaluated(index, settings) if samples is None else samples
-        self.own = self.samples[evaluation_ids(len(self.samples), placement.rank, placement.ranks)]
+        self.samples = select_evaluated(index, settings) if samples is None else samples
+        self.own = self.samples[select_evaluation_ids(len(self.samples), placement.rank, placement.ranks)]
         size = linear = corner = DALIDataType.INT32
         quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
         super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=placement.micro_batch, device=placement.device)
@@ -158,8 +158,8 @@ class EvalLoader(Loader):
         index = self.index
         if not index.remote:
             return ShardStore(index)
-        uses = evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.placement.micro_batch, self.placement.ranks)
-        at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
+        uses = plan_evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.placement.micro_batch, self.placement.ranks)
+        at_once = compute_evaluation_peak_bytes(uses, index.shard_bytes)
         return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node)
 
     def _work(self) -> Iterator[Slots]:
@@ -170,7 +170,7 @@ class EvalLoader(Loader):
 
     def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
         samples = self.index.samples[ids]
-        size = resized_shape(samples["width"], samples["height"], self.settings)
+        size = compute_resized_shape(samples["width"], samples["height"], self.settings)
         corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
         return (size.astype(np.int32), np.zeros(len(ids), np.int32), corner), None
 
@@ -187,7 +187,7 @@ class EvalLoader(Loader):
         return fn.slice(resized, start=corner, shape=[self.settings.image_size] * 2, axis_names="HW"), 0
 
 
-def evaluated(index: Index, settings: DataConfig) -> np.ndarray:
+def select_evaluated(index: Index, settings: DataConfig) -> np.ndarray:
     """The ids of the samples of data.val that are evaluated, int64, ascending: all but those of the classes in data.val_except.
 
     Raises ValueError for a name there that is no class's.
@@ -201,7 +201,7 @@ def evaluated(index: Index, settings: DataConfig) -> np.ndarray:
     return np.flatnonzero(~np.isin(index.samples["label"], labels))
 
 
-def resized_shape(widths: np.ndarray, heights: np.ndarray, settings: DataConfig) -> np.ndarray:
+def compute_resized_shape(widths: np.ndarray, heights: np.ndarray, settings: DataConfig) -> np.ndarray:
     """(height, width) after the resize of evaluation, int64 (n, 2).
 
     As in timm: the shorter side becomes floor(image_size / eval_crop), 256 for 224 and 0.875, and the longer one, as in

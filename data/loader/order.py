@@ -2,8 +2,8 @@
 
     order = SampleOrder(index.shard_start, seed=0, global_batch=8192)
     epoch, step_in_epoch = order.locate(step)
-    ids = order.batch(epoch, step_in_epoch)[rank_slice(8192, rank, ranks)]
-    for use in shard_uses(order, rank_slice(8192, rank, ranks), start, end): …      # which shards that takes, and when
+    ids = order.batch(epoch, step_in_epoch)[select_rank_slots(8192, rank, ranks)]
+    for use in plan_shard_uses(order, select_rank_slots(8192, rank, ranks), start, end): …      # which shards that takes, and when
 
 How an epoch is laid out, for N samples, a global batch of G, S = N // G steps and L lanes:
 
@@ -36,12 +36,12 @@ from data.dataset.index import Index
 from data.settings import DataConfig
 
 
-def lanes_for(global_batch: int, lanes: int) -> int:
+def count_lanes(global_batch: int, lanes: int) -> int:
     """The largest divisor of the global batch up to `lanes`: every lane gives equally many samples to a step."""
     return next(count for count in range(min(lanes, global_batch), 0, -1) if global_batch % count == 0)
 
 
-def rank_slice(global_batch: int, rank: int, ranks: int) -> slice:
+def select_rank_slots(global_batch: int, rank: int, ranks: int) -> slice:
     """The slots of the global batch that `rank` of `ranks` owns.
 
     Raises ValueError when the global batch can't be shared equally.
@@ -56,7 +56,7 @@ def rank_slice(global_batch: int, rank: int, ranks: int) -> slice:
     return slice(rank * share, (rank + 1) * share)
 
 
-def evaluation_ids(samples: int, rank: int, ranks: int) -> np.ndarray:
+def select_evaluation_ids(samples: int, rank: int, ranks: int) -> np.ndarray:
     """The sample ids that `rank` of `ranks` evaluates, int64: every sample falls to exactly one rank."""
     return np.arange(rank, samples, ranks, dtype=np.int64)
 
@@ -127,7 +127,7 @@ class SampleOrder:
         """
         if not 0 <= step < self.steps_per_epoch:
             raise ValueError(f"step {step} is outside of an epoch of {self.steps_per_epoch} steps")
-        lanes = lanes_for(self.distinct, self.lanes)
+        lanes = count_lanes(self.distinct, self.lanes)
         per_step = self.distinct // lanes
         lane_length = self.steps_per_epoch * per_step
 
@@ -142,7 +142,7 @@ class SampleOrder:
         return np.tile((np.arange(lanes)[:, None] * lane_length + within_lane).reshape(-1), self.repeats)
 
 
-def sample_order(index: Index, settings: DataConfig, *, seed: int, global_batch: int) -> SampleOrder:
+def make_sample_order(index: Index, settings: DataConfig, *, seed: int, global_batch: int) -> SampleOrder:
     """Makes the sample order of a job. Raises ValueError as SampleOrder does."""
     return SampleOrder(index.shard_start, seed, global_batch, settings.lanes, settings.window, settings.repeats)
 
@@ -156,7 +156,7 @@ class ShardUse:
     last: int
 
 
-def shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> Iterator[ShardUse]:
+def plan_shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> Iterator[ShardUse]:
     """The shards that these slots of the global batch touch in steps `start` to `end` - 1, counted from the start of training,
     in the order of first need.
 
@@ -178,10 +178,10 @@ def shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> Iterat
             yield ShardUse(int(stretches.shard[number]), step, epoch * order.steps_per_epoch + int(stretches.last[number]))
 
 
-def bytes_at_once(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start: int, end: int) -> int:
+def compute_peak_bytes(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start: int, end: int) -> int:
     """The most bytes of shards that one of `ranks` needs at the same time in steps `start` to `end` - 1: those of the windows it
     is in. `shard_bytes` is int64 (shards,)."""
-    lanes = lanes_for(order.distinct, order.lanes)
+    lanes = count_lanes(order.distinct, order.lanes)
     share, per_lane = order.global_batch // ranks, order.distinct // lanes
     # A rank's slots may go from the last lane of one copy on to the first of the next, so the lanes are laid out twice.
     first_slot = np.arange(ranks) * share % order.distinct
@@ -199,7 +199,7 @@ def bytes_at_once(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start
     return min(most, int(shard_bytes.sum()))  # a shard in which several lanes are was counted for each
 
 
-def evaluation_uses(shard_start: np.ndarray, micro_batch: int, ranks: int) -> list[ShardUse]:
+def plan_evaluation_uses(shard_start: np.ndarray, micro_batch: int, ranks: int) -> list[ShardUse]:
     """The shards that evaluation touches, in the order of first need, for any of `ranks`: in its micro-batch i, which counts as
     step i, each takes some of the samples i * micro_batch * ranks and following. Where only a part of the samples is evaluated,
     `shard_start` counts those."""
@@ -208,7 +208,7 @@ def evaluation_uses(shard_start: np.ndarray, micro_batch: int, ranks: int) -> li
     return [ShardUse(shard, first // per_step, (end - 1) // per_step) for shard, (first, end) in bounds if first < end]
 
 
-def evaluation_bytes_at_once(uses: Sequence[ShardUse], shard_bytes: np.ndarray) -> int:
+def compute_evaluation_peak_bytes(uses: Sequence[ShardUse], shard_bytes: np.ndarray) -> int:
     """The most bytes of shards that are in use in the same step; `shard_bytes` is int64 (shards,)."""
     change = np.zeros(max((use.last for use in uses), default=0) + 2, np.int64)
     for use in uses:
@@ -232,7 +232,7 @@ class _Stretches:
 @lru_cache(maxsize=2)
 def _stretches(order: SampleOrder, epoch: int) -> _Stretches:
     shards, starts, offset = _epoch_layout(order, epoch)
-    lanes = lanes_for(order.distinct, order.lanes)
+    lanes = count_lanes(order.distinct, order.lanes)
     per_step = order.distinct // lanes
     lane_length = order.steps_per_epoch * per_step
     cuts = np.concatenate([(starts - offset) % order.samples, np.arange(lanes) * lane_length])

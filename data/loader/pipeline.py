@@ -179,7 +179,7 @@ class Loader:
     def _image(self, slot: int, copy: int, epoch: int, decodes: Decodes | None) -> tuple[int, np.ndarray] | None:
         """The first good one of a slot's sample and its stand-ins, encoded; those before it go into quarantine."""
         assert self._store is not None
-        while (sample := self.quarantine.stand_in(slot)) is not None:
+        while (sample := self.quarantine.find_replacement(slot)) is not None:
             row = self.index.samples[sample]
             try:
                 encoded = self._store.read(sample, planned=sample == slot and decodes is None)
@@ -246,7 +246,7 @@ class Loader:
         Raises ValueError where DALI can decode everything.
         """
         held = list(self._inside)
-        alone = Alone(self)
+        alone = SingleImageDecoder(self)
         mended = [self._read(batch.slots, alone.decodes) for batch in held]
         if all(np.array_equal(new.ids, old.ids) for new, old in zip(mended, held, strict=True)):
             ids = np.concatenate([batch.ids for batch in held])
@@ -277,7 +277,7 @@ class Loader:
         self.close()
 
 
-class Alone:
+class SingleImageDecoder:
     """Decodes images one at a time, as a loader does with its batches."""
 
     def __init__(self, loader: Loader) -> None:

@@ -1,7 +1,7 @@
 """Images that turn out bad while a job runs: which they are, what takes their place, and when there are too many.
 
     quarantine = Quarantine(index, max_bad=0.001, file=RUN / "quarantine.jsonl")    # knows what earlier starts found
-    quarantine.stand_in(sample_id)                      # the sample itself or, where that is bad, the one that takes its place
+    quarantine.find_replacement(sample_id)                      # the sample itself or, where that is bad, the one that takes its place
     quarantine.add(sample_id, "its header is damaged")  # from any thread
     news = quarantine.share(entries_of_all_ranks)       # what the job did not know before
     quarantine.record(news, step)                       # one rank writes it down
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.common.files import publish
-from data.dataset.index import Index, key
+from data.dataset.index import Index, read_key
 
 _NAMED = 5  # in the error of too many
 
@@ -62,7 +62,7 @@ class Quarantine:
         """How many bad samples all ranks know of."""
         return len(self._shared)
 
-    def stand_in(self, sample: int) -> int | None:
+    def find_replacement(self, sample: int) -> int | None:
         """The sample if it isn't known to be bad. Else the next of its shard, cyclic, that isn't; where the shard has none left, the first
         of the shards that follow. None where nothing replaces a bad sample, and where none is left."""
         if sample not in self._known:
@@ -76,7 +76,7 @@ class Quarantine:
         if sample in self._known:
             return
         shard = self.index.shards[self.index.shard_of(sample)].name
-        bad = BadSample(sample, key_if_any(self.index, sample), shard, reason)
+        bad = BadSample(sample, try_read_key(self.index, sample), shard, reason)
         with self._lock:
             if sample not in self._known:  # by now
                 self._known[sample] = bad
@@ -84,11 +84,11 @@ class Quarantine:
         self._check(self._known)
 
     @property
-    def unshared(self) -> int:
+    def unreported_count(self) -> int:
         """How many bad samples this rank has found and not yet told of."""
         return len(self._unshared)
 
-    def take_unshared(self) -> list[BadSample]:
+    def take_unreported(self) -> list[BadSample]:
         with self._lock:
             taken, self._unshared = self._unshared, []
             return taken
@@ -122,7 +122,7 @@ class Quarantine:
         lines = self.file.read_text() if self.file.exists() else ""
         for bad in new:
             about = {"time": round(time.time(), 3), "step": step, "dataset": self.index.fingerprint}
-            lines += json.dumps(about | vars(bad) | {"replaced_by": self.stand_in(bad.sample)}) + "\n"
+            lines += json.dumps(about | vars(bad) | {"replaced_by": self.find_replacement(bad.sample)}) + "\n"
         with open(self.file.with_name(self.file.name + ".tmp"), "w") as file:
             file.write(lines)
             publish(file, self.file)
@@ -138,10 +138,10 @@ def _neighbours(index: Index, sample: int) -> Iterator[int]:
     yield from range(first)
 
 
-def key_if_any(index: Index, sample: int) -> str | None:
+def try_read_key(index: Index, sample: int) -> str | None:
     """A sample's key, None where it can't be read."""
     try:
-        return key(index, sample)
+        return read_key(index, sample)
     except (OSError, ValueError):  # where a shard is damaged its .idx may be as well, and the sample's id names it too
         return None
 

@@ -30,7 +30,7 @@ from typing import Self
 import numpy as np
 
 from data.common.files import checksum
-from data.dataset.index import Index, idx_path
+from data.dataset.index import Index, fetch_idx
 from data.loader.order import ShardUse
 from data.settings import DataConfig
 from data.storage.cache import Cache, release
@@ -193,7 +193,7 @@ class FetchedShards(ShardStore):
         if shard is None:
             return False
         try:
-            self._give(shard, _PinnedShard(fetch(self._cache, self.index, shard, self._stop)))
+            self._give(shard, _PinnedShard(fetch_shard(self._cache, self.index, shard, self._stop)))
         except Stopped:
             return False
         except Exception as error:  # is raised when the shard is read
@@ -272,7 +272,7 @@ class FetchedShards(ShardStore):
         self._exit.close()  # gives the reservation back
 
 
-def fetch(cache: Cache, index: Index, shard: int, stop: threading.Event | None = None) -> int:
+def fetch_shard(cache: Cache, index: Index, shard: int, stop: threading.Event | None = None) -> int:
     """A descriptor of a shard's copy in the cache, which is there until it is released (cache.release)."""
     remote, wanted = index.remote, index.shards[shard]
     assert remote is not None
@@ -290,17 +290,17 @@ def fetch(cache: Cache, index: Index, shard: int, stop: threading.Event | None =
 
 
 @contextmanager
-def whole_shard(index: Index, shard: int) -> Iterator[Path]:
+def open_whole_shard(index: Index, shard: int) -> Iterator[Path]:
     """The path of a shard, with its .idx beside it; of a dataset at a URL, of its copy in the cache, fetched and checked."""
     path = index.folder / index.shards[shard].name
     if index.remote is None:
         yield path
         return
-    idx_path(index, shard)
+    fetch_idx(index, shard)
     size = index.shards[shard].bytes
     cache = Cache(index.folder, DataConfig.cache_gb * 1e9)
     with cache.reserve(size, size):
-        descriptor = fetch(cache, index, shard)
+        descriptor = fetch_shard(cache, index, shard)
         try:
             yield path
         finally:

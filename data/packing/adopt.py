@@ -19,10 +19,10 @@ import numpy as np
 import xxhash
 
 from data.common.files import publish
-from data.common.progress import progress
-from data.dataset.headers import image_size
-from data.dataset.index import Index, Shard, fingerprint, open_index, write_index
-from data.dataset.shards import Member, image_of, label_of, read_shard, write_idx
+from data.common.progress import report_progress
+from data.dataset.headers import read_image_size
+from data.dataset.index import Index, Shard, compute_fingerprint, open_index, write_index
+from data.dataset.shards import Member, find_image, read_label, read_shard, write_idx
 from data.packing.workers import workers
 
 MAX_CLASSES = 1 << 20  # a greater label is an identifier of something, not a position in a list of classes
@@ -47,7 +47,7 @@ def index_shards(
     found.mkdir(exist_ok=True)
     read = partial(_read, found=found, field=field, classes=None if classes is None else tuple(classes))
     with workers(min(processes, len(paths))) as run:
-        results = progress(run(read, paths), len(paths), f"reading shards of {folder}")
+        results = report_progress(run(read, paths), len(paths), f"reading shards of {folder}")
         faults = [fault for shard_faults in results for fault in shard_faults]
     try:
         if faults:
@@ -58,7 +58,7 @@ def index_shards(
             )
         shards, rows, classes = _gather(folder, [found / f"{path.name}.npz" for path in paths], classes)
         old = _description(folder)
-        same = (old.get("fingerprint"), old.get("classes")) == (fingerprint(np.concatenate(rows), shards), list(classes))
+        same = (old.get("fingerprint"), old.get("classes")) == (compute_fingerprint(np.concatenate(rows), shards), list(classes))
         if (folder / "dataset.json").exists() and not (same or force):
             raise ValueError(f"{folder} is a dataset already, of other shards, labels or classes; --force makes it one of these")
     except ValueError:
@@ -118,7 +118,7 @@ class Labels:
 
     def describe(self, sample: list[Member]) -> tuple[int, int, int]:
         """A Describe of data.dataset.shards."""
-        return self.position(label_of(sample, self.field)), *image_size(image_of(sample).data)
+        return self.position(read_label(sample, self.field)), *read_image_size(find_image(sample).data)
 
     def position(self, label: int | str) -> int:
         if isinstance(label, str):

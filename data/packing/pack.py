@@ -36,7 +36,7 @@ import numpy as np
 import xxhash
 
 from data.common.files import publish, sync
-from data.common.progress import progress
+from data.common.progress import report_progress
 from data.dataset.headers import BadImage
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 from data.dataset.shards import Sample, write_shard
@@ -184,7 +184,7 @@ def _pack_shards(plan: Plan, out: Path, work: Path, part: tuple[int, int], max_r
     _check_rejected(rejected, max_rejected, plan)
     entries = sum(plan.shards[number].stop - plan.shards[number].start for number in todo)
     results = run(partial(pack_shard, out, work), todo)
-    for found, _ in progress(results, entries, f"packing {out}", weigh=lambda result: result[1]):
+    for found, _ in report_progress(results, entries, f"packing {out}", weigh=lambda result: result[1]):
         rejected += found
         _check_rejected(rejected, max_rejected, plan)
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from data.common.counter_rng import Draw, hash64
 from data.common.files import sync
-from data.common.progress import progress
+from data.common.progress import report_progress
 from data.dataset.headers import BadImage
 from data.packing.images import ImageRules, Stored, stored_image
 from data.packing.sources import ENTRY, Container, Source, read, shown
@@ -197,7 +197,7 @@ def write_listing(
     entries = text_bytes = 0
     faults: dict[int, str] = {}
     with open(folder / "entries.bin", "wb") as rows, open(folder / "text.bin", "wb") as text:
-        for number, part in enumerate(progress(parts, len(source.containers), f"listing {source.root}")):
+        for number, part in enumerate(report_progress(parts, len(source.containers), f"listing {source.root}")):
             labels = np.array([label_of(label, source.containers[number]) for label in part.labels], np.uint32)
             part.rows["label"] = labels[part.rows["label"]]
             part.rows["container"] = number

@@ -41,7 +41,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import xxhash
 
-from data.dataset.shards import Member, TarHeader, image_of, label_of, read_samples
+from data.dataset.shards import Member, StrictTarInfo, find_image, read_label, read_samples
 
 # One file of a source. `label` is a position in its part's labels; `text` is where key and name, one after the other, begin in the
 # part's text, in bytes; `hash` is the key's 64-bit xxhash. A plain file has offset 0, as no file within a tar has.
@@ -293,7 +293,7 @@ def _list_shard(root: Path, shard_in_key: bool, container: Container) -> Part:
             for sample in read_samples(shard, data=False):
                 image, label = sample[0], None
                 try:
-                    image = image_of(sample)
+                    image = find_image(sample)
                     label = _label(shard, sample)
                 except ValueError as error:
                     faults[len(files)] = str(error)
@@ -315,7 +315,7 @@ def _label(shard: BinaryIO, sample: list[Member]) -> str | int:
         raise ValueError(f"it has {', '.join(members)}, and neither cls nor json")
     data = os.pread(shard.fileno(), member.size, member.offset)
     if member.extension == "json":
-        return label_of([replace(member, data=data)], "label")
+        return read_label([replace(member, data=data)], "label")
     try:
         text = data.decode("utf-8").strip()
     except UnicodeDecodeError:
@@ -396,7 +396,7 @@ def tar_files(path: Path, start: int = 0, stop: int | None = None) -> Iterator[t
             raise ValueError(f"{where} is compressed, and images are read by their position in a tar; decompress it first, with {tool}")
         file.seek(start)
         try:
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=TarHeader, encoding="utf-8", errors="surrogateescape") as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo, encoding="utf-8", errors="surrogateescape") as tar:
                 for member in tar:
                     if member.isreg():
                         yield member.name, member.offset_data, member.size

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from data.common.files import checksum
-from data.common.progress import progress
+from data.common.progress import report_progress
 from data.dataset.headers import BadImage
-from data.dataset.index import Index, fingerprint, open_index
-from data.dataset.shards import Describe, Member, image_of, label_of, read_shard
-from data.loader.store import whole_shard
+from data.dataset.index import Index, compute_fingerprint, open_index
+from data.dataset.shards import Describe, Member, find_image, read_label, read_shard
+from data.loader.store import open_whole_shard
 from data.packing.adopt import Labels
 from data.packing.images import DALI_PIXELS, ImageRules, stored_image
 from data.packing.workers import workers
@@ -46,7 +46,7 @@ def verify(
     found = 0
     shards = range(len(index.shards))
     with workers(min(processes, len(shards))) as run:
-        results = progress(run(partial(_shard_faults, place, cache, deep), shards), len(shards), f"verifying shards of {place}")
+        results = report_progress(run(partial(_shard_faults, place, cache, deep), shards), len(shards), f"verifying shards of {place}")
         for faults in (_dataset_faults(index), *results):
             for fault in faults:
                 found += 1
@@ -61,7 +61,7 @@ def verify(
 
 def _dataset_faults(index: Index) -> Iterator[str]:
     """What is wrong with the files beside the shards."""
-    if fingerprint(index.samples, index.shards) != index.fingerprint:
+    if compute_fingerprint(index.samples, index.shards) != index.fingerprint:
         yield "index.npy, or a shard's name or checksum in dataset.json, is not what it was when the dataset was packed"
     if checksum(index.folder / "classes.json") != _description(index.folder).get("classes_xxh3_128"):
         yield "classes.json is not what it was when the dataset was packed"
@@ -91,7 +91,7 @@ def _shard_faults(place: str | Path, cache: str | None, deep: bool, number: int)
     """What is wrong with a shard, its .idx and its rows in index.npy."""
     index = _opened(place, cache)
     try:
-        with whole_shard(index, number) as path:
+        with open_whole_shard(index, number) as path:
             return _faults_at(path, index, number, deep)
     except ValueError as error:  # it can't be fetched
         return [str(error)]
@@ -136,11 +136,11 @@ def _decoding(index: Index) -> Describe:
 
     def describe(sample: list[Member]) -> tuple[int, int, int]:
         try:
-            stored = stored_image(image_of(sample).data, _AS_IT_IS)
+            stored = stored_image(find_image(sample).data, _AS_IT_IS)
         except BadImage as error:
             raise ValueError(f"its image can't be used: {error}") from error
         if stored.change:
             raise ValueError(f"its image can't be used: DALI does not read it as it is ({stored.change})")
-        return labels.position(label_of(sample, labels.field)), stored.width, stored.height
+        return labels.position(read_label(sample, labels.field)), stored.width, stored.height
 
     return describe

@@ -33,7 +33,7 @@ POLL = 0.05  # seconds between looks at what another process is doing
 _SHARDS = (".tar", ".tar.part")
 
 
-def cache_root(configured: str | None) -> Path:
+def choose_cache_root(configured: str | None) -> Path:
     """Where caches lie: the configured folder, else one in the node's own scratch space if the environment names that.
 
     Raises ValueError where it does not: /tmp is often memory, and no place to put a dataset unasked.

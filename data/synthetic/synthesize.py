@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.common.counter_rng import Draw, hash64
-from data.common.progress import progress
+from data.common.progress import report_progress
 from data.dataset.index import Index
 from data.dataset.shards import Sample, write_dataset
 from data.packing.pack import make_empty
@@ -80,7 +80,7 @@ def synthesize(
     written = []
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         (out / name).mkdir()
-        drawn = progress(images(len(names), count, seed, split, draw=draw, photographs=photographs), count, f"drawing {name}")
+        drawn = report_progress(images(len(names), count, seed, split, draw=draw, photographs=photographs), count, f"drawing {name}")
         samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(drawn))
         shard_bytes = SHARD_BYTES * (16 if photographs else 1)
         written.append(write_dataset(out / name, samples, names, shard_bytes=shard_bytes, name=name))

@@ -20,11 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.common.results import commit
-from data.dataset.check import damaged
+from data.common.results import git_commit
+from data.dataset.check import find_damaged_shards
 from data.dataset.index import Index, open_index
 from data.loader.store import FetchedShards, ShardStore
-from data.storage.cache import Cache, cache_root
+from data.storage.cache import Cache, choose_cache_root
 from launch.preflight.gpus import Gpu, read_gpus
 from pretrain.config import Config, as_dict, confirm, flat
 
@@ -110,8 +110,8 @@ class Here:
         for key, index in self.indexes.items():
             doing(f"looking at the shards of {key}")
             share = range(number, len(index.shards), nodes)
-            if damaged(index, share, checksums=False):
-                self.node.suspects[key] = [shard for shard in share if damaged(index, [shard], checksums=False)]
+            if find_damaged_shards(index, share, checksums=False):
+                self.node.suspects[key] = [shard for shard in share if find_damaged_shards(index, [shard], checksums=False)]
         if "data.train" in self.indexes:
             doing("reading data.train")
             self._read(self.indexes["data.train"], number, nodes)
@@ -123,14 +123,14 @@ class Here:
             Problem(f"{key} {shard}", f"{index.place}: {fault}. Copy this shard again from where the dataset was packed")
             for key, index in self.indexes.items()
             for shard in shards.get(key, [])
-            for fault in damaged(index, [shard], checksums=False)
+            for fault in find_damaged_shards(index, [shard], checksums=False)
         ]
 
     def _wrong(self, about: str, error: object) -> None:
         self.node.problems.append(Problem(about, str(error)))
 
     def _software(self) -> None:
-        self.node.versions = {"commit": commit(), "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+        self.node.versions = {"commit": git_commit(), "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
         self.node.settings = {key: value for key, value in flat(as_dict(self.config)).items() if key not in OWN}
 
     def _gpus(self) -> None:
@@ -187,7 +187,7 @@ class Here:
             index = open_index(place, self.config.data.cache)
             if index.remote is not None:
                 Cache(index.folder, self.config.data.cache_gb * 1e9).check_disk(int(index.shard_bytes.sum()))
-                self.node.spaces.append(Space("data.cache", shutil.disk_usage(cache_root(self.config.data.cache)).free))
+                self.node.spaces.append(Space("data.cache", shutil.disk_usage(choose_cache_root(self.config.data.cache)).free))
         except (ValueError, OSError) as error:
             self._wrong(key, error)
             return

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch.distributed as dist
 
-from data.dataset.check import damaged
+from data.dataset.check import find_damaged_shards
 from data.dataset.index import Index
 from data.loader.quarantine import BadSample, Quarantine
 from pretrain.run.metrics import RunLog
@@ -20,7 +20,7 @@ def check_shards(datasets: Sequence[Index], *, checksums: bool) -> None:
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for index in datasets:
-        faults = _gather(damaged(index, range(rank, len(index.shards), ranks), checksums=checksums, quiet=rank > 0))
+        faults = _gather(find_damaged_shards(index, range(rank, len(index.shards), ranks), checksums=checksums, quiet=rank > 0))
         if faults:
             more = f" and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
             raise ValueError(
@@ -43,11 +43,11 @@ def tell_all(quarantine: Quarantine, step: int, log: RunLog) -> None:
 
 def share(quarantine: Quarantine) -> list[BadSample]:
     """Tells all ranks of the bad images that each has found; returns what is new. Collective."""
-    return quarantine.share(_gather(quarantine.take_unshared()))
+    return quarantine.share(_gather(quarantine.take_unreported()))
 
 
 def describe(quarantine: Quarantine, bad: BadSample) -> str:
-    other = quarantine.stand_in(bad.sample)
+    other = quarantine.find_replacement(bad.sample)
     return f"{bad}; {'left out' if other is None else f'sample {other} takes its place'}"
 
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from data.common.files import publish
 from data.dataset.index import Index
-from data.loader.order import SampleOrder, rank_slice
-from data.loader.quarantine import key_if_any
+from data.loader.order import SampleOrder, select_rank_slots
+from data.loader.quarantine import try_read_key
 from pretrain.config import GuardConfig
 from pretrain.monitor.interval import Steps
 
@@ -72,7 +72,7 @@ class Rollbacks:
     def __init__(self, file: Path, entries: list[dict[str, Any]]):
         self.file, self.entries = file, entries
 
-    def passes(self, step: int) -> bool:
+    def is_skipped(self, step: int) -> bool:
         """Whether a step's batch is left out."""
         return any(entry["first"] <= step <= entry["last"] for entry in self.entries)
 
@@ -111,8 +111,8 @@ def evidence(steps: Steps, position: int, order: SampleOrder, index: Index, host
     batch = order.batch(epoch, step_in_epoch)
 
     def about(rank: int) -> dict[str, Any]:
-        samples = batch[rank_slice(order.global_batch, rank, len(losses))].tolist()
-        keys = [key_if_any(index, sample) for sample in samples]
+        samples = batch[select_rank_slots(order.global_batch, rank, len(losses))].tolist()
+        keys = [try_read_key(index, sample) for sample in samples]
         return {"rank": rank, "host": hosts[rank], "loss": _number(losses[rank]), "samples": samples, "keys": keys}
 
     return {

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data.common.results import commit
+from data.common.results import git_commit
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.run.place import host
@@ -43,7 +43,7 @@ def provenance() -> dict[str, object]:
     """`command`, as typed after python; `commit`, with a mark where files were changed since; `versions` by package."""
     return {
         "command": f"python -m pretrain {shlex.join(sys.argv[1:])}",
-        "commit": commit(),
+        "commit": git_commit(),
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in PACKAGES},
     }
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.dataset.index import Index, key
+from data.dataset.index import Index, read_key
 from data.loader.store import ShardStore
 from data.packing.pack import pack
 from data.packing.plan import Settings
@@ -75,7 +75,9 @@ def quietly(source: Path, out: Path, settings: Settings = SMALL, **options: Any)
 def contents(index: Index) -> dict[str, tuple[bytes, int]]:
     """The encoded image and the label of each sample, by key."""
     with ShardStore(index) as store:
-        return {key(index, number): (store.read(number).tobytes(), int(index.samples["label"][number])) for number in range(len(index))}
+        return {
+            read_key(index, number): (store.read(number).tobytes(), int(index.samples["label"][number])) for number in range(len(index))
+        }
 
 
 def rejected(out: Path) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from timm.data.random_erasing import RandomErasing
 
 from data.augment.erasing import NoiseBank
 from data.augment.recipe import Erased
-from data.augment.sampling import erased_boxes, noise_starts
+from data.augment.sampling import draw_erased_boxes, draw_noise_starts
 
 DRAWS, SIZE = 100_000, 64
 UNLIKELY = 1e-5
@@ -55,7 +55,7 @@ def check_against_timm(mine: np.ndarray, theirs: list[list[tuple[int, ...]]]) ->
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_boxes_are_distributed_as_timms(count: int) -> None:
-    mine = erased_boxes(0, 0, np.arange(DRAWS), image_size=SIZE, probability=0.25, count=count)
+    mine = draw_erased_boxes(0, 0, np.arange(DRAWS), image_size=SIZE, probability=0.25, count=count)
     check_against_timm(mine, timms_boxes(0.25, count, DRAWS))
 
 
@@ -63,24 +63,24 @@ def test_boxes_are_distributed_as_timms(count: int) -> None:
 def test_the_comparison_finds_other_boxes(change: dict[str, Any], told: str) -> None:
     options = {"image_size": SIZE, "probability": 0.25} | change
     with pytest.raises(AssertionError, match=told):
-        check_against_timm(erased_boxes(0, 0, np.arange(DRAWS), **options), timms_boxes(0.25, 1, DRAWS))
+        check_against_timm(draw_erased_boxes(0, 0, np.arange(DRAWS), **options), timms_boxes(0.25, 1, DRAWS))
 
 
 def test_a_function_of_seed_epoch_and_id_alone() -> None:
     ids = np.arange(50)
-    whole, starts = erased_boxes(1, 2, ids, image_size=SIZE, probability=0.5, count=2), noise_starts(1, 2, ids, 2)
+    whole, starts = draw_erased_boxes(1, 2, ids, image_size=SIZE, probability=0.5, count=2), draw_noise_starts(1, 2, ids, 2)
     for place in range(50):
         part = ids[place : place + 1]
-        assert (erased_boxes(1, 2, part, image_size=SIZE, probability=0.5, count=2) == whole[place]).all()
-        assert (noise_starts(1, 2, part, 2) == starts[place]).all()
+        assert (draw_erased_boxes(1, 2, part, image_size=SIZE, probability=0.5, count=2) == whole[place]).all()
+        assert (draw_noise_starts(1, 2, part, 2) == starts[place]).all()
     for seed, epoch in ((2, 2), (1, 3)):
-        assert (erased_boxes(seed, epoch, ids, image_size=SIZE, probability=0.5, count=2) != whole).any()
-        assert (noise_starts(seed, epoch, ids, 2) != starts).all()
+        assert (draw_erased_boxes(seed, epoch, ids, image_size=SIZE, probability=0.5, count=2) != whole).any()
+        assert (draw_noise_starts(seed, epoch, ids, 2) != starts).all()
 
 
 def test_boxes_become_noise_and_nothing_else_changes() -> None:
     ids = np.arange(40)
-    boxes, starts = erased_boxes(0, 0, ids, image_size=SIZE, probability=0.5, count=2), noise_starts(0, 0, ids, 2)
+    boxes, starts = draw_erased_boxes(0, 0, ids, image_size=SIZE, probability=0.5, count=2), draw_noise_starts(0, 0, ids, 2)
     images = torch.full((40, 3, SIZE, SIZE), 9.0).to(memory_format=torch.channels_last)
     memory = images.data_ptr()
     NoiseBank(SIZE, torch.device("cpu")).erase(images, Erased(boxes, starts))

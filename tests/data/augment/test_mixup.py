@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from data.augment.mixup import mix_pairs
-from data.augment.sampling import Mix, mix_parameters
+from data.augment.sampling import Mix, draw_mix
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -18,7 +18,7 @@ def batch(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 def test_against_a_plain_loop(device: str) -> None:
     images, labels = batch(40, 24)
-    mix = mix_parameters(0, 0, np.arange(20), image_size=24, mixup=0.8, cutmix=1.0)
+    mix = draw_mix(0, 0, np.arange(20), image_size=24, mixup=0.8, cutmix=1.0)
     out, targets, weight = mix_pairs(images.to(device), labels.to(device), mix)
     out, targets, weight = out.cpu(), targets.cpu(), weight.cpu()
     for slot in range(40):
@@ -40,7 +40,7 @@ def test_layout_and_input_stay(device: str) -> None:
     images, labels = batch(8, 16)
     images, labels = images.to(device), labels.to(device)
     before = images.clone()
-    out, targets, weight = mix_pairs(images, labels, mix_parameters(0, 0, np.arange(4), image_size=16, mixup=0.8, cutmix=1.0))
+    out, targets, weight = mix_pairs(images, labels, draw_mix(0, 0, np.arange(4), image_size=16, mixup=0.8, cutmix=1.0))
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert out.stride() == images.stride()
     assert torch.equal(images, before)
@@ -57,7 +57,7 @@ def test_an_empty_box_with_weight_one_changes_nothing() -> None:
 
 def test_the_loss_is_that_of_the_mixed_one_hot_targets() -> None:
     images, labels = batch(6, 8)
-    mix = mix_parameters(3, 0, np.arange(3), image_size=8, mixup=0.8, cutmix=1.0)
+    mix = draw_mix(3, 0, np.arange(3), image_size=8, mixup=0.8, cutmix=1.0)
     _, targets, weight = mix_pairs(images, labels, mix)
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))
     own = F.cross_entropy(logits, targets[:, 0], reduction="none", label_smoothing=0.1)
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_the_mixed_one_hot_targets() -> None:
 def test_never_waits_for_the_device() -> None:
     images, labels = batch(8, 16)
     images, labels = images.cuda(), labels.cuda()
-    mix = mix_parameters(0, 0, np.arange(4), image_size=16, mixup=0.8, cutmix=1.0)
+    mix = draw_mix(0, 0, np.arange(4), image_size=16, mixup=0.8, cutmix=1.0)
     mix_pairs(images, labels, mix)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -5,8 +5,8 @@ from nvidia.dali import fn, pipeline_def
 from PIL import Image
 from timm.data import auto_augment as timm_augment
 
-from data.augment.operators import CpuResizer, apply_layer, operator_inputs, resize
-from data.augment.randaugment import Layer, Operator, color_jitter, parse_policy, rand_augment
+from data.augment.operators import CpuResizer, apply_layer, compute_operator_inputs, resize
+from data.augment.randaugment import Layer, Operator, draw_color_jitter, draw_rand_augment, parse_policy
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def photos() -> list[Image.Image]:
 def in_dali(photos: list[Image.Image], layers: list[Layer], *, mirrored: np.ndarray, linear: np.ndarray) -> list[np.ndarray]:
     """The layers as the graph of a loader applies them, mirrored last."""
     feeds = [np.array(photo) for photo in photos], mirrored.astype(np.int32)
-    inputs = [operator_inputs(layer, mirrored, linear, SIZE) for layer in layers]
+    inputs = [compute_operator_inputs(layer, mirrored, linear, SIZE) for layer in layers]
 
     @pipeline_def(enable_conditionals=True, exec_dynamic=True, batch_size=len(photos), num_threads=1, device_id=None)
     def graph():
@@ -82,7 +82,7 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 @pytest.mark.parametrize("operator", TIMM, ids=lambda operator: operator.name)
 def test_an_operator_gives_timms_pixels(photos: list[Image.Image], operator: Operator, text: str) -> None:
     """At the arguments that are drawn for it, mirrored and not, in both interpolations."""
-    layer = rand_augment(0, 0, np.arange(20_000), parse_policy(text))[0]
+    layer = draw_rand_augment(0, 0, np.arange(20_000), parse_policy(text))[0]
     own = np.flatnonzero(layer.operator == operator)[: len(photos)]
     layer = Layer(layer.operator[own], layer.argument[own])
     mirrored, linear = np.arange(len(photos)) % 2 == 0, np.arange(len(photos)) % 4 < 2
@@ -129,7 +129,7 @@ def test_edges_of_arguments(photos: list[Image.Image]) -> None:
 def test_layers_one_after_another(photos: list[Image.Image]) -> None:
     """RandAugment's two and jitter's three, each on what the one before made."""
     ids = np.arange(len(photos))
-    layers = rand_augment(4, 0, ids, parse_policy("rand-m9-p1-mstd0.5-inc1")) + color_jitter(4, 0, ids, 0.4)
+    layers = draw_rand_augment(4, 0, ids, parse_policy("rand-m9-p1-mstd0.5-inc1")) + draw_color_jitter(4, 0, ids, 0.4)
     mirrored = ids % 2 == 0
     found = in_dali(photos, layers, mirrored=mirrored, linear=ids < 0)
     differences = []

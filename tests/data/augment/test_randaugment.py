@@ -9,7 +9,7 @@ from scipy.stats import chi2_contingency, ks_2samp
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import ColorJitter
 
-from data.augment.randaugment import Layer, Operator, Policy, color_jitter, parse_policy, rand_augment
+from data.augment.randaugment import Layer, Operator, Policy, draw_color_jitter, draw_rand_augment, parse_policy
 
 pytestmark = pytest.mark.slow
 
@@ -96,7 +96,7 @@ def check_against_timm(mine: Applied, theirs: Applied) -> None:
 @pytest.mark.parametrize("text", POLICIES)
 def test_operators_and_arguments_are_distributed_as_timms(text: str) -> None:
     draws = DRAWS if text == RECIPE else DRAWS // 5
-    check_against_timm(ours(rand_augment(3, 1, np.arange(draws), parse_policy(text))), timms(text, draws))
+    check_against_timm(ours(draw_rand_augment(3, 1, np.arange(draws), parse_policy(text))), timms(text, draws))
 
 
 @pytest.mark.parametrize(
@@ -112,23 +112,23 @@ def test_operators_and_arguments_are_distributed_as_timms(text: str) -> None:
 def test_the_comparison_finds_another_policy(change: dict[str, Any], told: str) -> None:
     policy = Policy(**{**vars(parse_policy(RECIPE)), **change})
     with pytest.raises(AssertionError, match=told):
-        check_against_timm(ours(rand_augment(3, 1, np.arange(DRAWS), policy)), timms(RECIPE, DRAWS))
+        check_against_timm(ours(draw_rand_augment(3, 1, np.arange(DRAWS), policy)), timms(RECIPE, DRAWS))
 
 
 def test_a_function_of_seed_epoch_and_id_alone() -> None:
     ids, policy = np.array([5, 900, 17, 3, 14_000_000]), parse_policy(RECIPE)
-    whole = rand_augment(1, 2, ids, policy) + color_jitter(1, 2, ids, 0.4)
+    whole = draw_rand_augment(1, 2, ids, policy) + draw_color_jitter(1, 2, ids, 0.4)
     for place in range(len(ids)):
         part = ids[place : place + 1]
-        for one, other in zip(whole, rand_augment(1, 2, part, policy) + color_jitter(1, 2, part, 0.4), strict=True):
+        for one, other in zip(whole, draw_rand_augment(1, 2, part, policy) + draw_color_jitter(1, 2, part, 0.4), strict=True):
             assert (one.operator[place], one.argument[place]) == (other.operator[0], other.argument[0])
     many = np.arange(1000)
     for seed, epoch in ((2, 2), (1, 3)):
-        assert (rand_augment(seed, epoch, many, policy)[0].operator != rand_augment(1, 2, many, policy)[0].operator).mean() > 0.3
+        assert (draw_rand_augment(seed, epoch, many, policy)[0].operator != draw_rand_augment(1, 2, many, policy)[0].operator).mean() > 0.3
 
 
 def test_layers_are_independent_of_one_another() -> None:
-    first, second = rand_augment(0, 0, np.arange(DRAWS), parse_policy("rand-m9-p1-mstd0.5"))
+    first, second = draw_rand_augment(0, 0, np.arange(DRAWS), parse_policy("rand-m9-p1-mstd0.5"))
     assert chi2_contingency(np.histogram2d(first.operator, second.operator, bins=15)[0]).pvalue > UNLIKELY
     both = (first.operator == Operator.ROTATE) & (second.operator == Operator.ROTATE)
     assert abs(np.corrcoef(first.argument[both], second.argument[both])[0, 1]) < 0.2
@@ -158,7 +158,7 @@ def test_what_is_wrong_with_a_policy_is_told(text: str, told: str) -> None:
 
 @pytest.mark.parametrize("strength", [0.4, 1.5])
 def test_jitter_is_torchvisions(strength: float) -> None:
-    layers = color_jitter(0, 0, np.arange(DRAWS // 5), strength)
+    layers = draw_color_jitter(0, 0, np.arange(DRAWS // 5), strength)
     torch.manual_seed(0)
     params = [ColorJitter.get_params(*[(max(0, 1 - strength), 1 + strength)] * 3, None) for _ in range(DRAWS // 5)]
     theirs = [([which for which in order.tolist() if which < 3], factors) for order, *factors in params]

@@ -10,9 +10,9 @@ from PIL import Image
 
 from data.augment.erasing import NoiseBank
 from data.augment.operators import Operator
-from data.augment.randaugment import Layer, color_jitter, parse_policy, rand_augment
+from data.augment.randaugment import Layer, draw_color_jitter, draw_rand_augment, parse_policy
 from data.augment.recipe import Erased
-from data.augment.sampling import bilinear, erased_boxes, flip, noise_starts, random_resized_crop
+from data.augment.sampling import draw_bilinear, draw_crops, draw_erased_boxes, draw_flips, draw_noise_starts
 from data.common.placement import Placement
 from data.dataset.index import Index
 from data.loader.loaders import TrainLoader
@@ -46,20 +46,20 @@ def in_pillow(dataset: Index, batch: Batch, place: int, settings: DataConfig) ->
     own, epoch = batch.ids[place : place + 1], batch.epoch
     with ShardStore(dataset) as store:
         image = Image.open(io.BytesIO(store.read(int(own[0])).tobytes())).convert("RGB")
-    ((y, x, h, w),) = random_resized_crop(SEED, epoch, own, np.array([image.width]), np.array([image.height])).tolist()
+    ((y, x, h, w),) = draw_crops(SEED, epoch, own, np.array([image.width]), np.array([image.height])).tolist()
 
     def linear(use: int) -> bool:
-        return bool(bilinear(SEED, epoch, own, settings.interpolation, use)[0])
+        return bool(draw_bilinear(SEED, epoch, own, settings.interpolation, use)[0])
 
     kernel = Image.Resampling.BILINEAR if linear(0) else Image.Resampling.BICUBIC
     image = image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), kernel)
-    if flip(SEED, epoch, own)[0]:
+    if draw_flips(SEED, epoch, own)[0]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     layers: list[Layer] = []
     if settings.auto_augment:
-        layers = rand_augment(SEED, epoch, own, parse_policy(settings.auto_augment))
+        layers = draw_rand_augment(SEED, epoch, own, parse_policy(settings.auto_augment))
     elif settings.color_jitter:
-        layers = color_jitter(SEED, epoch, own, settings.color_jitter)
+        layers = draw_color_jitter(SEED, epoch, own, settings.color_jitter)
     pixels = np.array(image)
     for number, layer in enumerate(layers, 1):
         operator, argument = int(layer.operator[0]), float(layer.argument[0])
@@ -75,7 +75,7 @@ def test_a_batch_is_what_timm_would_make_of_it(dataset: Index, recipe: str) -> N
     (batch,) = batches(dataset, recipe, end=1, micro_batch=GLOBAL_BATCH)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
     probability, count = settings.random_erasing, settings.erasing_count
-    boxes = erased_boxes(SEED, 0, batch.ids, image_size=SIZE, probability=probability, count=count)
+    boxes = draw_erased_boxes(SEED, 0, batch.ids, image_size=SIZE, probability=probability, count=count)
     differences = []
     for place in range(GLOBAL_BATCH):
         untouched = np.ones((SIZE, SIZE), bool)
@@ -88,7 +88,7 @@ def test_a_batch_is_what_timm_would_make_of_it(dataset: Index, recipe: str) -> N
 
     if probability:
         expected = batch.images.clone()
-        NoiseBank(SIZE, torch.device("cpu")).erase(expected, Erased(boxes, noise_starts(SEED, 0, batch.ids, count)))
+        NoiseBank(SIZE, torch.device("cpu")).erase(expected, Erased(boxes, draw_noise_starts(SEED, 0, batch.ids, count)))
         assert (boxes[..., 2] > 0).any()
         assert torch.equal(batch.images, expected)  # the noise is there already
 

@@ -7,7 +7,7 @@ from scipy.stats import ks_2samp
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from data.augment.sampling import flip, mix_parameters, random_resized_crop, symmetric_beta
+from data.augment.sampling import draw_crops, draw_flips, draw_mix, draw_symmetric_beta
 from data.common.counter_rng import Draw
 
 QUANTILES = np.linspace(0.05, 0.95, 19)
@@ -15,7 +15,7 @@ QUANTILES = np.linspace(0.05, 0.95, 19)
 
 def crops(width: int, height: int, count: int, **options: tuple[float, float]) -> np.ndarray:
     ids = np.arange(count)
-    return random_resized_crop(0, 0, ids, np.full(count, width, np.uint16), np.full(count, height, np.uint16), **options)
+    return draw_crops(0, 0, ids, np.full(count, width, np.uint16), np.full(count, height, np.uint16), **options)
 
 
 def timms_crops(width: int, height: int, count: int, scale: tuple[float, float]) -> np.ndarray:
@@ -64,32 +64,32 @@ def test_where_no_crop_fits_the_central_one_is_taken() -> None:
 def test_parameters_depend_on_seed_epoch_and_id_alone() -> None:
     ids = np.array([5, 900, 17, 3])
     width, height = np.array([100, 200, 150, 90]), np.array([90, 80, 220, 300])
-    whole = random_resized_crop(1, 2, ids, width, height)
+    whole = draw_crops(1, 2, ids, width, height)
     for place in range(4):
         part = slice(place, place + 1)
-        assert (random_resized_crop(1, 2, ids[part], width[part], height[part]) == whole[part]).all()
-        assert flip(1, 2, ids[part]) == flip(1, 2, ids)[place]
-    assert (random_resized_crop(2, 2, ids, width, height) != whole).any()
-    assert (random_resized_crop(1, 3, ids, width, height) != whole).any()
-    whole_mix = mix_parameters(1, 2, ids, image_size=64, mixup=0.8, cutmix=1.0)
+        assert (draw_crops(1, 2, ids[part], width[part], height[part]) == whole[part]).all()
+        assert draw_flips(1, 2, ids[part]) == draw_flips(1, 2, ids)[place]
+    assert (draw_crops(2, 2, ids, width, height) != whole).any()
+    assert (draw_crops(1, 3, ids, width, height) != whole).any()
+    whole_mix = draw_mix(1, 2, ids, image_size=64, mixup=0.8, cutmix=1.0)
     for place in range(4):
-        part_mix = mix_parameters(1, 2, ids[place : place + 1], image_size=64, mixup=0.8, cutmix=1.0)
+        part_mix = draw_mix(1, 2, ids[place : place + 1], image_size=64, mixup=0.8, cutmix=1.0)
         assert part_mix.lam == whole_mix.lam[place]
         assert (part_mix.box == whole_mix.box[place]).all()
 
 
 def test_flip() -> None:
     ids = np.arange(20_000)
-    assert abs(flip(0, 0, ids).mean() - 0.5) < 0.02
-    assert abs(flip(0, 0, ids, 0.2).mean() - 0.2) < 0.02
-    assert not flip(0, 0, ids, 0.0).any()
-    assert flip(0, 0, ids, 1.0).all()
-    assert 0.4 < (flip(0, 0, ids) == flip(0, 1, ids)).mean() < 0.6
+    assert abs(draw_flips(0, 0, ids).mean() - 0.5) < 0.02
+    assert abs(draw_flips(0, 0, ids, 0.2).mean() - 0.2) < 0.02
+    assert not draw_flips(0, 0, ids, 0.0).any()
+    assert draw_flips(0, 0, ids, 1.0).all()
+    assert 0.4 < (draw_flips(0, 0, ids) == draw_flips(0, 1, ids)).mean() < 0.6
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.4, 0.8, 1.0, 2.0])
 def test_beta(alpha: float) -> None:
-    numbers = symmetric_beta(alpha, 0, Draw.MIXUP_LAM, 0, np.arange(100_000))
+    numbers = draw_symmetric_beta(alpha, 0, Draw.MIXUP_LAM, 0, np.arange(100_000))
     assert numbers.min() >= 0
     assert numbers.max() <= 1
     assert abs(numbers.mean() - 0.5) < 0.005
@@ -101,7 +101,7 @@ def test_beta(alpha: float) -> None:
 def test_boxes_are_timms() -> None:
     """Same lam, same distribution of boxes; and for every box, lam is the share of a sample's own pixels."""
     size, count = 224, 20_000
-    mix = mix_parameters(0, 0, np.arange(count), image_size=size, mixup=0.0, cutmix=1.0)
+    mix = draw_mix(0, 0, np.arange(count), image_size=size, mixup=0.0, cutmix=1.0)
     np.random.seed(0)
     theirs = np.array(
         [(*box, lam) for box, lam in (cutmix_bbox_and_lam((3, size, size), lam) for lam in np.random.default_rng(0).beta(1, 1, count))]
@@ -119,12 +119,12 @@ def test_kinds_of_mix() -> None:
     ids = np.arange(10_000)
 
     def share_cut(mixup: float, cutmix: float, switch: float) -> float:
-        box = mix_parameters(0, 0, ids, image_size=224, mixup=mixup, cutmix=cutmix, switch=switch).box
+        box = draw_mix(0, 0, ids, image_size=224, mixup=mixup, cutmix=cutmix, switch=switch).box
         return float(((box[:, 1] > box[:, 0]) & (box[:, 3] > box[:, 2])).mean())
 
     assert abs(share_cut(0.8, 1.0, 0.5) - 0.5) < 0.02
     assert abs(share_cut(0.8, 1.0, 0.1) - 0.1) < 0.02
     assert share_cut(0.8, 0.0, 0.5) == 0
     assert share_cut(0.0, 1.0, 0.5) > 0.99
-    lam = mix_parameters(0, 0, ids, image_size=224, mixup=0.8, cutmix=0.0).lam
+    lam = draw_mix(0, 0, ids, image_size=224, mixup=0.8, cutmix=0.0).lam
     assert abs(lam.var() - 1 / (4 * 2.6)) < 0.003

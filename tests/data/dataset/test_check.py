@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from data.dataset.check import damaged
+from data.dataset.check import find_damaged_shards
 from data.dataset.index import Index
 from tests.support.damage import damaged_copy
 
 
 def everything(index: Index, *, checksums: bool) -> list[str]:
-    return damaged(index, range(len(index.shards)), checksums=checksums, quiet=True)
+    return find_damaged_shards(index, range(len(index.shards)), checksums=checksums, quiet=True)
 
 
 def overwrite(index: Index, shard: int, place: int, data: bytes) -> None:
@@ -37,8 +37,8 @@ def test_another_file_of_the_same_size(dataset: Index, tmp_path: Path, which: st
         assert fault.startswith(f"{name} has no image where the index says (")
     (index.folder / name).write_bytes(whole[:512] + whole[:-512])  # a tar of the same members, elsewhere
     assert [name in fault for fault in everything(index, checksums=False)] == [True]
-    assert damaged(index, [0, 2, 3], checksums=False, quiet=True) == []
-    assert damaged(index, [1], checksums=True, quiet=True)[0].startswith(f"{name} has the checksum ")
+    assert find_damaged_shards(index, [0, 2, 3], checksums=False, quiet=True) == []
+    assert find_damaged_shards(index, [1], checksums=True, quiet=True)[0].startswith(f"{name} has the checksum ")
 
 
 def test_a_single_bit_is_found_by_its_checksum_alone(dataset: Index, tmp_path: Path) -> None:
@@ -61,5 +61,5 @@ def test_a_shard_that_has_gone(dataset: Index, tmp_path: Path) -> None:
 
 
 def test_progress_is_told(dataset: Index, capsys: pytest.CaptureFixture[str]) -> None:
-    damaged(dataset, range(3), checksums=True)
+    find_damaged_shards(dataset, range(3), checksums=True)
     assert f"checksums of {dataset.folder}, this rank's share of the shards: 3 of 3" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.dataset.index import DTYPE, Index, fingerprint, key, open_index
+from data.dataset.index import DTYPE, Index, compute_fingerprint, open_index, read_key
 
 
 @pytest.fixture
@@ -24,13 +24,13 @@ def test_open_index(dataset: Index) -> None:
     assert len(dataset.shard_start) == len(dataset.shards) + 1
     assert len(dataset.classes) == 10
     assert (dataset.samples["label"] == np.arange(150) % 10).all()
-    assert dataset.fingerprint == fingerprint(dataset.samples, dataset.shards)
+    assert dataset.fingerprint == compute_fingerprint(dataset.samples, dataset.shards)
     assert not list(dataset.folder.glob("*.tmp"))
 
 
 def test_key_comes_from_the_idx_file(dataset: Index) -> None:
     for sample_id in (0, 1, 77, 149):
-        assert key(dataset, sample_id) == f"{sample_id:09d}"
+        assert read_key(dataset, sample_id) == f"{sample_id:09d}"
 
 
 def test_fingerprint_sees_rows_names_and_checksums(dataset: Index) -> None:
@@ -39,7 +39,10 @@ def test_fingerprint_sees_rows_names_and_checksums(dataset: Index) -> None:
     first, *others = dataset.shards
     renamed = [replace(first, name="x"), *others]
     changed = [replace(first, xxh3_128="0"), *others]
-    found = [fingerprint(rows, dataset.shards), *(fingerprint(dataset.samples, shards) for shards in (dataset.shards, renamed, changed))]
+    found = [
+        compute_fingerprint(rows, dataset.shards),
+        *(compute_fingerprint(dataset.samples, shards) for shards in (dataset.shards, renamed, changed)),
+    ]
     assert len(set(found)) == 4
 
 

@@ -10,7 +10,7 @@ import xxhash
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 
-from data.dataset.headers import image_size
+from data.dataset.headers import read_image_size
 from data.dataset.index import Index
 from data.dataset.shards import Sample, read_shard, write_idx, write_shard
 from data.synthetic.synthesize import images
@@ -88,7 +88,7 @@ def test_dali_reads_the_shards_by_their_idx_files(dataset: Index) -> None:
     for (encoded, label), row in zip(dali_reads(paths, len(dataset)), dataset.samples, strict=True):
         assert len(encoded) == row["size"]
         assert int(label) == row["label"]
-        assert image_size(encoded) == (row["width"], row["height"])
+        assert read_image_size(encoded) == (row["width"], row["height"])
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -107,7 +107,7 @@ def test_samples_of_any_name_are_those_of_webdataset_and_dali(tmp_path: Path, fo
     data = path.read_bytes()
     stored = [data[row["offset"] : row["offset"] + row["size"]] for row in contents.rows]
     assert stored == [sample.get("jpg", sample.get("webp")) for sample in expected]
-    assert [image_size(encoded) for encoded in stored] == list(zip(contents.rows["width"], contents.rows["height"], strict=True))
+    assert [read_image_size(encoded) for encoded in stored] == list(zip(contents.rows["width"], contents.rows["height"], strict=True))
 
     write_idx(path.with_suffix(".idx"), contents.idx)
     assert dali_reads([path], len(expected)) == [(encoded, sample["cls"]) for encoded, sample in zip(stored, expected, strict=True)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.dataset.index import DTYPE, Index, key, open_index
+from data.dataset.index import DTYPE, Index, open_index, read_key
 from data.dataset.shards import Sample, write_dataset
 from data.inspect.report import bars, binned, draw, stats, write_report
 from tests.support.foreign_shards import JPEGS
@@ -68,7 +68,7 @@ def test_drawn_samples_are_spread_and_named(dataset: Index) -> None:
     assert [sample.key for sample in draw(dataset, 9, seed=3)] == [sample.key for sample in draw(dataset, 9, seed=3)]
     assert [sample.key for sample in draw(dataset, 9, seed=3)] != [sample.key for sample in draw(dataset, 9, seed=4)]
     everything = draw(dataset, 10_000, seed=0)
-    assert sorted(sample.key for sample in everything) == [key(dataset, number) for number in range(150)]
+    assert sorted(sample.key for sample in everything) == [read_key(dataset, number) for number in range(150)]
 
 
 class Page(HTMLParser):

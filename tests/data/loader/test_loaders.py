@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from data.augment.sampling import flip, random_resized_crop
+from data.augment.sampling import draw_crops, draw_flips
 from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.dataset.shards import Sample, write_dataset
-from data.loader.loaders import EvalLoader, TrainLoader, resized_shape
-from data.loader.order import SampleOrder, bytes_at_once, rank_slice, shard_uses
+from data.loader.loaders import EvalLoader, TrainLoader, compute_resized_shape
+from data.loader.order import SampleOrder, compute_peak_bytes, plan_shard_uses, select_rank_slots
 from data.loader.pipeline import Batch
 from data.loader.store import ShardStore
 from data.settings import IMAGENET_MEAN, IMAGENET_STD, DataConfig
@@ -197,8 +197,8 @@ def test_the_same_graph_on_a_gpu(dataset: Index, order: SampleOrder) -> None:
 def test_crop_resize_and_flip_are_pillows(dataset: Index, order: SampleOrder) -> None:
     for batch in train(dataset, order, end=2, image_size=64, micro_batch=16):
         samples = dataset.samples[batch.ids]
-        boxes = random_resized_crop(order.seed, batch.epoch, batch.ids, samples["width"], samples["height"])
-        mirrored = flip(order.seed, batch.epoch, batch.ids)
+        boxes = draw_crops(order.seed, batch.epoch, batch.ids, samples["width"], samples["height"])
+        mirrored = draw_flips(order.seed, batch.epoch, batch.ids)
         for place, sample_id in enumerate(batch.ids.tolist()):
             y, x, h, w = boxes[place].tolist()
             crop = picture(dataset, sample_id).crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BICUBIC)
@@ -213,8 +213,8 @@ def test_crops_are_exact_to_the_pixel(dataset: Index) -> None:
     whole = SampleOrder(dataset.shard_start, seed=7, global_batch=150)
     (batch,) = train(dataset, whole, micro_batch=150, end=1, crop_area=(0.1, 0.5), crop_ratio=(1.0, 1.0), image_size=60)
     samples = dataset.samples[batch.ids]
-    boxes = random_resized_crop(7, 0, batch.ids, samples["width"], samples["height"], scale=(0.1, 0.5), ratio=(1.0, 1.0))
-    mirrored = flip(7, 0, batch.ids)
+    boxes = draw_crops(7, 0, batch.ids, samples["width"], samples["height"], scale=(0.1, 0.5), ratio=(1.0, 1.0))
+    mirrored = draw_flips(7, 0, batch.ids)
     exact = np.flatnonzero((boxes[:, 2] == 60) & (boxes[:, 3] == 60))
     assert len(exact) >= 1
     for place in exact:
@@ -297,8 +297,8 @@ def test_a_rank_without_samples(dataset: Index) -> None:
 
 def test_resized_shape() -> None:
     width, height = np.array([500, 375, 256, 72], np.uint16), np.array([375, 500, 256, 219], np.uint16)
-    assert resized_shape(width, height, DataConfig()).tolist() == [[256, 341], [341, 256], [256, 256], [778, 256]]
-    assert resized_shape(width, height, DataConfig(image_size=384, eval_resize="squash")).tolist() == [[384, 384]] * 4
+    assert compute_resized_shape(width, height, DataConfig()).tolist() == [[256, 341], [341, 256], [256, 256], [778, 256]]
+    assert compute_resized_shape(width, height, DataConfig(image_size=384, eval_resize="squash")).tolist() == [[384, 384]] * 4
 
 
 def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
@@ -344,7 +344,7 @@ def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatc
 def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_path: Path, ranks: int, start: int) -> None:
     """Bit for bit, over the end of an epoch, through a cache of just the size that is needed, from a step that a run resumes at."""
     order = SampleOrder(many_shards.shard_start, seed=3, global_batch=4, lanes=2, window=6)
-    at_once = bytes_at_once(order, many_shards.shard_bytes, ranks, start, 60)
+    at_once = compute_peak_bytes(order, many_shards.shard_bytes, ranks, start, 60)
     assert at_once * ranks < many_shards.shard_bytes.sum() / 2
     index = open_index("s3://bucket/train", str(tmp_path))
     expected = steps_of(train(many_shards, order, start=start, end=60, micro_batch=2))
@@ -352,7 +352,7 @@ def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_pat
     s3.fail(many_shards.shards[11].name, "short")
     place = {"start": start, "end": 60, "ranks": ranks, "ranks_on_node": ranks, "micro_batch": 2}
     loaders = [train(index, order, **place, rank=rank, cache_gb=at_once * ranks / 1e9) for rank in range(ranks)]
-    soon = {index.shards[use.shard].name for use in shard_uses(order, rank_slice(4, 0, 1), start, start + 12)}
+    soon = {index.shards[use.shard].name for use in plan_shard_uses(order, select_rank_slots(4, 0, 1), start, start + 12)}
     assert len(soon) < len(index.shards)
     for step in range(start, 60):
         parts = [next(loader) for _ in range(2 // ranks) for loader in loaders]
@@ -380,7 +380,7 @@ def test_evaluation_from_s3_is_the_same(s3: Proxy, many_shards: Index, tmp_path:
 def test_a_loader_closes_while_it_waits_for_a_shard(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
     order = SampleOrder(many_shards.shard_start, seed=3, global_batch=4, lanes=2, window=6)
     index = open_index("s3://bucket/train", str(tmp_path))
-    stalled = next(iter(shard_uses(order, rank_slice(4, 0, 1), 0, 1)))
+    stalled = next(iter(plan_shard_uses(order, select_rank_slots(4, 0, 1), 0, 1)))
     s3.fail(index.shards[stalled.shard].name, "stall")
     settings = DataConfig(image_size=8, decode_threads=1)
     loader = TrainLoader(index, order, settings, Placement(CPU, micro_batch=4), end=20)

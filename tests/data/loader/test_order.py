@@ -10,13 +10,13 @@ from data.common.counter_rng import Draw, permutation
 from data.loader.order import (
     SampleOrder,
     ShardUse,
-    bytes_at_once,
-    evaluation_bytes_at_once,
-    evaluation_ids,
-    evaluation_uses,
-    lanes_for,
-    rank_slice,
-    shard_uses,
+    compute_evaluation_peak_bytes,
+    compute_peak_bytes,
+    count_lanes,
+    plan_evaluation_uses,
+    plan_shard_uses,
+    select_evaluation_ids,
+    select_rank_slots,
 )
 
 
@@ -26,7 +26,7 @@ def shard_start(*sizes: int) -> np.ndarray:
 
 def check_epoch(order: SampleOrder, epoch: int, ranks: int) -> None:
     """The slots of all ranks together: every sample at most once in each of its copies, and all but what can't fill a batch."""
-    slots = [rank_slice(order.global_batch, rank, ranks) for rank in range(ranks)]
+    slots = [select_rank_slots(order.global_batch, rank, ranks) for rank in range(ranks)]
     batches = [order.batch(epoch, step) for step in range(order.steps_per_epoch)]
     ids = np.concatenate([batch[part] for batch in batches for part in slots])
     copies = np.concatenate([order.copies[part] for _ in batches for part in slots])
@@ -86,7 +86,7 @@ def test_the_check_above_finds_a_broken_order(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_the_check_above_finds_ranks_that_share(monkeypatch: pytest.MonkeyPatch, change: Callable[[slice], slice], message: str) -> None:
     """Control."""
-    monkeypatch.setitem(globals(), "rank_slice", lambda *arguments: change(data.loader.order.rank_slice(*arguments)))
+    monkeypatch.setitem(globals(), "select_rank_slots", lambda *arguments: change(data.loader.order.select_rank_slots(*arguments)))
     with pytest.raises(AssertionError, match=message):
         test_every_sample_once_an_epoch_over_all_ranks()
 
@@ -105,7 +105,7 @@ def test_copies_are_in_one_batch_and_never_neighbours() -> None:
         for ranks in ranks_for(order):
             if ranks >= order.repeats:
                 for rank in range(ranks):
-                    own = batch[rank_slice(order.global_batch, rank, ranks)]
+                    own = batch[select_rank_slots(order.global_batch, rank, ranks)]
                     assert len(np.unique(own)) == len(own), "copies on one rank"
                     seen += 1
     assert seen > 1000
@@ -154,9 +154,9 @@ def test_ranks_own_consecutive_slots_and_whole_lanes() -> None:
         epoch, step_in_epoch = order.locate(step)
         whole = order.batch(epoch, step_in_epoch)
         for ranks in (1, 2, 4, 8, 16):
-            parts = [whole[rank_slice(16, rank, ranks)] for rank in range(ranks)]
+            parts = [whole[select_rank_slots(16, rank, ranks)] for rank in range(ranks)]
             assert (np.concatenate(parts) == whole).all()
-    used = {rank: np.concatenate([order.batch(0, step)[rank_slice(16, rank, 4)] for step in range(20)]) for rank in range(4)}
+    used = {rank: np.concatenate([order.batch(0, step)[select_rank_slots(16, rank, 4)] for step in range(20)]) for rank in range(4)}
     lane_length = order.steps_per_epoch * 2
     shards, starts, offset = data.loader.order._epoch_layout(order, 0)
     for rank, ids in used.items():
@@ -197,21 +197,21 @@ def test_a_batch_mixes_lanes_far_apart() -> None:
     order = SampleOrder(np.linspace(0, 1_000_000, 101).astype(np.int64), seed=0, global_batch=1024)
     shard = np.searchsorted(order.shard_start, order.batch(0, 100), side="right") - 1
     assert len(np.unique(shard)) >= 60
-    own = shard[rank_slice(1024, 3, 64)]
+    own = shard[select_rank_slots(1024, 3, 64)]
     assert len(np.unique(own)) <= 2  # one lane of one rank: one shard, or the border of two
 
 
 def test_lanes_for() -> None:
-    assert lanes_for(8192, 64) == 64
-    assert lanes_for(96, 64) == 48
-    assert lanes_for(7, 64) == 7
-    assert lanes_for(130, 64) == 26
-    assert lanes_for(131, 64) == 1
+    assert count_lanes(8192, 64) == 64
+    assert count_lanes(96, 64) == 48
+    assert count_lanes(7, 64) == 7
+    assert count_lanes(130, 64) == 26
+    assert count_lanes(131, 64) == 1
 
 
 def test_evaluation_covers_every_sample_once() -> None:
     for samples, ranks in itertools.product((0, 1, 5, 12), (1, 2, 5, 8)):
-        parts = [evaluation_ids(samples, rank, ranks) for rank in range(ranks)]
+        parts = [select_evaluation_ids(samples, rank, ranks) for rank in range(ranks)]
         assert sorted(np.concatenate(parts).tolist()) == list(range(samples))
 
 
@@ -224,7 +224,7 @@ def test_errors_name_what_would_work() -> None:
         with pytest.raises(ValueError, match=f"of 12 can't hold samples {repeats} times .*; numbers of repeats that work: 1, 2, 3, 4, 6$"):
             SampleOrder(shard_start(100), seed=0, global_batch=12, repeats=repeats)
     with pytest.raises(ValueError, match="numbers of ranks that work: 1, 2, 3, 4, 6"):
-        rank_slice(12, 0, 5)
+        select_rank_slots(12, 0, 5)
     with pytest.raises(ValueError, match="outside of an epoch of 3 steps"):
         SampleOrder(shard_start(10), seed=0, global_batch=3).batch(0, 3)
 
@@ -232,7 +232,7 @@ def test_errors_name_what_would_work() -> None:
 def per_lane(order: SampleOrder) -> int:
     """Distinct samples that a lane gives to a step."""
     distinct = order.global_batch // order.repeats
-    return distinct // lanes_for(distinct, order.lanes)
+    return distinct // count_lanes(distinct, order.lanes)
 
 
 def touches(order: SampleOrder, slots: slice, start: int, end: int) -> list[list[tuple[int, int]]]:
@@ -248,12 +248,12 @@ def touches(order: SampleOrder, slots: slice, start: int, end: int) -> list[list
 def check_uses(order: SampleOrder, ranks: int, start: int, end: int) -> int:
     """Compares the uses of all ranks with the batches; gives how many there were."""
     sizes = np.diff(order.shard_start) * 1000 + 7
-    most = bytes_at_once(order, sizes, ranks, start, end)
+    most = compute_peak_bytes(order, sizes, ranks, start, end)
     whole = touches(order, slice(0, order.global_batch), start, end)
     count = 0
     for rank in range(ranks):
-        slots = rank_slice(order.global_batch, rank, ranks)
-        uses = list(shard_uses(order, slots, start, end))
+        slots = select_rank_slots(order.global_batch, rank, ranks)
+        uses = list(plan_shard_uses(order, slots, start, end))
         count += len(uses)
         steps = touches(order, slots, start, end)
         assert [use.first for use in uses] == sorted(use.first for use in uses)
@@ -299,7 +299,7 @@ def test_bytes_at_once_of_ranks_that_begin_in_one_copy_and_end_in_the_next() -> 
         steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
         batches = [order.batch(*order.locate(step)).reshape(4, 3) for step in steps]
         needs = shard_bytes[np.stack(batches)].sum(axis=2)  # (steps, ranks)
-        assert bytes_at_once(order, shard_bytes, 4, steps.start, steps.stop) == needs.max()
+        assert compute_peak_bytes(order, shard_bytes, 4, steps.start, steps.stop) == needs.max()
         needed_most.add(int(needs.max(axis=0).argmax()))
     assert needed_most == {0, 1, 2, 3}
 
@@ -315,7 +315,7 @@ def test_bytes_at_once_of_ranks_that_begin_in_one_copy_and_end_in_the_next() -> 
     ids=str,
 )
 def test_the_check_of_shard_uses_finds_faults(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
-    right = shard_uses
+    right = plan_shard_uses
 
     def broken(*arguments: Any) -> Any:
         uses = [ShardUse(use.shard, use.first + change.get("first", 0), use.last + change.get("last", 0)) for use in right(*arguments)]
@@ -330,13 +330,13 @@ def test_bytes_at_once_is_not_far_above_what_is_needed() -> None:
     """At the size of ImageNet-22K: 4,096 shards of 3,466 samples, windows of 2,048, so two or three shards a lane."""
     order = SampleOrder(np.linspace(0, 14_197_122, 4097).astype(np.int64), seed=0, global_batch=8192)
     ones = np.ones(4096, np.int64)
-    assert 64 * 2 <= bytes_at_once(order, ones, 1, 0, 3 * 1733) <= 64 * 3
-    assert 2 * 2 <= bytes_at_once(order, ones, 32, 0, 1733) <= 2 * 3
-    assert bytes_at_once(order, ones, 128, 0, 1733) <= 3
+    assert 64 * 2 <= compute_peak_bytes(order, ones, 1, 0, 3 * 1733) <= 64 * 3
+    assert 2 * 2 <= compute_peak_bytes(order, ones, 32, 0, 1733) <= 2 * 3
+    assert compute_peak_bytes(order, ones, 128, 0, 1733) <= 3
     thrice = SampleOrder(order.shard_start, seed=0, global_batch=3 * 8192, repeats=3)
-    assert bytes_at_once(thrice, ones, 1, 0, 1733) == bytes_at_once(order, ones, 1, 0, 1733)
-    assert bytes_at_once(thrice, ones, 3, 0, 1733) == bytes_at_once(order, ones, 1, 0, 1733)  # every rank has a copy of all
-    assert bytes_at_once(thrice, ones, 96, 0, 1733) == bytes_at_once(order, ones, 32, 0, 1733)
+    assert compute_peak_bytes(thrice, ones, 1, 0, 1733) == compute_peak_bytes(order, ones, 1, 0, 1733)
+    assert compute_peak_bytes(thrice, ones, 3, 0, 1733) == compute_peak_bytes(order, ones, 1, 0, 1733)  # every rank has a copy of all
+    assert compute_peak_bytes(thrice, ones, 96, 0, 1733) == compute_peak_bytes(order, ones, 32, 0, 1733)
 
 
 @pytest.mark.parametrize("share", [1, 0.4])
@@ -346,12 +346,12 @@ def test_evaluation_uses(share: float) -> None:
     for sizes, micro_batch, ranks in itertools.product([(10,), (3, 1, 9), (1, 2, 3, 4, 5, 6, 7)], (1, 2, 5), (1, 2, 3)):
         starts = shard_start(*sizes)
         samples = np.flatnonzero(random.random(sum(sizes)) < share)
-        uses = evaluation_uses(np.searchsorted(samples, starts), micro_batch, ranks)
+        uses = plan_evaluation_uses(np.searchsorted(samples, starts), micro_batch, ranks)
         assert [use.shard for use in uses] == np.unique(np.searchsorted(starts, samples, side="right") - 1).tolist()
-        most = evaluation_bytes_at_once(uses, np.array(sizes))
+        most = compute_evaluation_peak_bytes(uses, np.array(sizes))
         assert most <= sum(sizes)
         for rank in range(ranks):
-            ids = samples[evaluation_ids(len(samples), rank, ranks)]
+            ids = samples[select_evaluation_ids(len(samples), rank, ranks)]
             for step in range(-(-len(ids) // micro_batch)):
                 shards = np.searchsorted(starts, ids[step * micro_batch : (step + 1) * micro_batch], side="right") - 1
                 active = {use.shard for use in uses if use.first <= step <= use.last}

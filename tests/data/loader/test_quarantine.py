@@ -22,8 +22,8 @@ from data.dataset.headers import BadImage, check_header, nvimgcodec
 from data.dataset.index import Index, open_index, write_index
 from data.dataset.shards import Sample, write_dataset
 from data.loader.loaders import EvalLoader, TrainLoader
-from data.loader.order import SampleOrder, bytes_at_once
-from data.loader.pipeline import Alone, Batch, Loader
+from data.loader.order import SampleOrder, compute_peak_bytes
+from data.loader.pipeline import Batch, Loader, SingleImageDecoder
 from data.loader.quarantine import Quarantine
 from data.settings import DataConfig
 from data.synthetic.drawings import PATTERNS
@@ -170,7 +170,7 @@ def test_bad_images_are_replaced_and_nothing_else_changes(
     with loader_of(index, order) as loader:
         check(by_step(iter(loader)), undamaged, index, set(damage))
     assert only(before)
-    assert {bad.sample for bad in loader.quarantine.take_unshared()} == set(damage)
+    assert {bad.sample for bad in loader.quarantine.take_unreported()} == set(damage)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -192,11 +192,11 @@ def test_a_restart_goes_on_the_same_with_and_without_what_was_found(
     known = Quarantine(index, 0.5, tmp_path / "quarantine.jsonl")
     for sample in damage:
         known.add(sample, "found before")
-    known.record(known.share(known.take_unshared()), step=start)
+    known.record(known.share(known.take_unreported()), step=start)
     for file in (None, tmp_path / "quarantine.jsonl"):
         quarantine = Quarantine(index, 0.5, file)
         check(by_step(train(index, order, start=start, quarantine=quarantine)), undamaged, index, set(damage))
-        assert (quarantine.unshared > 0) == (file is None)
+        assert (quarantine.unreported_count > 0) == (file is None)
 
 
 def test_a_pipeline_that_raised_is_not_used_again(
@@ -250,7 +250,7 @@ def test_reads_that_fail_for_a_while_change_nothing(
     with loader_of(clean, order) as loader:
         check(by_step(iter(loader)), undamaged, clean, set())
     assert failed[0] > 20
-    assert loader.quarantine.unshared == 0
+    assert loader.quarantine.unreported_count == 0
     monkeypatch.setattr("data.loader.store.READ_TRIES", 1)
     tries.clear()
     with loader_of(clean, order, max_bad=0.99) as loader, pytest.raises(ValueError, match="Input/output error"):
@@ -274,7 +274,7 @@ def test_a_region_that_stays_unreadable(
     monkeypatch.setattr("data.loader.store.os.pread", failing)
     with loader_of(clean, order) as loader:
         check(by_step(iter(loader)), undamaged, clean, bad | also)
-    found = loader.quarantine.take_unshared()
+    found = loader.quarantine.take_unreported()
     assert {entry.sample for entry in found} == bad | also
     assert all("Input/output error; 6 tries" in entry.reason or "1 try" in entry.reason for entry in found)
 
@@ -294,7 +294,7 @@ def test_a_shard_cut_while_training(clean: Index, order: SampleOrder, undamaged:
     steps = by_step(iter(found))
     assert list(steps) == list(range(STEPS))
     check({step: batch for step, batch in steps.items() if batch.epoch == 1}, undamaged, index, bad)
-    entries = loader.quarantine.take_unshared()
+    entries = loader.quarantine.take_unreported()
     assert {entry.sample for entry in entries} == bad
     assert all("the shard ends early" in entry.reason for entry in entries)
 
@@ -308,7 +308,7 @@ def test_a_whole_bad_shard_at_a_url(s3: Proxy, clean: Index, tmp_path: Path) -> 
     write_index(local.folder, as_packed, [np.array(local.samples)], local.classes)
     upload(local.folder, "s3://bucket/damaged")
     index = open_index("s3://bucket/damaged", str(tmp_path / "cache"))
-    at_once = bytes_at_once(order, index.shard_bytes, 1, 0, STEPS)
+    at_once = compute_peak_bytes(order, index.shard_bytes, 1, 0, STEPS)
     assert at_once < index.shard_bytes.sum()
     with loader_of(index, order, cache_gb=at_once / 1e9) as loader:
         check(by_step(iter(loader)), by_step(train(clean, order)), index, set(damage))
@@ -372,7 +372,7 @@ def test_a_cut_jpeg_decodes_or_not_as_the_crop_has_it(clean: Index, order: Sampl
     encoded = store_path.read_bytes()[row["offset"] : row["offset"] + row["size"]]
     hurt = np.frombuffer(KINDS["cut"](encoded), np.uint8)
     with loader_of(clean, order, crop_area=(0.05, 0.1)) as loader:
-        alone = Alone(loader)
+        alone = SingleImageDecoder(loader)
         assert {alone.decodes(epoch, 3, 0, hurt) for epoch in range(30)} == {True, False}
     with pytest.raises(BadImage, match="cut short"):
         check_header(hurt, int(row["width"]), int(row["height"]))
@@ -404,7 +404,7 @@ def decodes(loader: TrainLoader, encoded: np.ndarray, y: int, x: int, height: in
         return (np.array([[y, x]], np.int32), np.array([[height, width]], np.int32), *others), erased
 
     loader._parameters = cropped  # type: ignore[method-assign]
-    return Alone(loader).decodes(0, 0, 0, encoded)
+    return SingleImageDecoder(loader).decodes(0, 0, 0, encoded)
 
 
 def test_the_end_of_a_thumbnail_is_not_that_of_the_image(clean: Index) -> None:
@@ -441,7 +441,7 @@ def test_what_all_ranks_found_counts_together(clean: Index) -> None:
         one.add(sample, "bad")
     for sample in (6, 7, 8):
         other.add(sample, "bad")
-    found = one.take_unshared() + other.take_unshared()
+    found = one.take_unreported() + other.take_unreported()
     errors = []
     for quarantine in (one, other):
         assert [bad.sample for bad in quarantine.share(found)] == [5, 6, 7, 8]
@@ -460,12 +460,12 @@ def test_the_file(clean: Index, tmp_path: Path) -> None:
     first = Quarantine(clean, 0.5, file)
     assert not file.exists()
     first.add(63, "its header is damaged")
-    first.record(first.share(first.take_unshared()), step=50)
+    first.record(first.share(first.take_unreported()), step=50)
     val = Quarantine(clean, 0.5, file, replaces=False)
     val.add(3, "DALI can't decode it")
-    val.record(val.share(val.take_unshared()), step=60)
+    val.record(val.share(val.take_unreported()), step=60)
     first.add(int(clean.shard_start[-2]), "cut")  # the one that took its place
-    first.record(first.share(first.take_unshared()), step=100)
+    first.record(first.share(first.take_unreported()), step=100)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     start = int(clean.shard_start[-2])
     expected = [(50, 63, start), (60, 3, None), (100, start, start + 1)]
@@ -476,8 +476,8 @@ def test_the_file(clean: Index, tmp_path: Path) -> None:
     assert {line["dataset"] for line in lines} == {clean.fingerprint}
 
     again = Quarantine(clean, 0.5, file)
-    assert (again.count, again.unshared) == (3, 0)
-    assert [again.stand_in(sample) for sample in (63, start, 0)] == [start + 1, start + 1, 0]
+    assert (again.count, again.unreported_count) == (3, 0)
+    assert [again.find_replacement(sample) for sample in (63, start, 0)] == [start + 1, start + 1, 0]
     with pytest.raises(ValueError, match=r"3 of 64 images can't be used, and data\.max_bad=0 allows 0"):
         Quarantine(clean, 0, file)
 
@@ -496,7 +496,7 @@ def test_every_pattern_of_bad_samples(clean: Index) -> None:
         quarantine = Quarantine(clean, 0.99)
         for sample in bad:
             quarantine.add(sample, "bad")
-        assert [quarantine.stand_in(s) for s in range(SAMPLES)] == [next_good(clean, bad, s) for s in range(SAMPLES)]
+        assert [quarantine.find_replacement(s) for s in range(SAMPLES)] == [next_good(clean, bad, s) for s in range(SAMPLES)]
 
 
 def test_without_its_idx_a_bad_image_has_no_key(clean: Index, tmp_path: Path) -> None:
@@ -504,5 +504,5 @@ def test_without_its_idx_a_bad_image_has_no_key(clean: Index, tmp_path: Path) ->
     (index.folder / index.shards[0].name).with_suffix(".idx").unlink()
     quarantine = Quarantine(index, 0.5)
     quarantine.add(0, "bad")
-    (bad,) = quarantine.take_unshared()
+    (bad,) = quarantine.take_unreported()
     assert str(bad) == f"sample 0 (key None, shard {index.shards[0].name}): bad"

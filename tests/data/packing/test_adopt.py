@@ -11,7 +11,7 @@ import pytest
 import webdataset
 
 import data.packing.adopt
-from data.dataset.index import DTYPE, Index, key, open_index
+from data.dataset.index import DTYPE, Index, open_index, read_key
 from data.loader.store import ShardStore
 from data.packing.adopt import index_shards
 from tests.support import REPOSITORY
@@ -63,7 +63,7 @@ def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
     assert index.classes == ("0", "1", "2")
     assert index.samples["label"].tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert stored(index) == [list(kinds.values())[number % 4] for number in range(7)]
-    assert [key(index, number) for number in range(7)] == [f"sub/key {number}" for number in range(7)]
+    assert [read_key(index, number) for number in range(7)] == [f"sub/key {number}" for number in range(7)]
 
 
 def test_labels_in_json(tmp_path: Path) -> None:

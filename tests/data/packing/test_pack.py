@@ -16,7 +16,7 @@ from PIL import Image
 
 import data.packing.pack
 from data.__main__ import main
-from data.dataset.index import key, open_index
+from data.dataset.index import open_index, read_key
 from data.packing.images import ImageRules
 from data.packing.pack import pack
 from data.packing.plan import Settings
@@ -40,7 +40,7 @@ def test_what_ends_where(source: Path, tmp_path: Path) -> None:
     for number, (encoded, label) in enumerate(DRAWN):
         assert found[f"n{label:04d}/image%20{number}"] == (encoded, label), "good JPEGs are stored as they are"
     for number in range(len(index)):
-        with Image.open(io.BytesIO(found[key(index, number)][0])) as image:
+        with Image.open(io.BytesIO(found[read_key(index, number)][0])) as image:
             assert (image.format, image.size) == ("JPEG", (index.samples["width"][number], index.samples["height"][number]))
     assert {line["path"] for line in rejected(index.folder)} == BROKEN
     assert all(line["reason"] for line in rejected(index.folder))

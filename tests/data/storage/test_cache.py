@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data.storage.cache import Cache, cache_root, release
+from data.storage.cache import Cache, choose_cache_root, release
 from data.storage.remote import Stopped
 
 SIZE = 10_000
@@ -217,13 +217,13 @@ def test_a_full_disk_evicts_and_then_is_an_error(tmp_path: Path) -> None:
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_TMPDIR", "/job")
     monkeypatch.setenv("TMPDIR", "/scratch")
-    assert cache_root("/here") == Path("/here")
-    assert cache_root(None).parent == Path("/job")
+    assert choose_cache_root("/here") == Path("/here")
+    assert choose_cache_root(None).parent == Path("/job")
     monkeypatch.delenv("SLURM_TMPDIR")
-    assert cache_root(None).parent == Path("/scratch")
+    assert choose_cache_root(None).parent == Path("/scratch")
     monkeypatch.delenv("TMPDIR")
     with pytest.raises(ValueError, match=r"set data\.cache=FOLDER"):
-        cache_root(None)
+        choose_cache_root(None)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from data.__main__ import main
-from data.dataset.index import Index, key, open_index
-from data.loader.order import ShardUse, evaluation_bytes_at_once, evaluation_uses
-from data.loader.store import FetchedShards, fetch
+from data.dataset.index import Index, open_index, read_key
+from data.loader.order import ShardUse, compute_evaluation_peak_bytes, plan_evaluation_uses
+from data.loader.store import FetchedShards, fetch_shard
 from data.packing.verify import verify
 from data.storage.cache import Cache, release
 from data.storage.remote import Stopped
@@ -45,8 +45,8 @@ def remote(s3: Proxy, tmp_path: Path) -> Index:
 
 def sequence(index: Index, micro_batch: int = 1) -> tuple[list[ShardUse], int]:
     """The uses of one reader that goes through all samples in order, a micro-batch a step, and the bytes that takes at once."""
-    uses = evaluation_uses(index.shard_start, micro_batch, 1)
-    return uses, evaluation_bytes_at_once(uses, index.shard_bytes)
+    uses = plan_evaluation_uses(index.shard_start, micro_batch, 1)
+    return uses, compute_evaluation_peak_bytes(uses, index.shard_bytes)
 
 
 def store_of(index: Index, *, shards: float, **options: Any) -> FetchedShards:
@@ -88,7 +88,9 @@ def test_the_index_comes_through_the_cache_once(s3: Proxy, many_shards: Index, t
     assert isinstance(index.samples, np.memmap)
     assert (index.samples == many_shards.samples).all()
     assert (index.shards, index.classes, index.fingerprint) == (many_shards.shards, many_shards.classes, many_shards.fingerprint)
-    assert [key(index, sample_id) for sample_id in (0, 50, 99, 50)] == [key(many_shards, sample_id) for sample_id in (0, 50, 99, 50)]
+    assert [read_key(index, sample_id) for sample_id in (0, 50, 99, 50)] == [
+        read_key(many_shards, sample_id) for sample_id in (0, 50, 99, 50)
+    ]
     assert not s3.shards()
     open_index(TRAIN, str(tmp_path))
     assert s3.gets["index.npy"] == 1
@@ -499,6 +501,6 @@ def test_stats_order_and_verify_of_a_url(
 
 
 def test_one_shard_without_a_plan(remote: Index, many_shards: Index) -> None:
-    descriptor = fetch(Cache(remote.folder, 1e9), remote, 4)
+    descriptor = fetch_shard(Cache(remote.folder, 1e9), remote, 4)
     assert os.pread(descriptor, 1 << 20, 0) == (many_shards.folder / many_shards.shards[4].name).read_bytes()
     release(descriptor)

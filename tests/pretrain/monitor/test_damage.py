@@ -40,7 +40,7 @@ def telling(folder: str, out: str, found: list[list[int]], max_bad: float) -> di
     except ValueError as raised:
         error = str(raised)
     dist.destroy_process_group()
-    return {"known": quarantine.count, "stand_in": quarantine.stand_in(0), "error": error}
+    return {"known": quarantine.count, "stand_in": quarantine.find_replacement(0), "error": error}
 
 
 @pytest.mark.parametrize(("max_bad", "too_many"), [(0.025, True), (0.04, False)])

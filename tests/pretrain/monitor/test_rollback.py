@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.dataset.index import open_index
-from data.loader.order import sample_order
+from data.loader.order import make_sample_order
 from data.settings import DataConfig
 from data.synthetic.synthesize import synthesize
 from pretrain.config import GuardConfig
@@ -83,7 +83,7 @@ def test_rollbacks_are_kept_in_a_file(tmp_path: Path) -> None:
     rollbacks.add(Bad(50, 50, "so"), 3, 40)
     rollbacks.write()
     again = Rollbacks(file, recorded(file))
-    assert [step for step in range(60) if again.passes(step)] == [*range(8), 47, 48, 49, 50]
+    assert [step for step in range(60) if again.is_skipped(step)] == [*range(8), 47, 48, 49, 50]
 
 
 # ---------------------------------------------------------------- evidence
@@ -98,7 +98,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_kept_of_a_bad_step(drawn: Path) -> None:
     index = open_index(drawn / "train", None)
-    order = sample_order(index, DataConfig(lanes=4, window=16), seed=1, global_batch=8)
+    order = make_sample_order(index, DataConfig(lanes=4, window=16), seed=1, global_batch=8)
     losses = np.array([[2.0, NAN, 2.0, 2.0], [2.0, 2.0, math.inf, 9.0]], np.float32)
     found = Steps([2, 3, 4, 6], losses, np.array([1, NAN, NAN, 5.0]), np.array([False, True, True, False]), 0.0, 1.0, 0.0, False)
     assert bad_steps(found, None, scales=False) == [1, 2]
