@@ -22,8 +22,9 @@ from data.common.results import record
 from launch.__main__ import free_port
 from pretrain import checkpoint
 from pretrain import config as settings
-from pretrain.engine import engine as engines
+from pretrain.engine import distributed
 from pretrain.engine.batch_stats import BatchStats
+from pretrain.engine.engine import build_engine
 from pretrain.model.build import build_model
 from pretrain.run.metrics import RunLog
 
@@ -71,9 +72,9 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         }
     )  # fmt: skip
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    engines.start(config.engine)
+    distributed.start(config.engine)
     model = build_model(config)
-    engine = engines.build(config, model, 1)
+    engine = build_engine(config, model, 1)
     log = Records()
     lock = checkpoint.hold(folder / "run", log.line)
     stats = BatchStats(model, 0.0)
@@ -111,7 +112,7 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         )  # fmt: skip
         print(*(f"{key} {value}" for key, value in rows[-1].items()), sep="   ", flush=True)
     lock.release()
-    engines.stop()
+    distributed.stop()
     medians = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
     print("medians:", *(f"{key} {value}" for key, value in medians.items()), sep="   ")
     return {"state_mb": round(checkpoints.bytes / 1e6), "medians": medians, "rows": rows}

@@ -129,11 +129,11 @@ def _train(args: argparse.Namespace) -> int:
 
     config = settings.load(args.config, args.overrides)
     with lasting_imports():
-        from pretrain.engine import engine
+        from pretrain.engine import distributed
         from pretrain.train import train
 
     code = train(config, force_config=args.force_config)
-    engine.stop()
+    distributed.stop()
     return code
 
 
@@ -145,12 +145,12 @@ def _status(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     with lasting_imports():
-        from pretrain.engine import engine
+        from pretrain.engine import distributed
         from pretrain.evaluation.command import judge
 
     config = Path(args.settings.pop(0)) if args.settings and "=" not in args.settings[0] else None
     judge(args.source, config, args.settings, average=args.weights == "ema", probe=args.probe)
-    engine.stop()
+    distributed.stop()
     return 0
 
 

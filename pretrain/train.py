@@ -10,7 +10,7 @@ told it to end.
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,15 +27,16 @@ from data.loader.quarantine import Quarantine
 from pretrain import config as settings
 from pretrain.checkpoint import Checkpoints, Retention, hold, list_checkpoints
 from pretrain.config import Config
-from pretrain.engine import engine as engines
-from pretrain.engine import zero_state
-from pretrain.engine.batch_stats import BatchStats
+from pretrain.engine import distributed, zero_state
+from pretrain.engine.batch_stats import BatchStats, synchronise
+from pretrain.engine.engine import build_engine
 from pretrain.engine.guard import Guard
 from pretrain.engine.optim import learning_rate, set_learning_rate
+from pretrain.engine.precision import DTYPES, usable_precision
 from pretrain.evaluation.accuracy import evaluate, restriction
 from pretrain.model.build import build_model
 from pretrain.model.fast.cuda_graphs import use_graphs
-from pretrain.model.fast.kernel_choice import use_kernels
+from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
 from pretrain.monitor import traffic
 from pretrain.monitor.damage import check_shards, tell_all
 from pretrain.monitor.faults import StopRequests
@@ -62,8 +63,8 @@ def train(config: Config, force_config: bool = False) -> int:
         ValueError: what can't work, before the first step: batch sizes, data, weights or a checkpoint that do not fit.
     """
     # ---------------------------------------------------------------- processes
-    device = engines.start(config.engine)
-    rank, ranks, hosts = dist.get_rank(), dist.get_world_size(), engines.hosts()
+    device = distributed.start(config.engine)
+    rank, ranks, hosts = dist.get_rank(), dist.get_world_size(), distributed.gather_hosts()
     accumulation = settings.accumulation(config, ranks)
     folder, place = Path(config.run.dir), Place()
     watchdog = Watchdog(place, hosts, config.guard.step_limit, config.guard.start_limit)
@@ -95,9 +96,15 @@ def train(config: Config, force_config: bool = False) -> int:
         for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
             log.line(line)
     flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
-    parameters, precision = [p.numel() for p in model.parameters()], engines.arithmetic(device, config.engine.precision)
-    engine = engines.build(config, model, accumulation)
-    kernels = config.model.kernels, device, config.data.image_size, engines.PRECISIONS[precision], config.engine.zero_stage
+    parameters, precision = [p.numel() for p in model.parameters()], usable_precision(device, config.engine.precision)
+    if config.engine.sync_bn:
+        synchronise(model)
+    for number in config.model.checkpoint_stages:
+        cast(Any, model).stages[number].grad_checkpointing = True
+    if config.model.compile:
+        compile_blocks(model)
+    engine = build_engine(config, model, accumulation)
+    kernels = config.model.kernels, device, config.data.image_size, DTYPES[precision], config.engine.zero_stage
     log.line(use_kernels(model, *kernels))
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
@@ -122,7 +129,7 @@ def train(config: Config, force_config: bool = False) -> int:
     }  # fmt: skip
     retention = Retention(config.run.keep, round(config.run.keep_every * order.steps_per_epoch), config.run.keep_best)
     checkpoints = Checkpoints(folder / "checkpoints", engine, stats, retention=retention, lock=lock, log=log)
-    rollbacks = Rollbacks(folder / "rollbacks.json", engines.from_rank_0(lambda: recorded(folder / "rollbacks.json")))
+    rollbacks = Rollbacks(folder / "rollbacks.json", distributed.run_on_rank_0(lambda: recorded(folder / "rollbacks.json")))
     resumed = checkpoints.load(identity)
     step, evaluation = (resumed["step"], resumed["evaluation"]) if resumed else (0, None)
     if resumed:
@@ -136,7 +143,7 @@ def train(config: Config, force_config: bool = False) -> int:
         log.line(f"{folder} is complete: step {step} of {total}")
         return 0
     record_start(folder, config, {"train": index.fingerprint} | ({"val": val.fingerprint} if val else {}), device)
-    engines.from_rank_0(lambda: log.trackers.open(config, folder, step))
+    distributed.run_on_rank_0(lambda: log.trackers.open(config, folder, step))
 
     def save() -> None:
         checkpoints.save(
@@ -183,7 +190,7 @@ def train(config: Config, force_config: bool = False) -> int:
         values = found.means()
         rate = len(found.numbers) * config.global_batch / found.seconds
         values |= {
-            "images_per_s": rate, "data_wait": found.waited / found.seconds, "memory_gb": engines.memory_gb(device),
+            "images_per_s": rate, "data_wait": found.waited / found.seconds, "memory_gb": distributed.peak_memory_gb(device),
             "left_s": (total - step) * config.global_batch / rate,
         }  # fmt: skip
         values |= {"mfu": mfu(rate / ranks, flops, peak)} if peak else {}

@@ -27,7 +27,7 @@ from benchmarks.training import layers, peer, roofline
 from benchmarks.training.measure import measure, row
 from benchmarks.training.ways import Job, Way, new_model, ways
 from data.common.results import record
-from pretrain.engine.engine import PRECISIONS
+from pretrain.engine.precision import DTYPES
 from pretrain.monitor.flops import mfu, peak_flops, training_flops
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -92,7 +92,7 @@ def _layers(args: Namespace, model: str, device: torch.device) -> None:
     batch = args.batch or LAYER_BATCH
     job = {"model": model, "image_size": args.image_size, "batch": batch, "precision": args.precision}
     print(f"\n{model}, {args.image_size} px, {batch} images, {args.precision}", flush=True)
-    found = layers.bench(layers.layers(model, args.image_size), batch, PRECISIONS[args.precision], device)
+    found = layers.bench(layers.layers(model, args.image_size), batch, DTYPES[args.precision], device)
     command = f"python -m benchmarks.training --gpu --only layers {_options(job)}"
     record(_file(args, "layers", device), command, ["torch", "triton"], **about(device), **job, **found)
 

@@ -23,7 +23,7 @@ from data.loader.loaders import TrainLoader
 from data.loader.order import make_sample_order
 from data.loader.pipeline import Batch
 from pretrain.config import Config
-from pretrain.engine import engine as engines
+from pretrain.engine import distributed
 from pretrain.model.build import build_model
 
 KINDS = ("fed", "repeated")
@@ -43,7 +43,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
     order = make_sample_order(index, config.data, seed=config.seed, global_batch=micro_batch)
     torch.manual_seed(config.seed)
     train = engine_step(config, build_model(config))
-    device = engines.rank_device(config.engine)
+    device = distributed.rank_device(config.engine)
     ahead = config.data.read_threads + 8  # read, and inside DALI
 
     def step(batch: Batch) -> None:

@@ -23,7 +23,7 @@ from torch import nn
 
 import pretrain.model.van  # noqa: F401  registers the family with timm
 from data.common.results import record
-from pretrain.engine.engine import PRECISIONS
+from pretrain.engine.precision import DTYPES
 from pretrain.model.depthwise import DepthwiseConv2d
 from pretrain.model.fast import cpu as on_cpu
 from pretrain.model.van import Mlp
@@ -63,7 +63,7 @@ def autocast(precision: str) -> torch.autocast:
 
 
 def layer_step(layer: nn.Module, dim: int, size: int, batch: int, precision: str) -> Callable[[], None]:
-    x = torch.randn(batch, dim, size, size).to(PRECISIONS[precision], memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(batch, dim, size, size).to(DTYPES[precision], memory_format=torch.channels_last).requires_grad_()
     grad = torch.randn_like(x)
 
     def step() -> None:

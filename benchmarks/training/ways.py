@@ -31,8 +31,10 @@ from torch import Tensor, nn
 
 from benchmarks.training import peer
 from pretrain import config as settings
-from pretrain.engine import engine as engines
+from pretrain.engine import distributed
+from pretrain.engine.engine import build_engine
 from pretrain.engine.optim import AdamW, parameter_groups
+from pretrain.engine.precision import DTYPES, autocast, usable_precision
 from pretrain.model.fast.cuda_graphs import use_graphs
 from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
 from pretrain.model.formats import to_format
@@ -106,13 +108,13 @@ def new_model(job: Job) -> VAN:
 
 def _own(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
     model = new_model(job)
-    use_kernels(model, kernels, job.device, job.image_size, engines.PRECISIONS[engines.arithmetic(job.device, precision)])
+    use_kernels(model, kernels, job.device, job.image_size, DTYPES[usable_precision(job.device, precision)])
     if compiled:
         compile_blocks(model)
     optimizer = AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
-        with engines.autocast(job.device, precision):
+        with autocast(job.device, precision):
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad()
@@ -133,10 +135,10 @@ def _peer(authors: ModuleType, precision: str, job: Job, *, channels_last: bool,
     if compiled:
         model.compile()
 
-    autocast = torch.autocast(job.device.type, engines.PRECISIONS[precision], enabled=precision != "fp32")
+    as_theirs = torch.autocast(job.device.type, DTYPES[precision], enabled=precision != "fp32")
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
-        with autocast:
+        with as_theirs:
             loss = F.cross_entropy(model(images), labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -173,9 +175,9 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.engine.guard import Guard
     from pretrain.train import mixed_cross_entropy
 
-    device = engines.start(config.engine)
-    engine: Any = engines.build(config, model, 1)
-    dtype = engines.PRECISIONS[engines.arithmetic(device, config.engine.precision)]
+    device = distributed.start(config.engine)
+    engine: Any = build_engine(config, model, 1)
+    dtype = DTYPES[usable_precision(device, config.engine.precision)]
     use_kernels(model, config.model.kernels, device, config.data.image_size, dtype, config.engine.zero_stage)
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")

@@ -19,7 +19,7 @@ from pretrain.checkpoint.retention import Retention, saved_in
 from pretrain.checkpoint.staging import Staging
 from pretrain.engine import zero_state
 from pretrain.engine.batch_stats import BatchStats
-from pretrain.engine.engine import from_rank_0
+from pretrain.engine.distributed import gather_objects, run_on_rank_0
 from pretrain.run.directory import LATEST, TRAINER, checkpoint_name, list_checkpoints
 from pretrain.run.metrics import RunLog
 
@@ -66,7 +66,7 @@ class Checkpoints:
         size = torch.tensor(self.staging.bytes)
         dist.all_reduce(size, group=self.group)
         self.bytes = int(size)
-        from_rank_0(self._prepare, self.group)
+        run_on_rank_0(self._prepare, self.group)
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -126,9 +126,9 @@ class Checkpoints:
         trainer = trainer | {_COUNTER: int(self.staging.host[_COUNTER])}
         partial = files.temporary(self.folder, "partial", checkpoint_name(step))
         try:
-            partial = from_rank_0(lambda: self._begin(partial), self.group)
+            partial = run_on_rank_0(lambda: self._begin(partial), self.group)
             outcomes = self._write_shards(partial)
-            written = from_rank_0(lambda: self._commit(partial, trainer, outcomes), self.group)
+            written = run_on_rank_0(lambda: self._commit(partial, trainer, outcomes), self.group)
         except OSError as error:  # the same one on every rank
             self._unsaved = str(error)
             if self.rank == 0:
@@ -160,9 +160,7 @@ class Checkpoints:
             outcome: files.Entry | OSError = file.entry
         except OSError as error:
             outcome = error
-        outcomes: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(outcome, outcomes if self.rank == 0 else None, group=self.group)
-        return outcomes
+        return gather_objects(outcome, self.group)
 
     def _commit(self, partial: Path, trainer: dict[str, Any], outcomes: list[Any]) -> int:
         """Returns the checkpoint's size in bytes."""
@@ -202,7 +200,7 @@ class Checkpoints:
             ValueError: there is none; nothing is removed then.
         """
         self.wait()
-        from_rank_0(lambda: self._remove_after(until), self.group)
+        run_on_rank_0(lambda: self._remove_after(until), self.group)
         trainer = self.load(identity)
         assert trainer is not None
         return trainer
@@ -227,7 +225,7 @@ class Checkpoints:
         Raises:
             ValueError: there are checkpoints, but no whole one, or one of another job, or one without a state that has to be there.
         """
-        chosen = from_rank_0(self._choose, self.group)
+        chosen = run_on_rank_0(self._choose, self.group)
         if chosen is None:
             return None
         path, trainer = chosen

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.engine.engine import from_rank_0
+from pretrain.engine.distributed import run_on_rank_0
 from pretrain.run.directory import BEAT_S, PATIENCE_S, list_locks, machine_id, process_start, read_lock
 from pretrain.run.place import host
 
@@ -66,7 +66,7 @@ def hold(run: Path, log: Callable[[str], None]) -> RunLock:
     Raises:
         ValueError: another job holds it, or the directory can't be written to.
     """
-    path = from_rank_0(lambda: acquire(run, log))
+    path = run_on_rank_0(lambda: acquire(run, log))
     return RunLock(path if dist.get_rank() == 0 else None)
 
 

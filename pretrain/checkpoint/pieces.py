@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.futures import Future
 
+from pretrain.engine.distributed import gather_objects
+
 METADATA = ".metadata"
 
 
@@ -95,11 +97,9 @@ def plan(state: dict[str, Tensor], offsets: dict[str, int], group: dist.ProcessG
         offsets: where in this rank's file each begins, in bytes.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    planner.set_up_planner(state, is_coordinator=rank == 0)
-    of_ranks: list[Any] = [None] * ranks
-    dist.gather_object((planner.create_local_plan(), offsets), of_ranks if rank == 0 else None, group=group)
-    if rank != 0:
+    planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
+    of_ranks = gather_objects((planner.create_local_plan(), offsets), group)
+    if not of_ranks:
         return None
     _, metadata = planner.create_global_plan([local for local, _ in of_ranks])
     metadata.storage_data = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data.dataset.index import Index
 from data.loader.loaders import EvalLoader
-from pretrain.engine.engine import autocast
+from pretrain.engine.precision import autocast
 from pretrain.model.formats import some
 
 _NAMED = 20  # classes that an error offers to leave out

@@ -22,9 +22,11 @@ from data.dataset.index import Index, open_index
 from data.loader.loaders import EvalLoader
 from pretrain import config as settings
 from pretrain.config import Config
-from pretrain.engine import engine as engines
+from pretrain.engine import distributed
+from pretrain.engine.distributed import all_gather_rows
+from pretrain.engine.precision import DTYPES, usable_precision
 from pretrain.evaluation.accuracy import evaluate, matched, none_left, restriction
-from pretrain.evaluation.probe import NEIGHBOURS, LinearProbe, drawn_samples, features, from_all_ranks, knn_hits
+from pretrain.evaluation.probe import NEIGHBOURS, LinearProbe, drawn_samples, features, knn_hits
 from pretrain.model.build import build_model
 from pretrain.model.fast.kernel_choice import use_kernels
 from pretrain.model.formats import some
@@ -54,10 +56,10 @@ def judge(source: Path, config: Path | None, overrides: list[str], *, average: b
     """
     if probe is not None and probe < 1:
         raise ValueError(f"--probe {probe}: it takes at least 1 image a class")
-    engines.join()
+    distributed.join()
     weights = open_weights(source, config, overrides, average=average, headless=probe is not None)
     data, engine = weights.config.data, weights.config.engine
-    device = engines.rank_device(engine)
+    device = distributed.rank_device(engine)
     if data.val is None:
         raise ValueError(f"{config or source}: its data.val is not set; add data.val=FOLDER")
     val = open_index(data.val, data.cache)
@@ -65,9 +67,9 @@ def judge(source: Path, config: Path | None, overrides: list[str], *, average: b
     head = _head(weights, source, val) if train is None else train.classes
     told = restriction(head, val, data.val_except)
     check_shards([val] if train is None else [val, train], checksums=data.check == "checksums")
-    dtype = engines.PRECISIONS[engines.arithmetic(device, engine.precision)]
+    dtype = DTYPES[usable_precision(device, engine.precision)]
     _say(use_kernels(weights.model.to(device), weights.config.model.kernels, device, data.image_size, dtype))
-    rank, hosts = dist.get_rank(), engines.hosts()
+    rank, hosts = dist.get_rank(), distributed.gather_hosts()
     placement = Placement(device, engine.micro_batch, rank, len(hosts), ranks_on_node=hosts.count(hosts[rank]))
     if train is not None and probe is not None:
         _probe(weights, train, val, probe, placement)
@@ -157,7 +159,7 @@ def _probe(weights: Weights, train: Index, val: Index, per_class: int, placement
     with EvalLoader(train, data, placement, samples=samples) as loader:
         own, labels = features(weights.model, loader, weights.config.engine.precision)
         _tell_of_bad(loader)
-        bank, bank_labels = from_all_ranks(own), from_all_ranks(targets_of_train[labels])
+        bank, bank_labels = all_gather_rows(own), all_gather_rows(targets_of_train[labels])
         if not len(bank):
             raise ValueError(none_left(loader))
     with EvalLoader(val, data, placement) as loader:

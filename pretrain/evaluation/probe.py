@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data.common.counter_rng import Draw, hash64
 from data.dataset.index import Index
 from data.loader.loaders import EvalLoader
-from pretrain.engine.engine import autocast
+from pretrain.engine.precision import autocast
 from pretrain.evaluation.accuracy import hits
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -49,16 +49,6 @@ def features(model: nn.Module, loader: EvalLoader, precision: str) -> tuple[Tens
         found.append(own.clone())  # what inference mode made can take no part in a probe's gradient
         labels.append(batch.labels)
     return torch.cat(found), torch.cat(labels)
-
-
-def from_all_ranks(own: Tensor) -> Tensor:
-    """What all ranks have, (n, …) each, in rank order. Collective."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(own)], device=own.device))
-    most = max(int(count) for count in counts)
-    padded = [own.new_empty(most, *own.shape[1:]) for _ in counts]
-    dist.all_gather(padded, torch.cat([own, own.new_zeros(most - len(own), *own.shape[1:])]))
-    return torch.cat([part[: int(count)] for part, count in zip(padded, counts, strict=True)])
 
 
 def knn_hits(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int) -> Tensor:

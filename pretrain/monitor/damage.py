@@ -1,13 +1,14 @@
 """Damaged data, as the ranks of a job find it: what one has found all are told, and all draw the same conclusion."""
 
-import itertools
 from collections.abc import Sequence
+from itertools import chain
 
 import torch.distributed as dist
 
 from data.dataset.check import find_damaged_shards
 from data.dataset.index import Index
 from data.loader.quarantine import BadSample, Quarantine
+from pretrain.engine.distributed import all_gather_objects
 from pretrain.run.metrics import RunLog
 
 _NAMED = 5
@@ -51,8 +52,6 @@ def describe(quarantine: Quarantine, bad: BadSample) -> str:
     return f"{bad}; {'left out' if other is None else f'sample {other} takes its place'}"
 
 
-def _gather(found: list) -> list:
-    """What all ranks have, in rank order."""
-    lists: list[list] = [[]] * dist.get_world_size()
-    dist.all_gather_object(lists, found)
-    return list(itertools.chain.from_iterable(lists))
+def _gather(values: list) -> list:
+    """Returns the values of all ranks in one list, in rank order. Collective."""
+    return list(chain.from_iterable(all_gather_objects(values)))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.engine.distributed import all_gather_tensors
 from pretrain.engine.guard import Guard
 
 MUCH = 0.5  # of the steps, in which a GPU runs dry, that is worth a remark
@@ -118,9 +118,7 @@ class Interval:
         """
         self._rows[-1] = news
         self._rows[: len(self.starved), 3] = torch.tensor(self.starved, dtype=torch.float32)
-        gathered = [torch.empty_like(self._rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, self._rows)
-        rows = torch.stack(gathered).cpu().numpy()
+        rows = all_gather_tensors(self._rows).cpu().numpy()
         seconds, waited, numbers = time.monotonic() - self._began, self._waited, self._numbers
         self._begin()
         own = rows[:, : len(numbers)]

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pretrain import config as settings
 from pretrain.config import Config
-from pretrain.engine.engine import autocast
+from pretrain.engine.precision import autocast
 from pretrain.model.build import build_model
 
 USABLE = 0.9  # of a GPU's memory

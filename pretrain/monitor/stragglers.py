@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pretrain.engine.distributed import all_gather_tensors
+
 MUCH = 0.15  # more time than the median's that is worth a remark
 Moment = float | torch.cuda.Event
 
@@ -89,9 +91,7 @@ class OwnTime:
 def slowest(seconds: float, hosts: Sequence[str]) -> Slowest:
     """The rank that has the most of these seconds, of which each rank gives its own. Collective, and waits for the device."""
     device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    own = torch.tensor([seconds], dtype=torch.float32, device=device)
-    gathered = [torch.empty_like(own) for _ in hosts]
-    dist.all_gather(gathered, own)
-    times = torch.cat(gathered).tolist()
+    own = torch.tensor(seconds, dtype=torch.float32, device=device)
+    times = all_gather_tensors(own).tolist()
     rank = max(range(len(times)), key=times.__getitem__)
     return Slowest(rank, hosts[rank], times[rank], statistics.median_low(times))

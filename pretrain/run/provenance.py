@@ -19,7 +19,6 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import distributions, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from data.common.results import git_commit
 from pretrain import config as settings
 from pretrain.config import Config
+from pretrain.engine.distributed import gather_objects
 from pretrain.run.place import host
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
@@ -54,8 +54,7 @@ def record_start(run: Path, config: Config, data: Mapping[str, str], device: tor
     Args:
         data: fingerprints of the data sets.
     """
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.gather_object(_host(device), hosts if dist.get_rank() == 0 else None)
+    hosts = gather_objects(_host(device))
     if dist.get_rank():
         return None
     starts = run / STARTS

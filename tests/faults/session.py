@@ -11,9 +11,9 @@ from torch import nn
 
 from pretrain import checkpoint
 from pretrain import config as settings
-from pretrain.engine import engine as engines
-from pretrain.engine import zero_state
+from pretrain.engine import distributed, zero_state
 from pretrain.engine.batch_stats import BatchStats
+from pretrain.engine.engine import build_engine
 from pretrain.run.metrics import RunLog
 
 CONFIG = {
@@ -48,11 +48,11 @@ class Session:
         config = settings.from_dict(CONFIG)
         for key, value in engine.items():
             setattr(config.engine, key, value)
-        engines.start(config.engine)
+        distributed.start(config.engine)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(config.seed)
         self.model = nn.Sequential(nn.Conv2d(3, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 36, 3))
-        self.engine = engines.build(config, self.model, settings.accumulation(config, self.ranks))
+        self.engine = build_engine(config, self.model, settings.accumulation(config, self.ranks))
         self.stats = BatchStats(self.model, config.engine.ema_decay)
         self.log = Memory()
         self.lock = checkpoint.hold(self.run, self.log.line)
@@ -120,7 +120,7 @@ class Session:
 
     def end(self) -> None:
         self.lock.release()
-        engines.stop()
+        distributed.stop()
 
 
 def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

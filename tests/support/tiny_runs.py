@@ -14,8 +14,9 @@ def worker(folder: str) -> None:
     """One rank: runs of two steps, FOLDER/averaged with a moving average and FOLDER/plain without; FOLDER/….pt is what they hold."""
     from pretrain import config as settings
     from pretrain.checkpoint import Checkpoints, Retention, hold
-    from pretrain.engine import engine as engines
+    from pretrain.engine import distributed
     from pretrain.engine.batch_stats import BatchStats
+    from pretrain.engine.engine import build_engine
     from pretrain.model.build import build_model
     from pretrain.run.metrics import RunLog
 
@@ -26,11 +27,11 @@ def worker(folder: str) -> None:
             "engine": {"micro_batch": 4, "device": "cpu"},
         }
     )  # fmt: skip
-    engines.start(config.engine)
+    distributed.start(config.engine)
     for name, ema_decay in (("averaged", 0.9), ("plain", 0.0)):
         config.engine.ema_decay, config.data.eval_resize = ema_decay, "crop" if ema_decay else "squash"
         model = build_model(config)
-        engine = engines.build(config, model, 1)
+        engine = build_engine(config, model, 1)
         stats = BatchStats(model, ema_decay)
         run, log = Path(folder, name), RunLog(None)
         checkpoints = Checkpoints(run / "checkpoints", engine, stats, retention=Retention(3), lock=hold(run, log.line), log=log)
@@ -47,7 +48,7 @@ def worker(folder: str) -> None:
         checkpoints.save({**trainer, "config": settings.as_dict(config)})
         checkpoints.close()
         torch.save({"raw": {key: tensor.clone() for key, tensor in model.state_dict().items()}, "ema": average}, Path(folder, f"{name}.pt"))
-    engines.stop()
+    distributed.stop()
 
 
 def held(runs: Path, kind: str) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from pretrain.config import Config
-from pretrain.engine import engine as engines
+from pretrain.engine.precision import DTYPES
 from pretrain.model.van import VAN, VANStage
 
 WARM_UP = 3  # passes before recording, in which libraries choose their kernels, and compilers compile
@@ -188,7 +188,7 @@ def use_graphs(engine: Any, config: Config) -> str:
     decided of how the model computes, and where its parameters and buffers lie."""
     if engine.device.type != "cuda":
         return f"graphs: none on a {engine.device.type}"
-    size, precision = config.data.image_size, engines.PRECISIONS[config.engine.precision]
+    size, precision = config.data.image_size, DTYPES[config.engine.precision]
     images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
     # The weights that autocast keeps once it has cast them would not be cast again by a graph.
     with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):

@@ -30,18 +30,18 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
 
     from data.common.counter_rng import hash64
     from pretrain import config as settings
-    from pretrain.engine import engine as engines
-    from pretrain.engine import zero_state
+    from pretrain.engine import distributed, zero_state
     from pretrain.engine.batch_stats import BatchStats
+    from pretrain.engine.engine import build_engine
     from pretrain.model.build import build_model
 
     config = settings.from_dict(CONFIG)
     config.engine.zero_stage, config.engine.micro_batch, config.engine.ema_decay = stage, micro_batch, ema_decay
-    engines.start(config.engine)
+    distributed.start(config.engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed if not load else 999)  # what is loaded must not depend on what was there
     model = build_model(config)
-    engine = engines.build(config, model, settings.accumulation(config, ranks))
+    engine = build_engine(config, model, settings.accumulation(config, ranks))
     stats = BatchStats(model, config.engine.ema_decay)
     log = Memory()
     lock = checkpoint.hold(Path(f"{folder}-lock"), log.line)
@@ -74,7 +74,7 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
         if ema_decay:
             state |= {f"buffer_ema/{name}": average.clone() for name, average in stats.averages.items()}
         torch.save({"state": state, "output": output, "steps": int(zero_state.step_counter(engine))}, Path(folder, "state.pt"))
-    engines.stop()
+    distributed.stop()
     return {"step": step, "lines": log.lines}
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pretrain.engine import engine as engines
+from pretrain.engine.precision import DTYPES, autocast, usable_precision
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -23,10 +23,12 @@ def run(
 ) -> dict[str, Any]:
     """One rank's losses of a narrow VAN that learns four classes, with accumulation, drop path and a moving average."""
     from pretrain import config as settings
-    from pretrain.engine import engine as engines
-    from pretrain.engine.batch_stats import BatchStats
+    from pretrain.engine import distributed
+    from pretrain.engine.batch_stats import BatchStats, synchronise
+    from pretrain.engine.engine import build_engine
     from pretrain.engine.guard import Guard
     from pretrain.model.fast.cuda_graphs import graph_stages
+    from pretrain.model.fast.kernel_choice import compile_blocks
     from pretrain.model.van import VAN
     from tests.pretrain.model.fast.test_cuda_graphs import Rerun
 
@@ -38,11 +40,17 @@ def run(
         }
     )  # fmt: skip
     if not dist.is_initialized():
-        engines.start(config.engine)
+        distributed.start(config.engine)
     rank = dist.get_rank()
     torch.manual_seed(0)
     network = VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), drop_path_rate=0.1)
-    built = engines.build(config, network, settings.accumulation(config, dist.get_world_size()))
+    if config.engine.sync_bn:
+        synchronise(network)
+    for number in config.model.checkpoint_stages:
+        network.stages[number].grad_checkpointing = True
+    if config.model.compile:
+        compile_blocks(network)
+    built = build_engine(config, network, settings.accumulation(config, dist.get_world_size()))
     stats, guard, losses = BatchStats(network, 0.9), Guard(built, clip=clip, scales=config.engine.precision == "fp16"), []
     if graphs:
         line = graph_stages(network, built.reductions.ready, torch.empty(4, 3, 32, 32).to(memory_format=torch.channels_last), Rerun)
@@ -152,16 +160,16 @@ def test_lower_precision_is_close_to_fp32(precision: str) -> None:
     exact, _ = run_on_ranks(2, run, steps=5)
     assert one["losses"] == pytest.approx(exact["losses"], rel=3e-2)
     # A CPU without bf16 computes in fp32.
-    assert (one["losses"] == exact["losses"]) == (engines.arithmetic(torch.device("cpu"), precision) == "fp32")
+    assert (one["losses"] == exact["losses"]) == (usable_precision(torch.device("cpu"), precision) == "fp32")
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_bf16_is_fp32_where_a_cpu_has_none(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    used = {(device.type, wish): engines.arithmetic(device, wish) for device in (cpu, gpu) for wish in engines.PRECISIONS}
+    used = {(device.type, wish): usable_precision(device, wish) for device in (cpu, gpu) for wish in DTYPES}
     assert {key: found for key, found in used.items() if found != key[1]} == ({} if supported else {("cpu", "bf16"): "fp32"})
-    with engines.autocast(cpu, "bf16"):
+    with autocast(cpu, "bf16"):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if supported else torch.float32)
 
 

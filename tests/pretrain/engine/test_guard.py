@@ -35,18 +35,19 @@ class Rank:
 
     def __init__(self, clip: float = 0.0, scales: bool = False, **engine: Any):
         from pretrain import config as settings
-        from pretrain.engine import engine as engines
+        from pretrain.engine import distributed
         from pretrain.engine.batch_stats import BatchStats
+        from pretrain.engine.engine import build_engine
         from pretrain.engine.guard import Guard
 
         config = settings.from_dict(CONFIG)
         for key, value in engine.items():
             setattr(config.engine, key, value)
         if not dist.is_initialized():
-            engines.start(config.engine)
+            distributed.start(config.engine)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.model = network()
-        self.engine = engines.build(config, self.model, settings.accumulation(config, self.ranks))
+        self.engine = build_engine(config, self.model, settings.accumulation(config, self.ranks))
         self.stats = BatchStats(self.model, config.engine.ema_decay)
         self.guard = Guard(self.engine, clip=clip, scales=scales)
 

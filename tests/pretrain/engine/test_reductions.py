@@ -23,7 +23,8 @@ WHOLE = 500_000_000  # elements: DeepSpeed's default, and one bucket for the who
 def build(stage: int) -> tuple[Any, Any]:
     """The engine of one rank, two micro-batches of two samples a step, and its guard."""
     from pretrain import config as settings
-    from pretrain.engine import engine as engines
+    from pretrain.engine import distributed
+    from pretrain.engine.engine import build_engine
     from pretrain.engine.guard import Guard
     from pretrain.model.van import VAN
 
@@ -35,9 +36,9 @@ def build(stage: int) -> tuple[Any, Any]:
         }
     )  # fmt: skip
     if not dist.is_initialized():
-        engines.start(config.engine)
+        distributed.start(config.engine)
     torch.manual_seed(0)
-    engine = engines.build(config, VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1)), 2)
+    engine = build_engine(config, VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1)), 2)
     return engine, Guard(engine, clip=1.0, scales=False)
 
 
@@ -141,7 +142,7 @@ def test_memory_that_is_freed_in_use_is_a_race() -> None:
 
 def trained() -> dict[int, list[tuple[int, list[float]]]]:
     """By stage: in buckets, in one, and a step more, how many elements are reduced together, and all of this rank's weights."""
-    from pretrain.engine import engine as engines
+    from pretrain.engine import engine as engine_module
     from pretrain.engine import zero_state
 
     def weights(stage: int, steps: int = STEPS) -> tuple[int, list[float]]:
@@ -153,7 +154,7 @@ def trained() -> dict[int, list[tuple[int, list[float]]]]:
 
     found = {}
     for stage in range(4):
-        with patch.object(engines, "bucket_size", lambda model: WHOLE):
+        with patch.object(engine_module, "bucket_size", lambda model: WHOLE):
             one = weights(stage)
         found[stage] = [weights(stage), one, weights(stage, STEPS + 1)]
     return found
@@ -203,7 +204,7 @@ def test_zero_3_fetches_weights_block_by_block() -> None:
 
 def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
     """By stage and whether there are buckets, what the trace of two steps tells, on rank 0."""
-    from pretrain.engine import engine as engines
+    from pretrain.engine import engine as engine_module
     from pretrain.monitor.profiling import Profiler
     from pretrain.run.place import Place
 
@@ -218,7 +219,7 @@ def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
     found = {}
     for stage in (0, 1, 2):
         found[stage, True] = trace(stage, folder / f"{stage}")
-        with patch.object(engines, "bucket_size", lambda model: WHOLE):
+        with patch.object(engine_module, "bucket_size", lambda model: WHOLE):
             found[stage, False] = trace(stage, folder / f"{stage}-control")
     return found  # type: ignore[return-value]
 

@@ -21,7 +21,7 @@ from data.loader.loaders import EvalLoader
 from data.settings import DataConfig
 from data.synthetic.synthesize import PATTERNS
 from pretrain.__main__ import main
-from pretrain.engine import engine as engines
+from pretrain.engine import distributed
 from pretrain.evaluation.accuracy import evaluate, hits, matched, restriction
 from pretrain.evaluation.command import open_weights
 from pretrain.weights.export import FOLDERS, export
@@ -40,15 +40,15 @@ WIDE = [*list(PATTERNS)[::-1], "a", "b", "c"]  # the ten classes of the drawn im
 @pytest.fixture
 def alone() -> Iterator[None]:
     """This process as a job's only rank; the command joins by itself."""
-    engines.join()
+    distributed.join()
     yield
-    engines.stop()
+    distributed.stop()
 
 
 @pytest.fixture
 def leaves() -> Iterator[None]:
     yield
-    engines.stop()
+    distributed.stop()
 
 
 def named(index: Index, folder: Path, classes: list[str]) -> Path:
@@ -170,7 +170,7 @@ def test_a_name_to_leave_out_must_be_one_of_the_classes(drawn: Path) -> None:
 
 def evaluating(folder: str, without: list[str]) -> dict[str, Any] | str:
     """One rank."""
-    engines.join()
+    distributed.join()
     settings = DataConfig(image_size=32, decode_threads=1, read_threads=1, max_bad=0.99, val_except=without)
     placement = Placement(CPU, 4, torch.distributed.get_rank(), torch.distributed.get_world_size())
     with EvalLoader(open_index(folder), settings, placement) as loader:
@@ -180,7 +180,7 @@ def evaluating(folder: str, without: list[str]) -> dict[str, Any] | str:
         except ValueError as error:
             return str(error)
         finally:
-            engines.stop()
+            distributed.stop()
 
 
 def test_each_image_counts_once_on_any_number_of_ranks(drawn: Path, tmp_path: Path) -> None:
@@ -256,10 +256,10 @@ def test_everything_that_holds_the_weights_is_judged_alike(
 
     expected = result(run, data)
     open_run = open_weights(run, None, [data], average=False, headless=False)
-    engines.join()
+    distributed.join()
     with EvalLoader(open_index(val), open_run.config.data, Placement(CPU, micro_batch=64)) as loader:
         found = evaluate(open_run.model, loader, CLASSES, "bf16")
-    engines.stop()
+    distributed.stop()
     assert expected == f"top-1 {found['top1']:.2%}, top-5 {found['top5']:.2%}, loss {found['loss']:.4f} on 120 images of {val}"
 
     assert result(run / "checkpoints" / "step-000000002", data) == expected

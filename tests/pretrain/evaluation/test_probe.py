@@ -15,9 +15,9 @@ from data.dataset.index import Index, open_index
 from data.loader.loaders import EvalLoader
 from data.settings import DataConfig
 from data.synthetic.synthesize import synthesize
-from pretrain.engine import engine as engines
+from pretrain.engine import distributed
 from pretrain.evaluation import probe
-from pretrain.evaluation.probe import NEIGHBOURS, PENALTY, TEMPERATURE, LinearProbe, drawn_samples, features, from_all_ranks, knn_hits
+from pretrain.evaluation.probe import NEIGHBOURS, PENALTY, TEMPERATURE, LinearProbe, drawn_samples, features, knn_hits
 from tests.support.ranks import run_on_ranks
 from tests.support.tiny_runs import new_model
 
@@ -27,9 +27,9 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def alone() -> Iterator[None]:
     """This process as a job's only rank."""
-    engines.join()
+    distributed.join()
     yield
-    engines.stop()
+    distributed.stop()
 
 
 def clouds(count: int, seed: int, classes: int = 7, width: int = 12, spread: float = 2.5) -> tuple[Tensor, Tensor]:
@@ -140,17 +140,17 @@ def test_the_linear_probe_is_the_minimum(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def probing(skip: list[int]) -> dict[str, list]:
     """One rank, which holds every so-manieth of the images; those that `skip` names hold none of the bank."""
-    engines.join()
+    distributed.join()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     bank, bank_labels = clouds(101, 1)
     queries, labels = (part[rank::ranks] for part in clouds(50, 2))
     holding = [number for number in range(ranks) if number not in skip]
     own = slice(holding.index(rank), None, len(holding)) if rank in holding else slice(0, 0)
-    bank, bank_labels = from_all_ranks(bank[own]), from_all_ranks(bank_labels[own])
+    bank, bank_labels = distributed.all_gather_rows(bank[own]), distributed.all_gather_rows(bank_labels[own])
     linear = LinearProbe(bank, bank_labels, 7)
     found = torch.stack([knn_hits(bank, bank_labels, queries, labels, 7), linear.hits(queries, labels)])
     torch.distributed.all_reduce(found)
-    engines.stop()
+    distributed.stop()
     return {"bank": sorted(bank[:, 0].tolist()), "hits": found.tolist(), "weight": linear.weight.tolist()}
 
 

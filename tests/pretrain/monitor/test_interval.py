@@ -14,17 +14,17 @@ def share(graphs: bool) -> tuple[float, str]:
     """Of four steps, in one of which rank 0's GPU is starved, in one rank 1's, and in one both."""
     import torch.distributed as dist
 
-    from pretrain.engine import engine as engines
+    from pretrain.engine import distributed
     from pretrain.monitor.interval import Interval
 
-    engines.join()
+    distributed.join()
     interval = Interval(torch.device("cpu"), most=4, accumulation=1, asks=True)
     for number in range(4):
         interval.end_step(number, SimpleNamespace(norm=1.0, found_inf=0.0))  # type: ignore[arg-type]
     interval.starved = [[True, False, True, False], [False, True, True, False]][dist.get_rank()]
     steps = interval.close(0)
     assert interval.close(0).starved is None  # of no steps
-    engines.stop()
+    distributed.stop()
     assert steps.starved is not None
     return steps.starved, steps.remark(graphs)
 

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import pretrain.model.van  # noqa: F401  registers the family with timm
 from pretrain import config as settings
 from pretrain.config import Config
-from pretrain.engine.engine import autocast
+from pretrain.engine.precision import autocast
 from pretrain.monitor.memory import activation_bytes, explanation, largest_that_fits
 
 pytestmark = pytest.mark.slow

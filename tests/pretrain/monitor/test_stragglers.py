@@ -20,7 +20,8 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[
     """One rank: an interval of one step and one of two, of two micro-steps each; what the second tells, and its steps' times."""
     import torch.distributed as dist
 
-    from pretrain.engine import engine as engines
+    from pretrain.engine import distributed
+    from pretrain.engine.engine import build_engine
     from pretrain.model.build import build_model
     from pretrain.monitor.stragglers import OwnTime
 
@@ -31,12 +32,12 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[
             "optim": {"lr": 1e-3}, "engine": {"micro_batch": 2, "device": "cpu", "zero_stage": zero_stage, "precision": "fp32"},
         }
     )  # fmt: skip
-    engines.start(config.engine)
+    distributed.start(config.engine)
     model = build_model(config)
     slow = dist.get_rank() == slow_rank
     model.stages[1].register_forward_pre_hook(lambda *_: time.sleep(SLOW if slow and where == "forward" else 0))  # type: ignore[index,union-attr]
-    engine = engines.build(config, model, 2)
-    own = OwnTime(engine, zero_stage, engines.hosts())
+    engine = build_engine(config, model, 2)
+    own = OwnTime(engine, zero_stage, distributed.gather_hosts())
     for steps in (1, 2):
         times = []
         for _ in range(steps):
@@ -49,7 +50,7 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[Slowest, list[
                 engine.step()
             times.append(time.perf_counter() - began)
         found = own.close()
-    engines.stop()
+    distributed.stop()
     return found, times
 
 

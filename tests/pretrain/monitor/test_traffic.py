@@ -55,8 +55,9 @@ def a_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
     import timm
 
     from pretrain import config as settings
-    from pretrain.engine import engine as engines
+    from pretrain.engine import distributed
     from pretrain.engine.batch_stats import BatchStats
+    from pretrain.engine.engine import build_engine
     from pretrain.engine.guard import Guard
 
     ranks, found = int(os.environ["WORLD_SIZE"]), {}
@@ -69,11 +70,11 @@ def a_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
             }
         )  # fmt: skip
         if not dist.is_initialized():
-            engines.start(config.engine)
+            distributed.start(config.engine)
         model = timm.create_model("van_b0", num_classes=1000)
         sizes = [parameter.numel() for parameter in model.parameters()]
         channels = sum(norm.num_features for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
-        engine = engines.build(config, model, settings.accumulation(config, ranks))
+        engine = build_engine(config, model, settings.accumulation(config, ranks))
         stats, guard = BatchStats(model, 0.0), Guard(engine, clip=1.0, scales=False)
         for _ in range(3 if stage == 3 else 1):  # ZeRO-3 learns in its first steps what to gather when, and ranks agree on it
             dist.barrier()

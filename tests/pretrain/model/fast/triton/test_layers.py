@@ -354,7 +354,8 @@ def test_all_layers_of_the_published_models_have_kernels(usable: None, monkeypat
 def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
     """One rank: two steps, with gradient checkpointing in the last stage."""
     from pretrain import config as settings
-    from pretrain.engine import engine as engines
+    from pretrain.engine import distributed
+    from pretrain.engine.engine import build_engine
 
     config = settings.from_dict(
         {
@@ -362,11 +363,11 @@ def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
             "optim": {"lr": 1e-2}, "engine": {"micro_batch": 3, "device": "cpu", "zero_stage": stage},
         }
     )  # fmt: skip
-    engines.start(config.engine)
+    distributed.start(config.engine)
     model = tiny()
     model.set_grad_checkpointing([False, False, False, True])
     kernel_choice.unusable = lambda device: None  # type: ignore[assignment]
-    engine = engines.build(config, model, 1)
+    engine = build_engine(config, model, 1)
     use_kernels(model, "triton" if fast else "torch", HERE, 32, torch.float32, stage)  # tried in the type that takes least time
     engine.train()
     losses = []
@@ -376,7 +377,7 @@ def losses_in_deepspeed(stage: int, fast: bool) -> list[float]:
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
-    engines.stop()
+    distributed.stop()
     return losses
 
 
