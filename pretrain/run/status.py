@@ -1,125 +1,111 @@
-"""`python -m pretrain status [RUN…] [--follow]`: how runs stand, from any machine that sees their directories.
+"""`python -m pretrain status [RUN …] [--follow]`: shows the state of runs, on any machine that can read their directories.
 
-One run is shown with its details, several as a table with a row each. A folder that is no run stands for the runs below it.
+One run is shown in detail, several are a table with one row each. A folder that is no run directory means all runs below it.
 """
 
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import NoReturn
 
 from data.common.progress import duration
 from pretrain.run.attempts import Attempt
-from pretrain.run.standing import Record, Run, date, find, judge, number, read
+from pretrain.run.state import Record, Run, find_runs, number, read, state_of
 
 REDRAW_S = 3.0
-ATTEMPTS_SHOWN = 6  # the last ones
+ATTEMPTS_SHOWN = 6
 _CLEAR = "\x1b[H\x1b[J"
-_HEAD = ("run", "state", "step", "loss", "lr", "images/s", "left", "next save", "restarts", "checkpoints", "")
+_COLUMNS = ("run", "state", "step", "loss", "images/s", "left", "restarts", "checkpoints", "")
+_TEXT_COLUMNS = (0, 1, len(_COLUMNS) - 1)  # aligned left, the others right
 
 
 def status(folders: Sequence[Path], follow: bool) -> int:
-    """Prints how the runs stand, once or until Ctrl-C; returns the exit code.
+    """Prints the state of runs, once or until Ctrl-C; returns the exit code.
 
     Raises:
-        ValueError: there is no run in any of them. A folder that does not exist is a run that has not started.
+        ValueError: there is no run in any of the folders. A folder that does not exist counts as a run that has not started.
     """
-    if not (found := _find(folders)):
+    if not (runs := _find(folders)):
         raise ValueError(f"there is no run in {', '.join(map(str, folders))}")
-    alone = found == list(folders)[:1]
-    if not follow:
-        print(show(read(found), alone, time.time()))
-        return 0
-    try:
-        _follow(folders, alone)
-    except KeyboardInterrupt:
-        return 0
+    in_detail = runs == list(folders)[:1]
+    with suppress(KeyboardInterrupt):
+        _print(folders, in_detail, follow)
+    return 0
 
 
 def _find(folders: Sequence[Path]) -> list[Path]:
-    return list(dict.fromkeys(run for folder in folders for run in (find(folder) if folder.exists() else [folder])))
+    return list(dict.fromkeys(run for folder in folders for run in (find_runs(folder) if folder.exists() else [folder])))
 
 
-def _follow(folders: Sequence[Path], alone: bool) -> NoReturn:
-    """On a terminal draws in place, elsewhere prints what has changed."""
-    before = None
+def _print(folders: Sequence[Path], in_detail: bool, follow: bool) -> None:
+    """Prints once, or again and again: a terminal is redrawn, other output gets a new block after a change."""
+    previous = None
     while True:
         runs, now = read(_find(folders)), time.time()
+        text = details(runs[0], now) if in_detail and runs else table(runs, now)
+        if not follow:
+            print(text)
+            return
+        current = [(run, state_of(run, now)[0]) for run in runs]
         if sys.stdout.isatty():
-            print(_CLEAR + show(runs, alone, now), flush=True)
-        elif (found := [(run, judge(run, now)[0]) for run in runs]) != before:
-            before = found
-            print(f"{datetime.now():%Y-%m-%d %H:%M:%S}\n{show(runs, alone, now)}\n", flush=True)
+            print(_CLEAR + text, flush=True)
+        elif current != previous:
+            print(f"{datetime.now():%Y-%m-%d %H:%M:%S}\n{text}\n", flush=True)
+        previous = current
         time.sleep(REDRAW_S)
 
 
-def show(runs: Sequence[Run], alone: bool, now: float) -> str:
-    return details(runs[0], now) if alone and runs else table(runs, now)
-
-
-# ---------------------------------------------------------------- several runs
-
-
 def table(runs: Sequence[Run], now: float) -> str:
-    rows = [_HEAD, *(_row(run, now) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    left = (0, 1, len(_HEAD) - 1)  # columns of text
+    rows = [_COLUMNS, *(_row(run, now) for run in runs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        "  ".join(row[i].ljust(width) if i in _TEXT_COLUMNS else row[i].rjust(width) for i, width in enumerate(widths)).rstrip()
         for row in rows
     )
 
 
 def _row(run: Run, now: float) -> tuple[str, ...]:
-    state, told = judge(run, now)
-    record, moving = run.records.get("train", {}), state in ("training", "evaluating")
+    state, remark = state_of(run, now)
     ends = [attempt.end.reason for attempt in run.attempts if attempt.end is not None]
-    if moving and ends and not told:
-        told = f"last restart: {ends[-1]}"
-    return (
-        str(run.folder), state, _step(run), _joined(record, ("loss", "{:.4f}")), _joined(record, ("lr", "{:.2e}")),
-        _joined(record, ("images_per_s", "{:,.0f}")),
-        _left(run, now) if moving else "", _next_save(run, now) if moving else "", str(run.restarts or ""),
-        _disk(run), told,
-    )  # fmt: skip
-
-
-# ---------------------------------------------------------------- one run
+    if state == "running" and ends and not remark:
+        remark = f"last restart: {ends[-1]}"
+    record = run.records.get("train", {})
+    left = _left(run, now) if state == "running" else ""
+    loss, speed = _numbers(record, ("loss", "{:.4f}")), _numbers(record, ("images_per_s", "{:,.0f}"))
+    return (str(run.folder), state, _step(run), loss, speed, left, str(run.restarts or ""), _disk(run), remark)
 
 
 def details(run: Run, now: float) -> str:
-    state, told = judge(run, now)
-    record, moving = run.records.get("train", {}), state in ("training", "evaluating")
+    state, remark = state_of(run, now)
+    record, is_running = run.records.get("train", {}), state == "running"
     rows = {
-        "step": _step(run) + (f", epoch {record['epoch']:.2f}" if number(record, "epoch") is not None else ""),
-        "loss": _joined(record, ("loss", "{:.4f}"), ("lr", "learning rate {:.2e}"), ("grad_norm", "gradient {:.2f}")),
-        "speed": _joined(
-            record, ("images_per_s", "{:,.0f} images/s"), ("data_wait", "waiting for data {:.0%}"),
-            ("host_wait", "GPUs waiting for the host in {:.0%} of steps"), ("mfu", "MFU {:.0%}"), ("memory_gb", "{:.1f} GB a rank"),
+        "step": _step(run) + _numbers(record, ("epoch", ", epoch {:.2f}")),
+        "loss": _numbers(record, ("loss", "{:.4f}"), ("lr", "learning rate {:.2e}"), ("grad_norm", "gradient norm {:.2f}")),
+        "speed": _numbers(
+            record, ("images_per_s", "{:,.0f} images/s"), ("data_wait", "waiting for data {:.0%}"), ("mfu", "MFU {:.0%}"),
+            ("host_wait", "launch-bound in {:.0%} of steps"), ("memory_gb", "{:.1f} GB a rank"),
         ),
         "last record": f"{duration(now - record['time'])} ago" if record else "",
-        "left": _left(run, now) if moving else "",
-        "next save": f"step {_next_save(run, now)}" if moving and _next_save(run, now) else "",
-        "checkpoints": _checkpoints(run, now),
+        "left": _left(run, now) if is_running else "",
+        "next save": _numbers(record, ("next_save", "step {:,.0f}")) if is_running else "",
+        "checkpoints": _checkpoints(run),
         "evaluation": _evaluation(run),
         "job": _job(run),
-        "trouble": _trouble(run),
-        "restarts": str(run.restarts) if run.restarts else "",
+        "problems": _problems(run),
+        "restarts": str(run.restarts or ""),
     }  # fmt: skip
-    lines = [f"{run.folder}: {state}" + (f": {told}" if told else "")]
+    lines = [f"{run.folder}: {state}" + (f": {remark}" if remark else "")]
     lines += [f"  {name:12} {text}" for name, text in rows.items() if text]
     if run.attempts:
         lines += ["  last attempts", *(f"    {_attempt(attempt, now)}" for attempt in run.attempts[-ATTEMPTS_SHOWN:])]
     return "\n".join(lines)
 
 
-def _joined(record: Record, *parts: tuple[str, str]) -> str:
-    """The numbers that a record has, each in its form."""
-    return ", ".join(form.format(value) for key, form in parts if (value := number(record, key)) is not None)
+def _numbers(record: Record, *parts: tuple[str, str]) -> str:
+    """Returns those of a record's numbers that exist, each in its format."""
+    return ", ".join(text.format(value) for key, text in parts if (value := number(record, key)) is not None)
 
 
 def _step(run: Run) -> str:
@@ -128,39 +114,24 @@ def _step(run: Run) -> str:
     return f"{run.step:,}" + (f" of {run.total:,} ({run.step / run.total:.0%})" if run.total else "")
 
 
-def _seconds_to(run: Run, step: float, now: float) -> float | None:
-    """Until training comes to a step, at the last record's speed."""
-    record = run.records.get("train", {})
-    left, total, time_ = (number(record, key) for key in ("left_s", "total", "time"))
-    if left is None or total is None or time_ is None or total <= record["step"]:
-        return None
-    return max(0.0, left * (step - record["step"]) / (total - record["step"]) - (now - time_))
-
-
 def _left(run: Run, now: float) -> str:
-    seconds = _seconds_to(run, run.total, now) if run.total else None
-    return duration(seconds) if seconds is not None else ""
+    record = run.records.get("train", {})
+    left = number(record, "left_s")
+    return duration(max(0.0, left - (now - record["time"]))) if left is not None else ""
 
 
-def _next_save(run: Run, now: float) -> str:
-    step = number(run.records.get("train", {}), "next_save")
-    seconds = _seconds_to(run, step, now) if step is not None else None
-    return f"{step:,.0f} in {duration(seconds)}" if seconds is not None else ""
-
-
-def _checkpoints(run: Run, now: float) -> str:
+def _checkpoints(run: Run) -> str:
     if not run.saved:
-        return f"none; {size(run.free)} free"
-    age = f", {duration(now - run.saved_at)} old" if run.saved_at is not None else ""
-    return f"{len(run.saved)}, {_disk(run)}; newest {run.saved[-1]:,}{age}"
+        return f"none, {_disk(run)}"
+    return f"{len(run.saved)}, {_disk(run)}; newest {run.saved[-1]:,}"
 
 
 def _disk(run: Run) -> str:
-    return f"{size(run.bytes)}, {size(run.free)} free"
+    return f"{size(run.size)}, {size(run.free)} free" if run.free is not None else ""
 
 
 def size(count: float) -> str:
-    """Of bytes: `3.3 GB`."""
+    """Returns a number of bytes in its largest unit: `3.34 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"
@@ -170,31 +141,32 @@ def size(count: float) -> str:
 
 def _evaluation(run: Run) -> str:
     record = run.records.get("evaluation", {})
-    told = []
-    for kind, name in (("weight", "weights"), ("ema", "moving average")):
-        if isinstance(found := record.get(kind), dict):
-            told.append(f"{name} {_joined(found, ('top1', 'top-1 {:.2%}'), ('top5', 'top-5 {:.2%}'), ('loss', 'loss {:.4f}'))}")
-    return f"step {record.get('step')}: {'; '.join(told)}" if told else ""
+    results = [(name, record[key]) for key, name in (("weight", "weights"), ("ema", "EMA")) if isinstance(record.get(key), dict)]
+    parts = [
+        f"{name} {_numbers(result, ('top1', 'top-1 {:.2%}'), ('top5', 'top-5 {:.2%}'), ('loss', 'loss {:.4f}'))}"
+        for name, result in results
+    ]
+    return f"step {record.get('step')}: {'; '.join(parts)}" if parts else ""
 
 
 def _job(run: Run) -> str:
-    told = [f"{run.job_id} on Slurm"] if run.job_id else []
-    told += [run.holder.process] if run.holder else []
-    told += [f"{len(attempt.nodes)} nodes, {attempt.ranks} ranks" for attempt in run.attempts[-1:] if attempt.end is None]
-    return ", ".join(told)
+    parts = [f"{run.job_id} on Slurm"] if run.job_id else []
+    parts += [run.holder.process] if run.holder else []
+    parts += [f"{len(attempt.nodes)} nodes, {attempt.ranks} ranks" for attempt in run.attempts[-1:] if attempt.end is None]
+    return ", ".join(parts)
 
 
-def _trouble(run: Run) -> str:
-    failed = run.records.get("save_failed")
-    counts = ((run.bad_images, "bad images"), (run.skipped, "skipped steps"), (run.rollbacks, "rollbacks"))
-    told = [f"{count} {name}" for count, name in counts if count]
-    if failed and failed["step"] > (run.saved[-1] if run.saved else 0):
-        told.append(f"saving failed at step {failed['step']}: {failed.get('reason')}")
-    return ", ".join(told)
+def _problems(run: Run) -> str:
+    parts = [f"{count} {name}" for count, name in ((run.bad_images, "bad images"), (run.skipped, "skipped steps")) if count]
+    rollback, failed_save = run.records.get("rollback"), run.records.get("save_failed")
+    parts += [f"rolled back to step {rollback['step']}"] if rollback else []
+    if failed_save and failed_save["step"] > (run.saved[-1] if run.saved else 0):
+        parts.append(f"save failed at step {failed_save['step']}: {failed_save.get('reason')}")
+    return ", ".join(parts)
 
 
 def _attempt(attempt: Attempt, now: float) -> str:
     end = attempt.end
     lasted = duration((end.at if end else now) - attempt.began)
-    told = f"{date(attempt.began)}  {lasted:>12}  from step {attempt.saved:<9,}"
-    return f"{told} {end.outcome} at {end.saved:,}: {end.reason}" if end else f"{told} has not ended"
+    text = f"{datetime.fromtimestamp(attempt.began):%Y-%m-%d %H:%M}  {lasted:>12}  from step {attempt.saved:<9,}"
+    return f"{text} {end.outcome} at {end.saved:,}: {end.reason}" if end else f"{text} has not ended"

@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.run import attempts
 from pretrain.run.attempts import Attempt
-from pretrain.run.standing import judge, read
+from pretrain.run.state import read, state_of
 from tests.slurm.cluster import Cluster
 
 pytestmark = pytest.mark.slurm
@@ -26,16 +26,17 @@ def test_a_job_in_the_queue_running_and_gone(cluster: Cluster, tmp_path: Path, m
         attempts.write(tmp_path / name, Attempt(str(job), 0, time.time(), ("n0",), 1, 0))
     cluster.wait(running, "RUNNING", timeout=30)
 
-    def standing() -> list[tuple[str, str]]:
-        return [judge(run, time.time()) for run in read([tmp_path / "waiting", tmp_path / "running"])]
+    def states() -> list[tuple[str, str]]:
+        return [state_of(run, time.time()) for run in read([tmp_path / "waiting", tmp_path / "running"])]
 
-    queued, begun = standing()
-    start = time.strftime("%Y-%m-%d %H:%M", time.strptime(cluster.job(waiting)["StartTime"], "%Y-%m-%dT%H:%M:%S"))
-    assert queued == ("queued", f"job {waiting} PENDING (BeginTime), expected to start {start}")
-    assert begun == ("starting", f"job {running} RUNNING")
+    start = cluster.job(waiting)["StartTime"]
+    assert states() == [
+        ("waiting", f"job {waiting} PENDING (BeginTime), expected to start {start}"),
+        ("running", f"job {running} RUNNING"),
+    ]
 
     cluster.run("scancel", str(waiting), str(running))
     cluster.wait(running, "CANCELLED", timeout=30)
-    told = "is no longer in the queue and left no word: cancelled, or lost with its node"
-    assert standing() == [("failed", f"job {job} {told}") for job in (waiting, running)]
-    assert judge(read([tmp_path / "waiting"])[0], time.time())[0] == "failed"  # of a single id that is unknown squeue makes an error
+    remark = "is no longer in the queue and did not report its end: canceled, or lost with its node"
+    assert states() == [("failed", f"job {job} {remark}") for job in (waiting, running)]
+    assert state_of(read([tmp_path / "waiting"])[0], time.time())[0] == "failed"  # squeue reports a single unknown id as an error

@@ -1,0 +1,306 @@
+"""Determines the state of runs from the files in their directories and from Slurm's queue, without contacting the jobs.
+
+    runs = read([Path("runs/van_b3_in22k")])
+    state, remark = state_of(runs[0], time.time())
+
+Files may be half-written, of another version, or vanish during the read: whatever can't be read is skipped. The holder of a run's lock is
+alive if its process exists. On another machine it is alive if it has recently touched the lock or written a record, for which the clocks of
+this machine and of the file server have to agree within about 50 s.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from data.common.progress import duration
+from pretrain.run import attempts, directory
+from pretrain.run.attempts import ATTEMPTS, STOP, Attempt
+from pretrain.run.directory import CHECKPOINTS, METRICS, PATIENCE_S, step_of
+
+TAIL_BYTES = 256 << 10  # read from the end of metrics.jsonl; a record has about 400
+SQUEUE_TIMEOUT_S = 10.0
+QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")  # Slurm's names for a job that waits
+State = Literal["waiting", "running", "stalled", "stopped", "failed", "complete"]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds the run's lock. Times are in seconds since the epoch."""
+
+    job: str | None
+    process: str  # "process 4711 on node3"
+    since: float | None
+    exists: bool | None  # None: on another machine
+    touched: float = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is known of a run. Two of them are equal if nothing but time has passed between them."""
+
+    folder: Path
+    records: dict[str, Record]  # the newest of each kind near the end of metrics.jsonl
+    step: int | None
+    interval: float | None  # seconds between two records of steps
+    total: int | None  # steps of the whole training
+    saved: tuple[int, ...]  # steps of the checkpoints, oldest first
+    is_saving: bool
+    attempts: tuple[Attempt, ...]
+    restarts: int
+    holder: Holder | None
+    job_id: str | None  # of the newest attempt on Slurm
+    job: str | None  # its state in Slurm's queue, as in ask_slurm; None: not in the queue, or unknown
+    is_queue_known: bool
+    should_stop: bool  # STOP exists
+    bad_images: int
+    skipped: int  # steps without an update
+    size: int  # bytes of all checkpoints
+    free: int | None = field(compare=False)  # bytes of their file system
+
+    @property
+    def last_sign(self) -> float:
+        """When the job's processes last touched the lock or wrote a record; 0 if never."""
+        return max([record["time"] for record in self.records.values()] + [self.holder.touched if self.holder else 0.0])
+
+    @property
+    def patience(self) -> float:
+        """Seconds without a record after which a run counts as stalled."""
+        return max(PATIENCE_S, 3 * (self.interval or 0.0))
+
+
+# ---------------------------------------------------------------- read
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Returns `folder` if it is a run directory, otherwise all run directories below it."""
+    try:
+        names = (METRICS, directory.CONFIG, CHECKPOINTS, ATTEMPTS)
+        if any((folder / name).exists() for name in names) or directory.list_locks(folder):
+            return [folder]
+        return [run for below in sorted(folder.iterdir()) if below.is_dir() and not below.is_symlink() for run in find_runs(below)]
+    except PermissionError:
+        return []
+
+
+def read(folders: Sequence[Path]) -> list[Run]:
+    ids = [_job_id(folder) for folder in folders]
+    jobs = ask_slurm([job for job in ids if job])
+    return [read_run(folder, job, jobs) for folder, job in zip(folders, ids, strict=True)]
+
+
+def _job_id(folder: Path) -> str | None:
+    """Returns the Slurm job of the newest attempt, or of the lock's holder if no attempt is recorded."""
+    tried, holder = attempts.read(folder), _read_holder(folder)
+    job = tried[-1].job if tried else holder.job if holder else None
+    return job if job and re.fullmatch(r"\d+(_\d+)?", job) else None
+
+
+def ask_slurm(jobs: Sequence[str]) -> dict[str, str] | None:
+    """Returns the state of those jobs that are in Slurm's queue, by id: `RUNNING`, or `PENDING (Priority), expected to start TIME`.
+
+    None if squeue does not exist or does not answer.
+    """
+    if not jobs or shutil.which("squeue") is None:
+        return None
+    command = ["squeue", "--noheader", f"--jobs={','.join(sorted(set(jobs)))}", "--format=%i|%T|%r|%S"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=SQUEUE_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if result.returncode:  # squeue reports a single unknown id as an error
+        return {} if "Invalid job id" in result.stderr else None
+    states = {}
+    for line in result.stdout.splitlines():
+        job, state, reason, start = line.strip().split("|")
+        states[job] = state
+        if state in QUEUED:
+            states[job] += f" ({reason})" + (f", expected to start {start}" if start != "N/A" else "")
+    return states
+
+
+def read_run(folder: Path, job_id: str | None, jobs: dict[str, str] | None) -> Run:
+    """Reads a run directory.
+
+    Args:
+        folder: the run directory, which need not exist.
+        job_id: its Slurm job.
+        jobs: the result of `ask_slurm`.
+    """
+    checkpoints = directory.list_checkpoints(folder / CHECKPOINTS)
+    saved = tuple(map(step_of, checkpoints))
+    history = read_records(folder / METRICS)
+    records = {record["kind"]: record for record in history}
+    steps = [record["step"] for record in history if record["kind"] in ("train", "rollback")]
+    total = number(records.get("train", {}), "total")
+    tried = tuple(attempts.read(folder))
+    starts = len(tried) or len(list((folder / "starts").glob("[0-9]*")))
+    return Run(
+        folder=folder, records=records, interval=_interval(history), total=int(total) if total else None, saved=saved,
+        step=steps[-1] if steps else (saved[-1] if saved else None), is_saving=any((folder / CHECKPOINTS).glob(".partial-*")),
+        attempts=tried, restarts=max(0, starts - 1), holder=_read_holder(folder),
+        job_id=job_id, job=jobs.get(job_id) if jobs and job_id else None, is_queue_known=jobs is not None and job_id is not None,
+        should_stop=(folder / STOP).exists(), bad_images=len(_json_lines(folder / "quarantine.jsonl")),
+        skipped=len({line.get("step") for line in _json_lines(folder / "bad_steps.jsonl") if line.get("skipped") is True}),
+        size=sum(map(_size, checkpoints)), free=_free(folder),
+    )  # fmt: skip
+
+
+def _read_holder(folder: Path) -> Holder | None:
+    for path in directory.list_locks(folder)[-1:]:
+        lock, touched = _json_object(path), _modified(path)
+        if touched is None:  # released a moment ago
+            return None
+        is_local = lock.get("machine") == directory.machine_id()
+        exists = directory.process_start(lock.get("pid", 0)) == (lock.get("started") or 0) if is_local else None
+        job, process = lock.get("job"), f"process {lock.get('pid', '?')} on {lock.get('host', '?')}"
+        return Holder(job if isinstance(job, str) else None, process, _epoch(lock.get("since")), exists, touched)
+    return None
+
+
+def _epoch(text: Any) -> float | None:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z").timestamp()
+    except (TypeError, ValueError):
+        return None
+
+
+def read_records(path: Path) -> list[Record]:
+    """Returns the last records of metrics.jsonl, oldest first; each has a kind, a step and a time."""
+    return [
+        record
+        for record in _json_lines(path, TAIL_BYTES)
+        if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int) and number(record, "time") is not None
+    ]
+
+
+def _interval(records: Sequence[Record]) -> float | None:
+    """Returns the median of the seconds between two records of steps: a restart between them does not count."""
+    times = [record["time"] for record in records if record["kind"] == "train"][-20:]
+    return statistics.median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else None
+
+
+def number(record: Record, key: str) -> float | None:
+    value = record.get(key)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _json_lines(path: Path, last_bytes: int | None = None) -> list[Record]:
+    """Returns the objects in a file of one JSON object a line. Incomplete and other lines are skipped."""
+    try:
+        with path.open("rb") as file:
+            begin = max(0, os.fstat(file.fileno()).st_size - last_bytes) if last_bytes else 0
+            file.seek(begin)
+            lines = file.read().splitlines()[1 if begin else 0 :]
+    except OSError:
+        return []
+    return [value for line in lines if isinstance(value := _parse_json(line), dict)]
+
+
+def _json_object(path: Path) -> Record:
+    try:
+        value = _parse_json(path.read_bytes())
+    except OSError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _parse_json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _size(folder: Path) -> int:
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(folder))
+    except OSError:  # removed meanwhile
+        return 0
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+# ---------------------------------------------------------------- decide
+
+
+def state_of(run: Run, now: float) -> tuple[State, str]:
+    """Returns a run's state and a remark that explains it, "" if there is nothing to add."""
+    holder, job, last = run.holder, run.job, run.attempts[-1] if run.attempts else None
+    is_queued = job is not None and job.startswith(QUEUED)
+    if holder is not None and not (is_queued and holder.job == run.job_id):  # the lock of a queued job is that of its last attempt
+        is_alive = now - run.last_sign < run.patience if holder.exists is None else holder.exists
+        if is_alive:
+            return _state_of_process(run, holder, now)
+    if is_queued:
+        return "waiting", f"job {run.job_id} {job}"
+    if run.total in run.saved:
+        return "complete", f"job {run.job_id} {job}" if job is not None else ""
+    if job is not None:
+        is_new = last is not None and last.end is None and last.began > run.last_sign
+        if holder is None or is_new:
+            return "running", f"job {run.job_id} {job}"
+        return "stalled", f"{_silence(run, now)}; job {run.job_id} {job}"
+    return _state_at_rest(run, now)
+
+
+def _state_of_process(run: Run, holder: Holder, now: float) -> tuple[State, str]:
+    """The state of a run whose lock is held by a live process."""
+    record, evaluation = run.records.get("train"), run.records.get("evaluation", {})
+    remarks = ["saving a checkpoint"] if run.is_saving else []
+    remarks += [f"{STOP} exists: the job saves and ends"] if run.should_stop else []
+    if record is None or (holder.since is not None and record["time"] < holder.since):
+        remarks.insert(0, f"starting, {holder.process}")
+    elif record.get("evaluates") is True and evaluation.get("step") != record["step"]:
+        remarks.insert(0, "evaluating")
+    elif not run.is_saving and run.interval is not None and now - record["time"] > run.patience:
+        remarks.insert(0, f"no record for {duration(now - record['time'])}, expected every {duration(run.interval)}")
+        return "stalled", "; ".join(remarks)
+    return "running", "; ".join(remarks)
+
+
+def _state_at_rest(run: Run, now: float) -> tuple[State, str]:
+    """The state of an incomplete run without a live process or a job in the queue."""
+    last, holder, saved = run.attempts[-1] if run.attempts else None, run.holder, run.saved[-1] if run.saved else 0
+    if last is not None and last.end is not None:
+        if last.end.again and not run.is_queue_known:
+            return "waiting", f"{last.end.reason}; the job was requeued (squeue is not available here)"
+        if last.end.again:
+            return "stopped", f"{last.end.reason}; the job was requeued, but job {run.job_id} is no longer in the queue"
+        return "stopped" if last.end.outcome in ("complete", "stopped", "ended") else "failed", last.end.reason
+    if last is None and holder is None:
+        if run.step is None:
+            return "waiting", "no step yet" if run.folder.exists() else "no such folder yet"
+        return "stopped", f"the last {run.step - saved} steps are not saved" if run.step > saved else ""
+    if run.is_queue_known:
+        return "failed", f"job {run.job_id} is no longer in the queue and did not report its end: canceled, or lost with its node"
+    if holder is not None and holder.exists is False:
+        return "failed", f"{holder.process} has ended without a message; the same command resumes at step {saved}"
+    return "stalled", _silence(run, now)
+
+
+def _silence(run: Run, now: float) -> str:
+    began = [attempt.began for attempt in run.attempts[-1:]]
+    return f"no sign of life for {duration(now - max([run.last_sign, *began]))}"
