@@ -98,9 +98,9 @@ def _falls_to_us(error: ValueError) -> bool:
 
     if isinstance(error, ConfigError):  # all read the same settings
         return int(os.environ.get("RANK", 0)) == 0
-    from pretrain.monitor.faults import first_to_say
+    from pretrain.monitor.faults import is_first_to_report
 
-    return first_to_say(str(error))
+    return is_first_to_report(str(error))
 
 
 def raised_here(error: ValueError) -> bool:
@@ -121,7 +121,7 @@ def lasting_imports() -> Iterator[None]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    # A USR1 in the minutes of a start would end the job for good: it waits for train's StopRequests. TERM doesn't: it ends the others
+    # A USR1 in the minutes of a start would end the job for good: it waits for train's Requests. TERM doesn't: it ends the others
     # of a rank that failed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     faulthandler.enable()

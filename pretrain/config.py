@@ -95,7 +95,8 @@ class GuardConfig:
 class RunConfig:
     dir: str = "runs/${name}"
     log_every: int = 50  # steps
-    save_every: int = 500  # steps between checkpoints; a stop signal and the end save too
+    save_minutes: float | None = 10.0  # minutes between checkpoints; a stop signal and the end save too; null: not by the clock
+    save_every: int | None = None  # steps between checkpoints, beside save_minutes: whichever comes first
     eval_every: float = 1.0  # epochs between evaluations; the end evaluates too
     keep: int = 3  # newest checkpoints to keep
     keep_every: float = 0.0  # epochs; checkpoints at multiples of this are saved and kept for good; 0: none
@@ -281,6 +282,7 @@ def _invalid(values: dict[str, Any]) -> list[tuple[str, str]]:
         "optim.lr",
         "optim.eps",
         "run.log_every",
+        "run.save_minutes",
         "run.save_every",
         "run.eval_every",
         "run.keep",

@@ -39,11 +39,11 @@ from pretrain.model.fast.cuda_graphs import use_graphs
 from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
 from pretrain.monitor import traffic
 from pretrain.monitor.damage import check_shards, tell_all
-from pretrain.monitor.faults import StopRequests
 from pretrain.monitor.flops import mfu, peak_flops, training_flops
 from pretrain.monitor.interval import Interval, Steps
 from pretrain.monitor.memory import explained
 from pretrain.monitor.profiling import Profiler
+from pretrain.monitor.requests import Requests
 from pretrain.monitor.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
 from pretrain.monitor.stragglers import OwnTime, Slowest
 from pretrain.monitor.watchdog import Watchdog
@@ -52,6 +52,7 @@ from pretrain.run.exit_codes import EXIT_ENDED
 from pretrain.run.metrics import RunLog, duration
 from pretrain.run.place import Place
 from pretrain.run.provenance import provenance, record_start
+from pretrain.schedule import Schedule
 from pretrain.weights.initial import start_from
 from pretrain.weights.run_model import copy_weights
 
@@ -86,7 +87,14 @@ def train(config: Config, force_config: bool = False) -> int:
     val_quarantine = Quarantine(val, config.data.max_bad, folder / "quarantine.jsonl", replaces=False) if val else None
     order = make_sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
     total, warmup = settings.lengths(config, order.steps_per_epoch)
-    evaluate_every = max(1, round(config.run.eval_every * order.steps_per_epoch))
+    schedule = Schedule(
+        total=total,
+        log_every=config.run.log_every,
+        evaluate_every=max(1, round(config.run.eval_every * order.steps_per_epoch)) if val is not None else None,
+        save_every=config.run.save_every,
+        keep_every=round(config.run.keep_every * order.steps_per_epoch) or None,
+        saves_evaluations=config.run.keep_best != "none",
+    )
 
     # ---------------------------------------------------------------- model and engine
     torch.manual_seed(config.seed)
@@ -127,7 +135,7 @@ def train(config: Config, force_config: bool = False) -> int:
         "global_batch": config.global_batch, "lanes": order.lanes, "window": order.window,
         "repeats": order.repeats, "data": index.fingerprint,
     }  # fmt: skip
-    retention = Retention(config.run.keep, round(config.run.keep_every * order.steps_per_epoch), config.run.keep_best)
+    retention = Retention(config.run.keep, schedule.keep_every or 0, config.run.keep_best)
     checkpoints = Checkpoints(folder / "checkpoints", engine, stats, retention=retention, lock=lock, log=log)
     rollbacks = Rollbacks(folder / "rollbacks.json", distributed.run_on_rank_0(lambda: recorded(folder / "rollbacks.json")))
     resumed = checkpoints.load(identity)
@@ -209,8 +217,8 @@ def train(config: Config, force_config: bool = False) -> int:
         told = {name: value for name, value in values.items() if math.isfinite(value)} | {k: n for k, n in counts.items() if n}
         told |= {
             "total": total,
-            "next_save": retention.next_save(step, config.run.save_every, evaluate_every, total),
-            "evaluates": evaluates,
+            "next_save": schedule.next_save(step, requests.seconds_until_save() * rate / config.global_batch),
+            "evaluates": due.evaluate,
         }
         log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told, **slowest.record())
         return bad
@@ -242,7 +250,8 @@ def train(config: Config, force_config: bool = False) -> int:
     profiler = Profiler(place, settings.profiled_steps(config.profile), folder / "profile", log.line)
     bad, stopping, warm = None, 0, step + 3
     log.start_progress(step, total)
-    with val_loader or nullcontext(), StopRequests(folder / STOP) as stop, explained(config, ranks, device, lambda: step >= warm):
+    requests = Requests(folder / STOP, config.run.save_minutes and 60 * config.run.save_minutes)
+    with val_loader or nullcontext(), requests, explained(config, ranks, device, lambda: step >= warm):
         engine.train()
         if config.model.graphs:
             log.line(use_graphs(engine, config))
@@ -252,6 +261,7 @@ def train(config: Config, force_config: bool = False) -> int:
             ) as loader:
                 batches = iter(loader)
                 while step < total and not stopping and bad is None:
+                    requests.ask()
                     profiler.at(step)
                     lr = learning_rate(step, total, warmup, config.optim)
                     set_learning_rate(engine.optimizer, lr)
@@ -281,18 +291,19 @@ def train(config: Config, force_config: bool = False) -> int:
                     step += 1
                     log.advance()
 
-                    stopping = stop.agreed()
-                    evaluates = val is not None and (step % evaluate_every == 0 or step == total)
-                    saves = stopping > 0 or step % config.run.save_every == 0 or step == total or retention.due(step, evaluates)
-                    if step % config.run.log_every == 0 or saves or evaluates:
+                    request = requests.answer()
+                    stopping = request.exit_code
+                    due = schedule.due(step, is_save_requested=request.save or stopping > 0)
+                    if due.log:
                         with profiler.part("log", accumulation):
                             bad = report(interval.close(quarantine.unreported_count), own.close())
-                    if bad is None and evaluates:
+                    if bad is None and due.evaluate:
                         with interval.pausing(), profiler.part("evaluation", accumulation):
                             evaluation = evaluate_all()
-                    if bad is None and saves:
+                    if bad is None and due.save:
                         with interval.pausing(), profiler.part("save", accumulation):
                             save()
+                        requests.restart_clock()
             if bad is not None:
                 trainer, bad = go_back(bad), None
                 step, evaluation = trainer["step"], trainer["evaluation"]

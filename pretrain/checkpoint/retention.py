@@ -1,7 +1,6 @@
 """Which checkpoints a run keeps: the last ones, one every so many steps, the best.
 
 retention = Retention(last=3, every=17330, best="top1")
-retention.due(step, evaluated)                             whether it needs a save that would not be due otherwise
 for path in retention.let_go(saved_in(folder, "top1"), just_saved): remove(path)
 """
 
@@ -36,16 +35,6 @@ class Retention:
     last: int
     every: int = 0
     best: Best = "none"
-
-    def due(self, step: int, evaluated: bool) -> bool:
-        """Whether a checkpoint of this step would be kept for good, so that it has to be saved."""
-        return (self.every > 0 and step % self.every == 0) or (self.best != "none" and evaluated)
-
-    def next_save(self, step: int, every: int, evaluate_every: int, total: int) -> int:
-        """The step of the next checkpoint after `step`, of a job that saves every so many steps and evaluates every so many; at the end
-        of training, its last one."""
-        periods = [every, self.every, evaluate_every if self.best != "none" else 0]
-        return min(total, *((step // period + 1) * period for period in periods if period))
 
     def let_go(self, saved: Sequence[Saved], whole: int) -> list[Path]:
         """Those that need not stay.

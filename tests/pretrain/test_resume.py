@@ -7,13 +7,15 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from pretrain import checkpoint
+from pretrain.run.directory import step_of
 from tests.support import REFERENCE, jobs
 from tests.support.ranks import join, kill
 
@@ -95,6 +97,32 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(
         kill(job)
     assert "stopped at step" in (tmp_path / "log").read_text()
     jobs.run(tmp_path, drawn, f"steps={STEPS}", "run.save_every=1000", ranks=2)
+    assert different(final_state(tmp_path), final_state(undisturbed(1))) == []
+
+
+def count_steps_as_minutes(rank: int) -> None:
+    """In a rank's process: by rank 0's clock a minute passes with each step; rank 1's stands still."""
+    from pretrain import train
+
+    rate, requests, minutes = train.learning_rate, train.Requests, [0]
+
+    def learning_rate(step: int, *args: Any) -> float:
+        minutes[0] = step if rank == 0 else 0
+        return rate(step, *args)
+
+    train.learning_rate = learning_rate
+    train.Requests = partial(requests, clock=lambda: 60.0 * minutes[0])  # type: ignore[assignment,misc]
+
+
+def test_saved_by_the_clock_and_resumed_is_bit_identical(undisturbed: Callable[[int], Path], tmp_path: Path, drawn: Path) -> None:
+    saves = ("run.save_minutes=2.5", "run.save_every=10", "run.keep=20")
+    jobs.run(tmp_path, drawn, f"steps={STEPS}", *saves, ranks=2, prepare=count_steps_as_minutes)
+    # Each save restarts the clock; ranks agree in the step after that in which the time is up.
+    saved = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [step_of(path) for path in saved] == [5, 9, 10, 14, 18, 20]
+    for later in saved[-2:]:
+        shutil.rmtree(later)
+    assert "resumed at step 14 of 20" in jobs.run(tmp_path, drawn, f"steps={STEPS}", ranks=2)
     assert different(final_state(tmp_path), final_state(undisturbed(1))) == []
 
 

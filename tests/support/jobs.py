@@ -5,7 +5,7 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
-from tests.support.ranks import join, start_training
+from tests.support.ranks import Prepare, join, start_training
 
 # Everything of the recipe that has randomness or state in it is on. 120 images and a global batch of 16: 7 steps an epoch.
 SMALL = """
@@ -21,19 +21,19 @@ run: {log_every: 1, save_every: 4}
 """
 
 
-def start(folder: Path, dataset: Path, *overrides: str, ranks: int) -> list[multiprocessing.Process]:
-    """A job whose run directory is `folder`/run; output goes to `folder`/log, appended."""
+def start(folder: Path, dataset: Path, *overrides: str, ranks: int, prepare: Prepare | None = None) -> list[multiprocessing.Process]:
+    """Starts a job whose run directory is `folder`/run; output goes to `folder`/log, appended. For `prepare` see start_training."""
     config = folder / "small.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(SMALL)
     places = [f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", f"run.dir={folder / 'run'}"]
-    return start_training(ranks, folder / "log", [str(config), *places, *overrides])
+    return start_training(ranks, folder / "log", [str(config), *places, *overrides], prepare=prepare)
 
 
-def run(folder: Path, dataset: Path, *overrides: str, ranks: int, code: int = 0) -> str:
+def run(folder: Path, dataset: Path, *overrides: str, ranks: int, code: int = 0, prepare: Prepare | None = None) -> str:
     """Runs a job to its end, which must be with this exit code; returns its output."""
     before = len((folder / "log").read_text()) if (folder / "log").exists() else 0
-    found = join(start(folder, dataset, *overrides, ranks=ranks)).first
+    found = join(start(folder, dataset, *overrides, ranks=ranks, prepare=prepare)).first
     output = (folder / "log").read_text()[before:]
     assert found == code, f"exit code {found}, expected {code}:\n{output[-4000:]}"
     return output

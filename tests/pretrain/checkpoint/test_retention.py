@@ -27,15 +27,6 @@ def test_multiples_stay_for_good() -> None:
     assert kept(Retention(2, every=10), saved(5, 10, 15, 20, 25, 30), 30) == [10, 20, 25, 30]
 
 
-@pytest.mark.parametrize("retention", [Retention(3), Retention(3, every=6), Retention(3, best="loss"), Retention(3, every=9, best="top1")])
-def test_the_next_save_is_the_first_that_is_due(retention: Retention) -> None:
-    every, evaluate_every, total = 4, 7, 30
-    due = [n for n in range(1, total + 1) if n % every == 0 or n == total or retention.due(n, n % evaluate_every == 0)]
-    for step in range(total):
-        assert retention.next_save(step, every, evaluate_every, total) == min(n for n in due if n > step)
-    assert retention.next_save(total, every, evaluate_every, total) == total
-
-
 @pytest.mark.parametrize(("best", "stays"), [("top1", 2), ("loss", 3), ("none", None)])
 def test_the_best_stays(best: str, stays: int | None) -> None:
     scores = {1: 0.5, 2: 0.9, 3: 0.1}
@@ -64,13 +55,6 @@ def test_control_by_names_alone_the_last_whole_one_would_go() -> None:
     """Steps 4 and 5 are damaged; to take the newest name for whole keeps just these."""
     assert kept(Retention(2), saved(1, 2, 3, 4, 5), whole=3) == [2, 3, 4, 5]
     assert 3 not in kept(Retention(2), saved(1, 2, 3, 4, 5), whole=5)
-
-
-def test_a_save_is_due_where_it_would_stay_for_good() -> None:
-    assert [step for step in range(1, 25) if Retention(1, every=10).due(step, evaluated=True)] == [10, 20]
-    assert Retention(1, best="top1").due(7, evaluated=True)
-    assert not Retention(1, best="top1").due(7, evaluated=False)
-    assert not Retention(1).due(7, evaluated=True)
 
 
 def test_a_score_is_of_the_checkpoint_s_own_weights() -> None:

@@ -265,9 +265,9 @@ def count_reads(file: Path, wrong: bool) -> None:
     """In a rank's process: what the loop of train.py reads between the beginnings of its third and its fifth step, to a file; also of a
     loss, if it is `wrong`."""
     from pretrain import train
-    from pretrain.monitor.faults import StopRequests
+    from pretrain.monitor.requests import Request, Requests
 
-    rate, loss, agreed, reads = train.learning_rate, train.mixed_cross_entropy, StopRequests.agreed, Reads()
+    rate, loss, answer, reads = train.learning_rate, train.mixed_cross_entropy, Requests.answer, Reads()
 
     def learning_rate(step: int, *args: Any) -> float:
         if step == 2:
@@ -283,13 +283,13 @@ def count_reads(file: Path, wrong: bool) -> None:
             found.item()
         return found
 
-    def host_only(self: StopRequests) -> bool:
+    def host_only(self: Requests) -> Request:
         before = len(reads.found)
-        answer = agreed(self)
-        del reads.found[before:]  # the answer to whether to stop is on the host, and was asked for a step ago
-        return answer
+        request = answer(self)
+        del reads.found[before:]  # requests to stop and to save are on the host
+        return request
 
-    train.learning_rate, train.mixed_cross_entropy, StopRequests.agreed = learning_rate, mixed_cross_entropy, host_only
+    train.learning_rate, train.mixed_cross_entropy, Requests.answer = learning_rate, mixed_cross_entropy, host_only
 
 
 @pytest.mark.parametrize("wrong", [False, True])

@@ -84,10 +84,10 @@ def test_a_damaged_shard_is_named_at_the_start_by_all_ranks(drawn: Path, tmp_pat
 
 
 def saying(messages: list[str]) -> bool:
-    from pretrain.monitor.faults import first_to_say
+    from pretrain.monitor.faults import is_first_to_report
 
     dist.init_process_group("gloo")
-    return first_to_say(messages[dist.get_rank()])
+    return is_first_to_report(messages[dist.get_rank()])
 
 
 def test_each_error_is_told_once() -> None:

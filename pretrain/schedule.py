@@ -1,0 +1,69 @@
+"""Decides after each optimizer step whether to log, evaluate, save or end.
+
+schedule = Schedule(total=1000, log_every=50, evaluate_every=500, save_every=None, keep_every=None, saves_evaluations=False)
+due = schedule.due(step, is_save_requested=False)
+if due.evaluate: …
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Due:
+    """Lists the work that follows one optimizer step, in this order."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Holds the periods of a job, in optimizer steps; None: never.
+
+    Args:
+        total: steps of the whole training. The last step logs and saves, and evaluates where the job evaluates at all.
+        log_every: steps between log lines; saves and evaluations have one too.
+        evaluate_every: steps between evaluations; None for a job without validation data.
+        save_every: steps between checkpoints.
+        keep_every: checkpoints at multiples of this are saved and kept for good.
+        saves_evaluations: whether each evaluated state is saved, so that the best one can be kept.
+    """
+
+    total: int
+    log_every: int
+    evaluate_every: int | None
+    save_every: int | None
+    keep_every: int | None
+    saves_evaluations: bool
+
+    def due(self, step: int, *, is_save_requested: bool) -> Due:
+        """Returns the work that is due when `step` optimizer steps are done.
+
+        Args:
+            step: number of steps done, from 1.
+            is_save_requested: whether the clock or a stop request asks for a checkpoint now.
+        """
+        is_last = step == self.total
+        evaluate = _is_multiple(step, self.evaluate_every) or (is_last and self.evaluate_every is not None)
+        save = is_save_requested or is_last or _is_multiple(step, self.save_every) or _is_multiple(step, self.keep_every)
+        save = save or (evaluate and self.saves_evaluations)
+        return Due(log=save or evaluate or _is_multiple(step, self.log_every), evaluate=evaluate, save=save)
+
+    def next_save(self, step: int, steps_until_clock: float) -> int:
+        """Returns the step of the next checkpoint after `step`, or the last step at the end of training.
+
+        Args:
+            step: number of steps done.
+            steps_until_clock: steps until the clock asks for a save, estimated from the speed of training; infinite without a clock.
+        """
+        periods = [self.save_every, self.keep_every, self.evaluate_every if self.saves_evaluations else None]
+        saves = [(step // period + 1) * period for period in periods if period is not None]
+        if math.isfinite(steps_until_clock):
+            saves.append(step + max(1, math.ceil(steps_until_clock)))
+        return min(self.total, *saves) if saves else self.total
+
+
+def _is_multiple(step: int, period: int | None) -> bool:
+    return period is not None and step % period == 0
