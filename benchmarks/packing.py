@@ -29,12 +29,12 @@ from PIL import Image
 import data.packing.plan
 from data.common.files import sync
 from data.common.results import record
-from data.packing.images import ImageRules, stored_image
+from data.packing.images import ImageRules, convert_image
 from data.packing.pack import pack
 from data.packing.plan import Settings, open_plan, write_plan
-from data.packing.sources import Container, Part, Source, encoded_key, part_of
-from data.packing.workers import workers
-from data.synthetic.drawings import PATTERNS, draw_image
+from data.packing.sources import Container, Listing, Source, encode_key, make_listing
+from data.packing.workers import start_workers
+from data.synthetic.drawings import PATTERNS, draw_pattern
 
 RESULT = Path(__file__).parent / "results" / "packing.json"
 CLASSES, FILES = 21_841, 14_197_122  # ImageNet-22K
@@ -46,7 +46,7 @@ def draw_source(folder: Path, count: int) -> None:
     pictures = []
     for pattern in list(PATTERNS.values()) * 4:
         out = io.BytesIO()
-        draw_image(pattern, random).convert("RGB").resize((500, 375), Image.Resampling.BICUBIC).save(out, "JPEG", quality=96)
+        draw_pattern(pattern, random).convert("RGB").resize((500, 375), Image.Resampling.BICUBIC).save(out, "JPEG", quality=96)
         pictures.append(out.getvalue())
     for number in range(count):
         path = folder / f"n{number % 20:08d}" / f"{number}.JPEG"
@@ -56,7 +56,7 @@ def draw_source(folder: Path, count: int) -> None:
 
 def decode(paths: list[Path]) -> None:
     for path in paths:
-        stored_image(path.read_bytes(), ImageRules())
+        convert_image(path.read_bytes(), ImageRules())
 
 
 def compare(count: int, rounds: int) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def compare(count: int, rounds: int) -> dict[str, Any]:
             sync(folder / "out.tar")
 
         def decode_in(processes: int) -> None:
-            with workers(processes) as run:
+            with start_workers(processes) as run:
                 list(run(decode, [paths[start : start + 50] for start in range(0, count, 50)]))
 
         def pack_in(processes: int) -> None:
@@ -116,19 +116,19 @@ def cpu_seconds() -> float:
 class Drawn(Source):
     """A source of names alone."""
 
-    def lister(self, *, shard_in_key: bool = False) -> Callable[[Container], Part]:
+    def make_lister(self, *, shard_in_key: bool = False) -> Callable[[Container], Listing]:
         return drawn_part
 
 
-def drawn_part(container: Container) -> Part:
+def drawn_part(container: Container) -> Listing:
     """Names as in ImageNet-22K's class tars, with the work that is done for each of them."""
     label = int(container.class_name[1:])
     count = FILES // CLASSES + (label < FILES % CLASSES)
     names = [f"{container.class_name}_{number}.JPEG" for number in range(count)]
     sizes = np.random.default_rng(label).integers(20_000, 200_000, count).tolist()
     files = [(name, 512 * (1 + number), size) for number, (name, size) in enumerate(zip(names, sizes, strict=True))]
-    keys = [encoded_key(f"{container.class_name}/{name[:-5]}") for name in names]
-    return part_of(container, files, keys, [container.class_name] * count)
+    keys = [encode_key(f"{container.class_name}/{name[:-5]}") for name in names]
+    return make_listing(container, files, keys, [container.class_name] * count)
 
 
 class Memory:
@@ -160,7 +160,7 @@ def simulate() -> dict[str, Any]:
     """Time and memory of a plan; what a worker's part in it takes."""
     classes = tuple(f"n{number:08d}" for number in range(CLASSES))
     source = Drawn("class tars", Path("/nowhere"), tuple(Container(f"{name}.tar", name) for name in classes), classes)
-    data.packing.plan.stored_share = lambda plan: 1.0  # there are no images to measure it on
+    data.packing.plan.measure_stored_share = lambda plan: 1.0  # there are no images to measure it on
     listing, listed = data.packing.plan.write_listing, 0.0
 
     def timed(*arguments: Any, **options: Any) -> Any:
@@ -184,7 +184,7 @@ def simulate() -> dict[str, Any]:
         plan = open_plan(folder)
         shard = plan.shards[2000]
         for entry in plan.order[shard.start : shard.stop].tolist():
-            plan.key(entry), plan.name(entry), plan.label(entry)
+            plan.read_key(entry), plan.read_name(entry), plan.read_label(entry)
         opened = time.perf_counter()
         result = {
             "files": len(plan),

@@ -1,132 +1,133 @@
 """Command line of the data package.
 
-    python -m data pack SOURCE OUT                      images to shards: OUT/train, and with --holdout OUT/val
-    python -m data synthesize OUT                       a small drawn dataset: OUT/train and OUT/val
-    python -m data index SHARDS                         a dataset, in place, of shards that others wrote
-    python -m data verify FOLDER                        a line for each fault; exit status 1 if there is one
-    python -m data stats FOLDER                         samples, classes, sizes, bytes; with --out plots and a contact sheet
-    python -m data bench --simulate                     what an index of ImageNet-22K's size costs, beside what is promised
-    python -m data bench CONFIG --against timm          how fast a job's images are decoded and augmented, beside timm's loader
-    python -m data order CONFIG --epoch 3 --steps 0:4   what a job takes in these steps, and what is drawn for it: a line a sample
-    python -m data preview CONFIG --out grid.png        pictures of what a job's network is given
+    python -m data pack SOURCE OUT                      packs images into shards: OUT/train, and with --holdout OUT/val
+    python -m data synthesize OUT                       draws a small dataset: OUT/train and OUT/val
+    python -m data index SHARDS                         makes shards that other tools wrote a dataset, in place
+    python -m data verify FOLDER                        prints one line per fault; exit status 1 if there is one
+    python -m data stats FOLDER                         prints samples, classes and sizes; --out writes plots and a contact sheet
+    python -m data order CONFIG --epoch 3 --steps 0:4   prints each sample that a job takes in these steps, with its augmentation
+    python -m data preview CONFIG --out grid.png        draws the images that a job's network receives
 
-What can't work ends with one line on stderr and exit status 2.
+An error that the user can correct ends the command with one line on stderr and exit status 2.
 """
 
 import argparse
 import os
-import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.loader.index_at_scale import SAMPLES, SHARDS, bench, sorted_shards
 from data.augment.recipe import Recipe
-from data.common.results import record
-from data.dataset.index import Index, open_index
-from data.inspect.parameters import lines, parameters
-from data.inspect.report import stats, write_report
-from data.inspect.shuffle import table
-from data.loader.order import make_sample_order
+from data.common.config_files import load
+from data.dataset.index import open_index
+from data.inspect.parameters import format_slots, list_parameters
+from data.inspect.report import format_stats, write_report
+from data.loader.order import sample_order
 from data.packing.adopt import index_shards
 from data.packing.images import MAX_PIXELS, ImageRules
+from data.packing.labels import read_classes
 from data.packing.pack import MAX_REJECTED, pack
 from data.packing.plan import Settings
-from data.packing.sources import read_classes
 from data.packing.verify import verify
 from data.settings import JobData, invalid_data
 from data.synthetic.synthesize import SETS, synthesize
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m data", description="From images to batches: pack, check and inspect datasets.")
-    commands = top.add_subparsers(dest="command", required=True)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m data", description="Packs, checks and inspects image datasets.")
+    commands = parser.add_subparsers(dest="command", required=True)
 
-    _add_pack(commands.add_parser("pack", help="pack images into shards; a packing that was stopped goes on"))
+    command = commands.add_parser("pack", help="Pack images into shards; an interrupted packing resumes.")
+    _add_pack_options(command)
+    command.set_defaults(run=_pack)
 
-    command = commands.add_parser("synthesize", help="draw a small dataset, OUT/train and OUT/val")
-    command.add_argument("out", type=Path)
-    command.add_argument("--draw", choices=SETS, default="patterns", help="which set (%(default)s)")
-    command.add_argument("--classes", type=int, metavar="N", help="its first classes (all)")
-    command.add_argument("--train", type=int, default=1800, help="training images (%(default)s)")
-    command.add_argument("--val", type=int, default=300, help="validation images (%(default)s)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--photographs", action="store_true", help="of 500 x 375 pixels and 110 kB")
+    command = commands.add_parser("synthesize", help="Draw a small dataset, OUT/train and OUT/val.")
+    command.add_argument("out", type=Path, help="An empty or new folder.")
+    command.add_argument("--draw", choices=SETS, default="patterns", help="The set of classes (default %(default)s).")
+    command.add_argument("--classes", type=int, metavar="N", help="Draw only the first N classes of the set.")
+    command.add_argument("--train", type=int, default=1800, help="Number of training images (default %(default)s).")
+    command.add_argument("--val", type=int, default=300, help="Number of validation images (default %(default)s).")
+    command.add_argument("--seed", type=int, default=0, help="Seed of the drawings (default %(default)s).")
+    command.add_argument("--photographs", action="store_true", help="Draw images of 500 x 375 pixels and about 110 kB.")
+    command.set_defaults(run=_synthesize)
 
-    command = commands.add_parser("index", help="make a dataset, in place, of shards that others wrote; no tar is touched")
-    command.add_argument("folder", type=Path, metavar="SHARDS")
-    command.add_argument(
-        "--classes", type=Path, metavar="FILE", help="class names in the order of labels: a list in JSON, or a name a line"
-    )
-    command.add_argument("--label", metavar="FIELD", help="the field of each .json with the label or class name (default: labels in .cls)")
-    command.add_argument("--force", action="store_true", help="even if the folder is a dataset already, and would become another")
+    command = commands.add_parser("index", help="Make shards that other tools wrote a dataset, in place; no tar is changed.")
+    command.add_argument("folder", type=Path, metavar="SHARDS", help="The folder of the .tar files.")
+    command.add_argument("--classes", type=Path, metavar="FILE", help="Class names in label order: a JSON list, or one name per line.")
+    command.add_argument("--label", metavar="FIELD", help="Take labels or class names from this .json field (default: labels in .cls).")
+    command.add_argument("--force", action="store_true", help="Replace the dataset in the folder by a different one.")
     _add_workers(command)
+    command.set_defaults(run=_index)
 
-    command = commands.add_parser("verify", help="check a dataset against itself: names, sizes, headers")
+    command = commands.add_parser("verify", help="Check names, sizes and headers of a dataset.")
     _add_dataset(command)
-    command.add_argument("--deep", action="store_true", help="read every byte: checksums and labels, and decode every image")
+    command.add_argument("--deep", action="store_true", help="Also read every byte: checksums, labels, and every image decoded.")
     _add_workers(command)
+    command.set_defaults(run=_verify)
 
-    command = commands.add_parser("stats", help="describe a dataset")
+    command = commands.add_parser("stats", help="Describe a dataset.")
     _add_dataset(command)
-    command.add_argument("--out", type=Path, metavar="FILE", help="a .png or .html with plots and a contact sheet of random samples")
-    command.add_argument("--seed", type=int, default=0, help="of the random samples")
+    command.add_argument("--out", type=Path, metavar="FILE", help="Write a .png or .html with plots and a contact sheet.")
+    command.add_argument("--seed", type=int, default=0, help="Seed of the contact sheet's random samples (default %(default)s).")
+    command.set_defaults(run=_stats)
 
-    command = commands.add_parser("bench", help="measure rates, and what is promised; exit status 1 if a promise is broken")
-    what = command.add_mutually_exclusive_group(required=True)
-    what.add_argument("--simulate", action="store_true", help="of a real index over shards that are holes, as large as ImageNet-22K's")
-    what.add_argument("--against", choices=["timm"], help="a job's batches by its loader and by another, and decoding alone")
-    what.add_argument("--gpu-sweep", action="store_true", help="a job's batches by the load of a GPU's JPEG decoder, and by threads")
-    command.add_argument("overrides", nargs="*", metavar="CONFIG key=value", help="a job's settings, but with --simulate")
-    command.add_argument("--samples", type=int, default=SAMPLES, help="to simulate (%(default)s)")
-    command.add_argument("--shards", type=int, default=SHARDS, help="to simulate (%(default)s)")
-    command.add_argument("--images", type=int, default=2048, help="to measure each way on, a round (%(default)s)")
-    command.add_argument("--batch", type=int, help="images of a batch (the job's micro-batch)")
-    command.add_argument("--rounds", type=int, default=3, help="in which all ways take turns (%(default)s)")
-    command.add_argument("--out", type=Path, metavar="FILE", help="keep the figures in this list of results, in JSON")
-
-    command = commands.add_parser("order", help="print what a job takes in each step and what is drawn for it: a line a sample")
+    command = commands.add_parser("order", help="Print each sample that a job takes, with its augmentation.")
     _add_job(command)
-    _add_steps(command)
+    command.set_defaults(run=_order)
 
-    command = commands.add_parser("preview", help="draw what a job's network is given: augmented and mixed batches, the evaluation view")
+    command = commands.add_parser("preview", help="Draw augmented and mixed batches and the evaluation view of a job.")
     _add_job(command)
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="a .png")
-    _add_steps(command)
-    command.add_argument("--images", type=int, default=16, metavar="N", help="of each step (%(default)s)")
-    return top
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="The .png to write.")
+    command.add_argument("--images", type=int, default=16, metavar="N", help="Images per step (default %(default)s).")
+    command.set_defaults(run=_preview)
+    return parser
 
 
-def _add_pack(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, help="class folders, per-class tars, a tar of those, or WebDataset shards")
-    command.add_argument("out", type=Path, help="gets a folder for each split")
-    command.add_argument("--split", default="train", help="the folder in OUT (%(default)s)")
-    command.add_argument("--name", help="what shards are called: NAME-SPLIT-000000.tar (the last part of OUT)")
-    command.add_argument(
-        "--classes", type=Path, metavar="FILE", help="classes in label order: classes.json, a name a line, or a packed folder"
-    )
-    command.add_argument(
-        "--labels", type=Path, metavar="FILE", help="labels of images without class folders: a CSV, or the development kit's"
-    )
-    command.add_argument("--holdout", type=_amount, metavar="N", help="images a class, or their share, that become OUT/val")
-    command.add_argument(
-        "--shard-mb", type=float, metavar="MIB", default=Settings.shard_bytes / 2**20, help="size of a shard (%(default)s)"
-    )
-    command.add_argument("--seed", type=int, default=0, help="of the order of samples and of the holdout")
-    command.add_argument("--max-side", type=int, metavar="PX", help="cap the longer side of images")
-    command.add_argument("--resize-short", type=int, metavar="PX", help="cap the shorter side of images")
-    command.add_argument("--keep-original", action="store_true", help="leave byte for byte what DALI can read")
-    command.add_argument(
-        "--max-pixels", type=int, metavar="N", default=MAX_PIXELS, help="refuse larger images from their header (%(default)s)"
-    )
-    command.add_argument("--max-rejected", type=_amount, default=MAX_REJECTED, metavar="N", help="images, or their share (%(default)s)")
+def _add_pack_options(command: argparse.ArgumentParser) -> None:
+    def add(name: str, text: str, **options: object) -> None:
+        command.add_argument(name, help=text, **options)  # type: ignore[arg-type]
+
+    add("source", "Class folders, one tar per class, a tar of class tars, or WebDataset shards.", type=Path)
+    add("out", "The folder that receives one folder per split.", type=Path)
+    add("--split", "The split's folder in OUT (default %(default)s).", default="train")
+    add("--name", "Name the shards NAME-SPLIT-000000.tar (default: the last part of OUT).")
+    add("--classes", "Classes in label order: classes.json, one name per line, or a packed folder.", type=Path, metavar="FILE")
+    add("--labels", "Labels of images without class folders: a CSV, or the development kit's list.", type=Path, metavar="FILE")
+    add("--holdout", "Images per class, or share of all images, to hold out for OUT/val.", type=_parse_amount, metavar="N")
+    add("--shard-mb", "Size of a shard (default %(default)s).", type=float, metavar="MIB", default=Settings.shard_bytes / 2**20)
+    add("--seed", "Seed of the sample order and of the holdout (default %(default)s).", type=int, default=0)
+    add("--max-side", "Shrink images whose longer side exceeds this.", type=int, metavar="PX")
+    add("--resize-short", "Shrink images whose shorter side exceeds this.", type=int, metavar="PX")
+    add("--keep-original", "Keep every file that DALI can read byte for byte.", action="store_true")
+    add("--max-pixels", "Reject larger images by their header (default %(default)s).", type=int, metavar="N", default=MAX_PIXELS)
+    add("--max-rejected", "Images, or share of all images, that may be rejected (default %(default)s).",
+        type=_parse_amount, metavar="N", default=MAX_REJECTED)  # fmt: skip
     _add_workers(command)
-    command.add_argument("--part", type=_part, default=(0, 1), metavar="I/N", help="pack a share of the shards, from 0/N to N-1/N")
-    command.add_argument("--merge", action="store_true", help="pack nothing, only make the dataset of what all parts have packed")
+    add("--part", "Pack one of N shares of the shards, from 0/N to N-1/N.", type=_parse_part, metavar="I/N", default=(0, 1))
+    add("--merge", "Pack nothing; make the dataset from the shards that all parts have packed.", action="store_true")
 
 
-def _amount(text: str) -> int | float:
-    """A number, or a share below 1."""
+def _add_dataset(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", help="The dataset's folder or URL.")
+    command.add_argument("--cache", metavar="FOLDER", help="Keep local copies of files from a URL here.")
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, metavar="CONFIG", help="A job's settings, such as configs/van_b3_in22k.yaml.")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="Settings that override the file's: seed, global_batch, data.…")
+    command.add_argument("--epoch", type=int, default=0, help="Epoch, counted from 0 (default %(default)s).")
+    command.add_argument(
+        "--steps", type=_parse_steps, default=range(1), metavar="A:B", help="Steps A to B - 1 of the epoch, or the first B (default 1)."
+    )
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="Number of worker processes (default %(default)s)."
+    )
+
+
+def _parse_amount(text: str) -> int | float:
+    """Parses a whole number, or a share from 0 up to but excluding 1."""
     try:
         amount = float(text) if "." in text else int(text)
     except ValueError:
@@ -136,29 +137,14 @@ def _amount(text: str) -> int | float:
     return amount
 
 
-def _part(text: str) -> tuple[int, int]:
+def _parse_part(text: str) -> tuple[int, int]:
     number, slash, count = text.partition("/")
     if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
         raise argparse.ArgumentTypeError(f"{text}: expected I/N, from 0/N to N-1/N")
     return int(number), int(count)
 
 
-def _add_dataset(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", help="or a URL")
-    command.add_argument("--cache", metavar="FOLDER", help="for local copies of what is fetched from a URL")
-
-
-def _add_job(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=Path, metavar="CONFIG", help="a job's settings, such as configs/van_b3_in22k.yaml")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ: seed, global_batch, data.…")
-
-
-def _add_steps(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--epoch", type=int, default=0, help="counted from 0 (%(default)s)")
-    command.add_argument("--steps", type=_steps, default=range(1), metavar="A:B", help="steps A to B - 1 of the epoch, or the first B (1)")
-
-
-def _steps(text: str) -> range:
+def _parse_steps(text: str) -> range:
     first, colon, last = text.rpartition(":")
     first = first if colon else "0"
     if not (first.isdecimal() and last.isdecimal() and int(first) < int(last)):
@@ -166,131 +152,95 @@ def _steps(text: str) -> range:
     return range(int(first), int(last))
 
 
-def _add_workers(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (%(default)s)")
-
-
 def main(arguments: list[str] | None = None) -> int:
-    given = _parsed(arguments)
+    parser = build_parser()
+    args, extra = parser.parse_known_args(arguments)
+    # argparse accepts key=value texts only in one place; a job's overrides may stand anywhere.
+    if extra and ("overrides" not in args or any(text.startswith("-") for text in extra)):
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    if extra:
+        args.overrides += extra
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # keys may have bytes that are not UTF-8
     try:
-        match given.command:
-            case "pack":
-                for index in _pack(given):
-                    print(stats(index))
-            case "synthesize":
-                options = {name: vars(given)[name] for name in ("draw", "classes", "train", "val", "seed", "photographs")}
-                print(*map(stats, synthesize(given.out, **options)), sep="\n")
-            case "index":
-                classes = read_classes(given.classes) if given.classes else None
-                print(stats(index_shards(given.folder, classes=classes, field=given.label, processes=given.workers, force=given.force)))
-            case "verify":
-                return 1 if verify(given.folder, given.cache, deep=given.deep, processes=given.workers) else 0
-            case "stats":
-                index = open_index(given.folder, given.cache)
-                print(stats(index))
-                if given.out:
-                    write_report(index, given.out, seed=given.seed)
-            case "bench":
-                return _simulate(given) if given.simulate else _bench(given)
-            case "order":
-                _print_order(given)
-            case "preview":
-                from data.inspect.preview import preview
-
-                preview(_job(given), given.out, epoch=given.epoch, steps=given.steps, images=given.images)
-    except BrokenPipeError:  # the reader of the output, such as head, has seen enough
+        return args.run(args) or 0
+    except BrokenPipeError:  # the reader of the output, such as head, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
-        print(f"{parser().prog} {given.command}: stopped", file=sys.stderr)
+        print(f"{parser.prog} {args.command}: stopped", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"{parser().prog} {given.command}: {error}", file=sys.stderr)
+        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def _parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """argparse takes all key=value before the first option or none; here they may stand anywhere."""
-    top = parser()
-    given, more = top.parse_known_args(arguments)
-    if more and ("overrides" not in given or any(text.startswith("-") for text in more)):
-        top.error(f"unrecognized arguments: {' '.join(more)}")
-    if more:
-        given.overrides += more
-    return given
-
-
-def _job(given: argparse.Namespace) -> JobData:
-    from data.common.config_files import load
-
-    return load(JobData, given.config, given.overrides, invalid_data, sections=["data"])
-
-
-def _pack(given: argparse.Namespace) -> list[Index]:
+def _pack(args: argparse.Namespace) -> None:
     settings = Settings(
-        split=given.split,
-        name=given.name or given.out.absolute().name,
-        shard_bytes=round(given.shard_mb * 2**20),
-        seed=given.seed,
-        holdout=given.holdout,
-        classes=read_classes(given.classes) if given.classes else None,
-        labels=given.labels,
+        split=args.split,
+        name=args.name or args.out.absolute().name,
+        shard_bytes=round(args.shard_mb * 2**20),
+        seed=args.seed,
+        holdout=args.holdout,
+        classes=read_classes(args.classes) if args.classes else None,
+        labels=args.labels,
         rules=ImageRules(
-            keep_original=given.keep_original, max_side=given.max_side, resize_short=given.resize_short, max_pixels=given.max_pixels
+            keep_original=args.keep_original, max_side=args.max_side, resize_short=args.resize_short, max_pixels=args.max_pixels
         ),
     )
-    return pack(
-        given.source,
-        given.out,
+    indexes = pack(
+        args.source,
+        args.out,
         settings,
-        max_rejected=given.max_rejected,
-        workers=given.workers,
-        part=given.part,
-        merge_only=given.merge,
+        max_rejected=args.max_rejected,
+        workers=args.workers,
+        part=args.part,
+        merge_only=args.merge,
     )
+    for index in indexes:
+        print(format_stats(index))
 
 
-def _simulate(given: argparse.Namespace) -> int:
-    figures = bench(given.samples, given.shards)
-    print(*figures, sep="\n")
-    tables = sorted_shards(given.samples, given.shards)
-    for title, rows in tables.items():
-        print("", title, *table(rows), sep="\n")
-    if given.out:
-        command = f"python -m data bench --simulate --samples {given.samples} --shards {given.shards}"
-        shuffle = {title: [asdict(row) for row in rows] for title, rows in tables.items()}
-        record(given.out, command, ["numpy"], rows=[asdict(figure) for figure in figures], shuffle=shuffle)
-    return 0 if all(figure.kept for figure in figures) else 1
+def _synthesize(args: argparse.Namespace) -> None:
+    indexes = synthesize(
+        args.out, draw=args.draw, classes=args.classes, train=args.train, val=args.val, seed=args.seed, photographs=args.photographs
+    )
+    print(*map(format_stats, indexes), sep="\n")
 
 
-def _bench(given: argparse.Namespace) -> int:
-    """Reads CONFIG from the first of what is no option."""
-    if not given.overrides:
-        raise ValueError("--against and --gpu-sweep measure a job: python -m data bench CONFIG …")
-    given.config, *given.overrides = given.overrides
-    job = _job(given)
-    from benchmarks.loader import rates as rates
-
-    batch = given.batch or job.engine.micro_batch
-    compare = rates.gpu_sweep if given.gpu_sweep else rates.against_timm
-    found = compare(job, images=given.images, batch=batch, rounds=given.rounds)
-    print(*rates.table(found), sep="\n")
-    if given.out:
-        what = "--gpu-sweep" if given.gpu_sweep else f"--against {given.against}"
-        command = f"python -m data bench {given.config} {what} --images {given.images} --batch {batch} --rounds {given.rounds}"
-        record(given.out, shlex.join([*command.split(), *given.overrides]), rates.PACKAGES, **rates.as_result(found, rates.job_device(job)))
-    return 0
+def _index(args: argparse.Namespace) -> None:
+    classes = read_classes(args.classes) if args.classes else None
+    print(format_stats(index_shards(args.folder, classes=classes, field=args.label, processes=args.workers, force=args.force)))
 
 
-def _print_order(given: argparse.Namespace) -> None:
-    job = _job(given)
+def _verify(args: argparse.Namespace) -> int:
+    return 1 if verify(args.folder, args.cache, deep=args.deep, processes=args.workers) else 0
+
+
+def _stats(args: argparse.Namespace) -> None:
+    index = open_index(args.folder, args.cache)
+    print(format_stats(index))
+    if args.out:
+        write_report(index, args.out, seed=args.seed)
+
+
+def _load_job(args: argparse.Namespace) -> JobData:
+    return load(JobData, args.config, args.overrides, invalid_data, sections=["data"])
+
+
+def _order(args: argparse.Namespace) -> None:
+    job = _load_job(args)
     index = open_index(job.data.train, job.data.cache)
-    order, recipe = make_sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
-    for step in given.steps:
-        ids = order.batch(given.epoch, step)
-        drawn = parameters(recipe, given.epoch, ids, order.copies, index)
-        print(*lines(given.epoch, step, ids, drawn, index), sep="\n")
+    order, recipe = sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
+    for step in args.steps:
+        ids = order.batch(args.epoch, step)
+        parameters = list_parameters(recipe, args.epoch, ids, order.copies, index)
+        print(*format_slots(args.epoch, step, ids, parameters, index), sep="\n")
+
+
+def _preview(args: argparse.Namespace) -> None:
+    from data.inspect.preview import write_preview  # imports torch and DALI
+
+    write_preview(_load_job(args), args.out, epoch=args.epoch, steps=args.steps, images=args.images)
 
 
 if __name__ == "__main__":

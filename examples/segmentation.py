@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pretrain.model.van  # noqa: F401  registers the models with timm
-from data.synthetic.drawings import PATTERNS, draw_image
+from data.synthetic.drawings import PATTERNS, draw_pattern
 
 SIZE = 96  # pixels a side
 TRAIN, HELD_OUT, SHOWN = 800, 200, 6  # images; the picture shows held-out ones
@@ -34,7 +34,7 @@ PALETTE = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b
 def draw_scene(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """An image, uint8 (SIZE, SIZE, 3), and the class id of each pixel, int64 (SIZE, SIZE): a class and a region of another."""
     labels = random.choice(len(PATTERNS), 2, replace=False)
-    drawings = (draw_image(list(PATTERNS.values())[label], random).convert("RGB") for label in labels)
+    drawings = (draw_pattern(list(PATTERNS.values())[label], random).convert("RGB") for label in labels)
     around, within = (np.array(drawing.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for drawing in drawings)
     rows, columns = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
     (centre_y, centre_x), (height, width) = random.uniform(-0.3, 0.3, 2), random.uniform(0.45, 0.75, 2)

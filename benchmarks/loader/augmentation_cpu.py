@@ -29,7 +29,7 @@ from data.augment.randaugment import Layer, Operator, draw_rand_augment, parse_p
 from data.augment.sampling import draw_crops
 from data.common.results import record
 from data.synthetic.drawings import PHOTOGRAPH
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 
 RESULT = Path(__file__).parents[1] / "results" / "augmentation_cpu.json"
 ROUNDS, SIZE, BATCH = 5, 224, 64
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="a multiple of 64 (%(default)s)")
     count = parser.parse_args().images
     torch.set_num_threads(1)
-    encoded = [np.frombuffer(image, np.uint8) for image, _ in images(10, count, 0, 0, photographs=True)]
+    encoded = [np.frombuffer(image, np.uint8) for image, _ in draw_images(10, count, 0, 0, photographs=True)]
     pixels = [np.array(Image.open(io.BytesIO(one.tobytes())).convert("RGB").resize((SIZE, SIZE))) for one in encoded]
     resizer = CpuResizer(1)
     found = smallest_times(stages(encoded, resizer), count) | smallest_times(augmentations(pixels), count)

@@ -25,9 +25,9 @@ import numpy as np
 
 from data.common.results import record
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
-from data.inspect.report import stats
-from data.inspect.shuffle import Row, compare, table
-from data.loader.order import SampleOrder, select_rank_slots
+from data.inspect.report import format_stats
+from data.inspect.shuffle import Row, compare_orders, format_table
+from data.loader.order import SampleOrder, rank_slice
 from data.settings import DataConfig
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -73,9 +73,9 @@ def bench(samples: int = SAMPLES, shards: int = SHARDS) -> list[Figure]:
         alone = ranks_of_a_node(folder, 1)[0]
         together = ranks_of_a_node(folder, RANKS_OF_A_NODE)
         began = time.perf_counter()
-        stats(index)
+        format_stats(index)
         described = time.perf_counter() - began
-        order, full = compare(index.samples["label"], index.shard_start, global_batch=GLOBAL_BATCH, choices=[DEFAULT])
+        order, full = compare_orders(index.samples["label"], index.shard_start, global_batch=GLOBAL_BATCH, choices=[DEFAULT])
         displacement = order.quality.displacement / full.quality.displacement
         return [
             Figure("index.npy, dataset.json and classes.json on disk", bytes_on_disk(folder) / samples, "B a sample", 32),
@@ -104,7 +104,7 @@ def sorted_shards(samples: int = SAMPLES, shards: int = SHARDS) -> dict[str, lis
     ):
         start = np.arange(count + 1) * len(labels) // count
         title = f"{len(labels)} samples in {count} shards, sorted by {classes} classes; a global batch of {batch}"
-        tables[title] = compare(labels, start, global_batch=batch, choices=CHOICES)
+        tables[title] = compare_orders(labels, start, global_batch=batch, choices=CHOICES)
     return tables
 
 
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(*figures, sep="\n")
     tables = sorted_shards(args.samples, args.shards)
     for title, rows in tables.items():
-        print("", title, *table(rows), sep="\n")
+        print("", title, *format_table(rows), sep="\n")
     command = f"python -m benchmarks.loader.index_at_scale --samples {args.samples} --shards {args.shards}"
     shuffle = {title: [asdict(row) for row in rows] for title, rows in tables.items()}
     record(args.out / "index_at_scale.json", command, ["numpy"], rows=[asdict(figure) for figure in figures], shuffle=shuffle)

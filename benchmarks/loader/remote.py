@@ -31,7 +31,7 @@ from data.loader.loaders import TrainLoader
 from data.loader.order import SampleOrder
 from data.settings import DataConfig
 from data.synthetic.drawings import PATTERNS
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 
 RESULT = Path(__file__).parents[1] / "results" / "remote.json"
 URL = "s3://bucket/train"
@@ -41,7 +41,7 @@ ROUNDS = 3
 def dataset(folder: Path, count: int) -> Index:
     """300 drawn images over and over, in shards of 4 MiB."""
     folder.mkdir()
-    drawn = itertools.cycle(list(images(10, 300, 0, 0)))
+    drawn = itertools.cycle(list(draw_images(10, 300, 0, 0)))
     samples = (Sample(f"{number:09d}", *next(drawn)) for number in range(count))
     return write_dataset(folder, samples, list(PATTERNS), shard_bytes=4 << 20, name="train")
 

@@ -1,1 +1,1 @@
-"""Shows and measures: what is in a dataset, what a job takes of it, and how fast."""
+"""Describes datasets, and the samples and augmentations that a job takes."""

@@ -1,7 +1,7 @@
-"""What is drawn for each sample, in words, for people to read.
+"""Lists a sample's augmentation parameters as text.
 
-for slot, (sample_id, drawn) in enumerate(zip(ids, parameters(recipe, epoch, ids, order.copies, index))):
-    print(slot, sample_id, drawn)        # {"crop": "y 12 x 34 h 200 w 180", "flip": "yes", "operators": "rotate -24.1, invert", …}
+for slot, (sample_id, texts) in enumerate(zip(ids, list_parameters(recipe, epoch, ids, order.copies, index))):
+    print(slot, sample_id, texts)        # {"crop": "y 12 x 34 h 200 w 180", "flip": "yes", "operators": "rotate -24.1, invert", …}
 """
 
 import numpy as np
@@ -12,28 +12,40 @@ from data.augment.sampling import Mix
 from data.dataset.index import Index, read_key
 
 
-def parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndarray, index: Index) -> list[dict[str, str]]:
-    """Of samples in the order of their slots, from an even one on: the name of each parameter and its value. What the settings never
-    ask for is not there; both samples of a pair have the same `mix`."""
+def list_parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndarray, index: Index) -> list[dict[str, str]]:
+    """Lists the name and value of each augmentation parameter that the settings use.
+
+    Args:
+        recipe: of the job.
+        epoch: counted from 0.
+        ids: sample ids in slot order, from an even slot on.
+        copies: which copy of its sample each slot holds.
+        index: of the dataset.
+
+    Returns:
+        One dict per sample. Both samples of a pair have the same `mix`.
+    """
     drawn = recipe.draw(epoch, ids, copies, index.samples[ids])
     columns = {
-        "crop": [f"y {y} x {x} h {h} w {w}" for y, x, h, w in drawn.crops.tolist()],
+        "crop": [_format_box(*box) for box in drawn.crops.tolist()],
         "flip": ["yes" if flipped else "no" for flipped in drawn.mirrored.tolist()],
     }
     if drawn.layers:
-        columns["operators"] = [_operators([layer for layer, _ in drawn.layers], number) for number in range(len(ids))]
+        columns["operators"] = [_format_operators([layer for layer, _ in drawn.layers], number) for number in range(len(ids))]
     if drawn.erased is not None:
-        columns["erased"] = [
-            ", ".join(f"y {y} x {x} h {h} w {w}" for y, x, h, w in boxes if h) or "no" for boxes in drawn.erased.boxes.tolist()
-        ]
+        columns["erased"] = [", ".join(_format_box(*box) for box in boxes if box[2]) or "no" for boxes in drawn.erased.boxes.tolist()]
     mix = recipe.mix(epoch, ids, copies)
     if mix is not None:
-        columns["mix"] = np.repeat(_mixes(mix), 2)[: len(ids)].tolist()
+        columns["mix"] = np.repeat(_format_mixes(mix), 2)[: len(ids)].tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _operators(layers: list[Layer], number: int) -> str:
-    """Those applied to one sample, in order, with their arguments."""
+def _format_box(y: int, x: int, height: int, width: int) -> str:
+    return f"y {y} x {x} h {height} w {width}"
+
+
+def _format_operators(layers: list[Layer], number: int) -> str:
+    """Formats the operators applied to one sample, in order, with their arguments."""
     texts = []
     for layer in layers:
         operator, argument = Operator(layer.operator[number]), layer.argument[number]
@@ -44,19 +56,27 @@ def _operators(layers: list[Layer], number: int) -> str:
     return ", ".join(texts) or "no"
 
 
-def _mixes(mix: Mix) -> list[str]:
+def _format_mixes(mix: Mix) -> list[str]:
     texts = []
     for (y0, y1, x0, x1), share in zip(mix.box.tolist(), mix.lam.tolist(), strict=True):
-        cut = y1 > y0 and x1 > x0
-        texts.append(f"cutmix {share:.2f} y {y0}:{y1} x {x0}:{x1}" if cut else f"mixup {share:.2f}")
+        is_cutmix = y1 > y0 and x1 > x0
+        texts.append(f"cutmix {share:.2f} y {y0}:{y1} x {x0}:{x1}" if is_cutmix else f"mixup {share:.2f}")
     return texts
 
 
-def lines(epoch: int, step: int, ids: np.ndarray, drawn: list[dict[str, str]], index: Index) -> list[str]:
-    """A line a slot of a step's global batch: name=value, two blanks apart."""
+def format_slots(epoch: int, step: int, ids: np.ndarray, parameters: list[dict[str, str]], index: Index) -> list[str]:
+    """Formats one line of name=value pairs per slot of a step's global batch.
+
+    Args:
+        epoch: counted from 0.
+        step: of the epoch.
+        ids: sample ids in slot order.
+        parameters: of each slot, from list_parameters.
+        index: of the dataset.
+    """
     labels = index.samples["label"][ids].tolist()
-    found = []
-    for slot, (sample_id, label, own) in enumerate(zip(ids.tolist(), labels, drawn, strict=True)):
-        about = {"epoch": epoch, "step": step, "slot": slot, "key": read_key(index, sample_id), "class": index.classes[label]}
-        found.append("  ".join(f"{name}={value}" for name, value in {**about, **own}.items()))
-    return found
+    lines = []
+    for slot, (sample_id, label, texts) in enumerate(zip(ids.tolist(), labels, parameters, strict=True)):
+        sample = {"epoch": epoch, "step": step, "slot": slot, "key": key(index, sample_id), "class": index.classes[label]}
+        lines.append("  ".join(f"{name}={value}" for name, value in (sample | texts).items()))
+    return lines

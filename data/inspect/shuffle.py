@@ -1,10 +1,10 @@
-"""How well the sample order mixes, measured beside a full permutation of all samples.
+"""Measures how well the sample order mixes a dataset, compared with a full permutation.
 
-    rows = compare(labels, shard_start, global_batch=8192, choices=[(64, 2048), (64, 8192)])
-    print(*table(rows), sep="\\n")
+    rows = compare_orders(labels, shard_start, global_batch=8192, choices=[(64, 2048), (64, 8192)])
+    print(*format_table(rows), sep="\\n")
 
-What matters of a sample's place in the shards is the class that stands there: with shards in the order of classes this is the worst
-case, with shards as `python -m data pack` writes them (a hash of the key decides the place) any order is a random one.
+The measures depend on the classes along the shards. Shards sorted by class are the worst case. In shards that `python -m data pack`
+writes, a hash of the key decides a sample's place, so any order of them is random.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,16 +14,19 @@ import numpy as np
 
 from data.loader.order import SampleOrder
 
-_STEPS = 48  # that are looked at, each of another epoch: as many as they have lanes different parts of the dataset
+_STEPS = 48  # measured steps, each of another epoch: so each lane is seen in as many ranges of the dataset
 
 
 @dataclass(frozen=True)
 class Quality:
     """Means over steps.
 
-    displacement: |place in the epoch - place in the shards|, both from 0 to 1; 1/3 for a full permutation. pairs: correlation of the
-    places in the shards of the two samples of a pair (slots 2i and 2i + 1, which mixup and cutmix mix); alike: share of pairs of one
-    class. classes: distinct ones in a global batch; bits: the entropy of their distribution in it.
+    Attributes:
+        displacement: |place in the epoch - place in the shards|, with places from 0 to 1; 1/3 for a full permutation.
+        pairs: correlation of the places in the shards of the samples in slots 2i and 2i + 1, which mixup and cutmix mix.
+        alike: share of these pairs whose samples have the same class.
+        classes: distinct classes in a global batch.
+        bits: entropy of the classes in a global batch.
     """
 
     displacement: float
@@ -33,8 +36,8 @@ class Quality:
     bits: float
 
 
-def quality(labels: np.ndarray, batches: Iterable[tuple[float, np.ndarray]]) -> Quality:
-    """Of (place in the epoch, sample ids of a global batch); `labels` are those of all samples, in the order of the shards."""
+def measure_quality(labels: np.ndarray, batches: Iterable[tuple[float, np.ndarray]]) -> Quality:
+    """Measures global batches, each given as its place in the epoch, 0 to 1, and its sample ids; `labels` are in shard order."""
     displacement, alike, classes, bits, pairs = [], [], [], [], []
     for place, ids in batches:
         displacement.append(np.abs(ids / len(labels) - place).mean())
@@ -49,17 +52,28 @@ def quality(labels: np.ndarray, batches: Iterable[tuple[float, np.ndarray]]) -> 
 
 @dataclass(frozen=True)
 class Row:
-    """An order's lanes and window, or neither for a full permutation, and what was measured of it."""
+    """The quality of an order with these lanes and this window, or, with None for both, of a full permutation."""
 
     lanes: int | None
     window: int | None
     quality: Quality
 
 
-def compare(
+def compare_orders(
     labels: np.ndarray, shard_start: np.ndarray, *, global_batch: int, choices: Sequence[tuple[int, int]], seed: int = 0
 ) -> list[Row]:
-    """A row for each (lanes, window), and at the end one for a full permutation; all of the same random steps."""
+    """Measures sample orders on the same random steps.
+
+    Args:
+        labels: of all samples, in shard order.
+        shard_start: int64 (shards + 1,), of the index.
+        global_batch: samples per step.
+        choices: the (lanes, window) of each order.
+        seed: of the orders and of the steps.
+
+    Returns:
+        One row per choice, then one for a full permutation.
+    """
     random = np.random.default_rng(seed)
     orders = [SampleOrder(shard_start, seed=seed, global_batch=global_batch, lanes=lanes, window=window) for lanes, window in choices]
     steps_per_epoch = orders[0].steps_per_epoch
@@ -68,20 +82,20 @@ def compare(
     rows = []
     for order in orders:
         batches = (order.batch(epoch, step) for epoch, step in enumerate(steps))
-        rows.append(Row(order.lanes, order.window, quality(labels, zip(places, batches, strict=True))))
+        rows.append(Row(order.lanes, order.window, measure_quality(labels, zip(places, batches, strict=True))))
     drawn = (random.choice(len(labels), global_batch, replace=False) for _ in steps)
-    return [*rows, Row(None, None, quality(labels, zip(places, drawn, strict=True)))]
+    return [*rows, Row(None, None, measure_quality(labels, zip(places, drawn, strict=True)))]
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as lines of text; displacements as shares of the full permutation's, the last row's."""
+def format_table(rows: Sequence[Row]) -> list[str]:
+    """Formats the rows as lines of text; displacements are shares of the full permutation's, the last row's."""
     full = rows[-1].quality
     lines = ["lanes  window  displacement  pairs: correlation  of one class  classes in a batch  their entropy"]
     for row in rows:
         order = "full permutation" if row.lanes is None else f"{row.lanes:>5}  {row.window:>6}"
-        found = row.quality
+        quality = row.quality
         lines.append(
-            f"{order:<16}{found.displacement / full.displacement:>11.1%}  {found.pairs:>18.2f}  {found.alike:>12.1%}"
-            f"  {found.classes:>18.0f}  {found.bits:>8.2f} bits"
+            f"{order:<16}{quality.displacement / full.displacement:>11.1%}  {quality.pairs:>18.2f}  {quality.alike:>12.1%}"
+            f"  {quality.classes:>18.0f}  {quality.bits:>8.2f} bits"
         )
     return lines

@@ -1,1 +1,1 @@
-"""Makes datasets: of images, of shards by others, of nothing; and checks them."""
+"""Packs image sources into datasets of shards, adopts shards that other tools wrote, and verifies datasets."""

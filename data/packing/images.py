@@ -1,24 +1,24 @@
-"""What becomes of one encoded image file on its way into a dataset: stored as it is, made a plain JPEG, or refused.
+"""Image conversion: keep an encoded image file as it is, convert it to a baseline JPEG, or reject it.
 
     rules = ImageRules(resize_short=256)
     try:
-        stored = stored_image(path.read_bytes(), rules)      # .encoded, .extension, .width, .height, .change, .histogram
+        image = convert_image(path.read_bytes(), rules)      # .encoded, .extension, .width, .height, .change, .histogram
     except BadImage as error:
-        …                                                    # str(error) says why
+        …                                                    # str(error) is the reason
 
-Every image is decoded wholly, once, so that training never meets a bad one. RGB and grey baseline JPEGs that are fine are stored
-byte for byte. All else becomes a baseline JPEG, grey or RGB: PNG, GIF and WebP (of each the first frame), BMP, TIFF, CMYK, 16-bit,
+Every image is decoded once, completely, so that training never meets a bad one. Sound RGB and gray baseline JPEGs are stored byte
+for byte. Every other image becomes a baseline JPEG, gray or RGB: PNG, GIF and WebP (the first frame), BMP, TIFF, CMYK, 16-bit,
 palette, alpha, EXIF-rotated, progressive.
 
-Colours are those that timm and torchvision see: ICC profiles are not applied and CMYK is taken for ideal inks, since most images
-are stored as they are and the others should not differ from them. Two exceptions: 16 bits are scaled to 8, where convert("RGB")
-clips them, and alpha is laid on white, the page that such images are made for, where dropping it would uncover whatever lies under
-transparent pixels.
+Colors are those of timm and torchvision: ICC profiles are not applied, and CMYK is converted with ideal inks. Most images are stored
+as they are, and the others should not differ from them. There are two exceptions. 16-bit samples are scaled to 8 bits, where
+convert("RGB") clips them. Alpha is composited on white, the page that such images are made for; dropping alpha would reveal the
+arbitrary colors of transparent pixels.
 
-Whether a JPEG is fine is decided by libjpeg-turbo with warnings as errors: libjpeg and Pillow decode a damaged file to its end
-and leave grey or garbled blocks in it. DALI's decoder is libjpeg-turbo too, but it reads headers more strictly, and so does
-`read_jpeg_header`. That what is stored here decodes in DALI is tested with many damaged files (tests/data/packing/test_images.py). Of the
-other formats only PNG has checksums; what is damaged but decodes becomes a JPEG of what can be seen.
+libjpeg-turbo decides whether a JPEG is sound, with warnings as errors: libjpeg and Pillow decode a damaged file to its end and
+leave gray or garbled blocks. DALI's decoder is libjpeg-turbo too, but it parses headers more strictly, and so does
+`read_jpeg_header`. tests/data/packing/test_images.py holds that DALI decodes everything stored here, with many damaged files. Of the
+other formats only PNG has checksums; a damaged file that still decodes becomes a JPEG of the visible pixels.
 """
 
 import functools
@@ -36,21 +36,27 @@ from PIL.JpegImagePlugin import JpegImageFile
 from data.dataset.headers import END_OF_IMAGE, FRAMES, BadImage, JpegHeader, nvimgcodec, read_jpeg_header
 
 MAX_PIXELS = 2**28 // 3  # 89 megapixels, 256 MiB of RGB: bounds a worker's memory, and DALI's buffers, which never shrink
-DALI_PIXELS = (2**29 - 1) // 3  # DALI's JPEG decoder refuses 2^29 bytes of pixels and more
-JPEG_SIDE = 65_500  # libjpeg's limit for width and height; the index, with 16 bits for each, could hold a little more
+DALI_PIXELS = (2**29 - 1) // 3  # DALI's JPEG decoder rejects 2^29 bytes of pixels and more
+JPEG_SIDE = 65_500  # libjpeg's limit for width and height; below the index's limit of 16 bits
 MAX_BYTES = 2**31 - 1  # of an encoded image: DALI's JPEG decoder counts them in an int
-MAX_METADATA = 1 << 18  # bytes of a JPEG beside its picture: three average images of ImageNet-22K, and read in every epoch
-QUALITY = 95  # of what is made a JPEG, unless it can go on with the quantisation it had
-HISTOGRAM_STEP = 5  # rows; coprime to the 8 rows of a JPEG's block
+MAX_METADATA = 1 << 18  # bytes of a JPEG besides its pixels: three average images of ImageNet-22K, read again in every epoch
+QUALITY = 95  # of a new JPEG, unless it reuses the quantization tables of its source
+HISTOGRAM_STEP = 5  # rows; coprime to the 8 rows of a JPEG block
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
-    """What to do with images.
+    """How to convert images.
 
-    keep_original leaves JPEG, PNG and WebP byte for byte where DALI can read them, to be seen in training as DALI sees them: EXIF
-    rotation is not applied, alpha is dropped. max_side caps the longer side, resize_short sets the shorter side, both in pixels
-    and downward only. An image of more than max_pixels is refused from its header. Raises ValueError for values that can't be met.
+    Attributes:
+        keep_original: keep JPEG, PNG and WebP byte for byte where DALI can read them. Training then sees them as DALI decodes them:
+            EXIF rotation is not applied and alpha is dropped.
+        max_side: shrink images to at most this many pixels on the longer side.
+        resize_short: shrink images to at most this many pixels on the shorter side.
+        max_pixels: reject larger images by their header.
+
+    Raises:
+        ValueError: for a value out of range.
     """
 
     keep_original: bool = False
@@ -67,12 +73,14 @@ class ImageRules:
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
-    """An image as it goes into a shard.
+class StoredImage:
+    """An image as a shard stores it.
 
-    width and height, in pixels, are those of the stored image. change: what was done, in words such as "progressive" and "png",
-    joined by "+" ("png+resized"); None when it is the source byte for byte. histogram, int64 (3, 256), counts the values of red,
-    green and blue in every fifth row; as integers, so that a dataset's sum does not depend on the order.
+    Attributes:
+        width, height: of the stored image, in pixels.
+        change: the conversions, such as "progressive" or "png+resized"; None for the source byte for byte.
+        histogram: int64 (3, 256), counts of the red, green and blue values in every fifth row. Integers, so that the sum over a
+            dataset does not depend on the order.
     """
 
     encoded: bytes
@@ -83,85 +91,92 @@ class Stored:
     histogram: np.ndarray
 
 
-def stored_image(encoded: bytes, rules: ImageRules) -> Stored:
-    """What to store for an encoded image file; always the same for the same bytes and rules. Not for several threads at once, as
-    Python's filter of warnings is one for all.
+def convert_image(encoded: bytes, rules: ImageRules) -> StoredImage:
+    """Converts an encoded image file; equal bytes and rules give equal results. Not thread-safe: it sets Python's warning filter.
 
-    Raises BadImage for a file that is empty, no image, cut short, damaged, too large (known from the header, before memory for
-    pixels is allocated) or of a kind that isn't read here.
+    Raises:
+        BadImage: for a file that is empty, no image, cut short, damaged, of an unsupported format, or too large (known from the
+            header, before memory for pixels is allocated).
     """
     if not encoded:
         raise BadImage("empty file")
     if len(encoded) > MAX_BYTES:
         raise BadImage(f"{len(encoded)} bytes; DALI reads at most {MAX_BYTES}")
-    with warnings.catch_warnings(action="ignore"):  # Pillow's, about odd metadata
+    with warnings.catch_warnings(action="ignore"):  # Pillow warns of odd metadata
         try:
-            return _stored(encoded, rules)
+            return _convert(encoded, rules)
         except (BadImage, MemoryError):
             raise
-        except Exception as error:  # decoders raise whatever the damage leads them to
-            plain = isinstance(error, (OSError, ValueError, SyntaxError)) and str(error)
-            raise BadImage(plain or f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # decoders raise errors of many types
+            is_readable = isinstance(error, (OSError, ValueError, SyntaxError)) and str(error)
+            raise BadImage(str(error) if is_readable else f"{type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
+class _Decoded:
     """A decoded file.
 
-    pixels: uint8, (H, W, 3) or, grey, (H, W), not turned by EXIF orientation. extension: what DALI would read the file as, None
-    when it can't. change: why the file can't be stored as it is. ready: gives what to store if the pixels stay as they are.
-    encoding: Pillow's options to encode them if they don't.
+    Attributes:
+        pixels: uint8, (H, W, 3) or, gray, (H, W); EXIF orientation is not applied.
+        extension: of the format in which DALI can read the file; None if it can't.
+        change: why the file can't be stored as it is.
+        original: the bytes to store if the pixels stay as they are; None if these must be encoded.
+        encoding: Pillow's options to encode the pixels.
+        quantized_by: the header whose quantization tables encode unchanged pixels; None for those of `encoding`.
     """
 
     pixels: np.ndarray
     extension: str | None
     orientation: int
     change: list[str]
-    ready: Callable[[], bytes]
+    original: bytes | None
     encoding: dict[str, Any]
+    quantized_by: JpegHeader | None = None
 
 
-def _stored(encoded: bytes, rules: ImageRules) -> Stored:
-    picture = _read_jpeg(encoded, rules) if encoded.startswith(b"\xff\xd8") else _read_other(encoded, rules)
-    height, width = picture.pixels.shape[:2]
-    size = _target_size(width, height, rules)
-    rotated, resized = picture.orientation in _UPRIGHT, size != (width, height)
-    change = picture.change + ["rotated"] * rotated + ["resized"] * resized
-    if change and rules.keep_original and picture.extension and not resized:
-        pixels = _dali_pixels(encoded)
+def _convert(encoded: bytes, rules: ImageRules) -> StoredImage:
+    decoded = _decode_jpeg(encoded, rules) if encoded.startswith(b"\xff\xd8") else _decode_other(encoded, rules)
+    height, width = decoded.pixels.shape[:2]
+    size = _scale_size(width, height, rules)
+    is_rotated, is_resized = decoded.orientation in _UPRIGHT, size != (width, height)
+    change = decoded.change + ["rotated"] * is_rotated + ["resized"] * is_resized
+    if change and rules.keep_original and decoded.extension and not is_resized:
+        pixels = decode_with_dali(encoded)
         if pixels is not None:
-            return _described(encoded, pixels, [], picture.extension)
-    if not (rotated or resized):
-        return _described(picture.ready(), picture.pixels, change)
+            return _describe(encoded, pixels, [], decoded.extension)
+    if not (is_rotated or is_resized):
+        if decoded.original is not None:
+            return _describe(decoded.original, decoded.pixels, change)
+        tables = _copy_quantization(decoded.quantized_by) if decoded.quantized_by else {}
+        return _describe(_encode_jpeg(Image.fromarray(decoded.pixels), decoded.encoding | tables), decoded.pixels, change)
 
-    image = Image.fromarray(picture.pixels)
-    if resized:
-        # Lanczos comes closest to a band-limited image. With the gap, whole pixels are averaged first where an image becomes much
-        # smaller: several times as fast, and no difference to the eye.
+    image = Image.fromarray(decoded.pixels)
+    if is_resized:
+        # Lanczos comes closest to a band-limited image. reducing_gap averages whole pixels first where an image becomes much
+        # smaller: several times faster, without a visible difference.
         image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if rotated:
-        image = image.transpose(_UPRIGHT[picture.orientation])
-    return _described(_as_jpeg(image, picture.encoding), np.asarray(image), change)
+    if is_rotated:
+        image = image.transpose(_UPRIGHT[decoded.orientation])
+    return _describe(_encode_jpeg(image, decoded.encoding), np.asarray(image), change)
 
 
-def _described(encoded: bytes, pixels: np.ndarray, change: list[str], extension: str = "jpg") -> Stored:
+def _describe(encoded: bytes, pixels: np.ndarray, change: list[str], extension: str = "jpg") -> StoredImage:
     height, width = pixels.shape[:2]
     rows = Image.fromarray(np.ascontiguousarray(pixels[::HISTOGRAM_STEP]))
-    counts = np.array(rows.histogram(), np.int64).reshape(-1, 256)  # (1, 256) for grey
-    return Stored(encoded, extension, width, height, "+".join(change) or None, np.broadcast_to(counts, (3, 256)))
+    counts = np.array(rows.histogram(), np.int64).reshape(-1, 256)  # (1, 256) for gray
+    return StoredImage(encoded, extension, width, height, "+".join(change) or None, np.broadcast_to(counts, (3, 256)))
 
 
-def _as_jpeg(image: Image.Image, encoding: dict[str, Any]) -> bytes:
+def _encode_jpeg(image: Image.Image, encoding: dict[str, Any]) -> bytes:
     out = io.BytesIO()
     image.save(out, "JPEG", **encoding)
     return out.getvalue()
 
 
-def _target_size(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
-    """Width and height after the rules, in the same proportion. Raises BadImage for an image that is too large to decode, or
-    would have a side that no JPEG can have."""
+def _scale_size(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
+    """Returns width and height under the rules; raises BadImage for an image too large to decode or to store as a JPEG."""
     if width * height > rules.max_pixels:
-        raise BadImage(f"{width} x {height} pixels; more than {rules.max_pixels} are refused")
+        raise BadImage(f"{width} x {height} pixels; the limit is {rules.max_pixels}")
     long, short = max(width, height), min(width, height)
     scale = min(1.0, (rules.max_side or long) / long, (rules.resize_short or short) / short)
     size = max(1, round(width * scale)), max(1, round(height * scale))
@@ -170,7 +185,7 @@ def _target_size(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
     return size
 
 
-# How to turn an image upright, by its EXIF orientation.
+# The transposition that turns an image of each EXIF orientation upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -182,119 +197,111 @@ _UPRIGHT = {
 }
 
 
-def _orientation(exif: bytes) -> int:
-    """The EXIF orientation; 1, upright, where EXIF data are missing, unreadable, or longer than they can be in a JPEG."""
+def _read_orientation(exif: bytes) -> int:
+    """Returns the EXIF orientation; 1, upright, for EXIF data that are missing, unreadable, or longer than a JPEG can hold."""
     if not exif or len(exif) > 1 << 16:
         return 1
     tags = Image.Exif()
     try:
         tags.load(exif)
         return int(tags.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises whatever the damage leads it to; the picture is fine without
+    except Exception:  # Pillow raises errors of many types for damaged EXIF data; the pixels are sound without
         return 1
 
 
-# As what to decode a JPEG's colours, and their name where decoders differ about them.
-_COLOURS = {"YCbCr": ("RGB", None), "Gray": ("GRAY", None), "RGB": ("RGB", "rgb"), "CMYK": ("CMYK", "cmyk"), "YCCK": ("CMYK", "cmyk")}
-_SUBSAMPLING = {"422": 1, "420": 2}  # those that Pillow can write, as it numbers them; 0, none, for the others
+# For each color space of a JPEG, the space to decode to, and the change to record where decoders disagree about the colors.
+_COLORS = {"YCbCr": ("RGB", None), "Gray": ("GRAY", None), "RGB": ("RGB", "rgb"), "CMYK": ("CMYK", "cmyk"), "YCCK": ("CMYK", "cmyk")}
+_SUBSAMPLING = {"422": 1, "420": 2}  # the modes that Pillow can write, by its numbers; every other mode becomes 0, none
 
 
-def _read_jpeg(encoded: bytes, rules: ImageRules) -> _Picture:
+def _decode_jpeg(encoded: bytes, rules: ImageRules) -> _Decoded:
     header = read_jpeg_header(encoded)
     try:
-        height, width, colours, chroma = simplejpeg.decode_jpeg_header(header.stripped)
+        height, width, colors, chroma = simplejpeg.decode_jpeg_header(header.stripped)
     except (ValueError, KeyError):
-        raise BadImage("the JPEG's header is damaged, or its colours are subsampled in a way that isn't read here") from None
-    _target_size(width, height, rules)
-    decoded_as, colour = _COLOURS[colours]
-    change = [word for word in (FRAMES[header.frame], None if header.single_scan else "scans", colour) if word]
-    baseline = not change
+        raise BadImage("the JPEG's header is damaged, or its chroma subsampling is not supported") from None
+    _scale_size(width, height, rules)
+    space, color_change = _COLORS[colors]
+    change = [word for word in (FRAMES[header.frame], None if header.single_scan else "scans", color_change) if word]
+    is_baseline = not change
     end = len(encoded)
-    if baseline and (header.unwanted or end > MAX_METADATA):  # what follows the picture matters; an end of image can't lie inside it
+    if is_baseline and (header.unwanted or end > MAX_METADATA):  # drop data after the picture, which can't contain an end of image
         end = encoded.find(END_OF_IMAGE, header.scan_start) + len(END_OF_IMAGE)
-    bare = header.stripped + encoded[header.scan_start : end]
-    pixels = simplejpeg.decode_jpeg(bare, decoded_as)  # strict: raises ValueError where libjpeg would warn
-    if decoded_as == "CMYK":  # inverted, as Adobe stores it and all others after it, also where no marker says so
+    stripped = header.stripped + encoded[header.scan_start : end]
+    pixels = simplejpeg.decode_jpeg(stripped, space)  # strict: raises ValueError where libjpeg would warn
+    if space == "CMYK":  # inverted, as Adobe stores it and every other writer since, also where no marker says so
         inks = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK;I", 0, 1)
         pixels = np.asarray(inks.convert("RGB"))
-    elif decoded_as == "GRAY":
+    elif space == "GRAY":
         pixels = pixels[:, :, 0]
-    if baseline and header.unwanted:
-        change = [header.unwanted]
-    elif baseline and len(encoded) - len(bare) > MAX_METADATA:
-        change = ["metadata"]
-    encoding: dict[str, Any] = {"quality": QUALITY, "subsampling": _SUBSAMPLING.get(chroma, 0)}
-
-    def ready() -> bytes:
-        if baseline:
-            return bare if change else encoded
-        if colour or FRAMES[header.frame] == "lossless":
-            return _as_jpeg(Image.fromarray(pixels), encoding)
-        return _as_jpeg(Image.fromarray(pixels), encoding | _own_tables(header))
-
-    return _Picture(pixels, "jpg", _orientation(header.exif), change, ready, encoding)
+    encoding = {"quality": QUALITY, "subsampling": _SUBSAMPLING.get(chroma, 0)}
+    orientation = _read_orientation(header.exif)
+    if not is_baseline:
+        tables = None if color_change or FRAMES[header.frame] == "lossless" else header
+        return _Decoded(pixels, "jpg", orientation, change, None, encoding, tables)
+    if header.unwanted:
+        return _Decoded(pixels, "jpg", orientation, [header.unwanted], stripped, encoding)
+    if len(encoded) - len(stripped) > MAX_METADATA:
+        return _Decoded(pixels, "jpg", orientation, ["metadata"], stripped, encoding)
+    return _Decoded(pixels, "jpg", orientation, [], encoded, encoding)
 
 
-def _own_tables(header: JpegHeader) -> dict[str, Any]:
-    """Pillow's option to encode with the quantisation tables that a JPEG has: the same blocks, quantised alike, lose next to
-    nothing."""
+def _copy_quantization(header: JpegHeader) -> dict[str, Any]:
+    """Returns Pillow's options to encode with a JPEG's quantization tables: equal blocks, quantized alike, lose next to nothing."""
     source = JpegImageFile(io.BytesIO(header.stripped))
     tables = [source.quantization[table] for _, _, _, table in source.layer]
     return {"quality": -1, "qtables": [[min(step, 255) for step in table] for table in tables]}  # baseline has 8 bits a step
 
 
-# What is read beside JPEG, with the extension of what may stay. DALI does not read GIF; a damaged TIFF can make it abort the
-# process, and it takes some damaged BMPs for good that it then can't convert.
+# The formats besides JPEG, each with the extension under which keep_original keeps it. DALI does not read GIF, a damaged TIFF can make
+# DALI abort the process, and DALI accepts some damaged BMPs that it then can't convert.
 _FORMATS = {"PNG": "png", "WEBP": "webp", "GIF": None, "BMP": None, "TIFF": None}
 
 
-def _read_other(encoded: bytes, rules: ImageRules) -> _Picture:
+def _decode_other(encoded: bytes, rules: ImageRules) -> _Decoded:
     try:
         image = Image.open(io.BytesIO(encoded), formats=tuple(_FORMATS))
     except UnidentifiedImageError:
-        kinds = ", ".join(("JPEG", *_FORMATS))
-        raise BadImage(f"not an image of a kind that is read here ({kinds}): it begins with {encoded[:12]!r}") from None
+        formats = ", ".join(("JPEG", *_FORMATS))
+        raise BadImage(f"not an image of a supported format ({formats}): it begins with {encoded[:12]!r}") from None
     with image:
         assert image.format is not None
-        _target_size(image.width, image.height, rules)
+        _scale_size(image.width, image.height, rules)
         if image.format == "PNG":  # Pillow compares checksums only when it does not decode
-            with Image.open(io.BytesIO(encoded), formats=("PNG",)) as unread:
-                unread.verify()
+            with Image.open(io.BytesIO(encoded), formats=("PNG",)) as undecoded:
+                undecoded.verify()
         image.load()
-        pixels = _plain(image)
-        encoding = {"quality": QUALITY, "subsampling": 0}
-        return _Picture(
-            pixels,
+        return _Decoded(
+            _to_8_bits(image),
             _FORMATS[image.format],
-            _orientation(image.info.get("exif", b"")),  # TIFFs have none here: Pillow has turned them
+            _read_orientation(image.info.get("exif", b"")),  # Pillow has already rotated a TIFF
             [image.format.lower()],
-            lambda: _as_jpeg(Image.fromarray(pixels), encoding),
-            encoding,
+            None,
+            {"quality": QUALITY, "subsampling": 0},
         )
 
 
-def _plain(image: Image.Image) -> np.ndarray:
-    """An image's pixels as uint8, grey (H, W) or RGB (H, W, 3)."""
+def _to_8_bits(image: Image.Image) -> np.ndarray:
+    """Returns an image's pixels as uint8, gray (H, W) or RGB (H, W, 3)."""
     if image.mode.startswith("I;16"):
         return ((np.asarray(image).astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)  # convert() would clip at 255
     if image.mode in ("I", "F"):
-        raise BadImage("samples of 32 bits, of which the file does not say how bright they are")
+        raise BadImage("32-bit samples, whose range the file does not define")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
 
 
+def decode_with_dali(encoded: bytes) -> np.ndarray | None:
+    """Decodes an image as DALI does on a CPU, uint8 (H, W, 3); returns None if DALI can't."""
+    image = _open_dali_decoder()(encoded)
+    return None if image is None else np.asarray(image)
+
+
 @functools.cache
-def _dali_decoder() -> Callable[[bytes], Any]:
-    """DALI's decoder of images on a CPU."""
+def _open_dali_decoder() -> Callable[[bytes], Any]:
     codec = nvimgcodec()
     backend = codec.Backend(codec.BackendKind.CPU_ONLY)
     decoder = codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=[backend])
     return functools.partial(decoder.decode, params=codec.DecodeParams(apply_exif_orientation=False))
-
-
-def _dali_pixels(encoded: bytes) -> np.ndarray | None:
-    """An image as DALI decodes it, uint8 (H, W, 3); None if it can't."""
-    image = _dali_decoder()(encoded)
-    return None if image is None else np.asarray(image)

@@ -1,17 +1,17 @@
-"""Packs images into a dataset of tar shards, in parallel, and so that it can be stopped at any moment and started again.
+"""Packs images into a dataset of tar shards, in parallel. A packing can be stopped at any moment and resumed.
 
     python -m data pack SOURCE OUT                  OUT/train/NAME-train-000000.tar …, a dataset as index.py describes it
     python -m data pack SOURCE OUT --part 2/8       a share of the work, for several machines; the last to finish merges
 
-    OUT/train.packing/plan/       which entry of the source goes into which shard (plan.py); written once, before all else
-    OUT/train.packing/done/       a file for each shard that is whole, with its index rows: its presence says so
-    OUT/train.packing/scratch/    a folder for each process that writes
-    OUT/train/                    shards as they become whole; at last index.npy, classes.json, rejected.jsonl, dataset.json
+    OUT/train.packing/plan/       which entry of the source goes into which shard (plan.py); written once, first
+    OUT/train.packing/done/       one file per finished shard, with its index rows; its presence marks the shard as finished
+    OUT/train.packing/scratch/    one folder per writing process
+    OUT/train/                    the finished shards; last come index.npy, classes.json, rejected.jsonl, dataset.json
 
-Every image is decoded once (images.py): what can't be is left out and listed in rejected.jsonl. A shard is the unit of work. Its
-bytes follow from plan and source alone, so whoever packs it, and however often, the result is the same; it is written in scratch,
-synced, renamed to its final name, and then declared done. Merging makes the rest of the dataset from what lies in done/ and
-removes the folder OUT/train.packing. No step relies on another process not being at the same one.
+Every image is decoded once (images.py); an image that can't be used is rejected and listed in rejected.jsonl. A shard is the unit
+of work. Its bytes follow from plan and source alone, so the result is the same for every process and every attempt. A shard is
+written in scratch, synced, renamed to its final name, and then marked as finished. Merging makes the dataset's other files from
+done/ and removes OUT/train.packing. Every step is safe while another process runs the same step.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ from data.common.progress import report_progress
 from data.dataset.headers import BadImage
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 from data.dataset.shards import Sample, write_shard
-from data.packing.plan import HELD_OUT, Plan, Settings, open_plan, write_plan
-from data.packing.sources import read_classes, recognise, shown
-from data.packing.workers import Run
-from data.packing.workers import workers as pool
+from data.packing.labels import escape_name, read_classes
+from data.packing.plan import HOLDOUT_SPLIT, Plan, Settings, open_plan, write_plan
+from data.packing.sources import recognize_source
+from data.packing.workers import Run, start_workers
 
 MAX_REJECTED = 0.01
 
@@ -58,64 +58,95 @@ def pack(
     part: tuple[int, int] = (0, 1),
     merge_only: bool = False,
 ) -> list[Index]:
-    """Packs a source into OUT, or goes on where an earlier call stopped; with `part` (i, n) only each n-th shard, from the i-th.
+    """Packs a source into OUT, or resumes an earlier call.
 
-    Gives the finished datasets: of the split and, with a holdout, of `val`; none while other parts are at work. `max_rejected` is a
-    number or, below 1, a share of the files. Where no classes are given, another split than `train` takes those of OUT/train.
+    Args:
+        source: a folder or tar (see sources.py).
+        out: receives one folder per split.
+        settings: of the result. Without classes, a split other than `train` takes those of OUT/train.
+        max_rejected: images, or below 1 a share of the files, that may be rejected.
+        workers: number of processes.
+        part: (i, n) packs every n-th shard from the i-th.
+        merge_only: pack nothing; make the dataset of the finished shards.
 
-    Raises ValueError for a source that is none (see sources.recognise), for other settings than those the packing was begun with, for
-    too many rejected images, and when reading or writing fails. Work that is done is kept.
+    Returns:
+        The finished datasets: of the split and, with a holdout, of `val`. Empty while other parts are unfinished.
+
+    Raises:
+        ValueError: for an unrecognized source, settings that differ from those of the earlier call, too many rejected images, and
+            a failure to read or write. Finished work is kept.
     """
     source = source.absolute()
-    if settings.holdout is not None and settings.split == HELD_OUT:
-        raise ValueError(f"--split {HELD_OUT} is what --holdout makes; give another split, or no holdout")
+    if settings.holdout is not None and settings.split == HOLDOUT_SPLIT:
+        raise ValueError(f"--holdout writes the split {HOLDOUT_SPLIT}; give another --split, or no --holdout")
     if out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{out} lies inside {source}; give an OUT elsewhere")
     if settings.classes is None and settings.split != "train":
-        settings = replace(settings, classes=_classes_of_train(out))
-    made = _made(source, settings)
+        settings = replace(settings, classes=_read_train_classes(out))
+    made = _describe_settings(source, settings)
     folder, work = out / settings.split, out / f"{settings.split}.packing"
     try:
-        if (folder / "dataset.json").is_file():
-            found = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("made", {})
-            _check_same(folder, found, made | {"versions": found.get("versions")}, f"remove {folder}")
-            _say(f"{folder} is packed already")
-        else:
-            with pool(workers) as run:
-                plan = _planned(source, out, work, settings, made, run, new=not merge_only)
-                _check_same(work, plan.made, made, f"remove {work} and {folder}")
-                if not merge_only:
-                    _pack_shards(plan, out, work, part, max_rejected, run)
-            missing = sum(not _done(work, number).is_file() for number in range(len(plan.shards)))
-            if not missing:
-                _merge(plan, out, work, settings.splits, max_rejected)
-            elif not (folder / "dataset.json").is_file():  # else another process has merged, and is removing the folder
-                if merge_only:
-                    raise ValueError(f"{work}: {missing} of {len(plan.shards)} shards are not packed yet")
-                _say(f"part {part[0]}/{part[1]} is packed; {missing} of {len(plan.shards)} shards are left to other parts")
-                return []
-    except FileNotFoundError:  # or has removed it under this one's feet
-        if not (folder / "dataset.json").is_file():
+        if _is_packed(folder):
+            earlier = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("made", {})
+            _check_same(folder, earlier, made | {"versions": earlier.get("versions")}, f"remove {folder}")
+            _log(f"{folder} is already packed")
+        elif not _pack_and_merge(source, out, settings, made, max_rejected, workers, part, merge_only=merge_only):
+            return []
+    except FileNotFoundError:
+        if not _is_packed(folder):  # otherwise another process has merged and removed the work folder
             raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f"{out}: no space left. What is packed is kept: make room and start the same command again") from error
+            raise ValueError(f"{out}: no space left. Packed shards are kept: make room and start the same command again") from error
         raise
     except MemoryError as error:
-        raise ValueError("memory is short; fewer --workers need less. What is packed is kept: start the same command again") from error
+        raise ValueError("out of memory; fewer --workers need less. Packed shards are kept: start the same command again") from error
     finally:
-        _clear(work)
+        _remove_stale_scratch(work)
     shutil.rmtree(work, ignore_errors=True)
     return [open_index(out / split) for split in settings.splits]
 
 
-def _made(source: Path, settings: Settings) -> dict[str, Any]:
-    """How the dataset is made, for dataset.json: all that its bytes depend on beside those of the source."""
+def _pack_and_merge(
+    source: Path,
+    out: Path,
+    settings: Settings,
+    made: dict[str, Any],
+    max_rejected: int | float,
+    workers: int,
+    part: tuple[int, int],
+    *,
+    merge_only: bool,
+) -> bool:
+    """Packs a part, and merges if all parts are packed; returns whether the dataset is finished."""
+    folder, work = out / settings.split, out / f"{settings.split}.packing"
+    with start_workers(workers) as run:
+        plan = _open_or_write_plan(source, out, settings, made, run, is_new=not merge_only)
+        _check_same(work, plan.made, made, f"remove {work} and {folder}")
+        if not merge_only:
+            _pack_shards(plan, out, work, part, max_rejected, run)
+    missing = sum(not _result_path(work, number).is_file() for number in range(len(plan.shards)))
+    if not missing:
+        _merge(plan, out, work, settings.splits, max_rejected)
+    elif not _is_packed(folder):  # otherwise another process has merged and is removing the work folder
+        if merge_only:
+            raise ValueError(f"{work}: {missing} of {len(plan.shards)} shards are not packed yet")
+        _log(f"part {part[0]}/{part[1]} is packed; {missing} of {len(plan.shards)} shards remain for other parts")
+        return False
+    return True
+
+
+def _is_packed(folder: Path) -> bool:
+    return (folder / "dataset.json").is_file()
+
+
+def _describe_settings(source: Path, settings: Settings) -> dict[str, Any]:
+    """Describes, for dataset.json, everything that the dataset's bytes depend on besides the bytes of the source."""
     classes, labels = settings.classes, settings.labels
     return {
         "command": "python -m data pack",
-        "source": shown(str(source)),
-        "labels": None if labels is None else shown(str(labels.absolute())),
+        "source": escape_name(str(source)),
+        "labels": None if labels is None else escape_name(str(labels.absolute())),
         "classes": None if classes is None else f"{len(classes)}, xxh3_64 {xxhash.xxh3_64_hexdigest(json.dumps(classes).encode())}",
         **{name: getattr(settings, name) for name in ("split", "name", "shard_bytes", "seed", "holdout")},
         **asdict(settings.rules),
@@ -123,112 +154,122 @@ def _made(source: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _classes_of_train(out: Path) -> tuple[str, ...] | None:
-    """The classes of OUT/train, which the labels of another split are to mean; None where there is none."""
+def _read_train_classes(out: Path) -> tuple[str, ...] | None:
+    """Reads the classes of OUT/train, so that labels mean the same in all splits; returns None without OUT/train."""
     if (out / "train" / "classes.json").is_file():
         return read_classes(out / "train")
     if (out / "train.packing").is_dir():
-        raise ValueError(f"{out / 'train'}, whose classes this split should have, is not packed yet; wait for it, or give --classes")
+        raise ValueError(f"{out / 'train'}, whose classes this split takes, is not packed yet; wait for it, or give --classes")
     return None
 
 
-def _check_same(folder: Path, found: dict[str, Any], given: dict[str, Any], begin_anew: str) -> None:
-    differ = [f"{name} {found.get(name)} instead of {value}" for name, value in given.items() if found.get(name) != value]
-    if differ:
-        raise ValueError(f"{folder} was made with other settings: {'; '.join(differ)}. Give those, or another OUT, or {begin_anew}")
+def _check_same(folder: Path, earlier: dict[str, Any], made: dict[str, Any], restart: str) -> None:
+    differences = [f"{name} {earlier.get(name)} instead of {value}" for name, value in made.items() if earlier.get(name) != value]
+    if differences:
+        raise ValueError(f"{folder} was made with other settings: {'; '.join(differences)}. Give those, or another OUT, or {restart}")
 
 
-def make_empty(out: Path) -> None:
-    """Makes a folder; raises ValueError when it holds anything already."""
+def create_empty_folder(out: Path) -> None:
+    """Creates a folder; raises ValueError if it exists and is not empty."""
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give another folder, or remove what an earlier packing left there")
+        raise ValueError(f"{out} is not empty; give another folder, or remove the files of an earlier packing")
 
 
-def _planned(source: Path, out: Path, work: Path, settings: Settings, made: dict[str, Any], run: Run, *, new: bool) -> Plan:
-    """The plan that is there; or with `new` one that is made now, unless another process is at it: then waits for that."""
+def _open_or_write_plan(source: Path, out: Path, settings: Settings, made: dict[str, Any], run: Run, *, is_new: bool) -> Plan:
+    """Opens the plan; with `is_new` writes a missing one, or waits for another process that is writing it."""
+    work = out / f"{settings.split}.packing"
     open_plan.cache_clear()
     if (work / "plan").is_dir():
         return open_plan(work / "plan")
-    if not new:
-        raise ValueError(f"{out}: nothing of {settings.split} is packed yet")
-    found = recognise(source, settings.labels)
+    if not is_new:
+        raise ValueError(f"{out}: no shard of {settings.split} is packed yet")
+    recognized = recognize_source(source, settings.labels)
     work.mkdir(parents=True, exist_ok=True)
-    with _one_at_a_time(work / "lock"), _scratch(work) as scratch:
+    with _lock(work / "lock"), _make_scratch(work) as scratch:
         if not (work / "plan").is_dir():
-            if (out / settings.split / "dataset.json").is_file():
-                raise FileNotFoundError(work / "plan")  # another process has merged since this one looked
+            if _is_packed(out / settings.split):  # another process has merged since pack() checked
+                raise FileNotFoundError(work / "plan")
             for split in settings.splits:
-                make_empty(out / split)
+                create_empty_folder(out / split)
             sync(out)
-            write_plan(scratch, found, settings, made, run)
+            write_plan(scratch, recognized, settings, made, run)
             try:
                 os.rename(scratch, work / "plan")
             except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # where locks don't work, another may have been faster
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # without locks, another process may have been faster
                     raise
             sync(work)
     return open_plan(work / "plan")
 
 
 def _pack_shards(plan: Plan, out: Path, work: Path, part: tuple[int, int], max_rejected: int | float, run: Run) -> None:
-    """Packs what is left of a part's shards."""
-    _clear(work)
+    """Packs the unfinished shards of a part."""
+    _remove_stale_scratch(work)
     (work / "done").mkdir(exist_ok=True)
-    mine = range(part[0], len(plan.shards), part[1])
-    done = [number for number in mine if _done(work, number).is_file()]
-    rejected = [line for number in done for line in _read_done(work, number).rejected]
-    todo = sorted(set(mine) - set(done))
-    if done:
-        _say(f"{len(done)} of {len(mine)} shards are packed already")
+    numbers = range(part[0], len(plan.shards), part[1])
+    finished = [number for number in numbers if _result_path(work, number).is_file()]
+    unfinished = sorted(set(numbers) - set(finished))
+    rejected = [line for number in finished for line in _read_result(work, number).rejected]
+    if finished:
+        _log(f"{len(finished)} of {len(numbers)} shards are already packed")
     _check_rejected(rejected, max_rejected, plan)
-    entries = sum(plan.shards[number].stop - plan.shards[number].start for number in todo)
-    results = run(partial(pack_shard, out, work), todo)
-    for found, _ in report_progress(results, entries, f"packing {out}", weigh=lambda result: result[1]):
-        rejected += found
+    entries = sum(plan.shards[number].stop - plan.shards[number].start for number in unfinished)
+    results = run(partial(pack_shard, out, work), unfinished)
+    for shard_rejected, _ in progress(results, entries, f"packing {out}", weigh=lambda result: result[1]):
+        rejected += shard_rejected
         _check_rejected(rejected, max_rejected, plan)
 
 
 def pack_shard(out: Path, work: Path, number: int) -> tuple[list[dict[str, str]], int]:
-    """Packs one shard of a plan, wholly; gives what it rejected and the number of its entries."""
+    """Packs one shard of a plan.
+
+    Args:
+        out: the folder of the splits.
+        work: the split's .packing folder, with the plan.
+        number: the shard's position in the plan.
+
+    Returns:
+        The rejected entries, as lines of rejected.jsonl, and the number of the shard's entries.
+    """
     plan = open_plan(work / "plan")
     shard = plan.shards[number]
     rejected: list[dict[str, str]] = []
     changes: Counter[str] = Counter()
     histogram = np.zeros((3, 256), np.int64)
 
-    def samples() -> Iterator[Sample]:
+    def convert_entries() -> Iterator[Sample]:
         for entry in plan.order[shard.start : shard.stop].tolist():
             try:
-                stored = plan.stored(entry)
+                image = plan.convert(entry)
             except BadImage as error:
-                rejected.append({"key": plan.key(entry), "path": plan.path(entry), "reason": str(error)})
+                rejected.append({"key": plan.read_key(entry), "path": plan.describe_path(entry), "reason": str(error)})
                 continue
-            if stored.change:
-                changes[stored.change] += 1
-            histogram[:] += stored.histogram
-            yield Sample(plan.key(entry), stored.encoded, plan.label(entry), stored.extension)
+            if image.change:
+                changes[image.change] += 1
+            histogram[:] += image.histogram
+            yield Sample(plan.read_key(entry), image.encoded, plan.read_label(entry), image.extension)
 
-    good = samples()
-    with _scratch(work) as scratch:
+    samples = convert_entries()
+    with _make_scratch(work) as scratch:
         written, rows = [], np.zeros(0, DTYPE)
-        if first := next(good, None):  # a shard of which nothing is left is not written
+        if first := next(samples, None):  # a shard without a usable image is not written
             path = out / shard.split / shard.file
-            described, rows = write_shard(scratch / shard.file, itertools.chain([first], good))
-            written = [asdict(described)]
+            description, rows = write_shard(scratch / shard.file, itertools.chain([first], samples))
+            written = [asdict(description)]
             for final in (path.with_suffix(".idx"), path):
                 os.replace(scratch / final.name, final)
             sync(path.parent)
         about = {"shards": written, "rejected": rejected, "changes": changes}
         with open(scratch / "done.npz", "wb") as file:
             np.savez(file, rows=rows, histogram=histogram, about=np.frombuffer(json.dumps(about).encode(), np.uint8))
-            publish(file, _done(work, number))
+            publish(file, _result_path(work, number))
     return rejected, shard.stop - shard.start
 
 
 @dataclass(frozen=True, eq=False)
-class Done:
-    """What packing a shard gave: `shards` has its description, or nothing where no image was left; `histogram` is (3, 256)."""
+class ShardResult:
+    """The result of packing a shard. `shards` is empty where no image was usable; `histogram` is int64 (3, 256)."""
 
     shards: list[Shard]
     rows: np.ndarray
@@ -237,15 +278,15 @@ class Done:
     histogram: np.ndarray
 
 
-def _done(work: Path, number: int) -> Path:
+def _result_path(work: Path, number: int) -> Path:
     return work / "done" / f"{number:06d}.npz"
 
 
-def _read_done(work: Path, number: int) -> Done:
-    with np.load(_done(work, number)) as found:
-        about = json.loads(found["about"].tobytes())
+def _read_result(work: Path, number: int) -> ShardResult:
+    with np.load(_result_path(work, number)) as arrays:
+        about = json.loads(arrays["about"].tobytes())
         shards = [Shard(**shard) for shard in about["shards"]]
-        return Done(shards, found["rows"], about["rejected"], about["changes"], found["histogram"])
+        return ShardResult(shards, arrays["rows"], about["rejected"], about["changes"], arrays["histogram"])
 
 
 def _check_rejected(rejected: Sequence[dict[str, str]], max_rejected: int | float, plan: Plan) -> None:
@@ -254,27 +295,27 @@ def _check_rejected(rejected: Sequence[dict[str, str]], max_rejected: int | floa
         reasons = "; ".join(f"{line['path']}: {line['reason']}" for line in rejected[:3])
         raise ValueError(
             f"too many images are rejected: {len(rejected)} so far, and --max-rejected allows {allowed} of {len(plan)}. The first: "
-            f"{reasons}. What is packed is kept; the same command with a higher --max-rejected goes on"
+            f"{reasons}. Packed shards are kept; resume with the same command and a higher --max-rejected"
         )
 
 
 def _merge(plan: Plan, out: Path, work: Path, splits: Sequence[str], max_rejected: int | float) -> None:
-    """Makes datasets of packed shards. dataset.json comes last, that of the split after that of its holdout."""
-    packed = [(shard.split, _read_done(work, number)) for number, shard in enumerate(plan.shards)]
-    _check_rejected([line for _, done in packed for line in done.rejected], max_rejected, plan)
-    with _scratch(work) as scratch:
+    """Makes datasets of the packed shards. dataset.json comes last, that of the split after that of its holdout."""
+    packed = [(shard.split, _read_result(work, number)) for number, shard in enumerate(plan.shards)]
+    _check_rejected([line for _, result in packed for line in result.rejected], max_rejected, plan)
+    with _make_scratch(work) as scratch:
         for split in splits:
-            parts = [done for of, done in packed if of == split]
+            results = [result for result_split, result in packed if result_split == split]
             (scratch / split).mkdir()
-            rejected = [line for done in parts for line in done.rejected]
+            rejected = [line for result in results for line in result.rejected]
             with open(scratch / split / "rejected.jsonl", "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in rejected)
             sync(scratch / split / "rejected.jsonl")
-            shards = [shard for done in parts for shard in done.shards]
-            rows = [done.rows for done in parts if done.shards]
+            shards = [shard for result in results for shard in result.shards]
+            rows = [result.rows for result in results if result.shards]
             if not shards:
-                raise ValueError(f"{out / split}: no image is left of {len(rejected)}; the first: {rejected[0]}")
-            write_index(scratch / split, shards, rows, plan.classes, **_about(parts), made=plan.made)
+                raise ValueError(f"{out / split}: all {len(rejected)} images are rejected; the first: {rejected[0]}")
+            write_index(scratch / split, shards, rows, plan.classes, **_summarize(results), made=plan.made)
         for split in splits:
             for name in ("rejected.jsonl", "classes.json", "index.npy"):
                 os.replace(scratch / split / name, out / split / name)
@@ -284,11 +325,14 @@ def _merge(plan: Plan, out: Path, work: Path, splits: Sequence[str], max_rejecte
             sync(out / split)
 
 
-def _about(parts: Sequence[Done]) -> dict[str, Any]:
-    """What dataset.json tells of a dataset's images: sizes in bytes and pixels; mean and standard deviation of red, green and blue, in
-    units of full intensity, over the pixels that images.py counts; how many were changed while packing, and how; how many rejected."""
-    rows = np.concatenate([done.rows for done in parts])
-    histogram = np.sum([done.histogram for done in parts], axis=0)
+def _summarize(results: Sequence[ShardResult]) -> dict[str, Any]:
+    """Summarizes a dataset's images for dataset.json.
+
+    It has sizes in bytes and pixels; mean and standard deviation of red, green and blue in units of full intensity, over the rows
+    that the histograms count; the number of images by change; and the number of rejected images.
+    """
+    rows = np.concatenate([result.rows for result in results])
+    histogram = np.sum([result.histogram for result in results], axis=0)
     levels = np.arange(256) / 255
     mean = histogram @ levels / histogram.sum(axis=1)
     std = np.sqrt(histogram @ levels**2 / histogram.sum(axis=1) - mean**2)
@@ -302,20 +346,20 @@ def _about(parts: Sequence[Done]) -> dict[str, Any]:
         for name, values in (("bytes", rows["size"]), ("width", rows["width"]), ("height", rows["height"]))
     }
     images |= {"mean": np.round(mean, 4).tolist(), "std": np.round(std, 4).tolist()}
-    changes = sum((Counter(done.changes) for done in parts), Counter())
-    return {"images": images, "changes": dict(sorted(changes.items())), "rejected": sum(len(done.rejected) for done in parts)}
+    changes = sum((Counter(result.changes) for result in results), Counter())
+    return {"images": images, "changes": dict(sorted(changes.items())), "rejected": sum(len(result.rejected) for result in results)}
 
 
 @contextlib.contextmanager
-def _scratch(work: Path) -> Iterator[Path]:
-    """A folder of this process's own, gone afterwards."""
+def _make_scratch(work: Path) -> Iterator[Path]:
+    """Yields a folder for this process and removes it afterwards."""
     (work / "scratch").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{socket.gethostname()}.{os.getpid()}.", dir=work / "scratch") as folder:
         yield Path(folder)
 
 
-def _clear(work: Path) -> None:
-    """Removes what processes of this machine left in scratch when they were killed."""
+def _remove_stale_scratch(work: Path) -> None:
+    """Removes the scratch folders of killed processes of this machine."""
     for folder in (work / "scratch").glob("*"):
         machine, process, _ = folder.name.rsplit(".", 2)
         if machine == socket.gethostname():
@@ -326,18 +370,18 @@ def _clear(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Waits while another process, here or on another machine, holds the same lock; a process that ends lets go of it."""
+def _lock(path: Path) -> Iterator[None]:
+    """Holds a file lock, waiting for a process on any machine that holds it; the lock ends with its process."""
     with open(path, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say("another process lists the source; waiting for it")
+            _log("another process lists the source; waiting for it")
             fcntl.lockf(file, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: each process makes the plan, and that of the first counts
+        except OSError:  # a file system without locks: every process writes the plan, and the first rename wins
             pass
         yield
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,15 +1,15 @@
-"""What goes into which shard: a source's listing and the order of its entries, as arrays on disk that every worker maps.
+"""The packing plan: which entry of a source goes into which shard, as arrays on disk that every worker maps.
 
-    PLAN/plan.json         settings that the result depends on, and what each shard holds
-    PLAN/classes.json      class names, in the order of labels
+    PLAN/plan.json         the settings that the result depends on, and the entries of each shard
+    PLAN/classes.json      class names in label order
     PLAN/containers.json   the source's folders or tars
-    PLAN/faults.json       why entries can't be used whatever their images, by number: samples of shards without a label
-    PLAN/entries.bin       a row of sources.ENTRY for each file of the source, as listed
+    PLAN/faults.json       by entry number, why an entry can't be used whatever its image: a shard's sample without a label
+    PLAN/entries.bin       one row of sources.ENTRY per file of the source, in listing order
     PLAN/text.bin          their keys and names
     PLAN/order.bin         uint32: the entries, shard after shard
 
-The plan is a pure function of source and settings. Entries are in the order of hashes of their keys and the seed, so any prefix of
-the shards is an unbiased draw, and the order does not depend on how the same images lie in a source.
+The plan is a pure function of source and settings. Entries are ordered by a hash of their key and the seed. So any prefix of the
+shards is an unbiased draw, and the order does not depend on the layout of the source.
 """
 
 import contextlib
@@ -28,21 +28,31 @@ from data.common.counter_rng import Draw, hash64
 from data.common.files import sync
 from data.common.progress import report_progress
 from data.dataset.headers import BadImage
-from data.packing.images import ImageRules, Stored, stored_image
-from data.packing.sources import ENTRY, Container, Source, read, shown
+from data.packing.images import ImageRules, StoredImage, convert_image
+from data.packing.labels import escape_name
+from data.packing.sources import ENTRY, SHARDS, Container, Source, read_entry
 from data.packing.workers import Run
 
-HELD_OUT = "val"
-_TRIED = 256  # entries whose stored size is measured
-_OVERHEAD = 2048  # bytes of a sample in a tar: two headers, the label and padding
-_BIGGEST = 1 << 30  # bytes; no image file is as large, and reading what is could take all memory
+HOLDOUT_SPLIT = "val"
+_MEASURED_ENTRIES = 256  # entries whose stored size is measured
+_TAR_OVERHEAD = 2048  # bytes per sample: two headers, the label and padding
+_MAX_FILE_BYTES = 1 << 30  # no image file is larger, and reading a larger file could exhaust the memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides the result of a packing, beside source and classes. Shards are called NAME-SPLIT-000000.tar and have about
-    `shard_bytes`. `holdout` is a number of images a class, or a share below 1. `classes` are all classes in label order; `labels` is
-    the file of labels for images without classes."""
+    """The settings of a packing. With the source, they determine every byte of the result.
+
+    Attributes:
+        name: shards are called NAME-SPLIT-000000.tar.
+        split: the folder in OUT.
+        shard_bytes: the approximate size of a shard.
+        seed: of the sample order and of the holdout.
+        holdout: images per class, or below 1 a share of all images, that go to the split `val`.
+        classes: all classes in label order; None for the source's.
+        labels: the file of labels of images without classes.
+        rules: how images are converted.
+    """
 
     name: str
     split: str = "train"
@@ -55,12 +65,12 @@ class Settings:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return (self.split,) if self.holdout is None else (self.split, HELD_OUT)
+        return (self.split,) if self.holdout is None else (self.split, HOLDOUT_SPLIT)
 
 
 @dataclass(frozen=True)
 class PlannedShard:
-    """`start` to `stop` are places in the plan's order."""
+    """A shard to write: entries `start` to `stop` of the plan's order."""
 
     split: str
     file: str
@@ -70,6 +80,8 @@ class PlannedShard:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
+    """An open plan. `made` describes source and settings for dataset.json."""
+
     root: Path
     made: dict[str, Any]
     rules: ImageRules
@@ -84,37 +96,37 @@ class Plan:
     def __len__(self) -> int:
         return len(self.order)
 
-    def label(self, entry: int) -> int:
+    def read_label(self, entry: int) -> int:
         return int(self.entries["label"][entry])
 
-    def key(self, entry: int) -> str:
+    def read_key(self, entry: int) -> str:
         row = self.entries[entry]
         start = int(row["text"])
         return self.text[start : start + int(row["key_bytes"])].tobytes().decode()
 
-    def name(self, entry: int) -> str:
+    def read_name(self, entry: int) -> str:
         row = self.entries[entry]
         start = int(row["text"]) + int(row["key_bytes"])
         return os.fsdecode(self.text[start : start + int(row["name_bytes"])].tobytes())
 
-    def path(self, entry: int) -> str:
-        """Where an entry lies, for people: the file below the source's root, and the member where that is a tar."""
-        return shown(os.path.join(self.containers[int(self.entries["container"][entry])].path, self.name(entry)))
+    def describe_path(self, entry: int) -> str:
+        """Returns an entry's file below the source's root, followed by the member in a tar."""
+        return escape_name(os.path.join(self.containers[int(self.entries["container"][entry])].path, self.read_name(entry)))
 
-    def stored(self, entry: int) -> Stored:
-        """An entry as it goes into a shard. Raises BadImage for what can't be used, ValueError for what can't be read."""
+    def convert(self, entry: int) -> StoredImage:
+        """Reads and converts an entry. Raises BadImage if it can't be used, ValueError if it can't be read."""
         if entry in self.faults:
             raise BadImage(self.faults[entry])
         row = self.entries[entry]
-        if row["size"] > _BIGGEST:
-            raise BadImage(f"{row['size']} bytes are no image")
+        if row["size"] > _MAX_FILE_BYTES:
+            raise BadImage(f"{row['size']} bytes; an image file has at most {_MAX_FILE_BYTES}")
         container = self.containers[int(row["container"])]
-        return stored_image(read(self.root, container, self.name(entry), int(row["offset"]), int(row["size"])), self.rules)
+        return convert_image(read_entry(self.root, container, self.read_name(entry), int(row["offset"]), int(row["size"])), self.rules)
 
 
 @lru_cache(maxsize=1)
 def open_plan(folder: Path) -> Plan:
-    """Maps a plan; the same object for a process's every call."""
+    """Maps a plan; a process opens it once."""
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     return Plan(
         root=Path(plan["root"]),
@@ -131,38 +143,46 @@ def open_plan(folder: Path) -> Plan:
 
 
 def write_plan(folder: Path, source: Source, settings: Settings, made: dict[str, Any], run: Run) -> None:
-    """Lists a source and writes the plan into an empty folder; `run` maps a function over a sequence, here or in processes.
+    """Lists a source and writes the plan. Labels are positions in the given classes, or else in the sorted class names.
 
-    Labels are positions in the classes that are given, or else in their sorted names. Raises ValueError for a source without files, a
-    class that is not among the given ones, keys that repeat, and a holdout of nothing.
+    Args:
+        folder: an empty folder.
+        source: the source to list.
+        settings: of the packing.
+        made: a description of source and settings, kept for dataset.json.
+        run: maps a function over a sequence, in this process or in workers.
+
+    Raises:
+        ValueError: for a source without files, a class that is not among the given ones, keys that repeat, and a holdout that
+            holds out no image.
     """
     for shard_in_key in (False, True):
         classes, faults = write_listing(folder, source, settings.classes, run, shard_in_key=shard_in_key)
         entries = np.memmap(folder / "entries.bin", ENTRY, "r")
-        order, repeated = drawn_order(entries["hash"], settings.seed)
-        if not len(repeated) or source.kind != "WebDataset shards":
+        order, repeated = draw_order(entries["hash"], settings.seed)
+        if not len(repeated) or source.kind != SHARDS:
             break
-    held = held_out(entries["label"], entries["hash"], settings.holdout, settings.seed)[order]
+    held = draw_holdout(entries["label"], entries["hash"], settings.holdout, settings.seed)[order]
     if settings.holdout is not None and not held.any():
-        raise ValueError(f"--holdout {settings.holdout} of {len(order)} images in {len(classes)} classes holds out none")
+        raise ValueError(f"--holdout {settings.holdout} of {len(order)} images in {len(classes)} classes holds out no image")
     order = np.concatenate([order[~held], order[held]]).astype(np.uint32)
     text = np.memmap(folder / "text.bin", np.uint8, "r")
     plan = Plan(source.root, made, settings.rules, (), classes, source.containers, entries, text, order, faults)
     if len(repeated):
         one, other = repeated.tolist()
-        raise ValueError(f"{source.root}: {plan.path(one)} and {plan.path(other)} have the same key, {plan.key(one)}")
+        raise ValueError(
+            f"{source.root}: {plan.describe_path(one)} and {plan.describe_path(other)} have the same key, {plan.read_key(one)}"
+        )
 
-    cost = entries["size"][order] * stored_share(plan) + _OVERHEAD
-    shards: list[dict[str, Any]] = []
+    cost = entries["size"][order] * measure_stored_share(plan) + _TAR_OVERHEAD
+    shards: list[PlannedShard] = []
     first = 0
-    for split, count in ((settings.split, int(np.count_nonzero(~held))), (HELD_OUT, int(np.count_nonzero(held)))):
-        for number, (start, stop) in enumerate(cuts(cost[first : first + count], settings.shard_bytes)):
-            shards.append(
-                {"split": split, "file": f"{settings.name}-{split}-{number:06d}.tar", "start": first + start, "stop": first + stop}
-            )
+    for split, count in ((settings.split, int(np.count_nonzero(~held))), (HOLDOUT_SPLIT, int(np.count_nonzero(held)))):
+        for number, (start, stop) in enumerate(cut_shards(cost[first : first + count], settings.shard_bytes)):
+            shards.append(PlannedShard(split, f"{settings.name}-{split}-{number:06d}.tar", first + start, first + stop))
         first += count
     order.tofile(folder / "order.bin")
-    description = {"root": str(source.root), "made": made, "rules": asdict(settings.rules), "shards": shards}
+    description = {"root": str(source.root), "made": made, "rules": asdict(settings.rules), "shards": [asdict(shard) for shard in shards]}
     containers = [asdict(container) for container in source.containers]
     for name, value in (("plan", description), ("classes", classes), ("containers", containers), ("faults", faults)):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1), encoding="ascii")
@@ -172,51 +192,69 @@ def write_plan(folder: Path, source: Source, settings: Settings, made: dict[str,
 
 
 def write_listing(
-    folder: Path, source: Source, pinned: Sequence[str] | None, run: Run, *, shard_in_key: bool = False
+    folder: Path, source: Source, classes: Sequence[str] | None, run: Run, *, shard_in_key: bool = False
 ) -> tuple[tuple[str, ...], dict[int, str]]:
-    """Writes entries.bin and text.bin; gives the classes, and what is wrong with entries. Only the part at hand is in memory."""
-    known = source.classes if pinned is None else pinned
+    """Writes entries.bin and text.bin, with one container's listing in memory at a time.
+
+    Args:
+        folder: the plan's folder.
+        source: the source to list.
+        classes: all classes in label order; None for the source's.
+        run: maps a function over a sequence.
+        shard_in_key: whether the keys of shards' samples begin with the shard's name.
+
+    Returns:
+        The classes in label order, and the faults by entry number.
+
+    Raises:
+        ValueError: for a source without files, and for a label that no class belongs to.
+    """
+    known = source.classes if classes is None else classes
+    indexed = source.classes or classes  # numeric labels are positions in this list
     numbers = {name: number for number, name in enumerate(known or ())}
 
-    def label_of(label: str | int | None, container: Container) -> int:
-        if label is None:  # it will be rejected
+    def number_label(label: str | int | None, container: Container) -> int:
+        if label is None:  # the entry has a fault and will be rejected
             return 0
-        where = f"{shown(str(source.root / container.path))}"
+        where = escape_name(str(source.root / container.path))
         if isinstance(label, int):
-            names = source.classes or pinned
-            if names is None:
+            if indexed is None:
                 raise ValueError(f"{where}: labels are numbers; give --classes, the list that they index")
-            if not 0 <= label < len(names):
-                raise ValueError(f"{where}: label {label} of {len(names)} classes")
-            label = names[label]
+            if not 0 <= label < len(indexed):
+                raise ValueError(f"{where}: label {label} of {len(indexed)} classes")
+            label = indexed[label]
         if known is not None and label not in numbers:
             raise ValueError(f"{where}: class {label} is not among the {len(known)} given classes")
         return numbers.setdefault(label, len(numbers))
 
-    parts = run(source.lister(shard_in_key=shard_in_key), source.containers)
+    listings = run(source.make_lister(shard_in_key=shard_in_key), source.containers)
     entries = text_bytes = 0
     faults: dict[int, str] = {}
     with open(folder / "entries.bin", "wb") as rows, open(folder / "text.bin", "wb") as text:
-        for number, part in enumerate(report_progress(parts, len(source.containers), f"listing {source.root}")):
-            labels = np.array([label_of(label, source.containers[number]) for label in part.labels], np.uint32)
-            part.rows["label"] = labels[part.rows["label"]]
-            part.rows["container"] = number
-            part.rows["text"] += text_bytes
-            faults |= {entries + row: fault for row, fault in part.faults.items()}
-            entries += len(part.rows)
-            rows.write(part.rows.tobytes())
-            text_bytes += text.write(part.text)
+        for number, listing in enumerate(progress(listings, len(source.containers), f"listing {source.root}")):
+            labels = np.array([number_label(label, source.containers[number]) for label in listing.labels], np.uint32)
+            listing.rows["label"] = labels[listing.rows["label"]]
+            listing.rows["container"] = number
+            listing.rows["text"] += text_bytes
+            faults |= {entries + row: fault for row, fault in listing.faults.items()}
+            entries += len(listing.rows)
+            rows.write(listing.rows.tobytes())
+            text_bytes += text.write(listing.text)
     if not entries:
         raise ValueError(f"{source.root}: {source.kind} without a file in them")
     if known is not None:
         return tuple(known), faults
-    provisional = np.memmap(folder / "entries.bin", ENTRY, "r+")["label"]  # numbered as classes were met
+    provisional = np.memmap(folder / "entries.bin", ENTRY, "r+")["label"]  # numbered in the order of first occurrence
     provisional[:] = np.argsort(np.argsort(list(numbers)))[provisional]
     return tuple(sorted(numbers)), faults
 
 
-def drawn_order(hashes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The entries in the order of their hashes and the seed, int64 (N,); and two entries that share a hash, or none, int64 (2,) or (0,)."""
+def draw_order(hashes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Orders entries by a hash of their key's hash and the seed.
+
+    Returns:
+        The order, int64 (N,), and two entries with the same hash, int64 (2,), or none, (0,).
+    """
     drawn = hash64(seed, Draw.PACK, hashes)  # a bijection of the hash
     order = np.argsort(drawn, kind="stable")
     drawn = drawn[order]
@@ -224,9 +262,18 @@ def drawn_order(hashes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.concatenate([order[repeated], order[repeated + 1]])
 
 
-def held_out(labels: np.ndarray, hashes: np.ndarray, holdout: int | float | None, seed: int) -> np.ndarray:
-    """Which entries are held out, bool (N,): those whose hash is below a share, or the N smallest hashes of each class, though
-    never more than half of a class. It follows from an entry's key (and for a number, the keys of its class)."""
+def draw_holdout(labels: np.ndarray, hashes: np.ndarray, holdout: int | float | None, seed: int) -> np.ndarray:
+    """Draws the entries to hold out. The draw depends on an entry's key, and for a number per class on the keys of its class.
+
+    Args:
+        labels: of the entries, (N,).
+        hashes: of the entries' keys, uint64 (N,).
+        holdout: a share below 1, or a number per class, of which at most half is held out.
+        seed: of the draw.
+
+    Returns:
+        bool (N,): whether an entry is held out.
+    """
     if holdout is None:
         return np.zeros(len(labels), bool)
     drawn = hash64(seed, Draw.HOLDOUT, hashes)
@@ -234,23 +281,23 @@ def held_out(labels: np.ndarray, hashes: np.ndarray, holdout: int | float | None
         return drawn < np.uint64(holdout * 2.0**64)
     counts = np.bincount(labels)
     by_class = np.lexsort((drawn, labels))
-    place = np.empty(len(labels), np.int64)
-    place[by_class] = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[by_class]]
-    return place < np.minimum(holdout, counts // 2)[labels]
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class] = np.arange(len(labels)) - (np.cumsum(counts) - counts)[labels[by_class]]
+    return rank < np.minimum(holdout, counts // 2)[labels]
 
 
-def stored_share(plan: Plan) -> float:
-    """Stored bytes for each byte of the source, measured on the first entries of the order."""
-    read = stored = 0
-    for entry in plan.order[:_TRIED].tolist():
+def measure_stored_share(plan: Plan) -> float:
+    """Returns the stored bytes per byte of the source, measured on the first entries of the order."""
+    source_bytes = stored_bytes = 0
+    for entry in plan.order[:_MEASURED_ENTRIES].tolist():
         with contextlib.suppress(BadImage):
-            stored += len(plan.stored(entry).encoded)
-            read += int(plan.entries["size"][entry])
-    return stored / read if read else 1.0
+            stored_bytes += len(plan.convert(entry).encoded)
+            source_bytes += int(plan.entries["size"][entry])
+    return stored_bytes / source_bytes if source_bytes else 1.0
 
 
-def cuts(cost: np.ndarray, shard_bytes: int) -> list[tuple[int, int]]:
-    """Cuts entries, of so many bytes each, into shards of equal bytes, as near to `shard_bytes` as goes: (start, stop) of each."""
+def cut_shards(cost: np.ndarray, shard_bytes: int) -> list[tuple[int, int]]:
+    """Cuts entries of `cost` bytes each into shards of equal size, as close to `shard_bytes` as possible: (start, stop) of each."""
     if not len(cost):
         return []
     ends = np.cumsum(cost)

@@ -1,9 +1,9 @@
-"""Checks a dataset against itself.
+"""Verifies that a dataset is as it was packed.
 
-    python -m data verify SHARDS            names, sizes and headers: reads about 4 KB a sample
+    python -m data verify SHARDS            names, sizes and headers: reads about 4 KB per sample
     python -m data verify SHARDS --deep     every byte: checksums, labels, and every image decoded
 
-A line for each fault, then one that says how much was checked.
+Prints one line per fault, and a summary.
 """
 
 import json
@@ -21,50 +21,62 @@ from data.dataset.index import Index, compute_fingerprint, open_index
 from data.dataset.shards import Describe, Member, find_image, read_label, read_shard
 from data.loader.store import open_whole_shard
 from data.packing.adopt import Labels
-from data.packing.images import DALI_PIXELS, ImageRules, stored_image
-from data.packing.workers import workers
+from data.packing.images import DALI_PIXELS, ImageRules, convert_image
+from data.packing.workers import start_workers
 
-_AS_IT_IS = ImageRules(keep_original=True, max_pixels=DALI_PIXELS)
+_KEEP_ALL = ImageRules(keep_original=True, max_pixels=DALI_PIXELS)
 
 
 def verify(
-    place: str | Path, cache: str | None = None, *, deep: bool = False, processes: int = 1, say: Callable[[str], None] = print
+    place: str | Path, cache: str | None = None, *, deep: bool = False, processes: int = 1, log: Callable[[str], None] = print
 ) -> int:
-    """Says a line for each fault and one that sums up, and gives the number of faults.
+    """Logs one line per fault of a dataset and a summary.
 
-    Quick, it finds files that are missing, left over, or of another size than when they were packed; a classes.json, index.npy or
-    .idx that is not the one that was written; tar headers that differ from these; and labels without a class. Deep, it finds any
-    change of a shard as well, and images that can't be decoded. The shards of a URL are fetched into `cache`, each whole.
+    A quick check finds missing, extra and resized files; a classes.json, index.npy or .idx that differs from the one written; tar
+    headers that differ from these; and labels without a class. A deep check also finds every change of a shard, and images that
+    can't be decoded.
+
+    Args:
+        place: the dataset's folder or URL.
+        cache: the folder for whole copies of the shards of a URL.
+        deep: whether to read every byte and decode every image.
+        processes: number of worker processes.
+        log: called with each line.
+
+    Returns:
+        The number of faults.
     """
     try:
         index = open_index(place, cache, sizes=False)
     except ValueError as error:
-        say(str(error))
-        say(f"{place}: 1 fault, without which nothing else can be checked")
+        log(str(error))
+        log(f"{place}: 1 fault; nothing else can be checked")
         return 1
-    _opened.cache_clear()  # of an earlier call in this process; the files may have changed since
-    found = 0
+    _open_index.cache_clear()  # the files may have changed since an earlier call in this process
+    count = 0
     shards = range(len(index.shards))
-    with workers(min(processes, len(shards))) as run:
-        results = report_progress(run(partial(_shard_faults, place, cache, deep), shards), len(shards), f"verifying shards of {place}")
-        for faults in (_dataset_faults(index), *results):
+    with start_workers(min(processes, len(shards))) as run:
+        results = progress(run(partial(_check_shard, place, cache, deep), shards), len(shards), f"verifying shards of {place}")
+        for faults in (_check_files(index), *results):
             for fault in faults:
-                found += 1
-                say(fault)
+                count += 1
+                log(fault)
     size = sum(shard.bytes for shard in index.shards) / 1e9
     depth = "every byte read, every image decoded" if deep else "names, sizes and headers; --deep reads every byte"
-    advice = "; copy these files again from where the dataset was packed" if found else ""
-    faults_found = "1 fault" if found == 1 else f"{found} faults"
-    say(f"{place}: {faults_found} in {len(index)} samples, {len(index.shards)} shards, {size:.3f} GB ({depth}){advice}")
-    return found
+    remedy = "; copy these files again from where the dataset was packed" if count else ""
+    log(
+        f"{place}: {count} fault{'' if count == 1 else 's'} in {len(index)} samples, {len(index.shards)} shards, {size:.3f} GB "
+        f"({depth}){remedy}"
+    )
+    return count
 
 
-def _dataset_faults(index: Index) -> Iterator[str]:
-    """What is wrong with the files beside the shards."""
-    if compute_fingerprint(index.samples, index.shards) != index.fingerprint:
-        yield "index.npy, or a shard's name or checksum in dataset.json, is not what it was when the dataset was packed"
-    if checksum(index.folder / "classes.json") != _description(index.folder).get("classes_xxh3_128"):
-        yield "classes.json is not what it was when the dataset was packed"
+def _check_files(index: Index) -> Iterator[str]:
+    """Yields the faults of the files beside the shards."""
+    if fingerprint(index.samples, index.shards) != index.fingerprint:
+        yield "index.npy, or a shard's name or checksum in dataset.json, differs from the packed dataset"
+    if checksum(index.folder / "classes.json") != _read_description(index.folder).get("classes_xxh3_128"):
+        yield "classes.json differs from the packed dataset"
     highest = index.samples["label"].max(initial=0)
     if highest >= len(index.classes):
         yield f"index.npy has labels up to {highest}, and there are {len(index.classes)} classes"
@@ -75,39 +87,39 @@ def _dataset_faults(index: Index) -> Iterator[str]:
         elif path.suffix == ".idx" and path.with_suffix(".tar").name not in names:
             yield f"{path.name} belongs to no shard"
         elif path.suffix == ".tmp" or path.name == ".index":
-            yield f"{path.name} was left by something that was interrupted; remove it"
+            yield f"{path.name} is left over from an interrupted command; remove it"
 
 
 @lru_cache(maxsize=1)  # a worker checks many shards of one dataset
-def _opened(place: str | Path, cache: str | None) -> Index:
+def _open_index(place: str | Path, cache: str | None) -> Index:
     return open_index(place, cache, sizes=False)
 
 
-def _description(folder: Path) -> dict[str, Any]:
+def _read_description(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
 
 
-def _shard_faults(place: str | Path, cache: str | None, deep: bool, number: int) -> list[str]:
-    """What is wrong with a shard, its .idx and its rows in index.npy."""
-    index = _opened(place, cache)
+def _check_shard(place: str | Path, cache: str | None, deep: bool, number: int) -> list[str]:
+    """Returns the faults of a shard, its .idx and its rows in index.npy."""
+    index = _open_index(place, cache)
     try:
-        with open_whole_shard(index, number) as path:
-            return _faults_at(path, index, number, deep)
-    except ValueError as error:  # it can't be fetched
+        with whole_shard(index, number) as path:
+            return _check_shard_file(path, index, number, deep)
+    except ValueError as error:  # the shard can't be fetched
         return [str(error)]
 
 
-def _faults_at(path: Path, index: Index, number: int, deep: bool) -> list[str]:
+def _check_shard_file(path: Path, index: Index, number: int, deep: bool) -> list[str]:
     shard = index.shards[number]
     if not path.is_file():
         return [f"{shard.name} is missing"]
     if path.stat().st_size != shard.bytes:
         return [f"{shard.name} has {path.stat().st_size} bytes instead of {shard.bytes}"]
     try:
-        contents = read_shard(path, _decoding(index) if deep else None)
+        contents = read_shard(path, _make_deep_check(index) if deep else None)
     except ValueError as error:
         return [str(error)]
-    faults = [f"{shard.name}: sample {contents.keys[place]}: {fault}" for place, fault in contents.faults.items()]
+    faults = [f"{shard.name}: sample {contents.keys[row]}: {fault}" for row, fault in contents.faults.items()]
     if deep and contents.shard.xxh3_128 != shard.xxh3_128:
         faults.append(f"{shard.name}: its bytes have changed (checksum {contents.shard.xxh3_128} instead of {shard.xxh3_128})")
     idx = path.with_suffix(".idx")
@@ -119,10 +131,10 @@ def _faults_at(path: Path, index: Index, number: int, deep: bool) -> list[str]:
     if len(contents.rows) != len(rows):
         return [*faults, f"{shard.name}: {len(contents.rows)} samples, and {len(rows)} in index.npy"]
     columns = ["offset", "size", "label", "width", "height"] if deep else ["offset", "size"]
-    different = [place for place in np.flatnonzero(contents.rows[columns] != rows[columns]) if place not in contents.faults]
+    different = [row for row in np.flatnonzero(contents.rows[columns] != rows[columns]) if row not in contents.faults]
     if different:
         first = different[0]
-        more = f"; and so in {len(different) - 1} more" if len(different) > 1 else ""
+        more = f"; and {len(different) - 1} more samples" if len(different) > 1 else ""
         faults.append(
             f"{shard.name}: sample {contents.keys[first]}: {', '.join(columns)} are {contents.rows[columns][first]} in the tar, "
             f"{rows[columns][first]} in index.npy{more}"
@@ -130,17 +142,17 @@ def _faults_at(path: Path, index: Index, number: int, deep: bool) -> list[str]:
     return faults
 
 
-def _decoding(index: Index) -> Describe:
-    """A Describe that decodes each image, as strictly as packing does."""
-    labels = Labels(_description(index.folder).get("made", {}).get("label_field"), index.classes)
+def _make_deep_check(index: Index) -> Describe:
+    """Returns a Describe that decodes each image as strictly as packing does."""
+    labels = Labels(_read_description(index.folder).get("made", {}).get("label_field"), index.classes)
 
     def describe(sample: list[Member]) -> tuple[int, int, int]:
         try:
-            stored = stored_image(find_image(sample).data, _AS_IT_IS)
+            image = convert_image(image_of(sample).data, _KEEP_ALL)
         except BadImage as error:
             raise ValueError(f"its image can't be used: {error}") from error
-        if stored.change:
-            raise ValueError(f"its image can't be used: DALI does not read it as it is ({stored.change})")
-        return labels.position(read_label(sample, labels.field)), stored.width, stored.height
+        if image.change:
+            raise ValueError(f"its image can't be used: DALI can't read it as stored ({image.change})")
+        return labels.find_position(label_of(sample, labels.field)), image.width, image.height
 
     return describe

@@ -1,7 +1,7 @@
-"""Processes that end together: an error, a killed worker or Ctrl-C ends all of them, and none outlives its parent.
+"""Worker processes that end together: an error, a killed worker or Ctrl-C ends all of them, and none outlives its parent.
 
-with workers(8) as run:
-    for result in run(function, items):      # as map does: in order, but eight at a time
+with start_workers(8) as run:
+    for result in run(function, items):      # like map: results in order, eight at a time
         …
 """
 
@@ -16,17 +16,20 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-Run = Callable[..., Iterator]  # map, here or in processes
+Run = Callable[..., Iterator]  # map, in this process or in workers
 
-# NumPy's OpenBLAS would start a thread for every core in every worker.
+# NumPy's OpenBLAS would start one thread per core in every worker.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Run]:
-    """Gives a `map` that runs in `count` processes, or for 1 in this one.
+def start_workers(count: int) -> Iterator[Run]:
+    """Yields a `map` that runs in `count` processes, or, for 1, in this process.
 
-    Raises ValueError when a worker was killed; what a function raises is raised here. Either way the other workers are ended at once.
+    An error that the mapped function raises is raised to the caller. Leaving the context ends all workers at once.
+
+    Raises:
+        ValueError: if a worker was killed.
     """
     if count == 1:
         yield map
@@ -34,10 +37,10 @@ def workers(count: int) -> Iterator[Run]:
     others = set(multiprocessing.active_children())
     environment = dict(os.environ)
     os.environ.update(_ONE_THREAD)
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_begin)
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_watch_parent)
 
     def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-        """Not pool.map: it cancels what it has begun, which the pool's own thread does not survive when workers end (Python 3.11)."""
+        # pool.map cancels submitted items, and in Python 3.11 the pool's thread does not survive that when workers end.
         waiting: deque[Future[Any]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
@@ -50,7 +53,7 @@ def workers(count: int) -> Iterator[Run]:
         yield run
     except BrokenProcessPool as error:
         raise ValueError(
-            "a worker process was killed, perhaps because memory was short; fewer --workers need less. What is done is kept: "
+            "a worker process was killed, perhaps because memory ran out; fewer --workers need less. Finished work is kept: "
             "start the same command again"
         ) from error
     finally:
@@ -61,12 +64,13 @@ def workers(count: int) -> Iterator[Run]:
         pool.shutdown()
 
 
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _watch_parent() -> None:
+    """Initializes a worker: it ignores Ctrl-C, which a terminal sends to every process, and exits with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -9,16 +9,16 @@ import pytest
 from data.__main__ import main
 from data.augment.recipe import Recipe
 from data.dataset.index import Index, open_index
-from data.inspect.parameters import parameters
+from data.inspect.parameters import list_parameters
 from data.loader.order import SampleOrder
 from data.settings import DataConfig
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 from tests.support import REPOSITORY
 from tests.support.foreign_shards import JPEGS, write_tar
 
 
 def test_pack_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, (encoded, label) in enumerate(images(3, 30, 0, 0)):
+    for number, (encoded, label) in enumerate(draw_images(3, 30, 0, 0)):
         for split in ("train", "val"):
             folder = tmp_path / split / f"class{label}"
             if not (split == "val" and label == 0):
@@ -42,7 +42,7 @@ def test_pack_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_pack_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, (encoded, label) in enumerate(images(2, 20, 0, 0)):
+    for number, (encoded, label) in enumerate(draw_images(2, 20, 0, 0)):
         (tmp_path / "flat").mkdir(exist_ok=True)
         (tmp_path / "flat" / f"{number:02d}.jpg").write_bytes(encoded if number else b"bad")
         with (tmp_path / "labels.csv").open("a") as labels:
@@ -113,7 +113,7 @@ def test_order_prints_what_a_job_takes(dataset: Index, tmp_path: Path, capsys: p
     expected = []
     for step in (3, 4, 5):
         ids = order.batch(2, step)
-        told = parameters(Recipe(5, DataConfig()), 2, ids, order.copies, dataset)
+        told = list_parameters(Recipe(5, DataConfig()), 2, ids, order.copies, dataset)
         for slot, (sample_id, drawn) in enumerate(zip(ids.tolist(), told, strict=True)):
             name = dataset.classes[sample_id % 10]
             line = f"epoch=2  step={step}  slot={slot}  key={sample_id:09d}  class={name}  crop={drawn['crop']}  flip={drawn['flip']}"

@@ -9,7 +9,7 @@ import torch
 
 from data.packing.pack import pack
 from data.packing.plan import Settings
-from data.synthetic.drawings import PATTERNS, draw_image
+from data.synthetic.drawings import PATTERNS, draw_pattern
 from pretrain import checkpoint
 from pretrain.weights.export import export
 from pretrain.weights.initial import read_source
@@ -35,7 +35,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in CLASSES:
             (folder / "images" / split / name).mkdir(parents=True)
             for number in range(images):
-                draw_image(PATTERNS.get(name, PATTERNS["discs"]), random).save(folder / "images" / split / name / f"{number}.jpg")
+                draw_pattern(PATTERNS.get(name, PATTERNS["discs"]), random).save(folder / "images" / split / name / f"{number}.jpg")
         pack(folder / "images" / split, folder, Settings(name="others", split=split, classes=tuple(CLASSES)))
     return folder
 

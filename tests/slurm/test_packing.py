@@ -15,7 +15,7 @@ import pytest
 from data.dataset.index import open_index
 from data.packing.pack import pack
 from data.packing.plan import Settings
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 from tests.slurm.cluster import Cluster, processes
 from tests.support import REPOSITORY
 
@@ -27,7 +27,7 @@ OPTIONS = ("--shard-mb", "0.02", "--workers", "1", "--holdout", "0.1")
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    for number, (encoded, label) in enumerate(images(5, 1500, 0, 0)):
+    for number, (encoded, label) in enumerate(draw_images(5, 1500, 0, 0)):
         folder = tmp_path / "source" / f"n{label:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.JPEG").write_bytes(encoded)

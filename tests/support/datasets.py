@@ -7,13 +7,13 @@ import fsspec
 from data.dataset.index import Index
 from data.dataset.shards import Sample, write_dataset
 from data.synthetic.drawings import PATTERNS
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 
 
 def make_dataset(out: Path, count: int, *, shard_bytes: int = 150_000, seed: int = 0) -> Index:
     """A dataset of `count` drawn images of 10 classes in OUT, about 20 a shard."""
     out.mkdir()
-    samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(images(10, count, seed, 0)))
+    samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(draw_images(10, count, seed, 0)))
     return write_dataset(out, samples, list(PATTERNS), shard_bytes=shard_bytes, name="train")
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 
-JPEGS = [encoded for encoded, _ in images(10, 20, 3, 0)]
+JPEGS = [encoded for encoded, _ in draw_images(10, 20, 3, 0)]
 
 
 def as_format(encoded: bytes, kind: str) -> bytes:

@@ -14,9 +14,9 @@ from data.dataset.index import Index, read_key
 from data.loader.store import ShardStore
 from data.packing.pack import pack
 from data.packing.plan import Settings
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 
-DRAWN = [(encoded, label) for encoded, label in images(4, 60, 0, 0)]
+DRAWN = [(encoded, label) for encoded, label in draw_images(4, 60, 0, 0)]
 SMALL = Settings(name="in", shard_bytes=60_000)
 HOLDOUT = Settings(name="in", shard_bytes=60_000, holdout=3)
 ODD_NAMES = [

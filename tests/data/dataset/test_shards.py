@@ -13,7 +13,7 @@ from nvidia.dali.pipeline import Pipeline
 from data.dataset.headers import read_image_size
 from data.dataset.index import Index
 from data.dataset.shards import Sample, read_shard, write_idx, write_shard
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 from tests.support.foreign_shards import JPEGS, as_format, write_tar
 
 # Names that tars may hold and that a .idx, whose fields end at blanks, can't hold as they are.
@@ -32,7 +32,7 @@ ODD_KEYS = [
 
 
 def test_a_shard_is_reproducible(tmp_path: Path) -> None:
-    samples = [Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(images(10, 12, 0, 0))]
+    samples = [Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(draw_images(10, 12, 0, 0))]
     first = write_shard(tmp_path / "a.tar", samples)
     second = write_shard(tmp_path / "b.tar", iter(samples))
     shard, rows = first
@@ -48,7 +48,7 @@ def test_a_shard_is_reproducible(tmp_path: Path) -> None:
 
 
 def test_a_shard_has_the_bytes_that_webdataset_would_write(tmp_path: Path) -> None:
-    samples = [Sample(f"n01/{number}%20_~", encoded, label) for number, (encoded, label) in enumerate(images(10, 12, 0, 0))]
+    samples = [Sample(f"n01/{number}%20_~", encoded, label) for number, (encoded, label) in enumerate(draw_images(10, 12, 0, 0))]
     write_shard(tmp_path / "ours.tar", samples)
     with (
         open(tmp_path / "theirs.tar", "wb") as file,

@@ -12,7 +12,7 @@ from data.augment.randaugment import Operator
 from data.augment.recipe import Recipe
 from data.common.placement import Placement
 from data.dataset.index import Index
-from data.inspect.parameters import parameters
+from data.inspect.parameters import list_parameters
 from data.loader.loaders import TrainLoader
 from data.loader.order import SampleOrder
 from data.loader.pipeline import Batch
@@ -33,7 +33,7 @@ def batches(index: Index, settings: DataConfig) -> list[Batch]:
 
 
 def told_of(batch: Batch, index: Index, settings: DataConfig) -> list[dict[str, str]]:
-    return parameters(Recipe(SEED, settings), batch.epoch, batch.ids, np.zeros_like(batch.ids), index)
+    return list_parameters(Recipe(SEED, settings), batch.epoch, batch.ids, np.zeros_like(batch.ids), index)
 
 
 def redone(index: Index, sample_id: int, drawn: dict[str, str]) -> np.ndarray:

@@ -9,8 +9,8 @@ from PIL import Image
 from data.__main__ import main
 from data.augment.recipe import Recipe
 from data.dataset.index import Index, open_index
-from data.inspect.parameters import parameters
-from data.inspect.preview import Picture, evaluated_on, trained_on
+from data.inspect.parameters import list_parameters
+from data.inspect.preview import Picture, load_evaluation_view, load_step
 from data.loader.order import SampleOrder
 from data.settings import DataConfig
 
@@ -21,7 +21,7 @@ PLAIN = DataConfig(image_size=48, mixup=0, cutmix=0, mean=(0, 0, 0), std=(1, 1, 
 
 def pictures(index: Index, settings: DataConfig, images: int = 10) -> list[Picture]:
     order = SampleOrder(index.shard_start, seed=1, global_batch=20, lanes=settings.lanes, window=settings.window)
-    return trained_on(index, order, settings, epoch=1, step=2, images=images)
+    return load_step(index, order, settings, epoch=1, step=2, images=images)
 
 
 def test_normalisation_is_undone(dataset: Index) -> None:
@@ -51,7 +51,7 @@ def test_shares_in_the_titles_are_those_of_the_pixels(dataset: Index) -> None:
 def test_what_stands_under_a_picture_was_drawn_for_it(dataset: Index) -> None:
     settings = replace(PLAIN, mixup=0.8, cutmix=1.0)
     ids = SampleOrder(dataset.shard_start, seed=1, global_batch=20, lanes=5).batch(1, 2)
-    drawn = parameters(Recipe(1, settings), 1, ids, np.zeros_like(ids), dataset)
+    drawn = list_parameters(Recipe(1, settings), 1, ids, np.zeros_like(ids), dataset)
     for picture, own in zip(pictures(dataset, settings, images=20), drawn, strict=True):
         assert picture.about == [f"{name} {value}" for name, value in own.items()]
 
@@ -62,7 +62,7 @@ def test_whole_pairs_that_divide_the_batch_are_shown(dataset: Index, images: int
 
 
 def test_evaluation_view(dataset: Index) -> None:
-    seen = evaluated_on(dataset, PLAIN, 10)
+    seen = load_evaluation_view(dataset, PLAIN, 10)
     assert [picture.title for picture in seen] == [dataset.classes[label] for label in dataset.samples["label"][:150:15]]
     width, height = (int(dataset.samples[name][15]) for name in ("width", "height"))
     assert seen[1].about[0].startswith(f"{width} x {height} → ")

@@ -11,14 +11,14 @@ from PIL import Image
 
 from data.dataset.index import DTYPE, Index, open_index, read_key
 from data.dataset.shards import Sample, write_dataset
-from data.inspect.report import bars, binned, draw, stats, write_report
+from data.inspect.report import count_bins, format_bars, format_stats, load_thumbnails, write_report
 from tests.support.foreign_shards import JPEGS
 
 pytestmark = pytest.mark.slow
 
 
 def test_stats(dataset: Index) -> None:
-    text = stats(dataset)
+    text = format_stats(dataset)
     assert dataset.fingerprint in text
     assert "samples      150\n" in text
     assert "classes      10, samples a class 15 to 15, median 15" in text
@@ -33,7 +33,7 @@ def test_stats_of_many_classes(tmp_path: Path) -> None:
     rows = np.zeros(1000, DTYPE)
     rows["label"] = np.sqrt(np.arange(1000) * 0.9).astype(int)  # label n has about 2n + 1 samples, the last fewer
     rows["width"], rows["height"] = 300, 200
-    text = stats(Index(tmp_path, (), np.array([0, 1000]), rows, tuple(f"n{number:08}" for number in range(40)), "abc"))
+    text = format_stats(Index(tmp_path, (), np.array([0, 1000]), rows, tuple(f"n{number:08}" for number in range(40)), "abc"))
     assert "fewest: n00000030 (0), n00000031 (0), n00000032 (0)" in text
     counts = np.bincount(rows["label"], minlength=40)
     assert f"most: n{counts.argmax():08} ({counts.max()})" in text
@@ -44,19 +44,19 @@ def test_stats_of_many_classes(tmp_path: Path) -> None:
 
 def test_bins_hold_every_value_once() -> None:
     values = np.array([0, 1, 2, 4, 5, 9, 9])
-    assert binned(values, (0, 1, 2, 5, 10, 20))[0] == ["0", "1", "2 to 4", "5 to 9"]
-    assert binned(values, (0, 1, 2, 5, 10, 20))[1].tolist() == [1, 1, 2, 3]
-    assert binned(np.array([0.5, 7.0]), (0.0, 0.5, 3.0, np.inf))[0] == ["0.50 to 3.00", "3.00 and more"]
+    assert count_bins(values, (0, 1, 2, 5, 10, 20))[0] == ["0", "1", "2 to 4", "5 to 9"]
+    assert count_bins(values, (0, 1, 2, 5, 10, 20))[1].tolist() == [1, 1, 2, 3]
+    assert count_bins(np.array([0.5, 7.0]), (0.0, 0.5, 3.0, np.inf))[0] == ["0.50 to 3.00", "3.00 and more"]
 
 
 def test_a_bar_of_little_is_seen() -> None:
-    lines = bars("title", ["much", "little", "nothing"], np.array([10_000, 1, 0]))
+    lines = format_bars("title", ["much", "little", "nothing"], np.array([10_000, 1, 0]))
     assert ["▏" in line or "█" in line for line in lines] == [False, False, True, True, False]
     assert len({len(line) for line in lines[2:]}) == 1
 
 
 def test_drawn_samples_are_spread_and_named(dataset: Index) -> None:
-    drawn = draw(dataset, len(dataset.shards), seed=3)
+    drawn = load_thumbnails(dataset, len(dataset.shards), seed=3)
     numbers = [int(sample.key) for sample in drawn]
     assert sorted(dataset.shard_of(number) for number in numbers) == list(range(len(dataset.shards))), "one of each shard"
     for number, sample in zip(numbers, drawn, strict=True):
@@ -65,10 +65,10 @@ def test_drawn_samples_are_spread_and_named(dataset: Index) -> None:
         assert sample.size == f"{row['width']} x {row['height']}"
         assert sample.picture is not None
         assert max(sample.picture.size) == min(180, max(row["width"], row["height"]))
-    assert [sample.key for sample in draw(dataset, 9, seed=3)] == [sample.key for sample in draw(dataset, 9, seed=3)]
-    assert [sample.key for sample in draw(dataset, 9, seed=3)] != [sample.key for sample in draw(dataset, 9, seed=4)]
-    everything = draw(dataset, 10_000, seed=0)
-    assert sorted(sample.key for sample in everything) == [read_key(dataset, number) for number in range(150)]
+    assert [sample.key for sample in load_thumbnails(dataset, 9, seed=3)] == [sample.key for sample in load_thumbnails(dataset, 9, seed=3)]
+    assert [sample.key for sample in load_thumbnails(dataset, 9, seed=3)] != [sample.key for sample in load_thumbnails(dataset, 9, seed=4)]
+    everything = load_thumbnails(dataset, 10_000, seed=0)
+    assert sorted(sample.key for sample in everything) == [key(dataset, number) for number in range(150)]
 
 
 class Page(HTMLParser):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data.inspect.shuffle import Quality, compare, quality
+from data.inspect.shuffle import Quality, compare_orders, measure_quality
 from data.loader.order import SampleOrder
 
 SAMPLES, CLASSES, BATCH = 40_000, 400, 256
@@ -11,7 +11,9 @@ SHARD_START = np.arange(0, SAMPLES + 1, 200)
 
 def in_order(labels: np.ndarray) -> Quality:
     """Of batches that follow each other as the samples do."""
-    return quality(labels, (((first + BATCH / 2) / SAMPLES, np.arange(first, first + BATCH)) for first in range(0, SAMPLES - BATCH, BATCH)))
+    return measure_quality(
+        labels, (((first + BATCH / 2) / SAMPLES, np.arange(first, first + BATCH)) for first in range(0, SAMPLES - BATCH, BATCH))
+    )
 
 
 def test_no_shuffling_at_all() -> None:
@@ -24,12 +26,12 @@ def test_no_shuffling_at_all() -> None:
 
 def test_a_full_permutation() -> None:
     ids = np.random.default_rng(0).permutation(SAMPLES)[: SAMPLES // BATCH * BATCH].reshape(-1, BATCH)
-    found = quality(LABELS, (((step + 0.5) / len(ids), batch) for step, batch in enumerate(ids)))
+    found = measure_quality(LABELS, (((step + 0.5) / len(ids), batch) for step, batch in enumerate(ids)))
     assert found.displacement == pytest.approx(1 / 3, abs=0.005)
     assert abs(found.pairs) < 0.02
     assert found.alike == pytest.approx(1 / CLASSES, abs=0.002)
     assert found.classes == pytest.approx(CLASSES * (1 - (1 - 1 / CLASSES) ** BATCH), abs=3)
-    full = compare(LABELS, SHARD_START, global_batch=BATCH, choices=[(8, 64)])[-1]
+    full = compare_orders(LABELS, SHARD_START, global_batch=BATCH, choices=[(8, 64)])[-1]
     assert (full.lanes, full.window) == (None, None)
     assert full.quality.classes == pytest.approx(found.classes, abs=3)
     assert full.quality.bits == pytest.approx(found.bits, abs=0.05)
@@ -37,13 +39,13 @@ def test_a_full_permutation() -> None:
 
 def test_entropy_of_classes() -> None:
     (labels, ids) = np.array([0, 0, 0, 0, 1, 1, 2, 3]), np.arange(8)
-    found = quality(labels, [(0.5, ids)])
+    found = measure_quality(labels, [(0.5, ids)])
     assert (found.bits, found.classes, found.alike) == (1.75, 4, 0.75)  # 1/2, 1/4, 1/8, 1/8
 
 
 def test_more_lanes_and_larger_windows_mix_more() -> None:
     choices = [(1, 64), (8, 64), (64, 64), (8, 1024)]
-    one, few, many, wide, full = (row.quality for row in compare(LABELS, SHARD_START, global_batch=BATCH, choices=choices))
+    one, few, many, wide, full = (row.quality for row in compare_orders(LABELS, SHARD_START, global_batch=BATCH, choices=choices))
     assert one.classes < few.classes < many.classes
     assert few.classes < wide.classes < full.classes
     assert wide.pairs < few.pairs
@@ -57,7 +59,7 @@ def test_an_order_that_does_not_permute_shards_is_seen(monkeypatch: pytest.Monke
     random_labels = np.random.default_rng(0).permutation(LABELS)
 
     def displacement() -> float:
-        order, full = compare(random_labels, SHARD_START, global_batch=BATCH, choices=[(64, 64)])
+        order, full = compare_orders(random_labels, SHARD_START, global_batch=BATCH, choices=[(64, 64)])
         return order.quality.displacement / full.quality.displacement
 
     assert displacement() > 0.95

@@ -24,7 +24,7 @@ from data.loader.pipeline import Batch
 from data.loader.store import ShardStore
 from data.settings import IMAGENET_MEAN, IMAGENET_STD, DataConfig
 from data.synthetic.drawings import PATTERNS
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 from tests.support.servers import Proxy
 
 pytestmark = pytest.mark.slow
@@ -239,7 +239,7 @@ def test_evaluation_is_timms(dataset: Index, image_size: int, crop_pct: float) -
 
 def test_evaluation_of_photographs_is_timms(tmp_path: Path) -> None:
     """Of 500 x 375 pixels, as most of ImageNet's are."""
-    samples = (Sample(str(number), encoded, label) for number, (encoded, label) in enumerate(images(10, 8, 0, 0, photographs=True)))
+    samples = (Sample(str(number), encoded, label) for number, (encoded, label) in enumerate(draw_images(10, 8, 0, 0, photographs=True)))
     index = write_dataset(tmp_path, samples, list(PATTERNS), shard_bytes=1 << 30, name="val")
     for size, resize, mode in ((224, "crop", "center"), (384, "squash", "squash")):
         crop_pct = 1.0 if resize == "squash" else 0.875

@@ -27,7 +27,7 @@ from data.loader.pipeline import Batch, Loader, SingleImageDecoder
 from data.loader.quarantine import Quarantine
 from data.settings import DataConfig
 from data.synthetic.drawings import PATTERNS
-from data.synthetic.synthesize import images
+from data.synthetic.synthesize import draw_images
 from tests.data.loader.test_loaders import only
 from tests.support.damage import KINDS, damaged_copy
 from tests.support.datasets import upload
@@ -48,7 +48,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Index:
     folder = tmp_path_factory.mktemp("quarantine") / "train"
     folder.mkdir()
     samples = []
-    for number, (encoded, label) in enumerate(images(10, SAMPLES, 1, 0)):
+    for number, (encoded, label) in enumerate(draw_images(10, SAMPLES, 1, 0)):
         extension = "png" if number in PNGS else "webp" if number in WEBPS else "jpg"
         if extension != "jpg":
             picture = Image.open(io.BytesIO(encoded)).convert("RGB")

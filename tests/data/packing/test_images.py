@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.dataset.headers import BadImage
 from data.packing import images
-from data.packing.images import DALI_PIXELS, ImageRules, Stored, stored_image
+from data.packing.images import DALI_PIXELS, ImageRules, StoredImage, convert_image, decode_with_dali
 from tests.support.image_corpus import Case, corpus, damaged, encode, into_header, picture, png, segment, with_orientation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow's, where the tests themselves open a damaged file
@@ -37,7 +37,7 @@ def decoded(encoded: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def by_dali(stored: Sequence[Stored], crops: Sequence[tuple[int, int, int, int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def by_dali(stored: Sequence[StoredImage], crops: Sequence[tuple[int, int, int, int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Whole images, and crops (top, left, height, width) of them, as DALI decodes them in training. It fails if one of them does."""
     pipeline = Pipeline(batch_size=len(stored), num_threads=2, device_id=None, exec_dynamic=True, prefetch_queue_depth=1)
     encoded = [np.frombuffer(image.encoded, np.uint8) for image in stored]
@@ -54,7 +54,7 @@ def by_dali(stored: Sequence[Stored], crops: Sequence[tuple[int, int, int, int]]
     return [np.array(whole.at(n)) for n in range(len(stored))], [np.array(part.at(n)) for n in range(len(stored))]
 
 
-def check_by_dali(stored: Sequence[Stored], seed: int) -> None:
+def check_by_dali(stored: Sequence[StoredImage], seed: int) -> None:
     chance = np.random.default_rng(seed)
     crops = []
     for image in stored:
@@ -67,7 +67,7 @@ def check_by_dali(stored: Sequence[Stored], seed: int) -> None:
 
 @pytest.mark.parametrize("case", GOOD, ids=named)
 def test_what_is_good_is_stored(case: Case) -> None:
-    stored = stored_image(case.encoded, PLAIN)
+    stored = convert_image(case.encoded, PLAIN)
     assert stored.change == case.change
     assert stored.extension == "jpg"
     if case.change is None:
@@ -83,7 +83,7 @@ def test_what_is_good_is_stored(case: Case) -> None:
     if case.pixels is not None:
         assert pixels.shape == case.pixels.shape
         assert np.abs(pixels.astype(int) - case.pixels).mean() < 4
-    again = stored_image(bytes(bytearray(case.encoded)), PLAIN)
+    again = convert_image(bytes(bytearray(case.encoded)), PLAIN)
     assert again.encoded == stored.encoded
     assert (again.histogram == stored.histogram).all()
 
@@ -112,14 +112,14 @@ def test_what_is_bad_is_refused(case: Case) -> None:
         if case.name == "long.png" and rules.max_side:
             continue
         with pytest.raises(BadImage, match=case.bad) as error:
-            stored_image(case.encoded, rules)
+            convert_image(case.encoded, rules)
         assert str(error.value)
         assert not ADDRESS.search(str(error.value))
 
 
 @pytest.mark.parametrize("case", GOOD, ids=named)
 def test_keep_original(case: Case) -> None:
-    stored = stored_image(case.encoded, KEEP)
+    stored = convert_image(case.encoded, KEEP)
     if case.kept:
         assert stored.encoded is case.encoded
         assert stored.change is None
@@ -128,8 +128,8 @@ def test_keep_original(case: Case) -> None:
             assert (stored.width, stored.height) == image.size, "as stored, not as EXIF would turn it"
     else:
         assert stored.extension == "jpg"
-        assert stored.encoded == stored_image(case.encoded, PLAIN).encoded
-    small = stored_image(case.encoded, ImageRules(keep_original=True, max_side=8))
+        assert stored.encoded == convert_image(case.encoded, PLAIN).encoded
+    small = convert_image(case.encoded, ImageRules(keep_original=True, max_side=8))
     assert (small.change or "").endswith("resized") == (max(stored.width, stored.height) > 8)
 
 
@@ -137,8 +137,8 @@ def test_every_beginning_of_a_jpeg_is_refused() -> None:
     whole = encode(picture())
     for length in range(len(whole)):
         with pytest.raises(BadImage):
-            stored_image(whole[:length], PLAIN)
-    assert stored_image(whole, PLAIN).change is None
+            convert_image(whole[:length], PLAIN)
+    assert convert_image(whole, PLAIN).change is None
 
 
 def test_pillow_alone_would_not_do() -> None:
@@ -148,12 +148,12 @@ def test_pillow_alone_would_not_do() -> None:
     assert decoded(files["wrong checksum.png"]).shape == picture().shape
 
 
-def of_damaged(count: int, seed: int, rules: ImageRules) -> tuple[list[Stored], dict[bytes, str]]:
+def of_damaged(count: int, seed: int, rules: ImageRules) -> tuple[list[StoredImage], dict[bytes, str]]:
     """What is stored of damaged files, and the files that are refused, with the reasons."""
     stored, refused = [], {}
     for encoded in damaged(count, seed):
         try:
-            stored.append(stored_image(encoded, rules))
+            stored.append(convert_image(encoded, rules))
         except BadImage as error:
             refused[encoded] = str(error)
     return stored, refused
@@ -165,7 +165,7 @@ def test_what_is_stored_decodes_in_dali(rules: ImageRules) -> None:
     assert len(stored) > 200
     assert len(refused) > 500
     assert all(reason and not ADDRESS.search(reason) for reason in refused.values())
-    stored += [stored_image(case.encoded, rules) for case in GOOD]
+    stored += [convert_image(case.encoded, rules) for case in GOOD]
     check_by_dali(stored, seed=2)
 
 
@@ -173,7 +173,7 @@ def test_dali_alone_would_refuse_some_of_what_pillow_takes() -> None:
     """Control: there are such among the damaged files above."""
     _, refused = of_damaged(1500, 1, PLAIN)
     jpegs = [encoded for encoded in refused if encoded.startswith(b"\xff\xd8")]  # its readers of others can abort the process
-    assert sum(images._dali_pixels(encoded) is None for encoded in jpegs if accepted_by_pillow(encoded)) > 3
+    assert sum(decode_with_dali(encoded) is None for encoded in jpegs if accepted_by_pillow(encoded)) > 3
 
 
 def accepted_by_pillow(encoded: bytes) -> bool:
@@ -196,12 +196,12 @@ def test_what_is_stored_decodes_in_dali_sweep(rules: ImageRules, seed: int) -> N
 def test_pixels_of_untouched_files_are_dalis() -> None:
     """The strict decoder's pixels, from which the histogram comes, are bit for bit those of training."""
     whole = encode(picture(60, 45))
-    stored = stored_image(whole, PLAIN)
+    stored = convert_image(whole, PLAIN)
     ((pixels,), _) = by_dali([stored], [(0, 0, 1, 1)])
     expected = np.stack([np.bincount(pixels[::5, :, channel].ravel(), minlength=256) for channel in range(3)])
     np.testing.assert_array_equal(stored.histogram, expected)
     assert stored.histogram.dtype == np.int64
-    grey = stored_image(encode(picture(60, 45)[:, :, 0]), PLAIN).histogram
+    grey = convert_image(encode(picture(60, 45)[:, :, 0]), PLAIN).histogram
     assert grey.shape == (3, 256)
     assert (grey[0] == grey[2]).all()
     assert grey[0].sum() == 60 * 9
@@ -217,7 +217,7 @@ def test_progressive_keeps_its_quantisation(quality: int) -> None:
     chance = np.random.default_rng(0)
     rough = np.clip(picture(160, 120) + chance.normal(0, 20, (120, 160, 3)), 0, 255).astype(np.uint8)
     source = encode(rough, quality=quality, progressive=True)
-    stored = stored_image(source, PLAIN)
+    stored = convert_image(source, PLAIN)
     assert noise(decoded(stored.encoded), decoded(source)) < 0.25 * noise(rough, decoded(source))
     assert len(stored.encoded) < 1.3 * len(source)
     with Image.open(io.BytesIO(source)) as before, Image.open(io.BytesIO(stored.encoded)) as after:
@@ -242,7 +242,7 @@ def test_progressive_keeps_its_quantisation(quality: int) -> None:
 )
 def test_resizing_is_downward_and_proportional(rules: ImageRules, size: tuple[int, int], becomes: tuple[int, int]) -> None:
     source = encode(picture(*size))
-    stored = stored_image(source, rules)
+    stored = convert_image(source, rules)
     assert (stored.width, stored.height) == becomes
     assert decoded(stored.encoded).shape == (becomes[1], becomes[0], 3)
     if becomes == size:
@@ -255,33 +255,33 @@ def test_resizing_is_downward_and_proportional(rules: ImageRules, size: tuple[in
 
 def test_resizing_and_turning_together() -> None:
     source = encode(picture(100, 50), exif=with_orientation(6))
-    stored = stored_image(source, ImageRules(max_side=40))
+    stored = convert_image(source, ImageRules(max_side=40))
     assert (stored.width, stored.height, stored.change) == (20, 40, "rotated+resized")
     assert np.abs(decoded(stored.encoded).astype(int) - np.rot90(picture(40, 20), -1)).mean() < 4
-    as_stored = stored_image(source, ImageRules(max_side=40, keep_original=True))
+    as_stored = convert_image(source, ImageRules(max_side=40, keep_original=True))
     assert as_stored.encoded == stored.encoded, "what is resized is made anew, and then upright"
 
 
 def test_resizing_does_not_alias() -> None:
     """Lines too fine for the small image become an even grey; taking single pixels would show false lines."""
     lines = np.broadcast_to(np.where(np.arange(600) % 3 == 0, 255, 0)[None, :, None], (400, 600, 3)).astype(np.uint8)
-    small = decoded(stored_image(encode(lines, "PNG"), ImageRules(resize_short=80)).encoded)
+    small = decoded(convert_image(encode(lines, "PNG"), ImageRules(resize_short=80)).encoded)
     assert small[:, 4:-4].std() < 3
     assert abs(small.mean() - 85) < 2
 
 
 def test_a_long_side_can_be_resized() -> None:
     long = png(65_501, 1, data=zlib.compress(bytes(65_502)))
-    assert stored_image(long, ImageRules(max_side=100)).width == 100
+    assert convert_image(long, ImageRules(max_side=100)).width == 100
 
 
 def test_huge_metadata_is_cut_without_touching_the_picture() -> None:
     plain = encode(picture())
     icc = into_header(plain, segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(50_000)) * 100)
-    assert stored_image(icc, PLAIN).encoded == plain
-    assert stored_image(icc + plain * 500, PLAIN).encoded == plain
+    assert convert_image(icc, PLAIN).encoded == plain
+    assert convert_image(icc + plain * 500, PLAIN).encoded == plain
     small = into_header(plain, segment(0xFE, b"!" * 60_000))
-    assert stored_image(small, PLAIN).encoded is small
+    assert convert_image(small, PLAIN).encoded is small
 
 
 def test_bombs_take_no_memory() -> None:
@@ -289,15 +289,15 @@ def test_bombs_take_no_memory() -> None:
     program = """
 import resource
 from data.dataset.headers import BadImage
-from data.packing.images import ImageRules, stored_image
+from data.packing.images import ImageRules, convert_image
 from tests.support.image_corpus import corpus, encode, into_header, picture, segment
-stored_image(encode(picture(), "PNG"), ImageRules())
+convert_image(encode(picture(), "PNG"), ImageRules())
 bombs = [case for case in corpus() if "bomb" in case.name]
 assert len(bombs) > 5
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for bomb in bombs:
     try:
-        stored_image(bomb.encoded, ImageRules())
+        convert_image(bomb.encoded, ImageRules())
     except BadImage:
         continue
     raise AssertionError(bomb.name)
@@ -316,7 +316,7 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
                 if case.change == "jfif" and rules is KEEP:
                     continue  # libjpeg inside DALI warns of it, here as in training
                 try:
-                    stored_image(case.encoded, rules)
+                    convert_image(case.encoded, rules)
                 except BadImage:
                     continue
     captured = capfd.readouterr()
@@ -330,18 +330,18 @@ def test_noise_at_every_size_can_be_encoded() -> None:
     for side in (1, 7, 64, 300):
         pixels = chance.integers(0, 256, (side, side, 3), np.uint8)
         for options in ({"kind": "PNG"}, {"quality": 50, "progressive": True}):
-            check_by_dali([stored_image(encode(pixels, **options), PLAIN)], seed=0)
+            check_by_dali([convert_image(encode(pixels, **options), PLAIN)], seed=0)
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     source = encode(picture(50, 40))
-    assert stored_image(source, ImageRules(max_pixels=2000)).change is None
+    assert convert_image(source, ImageRules(max_pixels=2000)).change is None
     with pytest.raises(BadImage, match="50 x 40 pixels; more than 1999"):
-        stored_image(source, ImageRules(max_pixels=1999, max_side=8))
+        convert_image(source, ImageRules(max_pixels=1999, max_side=8))
     monkeypatch.setattr(images, "MAX_BYTES", len(source))
-    assert stored_image(source, PLAIN).change is None
+    assert convert_image(source, PLAIN).change is None
     with pytest.raises(BadImage, match="DALI reads at most"):
-        stored_image(source + b"\0", PLAIN)
+        convert_image(source + b"\0", PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from data.dataset.index import open_index, read_key
 from data.packing.images import ImageRules
 from data.packing.pack import pack
 from data.packing.plan import Settings
-from data.packing.sources import encoded_key
+from data.packing.sources import encode_key
 from tests.support.packs import BROKEN, DRAWN, HOLDOUT, ODD_NAMES, SMALL, contents, files_of, quietly, rejected, tar_of, tree, write_tree
 
 pytestmark = pytest.mark.slow
@@ -33,7 +33,7 @@ def test_what_ends_where(source: Path, tmp_path: Path) -> None:
     assert [shard.name for shard in index.shards] == [f"in-train-{number:06d}.tar" for number in range(len(index.shards))]
     assert len(index.shards) > 5
     found = contents(index)
-    assert found.keys() | {line["key"] for line in rejected(index.folder)} == {encoded_key(name.rpartition(".")[0]) for name in tree()}, (
+    assert found.keys() | {line["key"] for line in rejected(index.folder)} == {encode_key(name.rpartition(".")[0]) for name in tree()}, (
         "every file is packed or rejected"
     )
     assert len(index) == len(found) == 64, "and once"

@@ -261,7 +261,7 @@ def test_where_files_can_not_be_locked(source: Path, packed: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("step", ["recognise", "open_plan", "_pack_shards", "pack_shard", "_merge"])
+@pytest.mark.parametrize("step", ["recognize_source", "open_plan", "_pack_shards", "pack_shard", "_merge"])
 def test_another_process_is_done_first(
     source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
 ) -> None:

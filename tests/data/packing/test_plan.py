@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import xxhash
 
-from data.packing.plan import cuts, drawn_order, held_out
+from data.packing.plan import cut_shards, draw_holdout, draw_order
 
 
 def test_any_prefix_of_the_shards_is_an_unbiased_draw() -> None:
@@ -17,7 +17,7 @@ def test_any_prefix_of_the_shards_is_an_unbiased_draw() -> None:
 
     def far_off(order: np.ndarray) -> list[bool]:
         found = []
-        shards = cuts(size[order].astype(float), 1_000_000)
+        shards = cut_shards(size[order].astype(float), 1_000_000)
         for count in (1, 2, 5, 10, 20):
             drawn = order[: shards[count - 1][1]]
             expected = len(drawn) / 100
@@ -28,9 +28,9 @@ def test_any_prefix_of_the_shards_is_an_unbiased_draw() -> None:
         return found
 
     for seed in range(5):
-        assert not any(far_off(drawn_order(hashes, seed)[0]))
+        assert not any(far_off(draw_order(hashes, seed)[0]))
     assert all(far_off(np.arange(len(labels))))
-    assert all(far_off(np.lexsort((drawn_order(hashes, 0)[0], labels % 10))))  # shuffled, but not over all classes
+    assert all(far_off(np.lexsort((draw_order(hashes, 0)[0], labels % 10))))  # shuffled, but not over all classes
 
 
 def hash_of(text: str) -> int:
@@ -41,7 +41,7 @@ def test_cuts_are_even_and_lose_nothing() -> None:
     random_costs = np.random.default_rng(0)
     for count, target in ((1, 100), (10, 1000), (1000, 5000), (1000, 1), (50, 10**9)):
         cost = random_costs.integers(50, 150, count).astype(float)
-        shards = cuts(cost, target)
+        shards = cut_shards(cost, target)
         assert shards[0][0] == 0
         assert shards[-1][1] == count
         assert all(before[1] == after[0] for before, after in pairwise(shards))
@@ -49,15 +49,15 @@ def test_cuts_are_even_and_lose_nothing() -> None:
         if 150 < target < cost.sum():
             assert max(sizes) - min(sizes) <= 300
             assert target * 0.6 < np.mean(sizes) < target * 1.5
-    assert cuts(np.zeros(0), 100) == []
+    assert cut_shards(np.zeros(0), 100) == []
 
 
 def test_holdout_of_small_classes_and_large_sets() -> None:
     labels = np.repeat(np.arange(4), [1, 2, 5, 1000])
     hashes = np.array([hash_of(f"{label}/{number}") for number, label in enumerate(labels)], np.uint64)
     order = np.random.default_rng(0).permutation(len(labels))
-    held = held_out(labels, hashes, 3, seed=0)
+    held = draw_holdout(labels, hashes, 3, seed=0)
     assert np.bincount(labels[held], minlength=4).tolist() == [0, 1, 2, 3], "never more than half of a class"
-    assert (held_out(labels[order], hashes[order], 3, seed=0) == held[order]).all()
-    assert 50 < held_out(labels, hashes, 0.1, seed=0).sum() < 150
-    assert not held_out(labels, hashes, None, seed=0).any()
+    assert (draw_holdout(labels[order], hashes[order], 3, seed=0) == held[order]).all()
+    assert 50 < draw_holdout(labels, hashes, 0.1, seed=0).sum() < 150
+    assert not draw_holdout(labels, hashes, None, seed=0).any()

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from data.packing.sources import KEY_BYTES, Source, encoded_key, image_labels, read, read_classes, recognise, tar_files
+from data.packing.labels import read_classes, read_image_labels
+from data.packing.sources import KEY_BYTES, Source, encode_key, list_tar, read_entry, recognize_source
 from tests.support.packs import ODD_NAMES, tar_of, write_tree
 
 # Two classes; what is in a file does not matter before it is decoded.
@@ -34,11 +35,11 @@ def listed(source: Source, **options: Any) -> list[tuple[str, Any, bytes]]:
     """(key, label, bytes) of each entry, by key."""
     found = []
     for container in source.containers:
-        part = source.lister(**options)(container)
+        part = source.make_lister(**options)(container)
         for row in part.rows:
             start, middle = int(row["text"]), int(row["text"]) + int(row["key_bytes"])
             key, name = part.text[start:middle], part.text[middle : middle + int(row["name_bytes"])]
-            data = read(source.root, container, os.fsdecode(name), int(row["offset"]), int(row["size"]))
+            data = read_entry(source.root, container, os.fsdecode(name), int(row["offset"]), int(row["size"]))
             found.append((key.decode(), part.labels[row["label"]], data))
     return sorted(found)
 
@@ -48,7 +49,7 @@ def keys(source: Source, **options: Any) -> list[str]:
 
 
 def test_class_folders(tmp_path: Path) -> None:
-    source = recognise(write_tree(tmp_path, IMAGES | {"README": b"", ".cache/x": b""}))
+    source = recognize_source(write_tree(tmp_path, IMAGES | {"README": b"", ".cache/x": b""}))
     assert (source.kind, source.classes) == ("class folders", ("n00000003", "n00000007"))
     assert set(listed(source)) == EXPECTED
 
@@ -58,7 +59,7 @@ def test_any_depth_below_a_class_and_links(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "root", {"cats/a/b/c.jpg": b"3"})
     (root / "linked").symlink_to(elsewhere)
     (root / "cats" / "more").symlink_to(elsewhere / "deep")
-    assert listed(recognise(root)) == [
+    assert listed(recognize_source(root)) == [
         ("cats/a/b/c", "cats", b"3"),
         ("cats/more/er/cat", "cats", b"1"),
         ("linked/cat", "linked", b"2"),
@@ -66,11 +67,11 @@ def test_any_depth_below_a_class_and_links(tmp_path: Path) -> None:
     ]
     (root / "cats" / "gone.jpg").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"gone\.jpg is neither a file nor a folder"):
-        listed(recognise(root))
+        listed(recognize_source(root))
 
 
 def test_a_folder_of_class_tars(tmp_path: Path) -> None:
-    source = recognise(write_tree(tmp_path, class_tars()))
+    source = recognize_source(write_tree(tmp_path, class_tars()))
     assert (source.kind, source.classes) == ("class tars", ("n00000003", "n00000007"))
     assert set(listed(source)) == EXPECTED
 
@@ -79,7 +80,7 @@ def test_a_folder_of_class_tars(tmp_path: Path) -> None:
 def test_one_tar_of_class_tars(tmp_path: Path, prefix: str) -> None:
     whole = tmp_path / "fall11_whole.tar"
     whole.write_bytes(tar_of({prefix + "empty.tar": tar_of({})} | class_tars(prefix)))
-    source = recognise(whole)
+    source = recognize_source(whole)
     assert (source.kind, source.classes) == ("class tars", ("empty", "n00000003", "n00000007"))
     assert set(listed(source)) == EXPECTED
 
@@ -87,12 +88,12 @@ def test_one_tar_of_class_tars(tmp_path: Path, prefix: str) -> None:
 def test_class_tars_whose_members_are_in_a_folder_of_the_class(tmp_path: Path) -> None:
     for prefix in ("", "./"):
         folder = write_tree(tmp_path / f"x{prefix}", {"n1.tar": tar_of({f"{prefix}n1/a.jpg": b"1", f"{prefix}b/c.jpg": b"2"})})
-        assert keys(recognise(folder)) == ["n1/a", "n1/b/c"]
+        assert keys(recognize_source(folder)) == ["n1/a", "n1/b/c"]
 
 
 def test_the_last_of_two_members_of_one_name_counts_as_when_unpacking(tmp_path: Path) -> None:
     write_tree(tmp_path, {"n1.tar": tar_of([("a.jpg", b"old"), ("b.jpg", b"b"), ("a.jpg", b"new")])})
-    assert listed(recognise(tmp_path)) == [("n1/a", "n1", b"new"), ("n1/b", "n1", b"b")]
+    assert listed(recognize_source(tmp_path)) == [("n1/a", "n1", b"new"), ("n1/b", "n1", b"b")]
 
 
 # Validation images of ImageNet-1K: sorted names, numbers of the kit that are not in the order of the wnids.
@@ -136,9 +137,9 @@ def test_flat_images_with_labels(tmp_path: Path, kind: str, packed: bool) -> Non
     labels = label_file(tmp_path, kind)
     if packed:
         (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(tar_of(VALIDATION))
-        source = recognise(tmp_path / "ILSVRC2012_img_val.tar", labels)
+        source = recognize_source(tmp_path / "ILSVRC2012_img_val.tar", labels)
     else:
-        source = recognise(write_tree(tmp_path / "val", VALIDATION), labels)
+        source = recognize_source(write_tree(tmp_path / "val", VALIDATION), labels)
     assert source.kind == "labelled images"
     assert set(listed(source)) == VALIDATION_EXPECTED
 
@@ -152,15 +153,15 @@ def test_labels_that_do_not_fit(tmp_path: Path) -> None:
     ):
         labels.write_text(text)
         with pytest.raises(ValueError, match=message):
-            image_labels(labels, names)
+            read_image_labels(labels, names)
     truth = development_kit(tmp_path / "kit")
     with pytest.raises(ValueError, match="4 labels for 3 images"):
-        image_labels(truth, names[:3])
+        read_image_labels(truth, names[:3])
     (truth.parent / "meta.mat").unlink()
     with pytest.raises(ValueError, match=r"put the kit's meta\.mat beside it"):
-        image_labels(truth, names)
+        read_image_labels(truth, names)
     with pytest.raises(ValueError, match="can't be read as labels"):
-        image_labels(tmp_path / "nowhere.txt", names)
+        read_image_labels(tmp_path / "nowhere.txt", names)
 
 
 def sample_members(label: str | int, key: str, data: bytes, extension: str, of: str) -> dict[str, bytes]:
@@ -180,14 +181,14 @@ def test_webdataset_shards(tmp_path: Path, of: str, names: bool) -> None:
             members |= sample_members(label, key, data, extension, of) | {f"{key}.txt": b"a caption"}
             expected.add((key, label, data))
         write_tree(tmp_path, {f"s-{shard}.tar": tar_of(members), f"s-{shard}.idx": b""})
-    source = recognise(tmp_path)
+    source = recognize_source(tmp_path)
     assert (source.kind, source.classes) == ("WebDataset shards", None)
     assert set(listed(source)) == expected
-    one = recognise(tmp_path / "s-0.tar")
+    one = recognize_source(tmp_path / "s-0.tar")
     assert set(listed(one)) == {entry for entry in expected if entry[0].startswith("0")}
     assert keys(source, shard_in_key=True)[0] == "s-0/0000"
     (tmp_path / "classes.json").write_text('["a", "b"]')
-    assert recognise(tmp_path).classes == ("a", "b")
+    assert recognize_source(tmp_path).classes == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -205,8 +206,8 @@ def test_webdataset_shards(tmp_path: Path, of: str, names: bool) -> None:
 def test_samples_that_can_not_be_used(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     """One among others is rejected; a shard of nothing else is an error."""
     write_tree(tmp_path, {"s.tar": tar_of({"0.jpg": b"good", "0.cls": b"3"} | members)})
-    source = recognise(tmp_path)
-    part = source.lister()(source.containers[0])
+    source = recognize_source(tmp_path)
+    part = source.make_lister()(source.containers[0])
     assert len(part.rows) == 2
     assert list(part.faults) == [1]
     assert re.search(message, part.faults[1])
@@ -228,18 +229,18 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     for name, (files, message) in cases.items():
         (tmp_path / name).mkdir()
         with pytest.raises(ValueError, match=message):
-            recognise(write_tree(tmp_path / name, files))
+            recognize_source(write_tree(tmp_path / name, files))
     with pytest.raises(ValueError, match="no such file or folder"):
-        recognise(tmp_path / "nowhere")
+        recognize_source(tmp_path / "nowhere")
     (tmp_path / "flat.tar").write_bytes(tar_of({"a.jpg": b""}))
     with pytest.raises(ValueError, match=r"it begins with a\.jpg; a source is"):
-        recognise(tmp_path / "flat.tar")
+        recognize_source(tmp_path / "flat.tar")
     (tmp_path / "text").write_text("no tar " * 200)
     with pytest.raises(ValueError, match="not a whole tar"):
-        recognise(tmp_path / "text")
+        recognize_source(tmp_path / "text")
     (tmp_path / "twice.tar").write_bytes(tar_of([("a/n1.tar", tar_of({})), ("b/n1.tar", tar_of({}))]))
     with pytest.raises(ValueError, match="several tars of the class n1"):
-        recognise(tmp_path / "twice.tar")
+        recognize_source(tmp_path / "twice.tar")
 
 
 @pytest.mark.parametrize("after", [None, tar_of({"other.jpg": b"x"}), bytes(1024)], ids=["tar", "tar in tar", "last tar in tar"])
@@ -252,7 +253,7 @@ def test_no_damage_to_a_tar_goes_unseen(tmp_path: Path, after: bytes | None) -> 
     def names(data: bytes) -> list[str]:
         before = tar_of({"before.jpg": b"x"}) if after else b""
         path.write_bytes(before + data + (after or b""))
-        return [name for name, _, _ in tar_files(path, len(before), len(before) + len(data))]
+        return [name for name, _, _ in list_tar(path, len(before), len(before) + len(data))]
 
     assert names(whole) == list(members)
     damaged = [whole[:end] for end in range(0, 3 * 1536 + 1, 512)]
@@ -269,7 +270,7 @@ def test_links_in_a_tar_are_not_passed_over(tmp_path: Path) -> None:
             entry.type, entry.linkname = kind, "y"
             tar.addfile(entry)
     with pytest.raises(ValueError, match="x1 is a link or a device; unpack this tar"):
-        list(tar_files(tmp_path / "n1.tar"))
+        list(list_tar(tmp_path / "n1.tar"))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
@@ -286,7 +287,7 @@ def test_odd_names(tmp_path: Path, packed: bool) -> None:
                 tar.addfile(entry, io.BytesIO(data))
     else:
         write_tree(root / of, files)
-    source = recognise(root)
+    source = recognize_source(root)
     assert source.classes == ("cl\\xe4ss 1.5",)
     found = {data: key for key, label, data in listed(source) if label == source.classes[0]}
     assert found.keys() == set(files.values()), "each file is read by the name it has"
@@ -303,31 +304,31 @@ def test_odd_names(tmp_path: Path, packed: bool) -> None:
 
 
 def test_a_key_that_is_cut_keeps_what_makes_it_one_of_its_kind() -> None:
-    long = encoded_key("n1/" + "x" * 200)
+    long = encode_key("n1/" + "x" * 200)
     assert len(long) == KEY_BYTES
     assert long.startswith("n1/xxx")
     assert long[78] == "~"
-    assert encoded_key("n1/" + "x" * 92) == "n1/" + "x" * 92
-    assert encoded_key("n1/" + "x" * 93)[78] == "~"
+    assert encode_key("n1/" + "x" * 92) == "n1/" + "x" * 92
+    assert encode_key("n1/" + "x" * 93)[78] == "~"
 
 
 def test_keys_of_shards_stay_as_they_are(tmp_path: Path) -> None:
     write_tree(tmp_path, {"s.tar": tar_of({"a%2Eb/1.cls": b"0", "a%2Eb/1.jpg": b"", "c d.cls": b"0", "c d.jpg": b""})})
-    assert keys(recognise(tmp_path)) == ["a%2Eb/1", "c%20d"]
+    assert keys(recognize_source(tmp_path)) == ["a%2Eb/1", "c%20d"]
 
 
 def test_an_entry_that_has_changed_since_it_was_listed(tmp_path: Path) -> None:
-    source = recognise(write_tree(tmp_path, IMAGES))
+    source = recognize_source(write_tree(tmp_path, IMAGES))
     container = source.containers[0]
     name = next(iter(IMAGES)).partition("/")[2].replace("7", "3")
     with pytest.raises(ValueError, match=rf"{name}: it has changed since it was listed \(9 bytes instead of 8\)"):
-        read(source.root, container, name, 0, 8)
+        read_entry(source.root, container, name, 0, 8)
     with pytest.raises(ValueError, match=r"gone\.jpg: can't be read \(No such file"):
-        read(source.root, container, "gone.jpg", 0, 8)
+        read_entry(source.root, container, "gone.jpg", 0, 8)
     write_tree(tmp_path / "tars", class_tars())
-    tars = recognise(tmp_path / "tars")
+    tars = recognize_source(tmp_path / "tars")
     with pytest.raises(ValueError, match=r"tar: it has changed since it was listed \(0 bytes instead of 8\)"):
-        read(tars.root, tars.containers[0], "", 1 << 30, 8)
+        read_entry(tars.root, tars.containers[0], "", 1 << 30, 8)
 
 
 def test_lists_of_classes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.support.image_corpus import corpus
 def faults(folder: Path, deep: bool = False) -> list[str]:
     """What verify says but for its last line."""
     lines: list[str] = []
-    count = verify(folder, deep=deep, say=lines.append)
+    count = verify(folder, deep=deep, log=lines.append)
     last = lines.pop()
     assert count == len(lines)
     assert last.startswith(f"{folder}: {count} fault")
@@ -43,7 +43,7 @@ def flip(path: Path, place: int, bit: int = 0) -> None:
 def test_a_sound_dataset_has_no_fault(dataset: Index) -> None:
     for deep in (False, True):
         lines: list[str] = []
-        assert verify(dataset.folder, deep=deep, processes=2, say=lines.append) == 0
+        assert verify(dataset.folder, deep=deep, processes=2, log=lines.append) == 0
         (summary,) = lines
         assert "0 faults in 150 samples" in summary
         assert ("every image decoded" in summary) == deep

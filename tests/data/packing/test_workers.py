@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.packing.workers import workers
+from data.packing.workers import start_workers
 from tests.support import REPOSITORY
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -47,7 +47,7 @@ def children() -> set[str]:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_results_come_in_order(count: int) -> None:
-    with workers(count) as run:
+    with start_workers(count) as run:
         assert list(run(square, range(20))) == [number * number for number in range(20)]
         assert list(run(square, [])) == []
 
@@ -55,7 +55,7 @@ def test_results_come_in_order(count: int) -> None:
 def test_a_worker_has_one_thread_for_numpy_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "4")  # as a Slurm job may have it
     environment = dict(os.environ)
-    with workers(2) as run:
+    with start_workers(2) as run:
         assert set(run(threads_that_numpy_starts, range(4))) == {2}  # its own, and the one that watches the parent
     assert dict(os.environ) == environment
 
@@ -65,7 +65,7 @@ def test_a_worker_has_one_thread_for_numpy_and_leaves_no_trace(monkeypatch: pyte
 )
 def test_an_error_or_a_killed_worker_ends_all(function: object, error: type[Exception], message: str) -> None:
     before = children()
-    with pytest.raises(error, match=message) as raised, workers(2) as run:
+    with pytest.raises(error, match=message) as raised, start_workers(2) as run:
         list(run(function, range(1000)))
     assert error is not OSError or raised.value.errno == 28  # type: ignore[attr-defined]
     # The resource tracker, one a process, stays.
@@ -73,17 +73,17 @@ def test_an_error_or_a_killed_worker_ends_all(function: object, error: type[Exce
 
 
 def test_workers_that_are_busy_are_ended_at_once() -> None:
-    with workers(2) as run:
+    with start_workers(2) as run:
         next(run(sleeps, [0, 30, 30]))
         began = time.monotonic()
     assert time.monotonic() - began < 10
 
 
 PARENT = """
-from data.packing.workers import workers
+from data.packing.workers import start_workers
 from tests.data.packing.test_workers import sleeps
 if __name__ == "__main__":
-    with workers(2) as run:
+    with start_workers(2) as run:
         results = run(sleeps, [0, 0, 60, 60])
         next(results), next(results)
         print("ready", flush=True)

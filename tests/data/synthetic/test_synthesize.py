@@ -9,7 +9,7 @@ from PIL import Image
 from data.dataset.index import Index
 from data.loader.store import ShardStore
 from data.synthetic.drawings import PATTERNS, SHAPES, SURFACES
-from data.synthetic.synthesize import SETS, images, synthesize
+from data.synthetic.synthesize import SETS, draw_images, synthesize
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def test_images_are_varied(dataset: Index) -> None:
 def test_the_mean_colour_does_not_give_the_class_away(draw: str, classes: int) -> None:
     """A nearest-centroid classifier on mean colours, of which chance would get 10 % or 2 % right."""
     features, labels = [], []
-    for encoded, label in itertools.chain(images(classes, 600, 0, 0, draw=draw), images(classes, 300, 0, 1, draw=draw)):
+    for encoded, label in itertools.chain(draw_images(classes, 600, 0, 0, draw=draw), draw_images(classes, 300, 0, 1, draw=draw)):
         pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.float32).reshape(-1, 3)
         features.append(pixels.mean(axis=0))
         labels.append(label)
@@ -66,7 +66,7 @@ DRAWN = [
 
 
 def test_the_patterns_are_those_of_old() -> None:
-    for (encoded, _), (width, height, mean, corner) in zip(images(10, 10, 0, 0), DRAWN, strict=True):
+    for (encoded, _), (width, height, mean, corner) in zip(draw_images(10, 10, 0, 0), DRAWN, strict=True):
         grey = np.asarray(Image.open(io.BytesIO(encoded)).convert("L"), np.float64)
         assert grey.shape == (height, width)
         assert [grey.mean(), grey[: height // 2, : width // 2].mean()] == pytest.approx([mean, corner], abs=0.1)
