@@ -21,7 +21,7 @@ from data.common.config_files import load
 from data.dataset.index import open_index
 from data.inspect.parameters import format_slots, list_parameters
 from data.inspect.report import format_stats, write_report
-from data.loader.order import sample_order
+from data.loader.order import make_sample_order
 from data.packing.adopt import index_shards
 from data.packing.images import MAX_PIXELS, ImageRules
 from data.packing.labels import read_classes
@@ -230,7 +230,7 @@ def _load_job(args: argparse.Namespace) -> JobData:
 def _order(args: argparse.Namespace) -> None:
     job = _load_job(args)
     index = open_index(job.data.train, job.data.cache)
-    order, recipe = sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
+    order, recipe = make_sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
     for step in args.steps:
         ids = order.batch(args.epoch, step)
         parameters = list_parameters(recipe, args.epoch, ids, order.copies, index)

@@ -27,7 +27,7 @@ from data.common.results import record
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 from data.inspect.report import format_stats
 from data.inspect.shuffle import Row, compare_orders, format_table
-from data.loader.order import SampleOrder, rank_slice
+from data.loader.order import SampleOrder, select_rank_slots
 from data.settings import DataConfig
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -77,6 +77,6 @@ def format_slots(epoch: int, step: int, ids: np.ndarray, parameters: list[dict[s
     labels = index.samples["label"][ids].tolist()
     lines = []
     for slot, (sample_id, label, texts) in enumerate(zip(ids.tolist(), labels, parameters, strict=True)):
-        sample = {"epoch": epoch, "step": step, "slot": slot, "key": key(index, sample_id), "class": index.classes[label]}
+        sample = {"epoch": epoch, "step": step, "slot": slot, "key": read_key(index, sample_id), "class": index.classes[label]}
         lines.append("  ".join(f"{name}={value}" for name, value in (sample | texts).items()))
     return lines

@@ -22,8 +22,8 @@ from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.inspect.parameters import list_parameters
 from data.inspect.report import render_png, shorten
-from data.loader.loaders import EvalLoader, TrainLoader, resized_shape
-from data.loader.order import SampleOrder, sample_order
+from data.loader.loaders import EvalLoader, TrainLoader, compute_resized_shape
+from data.loader.order import SampleOrder, make_sample_order
 from data.settings import DataConfig, JobData
 
 _COLUMNS = 8
@@ -113,7 +113,7 @@ def load_evaluation_view(index: Index, settings: DataConfig, images: int) -> lis
     with EvalLoader(index, settings, first_rank) as loader:
         batch = next(iter(loader))
     rows = index.samples[batch.ids]
-    resized = resized_shape(rows["width"], rows["height"], settings)
+    resized = compute_resized_shape(rows["width"], rows["height"], settings)
     lines = [
         [f"{width} x {height} → {w} x {h}"]
         for width, height, (h, w) in zip(rows["width"].tolist(), rows["height"].tolist(), resized.tolist(), strict=True)

@@ -158,7 +158,7 @@ def _load_thumbnail(index: Index, store: ShardStore, sample_id: int) -> Thumbnai
         image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))
         picture = image.convert("RGB")
         picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return Thumbnail(picture, index.classes[row["label"]], f"{row['width']} x {row['height']}", key(index, sample_id))
+    return Thumbnail(picture, index.classes[row["label"]], f"{row['width']} x {row['height']}", read_key(index, sample_id))
 
 
 def write_report(index: Index, out: Path, *, seed: int = 0) -> None:

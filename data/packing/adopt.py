@@ -19,10 +19,10 @@ import numpy as np
 import xxhash
 
 from data.common.files import publish
-from data.common.progress import progress
-from data.dataset.headers import image_size
-from data.dataset.index import Index, Shard, fingerprint, open_index, write_index
-from data.dataset.shards import Member, image_of, label_of, read_shard, write_idx
+from data.common.progress import report_progress
+from data.dataset.headers import read_image_size
+from data.dataset.index import Index, Shard, compute_fingerprint, open_index, write_index
+from data.dataset.shards import Member, find_image, read_label, read_shard, write_idx
 from data.packing.workers import start_workers
 
 MAX_CLASSES = 1 << 20  # a larger label is an identifier, not a position in a list of classes
@@ -52,7 +52,7 @@ def index_shards(
     results.mkdir(exist_ok=True)
     read = partial(_read_shard, results=results, field=field, classes=None if classes is None else tuple(classes))
     with start_workers(min(processes, len(paths))) as run:
-        fault_lists = progress(run(read, paths), len(paths), f"reading shards of {folder}")
+        fault_lists = report_progress(run(read, paths), len(paths), f"reading shards of {folder}")
         faults = [fault for shard_faults in fault_lists for fault in shard_faults]
     try:
         if faults:
@@ -63,7 +63,7 @@ def index_shards(
             )
         shards, rows, classes = _combine(folder, [results / f"{path.name}.npz" for path in paths], classes)
         earlier = _read_description(folder)
-        is_same = (earlier.get("fingerprint"), earlier.get("classes")) == (fingerprint(np.concatenate(rows), shards), list(classes))
+        is_same = (earlier.get("fingerprint"), earlier.get("classes")) == (compute_fingerprint(np.concatenate(rows), shards), list(classes))
         if (folder / "dataset.json").exists() and not (is_same or force):
             raise ValueError(f"{folder} already is a dataset of other shards, labels or classes; --force replaces it")
     except ValueError:
@@ -123,7 +123,7 @@ class Labels:
 
     def describe(self, sample: list[Member]) -> tuple[int, int, int]:
         """Returns a sample's label, width and height: a Describe of data.dataset.shards."""
-        return self.find_position(label_of(sample, self.field)), *image_size(image_of(sample).data)
+        return self.find_position(read_label(sample, self.field)), *read_image_size(find_image(sample).data)
 
     def find_position(self, label: int | str) -> int:
         if isinstance(label, str):

@@ -216,7 +216,7 @@ def _pack_shards(plan: Plan, out: Path, work: Path, part: tuple[int, int], max_r
     _check_rejected(rejected, max_rejected, plan)
     entries = sum(plan.shards[number].stop - plan.shards[number].start for number in unfinished)
     results = run(partial(pack_shard, out, work), unfinished)
-    for shard_rejected, _ in progress(results, entries, f"packing {out}", weigh=lambda result: result[1]):
+    for shard_rejected, _ in report_progress(results, entries, f"packing {out}", weigh=lambda result: result[1]):
         rejected += shard_rejected
         _check_rejected(rejected, max_rejected, plan)
 

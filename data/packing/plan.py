@@ -231,7 +231,7 @@ def write_listing(
     entries = text_bytes = 0
     faults: dict[int, str] = {}
     with open(folder / "entries.bin", "wb") as rows, open(folder / "text.bin", "wb") as text:
-        for number, listing in enumerate(progress(listings, len(source.containers), f"listing {source.root}")):
+        for number, listing in enumerate(report_progress(listings, len(source.containers), f"listing {source.root}")):
             labels = np.array([number_label(label, source.containers[number]) for label in listing.labels], np.uint32)
             listing.rows["label"] = labels[listing.rows["label"]]
             listing.rows["container"] = number

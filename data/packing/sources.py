@@ -39,7 +39,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 import xxhash
 
-from data.dataset.shards import Member, TarHeader, image_of, label_of, read_samples
+from data.dataset.shards import Member, StrictTarInfo, find_image, read_label, read_samples
 from data.packing.labels import escape_name, read_classes, read_image_labels
 
 # One file of a source. `label` is a position in its listing's labels; `text` is the byte offset in the listing's text of the key,
@@ -220,7 +220,7 @@ def _list_shard(root: Path, shard_in_key: bool, container: Container) -> Listing
             for sample in read_samples(shard, data=False):
                 image, label = sample[0], None
                 try:
-                    image = image_of(sample)
+                    image = find_image(sample)
                     label = _read_label(shard, sample)
                 except ValueError as error:
                     faults[len(files)] = str(error)

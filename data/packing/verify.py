@@ -56,7 +56,7 @@ def verify(
     count = 0
     shards = range(len(index.shards))
     with start_workers(min(processes, len(shards))) as run:
-        results = progress(run(partial(_check_shard, place, cache, deep), shards), len(shards), f"verifying shards of {place}")
+        results = report_progress(run(partial(_check_shard, place, cache, deep), shards), len(shards), f"verifying shards of {place}")
         for faults in (_check_files(index), *results):
             for fault in faults:
                 count += 1
@@ -73,7 +73,7 @@ def verify(
 
 def _check_files(index: Index) -> Iterator[str]:
     """Yields the faults of the files beside the shards."""
-    if fingerprint(index.samples, index.shards) != index.fingerprint:
+    if compute_fingerprint(index.samples, index.shards) != index.fingerprint:
         yield "index.npy, or a shard's name or checksum in dataset.json, differs from the packed dataset"
     if checksum(index.folder / "classes.json") != _read_description(index.folder).get("classes_xxh3_128"):
         yield "classes.json differs from the packed dataset"
@@ -103,7 +103,7 @@ def _check_shard(place: str | Path, cache: str | None, deep: bool, number: int) 
     """Returns the faults of a shard, its .idx and its rows in index.npy."""
     index = _open_index(place, cache)
     try:
-        with whole_shard(index, number) as path:
+        with open_whole_shard(index, number) as path:
             return _check_shard_file(path, index, number, deep)
     except ValueError as error:  # the shard can't be fetched
         return [str(error)]
@@ -148,11 +148,11 @@ def _make_deep_check(index: Index) -> Describe:
 
     def describe(sample: list[Member]) -> tuple[int, int, int]:
         try:
-            image = convert_image(image_of(sample).data, _KEEP_ALL)
+            image = convert_image(find_image(sample).data, _KEEP_ALL)
         except BadImage as error:
             raise ValueError(f"its image can't be used: {error}") from error
         if image.change:
             raise ValueError(f"its image can't be used: DALI can't read it as stored ({image.change})")
-        return labels.find_position(label_of(sample, labels.field)), image.width, image.height
+        return labels.find_position(read_label(sample, labels.field)), image.width, image.height
 
     return describe

@@ -108,7 +108,7 @@ def synthesize(
     for split, (name, count) in enumerate((("train", train), ("val", val))):
         (out / name).mkdir()
         encoded_images = draw_images(len(names), count, seed, split, draw=draw, photographs=photographs)
-        drawn = progress(encoded_images, count, f"drawing {name}")
+        drawn = report_progress(encoded_images, count, f"drawing {name}")
         samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(drawn))
         shard_bytes = SHARD_BYTES * (16 if photographs else 1)
         indexes.append(write_dataset(out / name, samples, names, shard_bytes=shard_bytes, name=name))

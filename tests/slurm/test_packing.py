@@ -77,7 +77,7 @@ def test_an_array_of_tasks_packs_stops_and_goes_on(cluster: Cluster, source: Pat
     cluster.wait(tasks[0], "COMPLETED", timeout=60)
     cluster.wait(tasks[2], "COMPLETED", timeout=60)
     assert not (out / "train" / "dataset.json").exists()
-    assert re.search(r"\d+ of \d+ shards are left to other parts", (tmp_path / "0.out").read_text() + (tmp_path / "2.out").read_text())
+    assert re.search(r"\d+ of \d+ shards remain for other parts", (tmp_path / "0.out").read_text() + (tmp_path / "2.out").read_text())
 
     again = submit()
     wait_for(lambda: not cluster.run("squeue", "--noheader", f"--jobs={again}"))

@@ -264,7 +264,7 @@ def _bad() -> Iterator[Case]:
     checksum = len(whole) - 16  # of the data: before IEND's 12 bytes
     wrong = whole[:checksum] + bytes([whole[checksum] ^ 1]) + whole[checksum + 1 :]
     yield Case("wrong checksum.png", wrong, bad="broken PNG file")
-    yield Case("float.tif", encode(Image.new("F", (9, 9)), "TIFF"), bad="32 bits")
+    yield Case("float.tif", encode(Image.new("F", (9, 9)), "TIFF"), bad="32-bit samples")
 
 
 @functools.cache

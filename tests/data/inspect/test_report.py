@@ -21,7 +21,7 @@ def test_stats(dataset: Index) -> None:
     text = format_stats(dataset)
     assert dataset.fingerprint in text
     assert "samples      150\n" in text
-    assert "classes      10, samples a class 15 to 15, median 15" in text
+    assert "classes      10, samples per class 15 to 15, median 15" in text
     assert re.search(r"^ +stripes █{36} +15 +10.00%$", text, re.MULTILINE)
     shorter = np.minimum(dataset.samples["width"], dataset.samples["height"])
     between = int(((shorter >= 96) & (shorter < 128)).sum())
@@ -68,7 +68,7 @@ def test_drawn_samples_are_spread_and_named(dataset: Index) -> None:
     assert [sample.key for sample in load_thumbnails(dataset, 9, seed=3)] == [sample.key for sample in load_thumbnails(dataset, 9, seed=3)]
     assert [sample.key for sample in load_thumbnails(dataset, 9, seed=3)] != [sample.key for sample in load_thumbnails(dataset, 9, seed=4)]
     everything = load_thumbnails(dataset, 10_000, seed=0)
-    assert sorted(sample.key for sample in everything) == [key(dataset, number) for number in range(150)]
+    assert sorted(sample.key for sample in everything) == [read_key(dataset, number) for number in range(150)]
 
 
 class Page(HTMLParser):

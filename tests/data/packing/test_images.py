@@ -336,7 +336,7 @@ def test_noise_at_every_size_can_be_encoded() -> None:
 def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     source = encode(picture(50, 40))
     assert convert_image(source, ImageRules(max_pixels=2000)).change is None
-    with pytest.raises(BadImage, match="50 x 40 pixels; more than 1999"):
+    with pytest.raises(BadImage, match="50 x 40 pixels; the limit is 1999"):
         convert_image(source, ImageRules(max_pixels=1999, max_side=8))
     monkeypatch.setattr(images, "MAX_BYTES", len(source))
     assert convert_image(source, PLAIN).change is None

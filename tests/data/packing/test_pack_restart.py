@@ -219,7 +219,7 @@ def test_one_process_or_three_and_parts_make_the_same(source: Path, packed: Path
     assert files_of(tmp_path / "three" / "in") == expected
 
     out = tmp_path / "parts" / "in"
-    with pytest.raises(ValueError, match="nothing of train is packed yet"):
+    with pytest.raises(ValueError, match="no shard of train is packed yet"):
         quietly(source, out, HOLDOUT, merge_only=True)
     assert quietly(source, out, HOLDOUT, part=(2, 3)) == []
     with pytest.raises(ValueError, match="shards are not packed yet"):
@@ -321,7 +321,7 @@ def test_a_full_disk_stops_the_job_and_loses_nothing(source: Path, tmp_path: Pat
 
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "addfile", full_at_last)
-        with pytest.raises(ValueError, match=r"in: no space left\. What is packed is kept: make room and start the same command again"):
+        with pytest.raises(ValueError, match=r"in: no space left\. Packed shards are kept: make room and start the same command again"):
             quietly(source, out)
     assert list((out / "train.packing" / "done").iterdir())
     assert list((out / "train.packing" / "scratch").iterdir()) == []

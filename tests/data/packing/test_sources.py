@@ -140,7 +140,7 @@ def test_flat_images_with_labels(tmp_path: Path, kind: str, packed: bool) -> Non
         source = recognize_source(tmp_path / "ILSVRC2012_img_val.tar", labels)
     else:
         source = recognize_source(write_tree(tmp_path / "val", VALIDATION), labels)
-    assert source.kind == "labelled images"
+    assert source.kind == "labeled images"
     assert set(listed(source)) == VALIDATION_EXPECTED
 
 
@@ -149,7 +149,7 @@ def test_labels_that_do_not_fit(tmp_path: Path) -> None:
     labels = tmp_path / "labels.csv"
     for text, message in (
         ("".join(f"{name},n1\n" for name in names[1:]), "no label for 1 of 4 images, such as ILSVRC2012_val_00000001"),
-        ("".join(f"{name},n1\n" for name in [*names, "other"]), "line 5: 'other,n1' speaks of no image"),
+        ("".join(f"{name},n1\n" for name in [*names, "other"]), "line 5: 'other,n1' names no image"),
     ):
         labels.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -220,7 +220,7 @@ def test_what_is_no_source(tmp_path: Path) -> None:
     cases: dict[str, tuple[dict[str, bytes], str]] = {
         "empty": ({}, "no class folders and no tars in it; a source is a folder of class folders"),
         "flat": ({"a.jpg": b""}, "no class folders and no tars.*their labels in a file"),
-        "both": ({"a/a.jpg": b"", "b.tar": tar_of({})}, "1 folders and 1 tars, so it is not clear what a class is"),
+        "both": ({"a/a.jpg": b"", "b.tar": tar_of({})}, "1 folders and 1 tars; classes can.t be in both"),
         "gz": ({"a.tar": tar_of({}), "b.tar.gz": b""}, r"b\.tar\.gz is compressed.*decompress it first"),
         "hidden gz": ({"a.tar": tar_of({"x.jpg": b""}, "w:gz")}, r"a\.tar is compressed.*with gunzip"),
         "splits": ({"train/n1/a.jpg": b"", "val/n1/a.jpg": b""}, "train and val look like splits of a dataset, not classes; pack .*/train"),
@@ -344,5 +344,5 @@ def test_lists_of_classes(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"0": "a"}')
     with pytest.raises(ValueError, match="expected a list of class names"):
         read_classes(tmp_path / "other.json")
-    with pytest.raises(ValueError, match="no list of classes"):
+    with pytest.raises(ValueError, match="not a list of classes"):
         read_classes(tmp_path / "nowhere")
