@@ -120,7 +120,7 @@ def _pack_and_merge(
 ) -> bool:
     """Packs a part, and merges if all parts are packed; returns whether the dataset is finished."""
     folder, work = out / settings.split, out / f"{settings.split}.packing"
-    with start_workers(workers) as run:
+    with start_workers(workers, preload=["webdataset"]) as run:
         plan = _open_or_write_plan(source, out, settings, made, run, is_new=not merge_only)
         _check_same(work, plan.made, made, f"remove {work} and {folder}")
         if not merge_only:

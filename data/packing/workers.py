@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,9 +23,10 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @contextmanager
-def start_workers(count: int) -> Iterator[Run]:
+def start_workers(count: int, preload: Sequence[str] = ()) -> Iterator[Run]:
     """Yields a `map` that runs in `count` processes, or, for 1, in this process.
 
+    The modules in `preload` are imported once, in the process from which the workers are forked.
     An error that the mapped function raises is raised to the caller. Leaving the context ends all workers at once.
 
     Raises:
@@ -37,7 +38,9 @@ def start_workers(count: int) -> Iterator[Run]:
     others = set(multiprocessing.active_children())
     environment = dict(os.environ)
     os.environ.update(_ONE_THREAD)
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_watch_parent)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    pool = ProcessPoolExecutor(count, context, initializer=_watch_parent)
 
     def run(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         # pool.map cancels submitted items, and in Python 3.11 the pool's thread does not survive that when workers end.

@@ -301,14 +301,14 @@ def test_a_cache_that_is_too_small_says_what_is_needed(remote: Index) -> None:
 
 READER = """
 import hashlib, json, sys, time
-import data.storage.remote, data.store
+import data.loader.store, data.storage.remote
 from data.dataset.index import open_index
-from data.loader.order import evaluation_bytes_at_once, evaluation_uses
+from data.loader.order import compute_evaluation_peak_bytes, plan_evaluation_uses
 data.storage.remote.FIRST_PAUSE = 0.01
 url, cache, gb, ranks, rank = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
 index = open_index(url, cache)
-uses = evaluation_uses(index.shard_start, 1, 1)
-at_once = evaluation_bytes_at_once(uses, index.shard_bytes)
+uses = plan_evaluation_uses(index.shard_start, 1, 1)
+at_once = compute_evaluation_peak_bytes(uses, index.shard_bytes)
 digest = hashlib.sha256()
 with data.loader.store.FetchedShards(index, uses, at_once=at_once, cache_gb=gb, ranks_on_node=ranks) as store:
     for sample_id in range(len(index)):
