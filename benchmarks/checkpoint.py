@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data.common.results import record
+from data.common.results import record_result
 from launch.__main__ import free_port
 from pretrain import checkpoint
 from pretrain import config as settings
@@ -127,7 +127,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         result = measure(args.model, Path(folder), args.rounds)
     where = f" --folder {args.folder}" if args.folder else ""
-    record(RESULT, f"python -m benchmarks.checkpoint --model {args.model} --rounds {args.rounds}{where}", ["torch", "deepspeed"], **result)
+    record_result(
+        RESULT, f"python -m benchmarks.checkpoint --model {args.model} --rounds {args.rounds}{where}", ["torch", "deepspeed"], **result
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from PIL import Image
 
 import data.packing.plan
 from data.common.files import sync
-from data.common.results import record
+from data.common.results import record_result
 from data.packing.images import ImageRules, convert_image
 from data.packing.pack import pack
 from data.packing.plan import Settings, open_plan, write_plan
@@ -209,7 +209,7 @@ def main() -> None:
     args = parser.parse_args()
     command = "python -m benchmarks.packing" + (" --simulate" if args.simulate else f" --images {args.images}")
     result = simulate() if args.simulate else compare(args.images, args.rounds)
-    record(RESULT, command, ["numpy", "pillow", "simplejpeg"], **result)
+    record_result(RESULT, command, ["numpy", "pillow", "simplejpeg"], **result)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.model.van  # noqa: F401  registers the models
 from benchmarks.training import roofline
-from data.common.results import record
+from data.common.results import record_result
 from pretrain import config as settings
 from pretrain.engine.engine import bucket_size
 from pretrain.monitor.memory import activation_bytes, largest_that_fits
@@ -230,7 +230,7 @@ def main() -> None:
                         {"model": one.name, "network": name, "cut": cut, "stage": stage, **asdict(s), "days": days(one, s)} for s in found
                     ]
     about = [{"model": j.name, "parameters": j.size, "channels": j.channels, "launches": j.launches, "sample": j.sample} for j in jobs]
-    record(RESULT, "python -m benchmarks.scale", ["torch", "timm"], jobs=about, steps=rows)
+    record_result(RESULT, "python -m benchmarks.scale", ["torch", "timm"], jobs=about, steps=rows)
     plot(jobs)
 
 

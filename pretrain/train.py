@@ -20,6 +20,7 @@ from torch import Tensor
 from data.augment.mixup import mix_pairs
 from data.common.counter_rng import hash64
 from data.common.placement import Placement
+from data.common.text import format_duration
 from data.dataset.index import open_index
 from data.loader.loaders import EvalLoader, TrainLoader
 from data.loader.order import make_sample_order
@@ -49,7 +50,7 @@ from pretrain.monitor.stragglers import OwnTime, Slowest
 from pretrain.monitor.watchdog import Watchdog
 from pretrain.run.attempts import STOP
 from pretrain.run.exit_codes import EXIT_ENDED
-from pretrain.run.metrics import RunLog, duration
+from pretrain.run.metrics import RunLog
 from pretrain.run.place import Place
 from pretrain.run.provenance import provenance, record_start
 from pretrain.schedule import Schedule
@@ -209,7 +210,7 @@ def train(config: Config, force_config: bool = False) -> int:
             f"gradient {values['grad_norm']:.2f}  {rate:.0f} images/s, {rate / ranks:.0f} a rank  "
             f"waiting for data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB  "
             + (f"MFU {values['mfu']:.0%}  " if peak else "")
-            + f"{duration(values['left_s'])} left"
+            + f"{format_duration(values['left_s'])} left"
             + found.remark(config.model.graphs)
             + slowest.remark()
             + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)

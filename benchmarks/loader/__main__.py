@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.loader import rates
 from data.common.config_files import load
-from data.common.results import record
+from data.common.results import record_result
 from data.settings import JobData, invalid_data
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
     compared = ["--gpu-sweep"] if args.gpu_sweep else ["--against", args.against]
     numbers = ["--images", str(args.images), "--batch", str(batch), "--rounds", str(args.rounds)]
     command = shlex.join(["python", "-m", "benchmarks.loader", str(args.config), *compared, *numbers, *args.overrides])
-    record(args.out / "loader.json", command, rates.PACKAGES, **rates.as_result(measured, rates.job_device(job)))
+    record_result(args.out / "loader.json", command, rates.PACKAGES, **rates.as_result(measured, rates.job_device(job)))
 
 
 if __name__ == "__main__":

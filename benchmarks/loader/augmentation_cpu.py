@@ -27,7 +27,7 @@ from timm.data.auto_augment import rand_augment_transform
 from data.augment.operators import CpuResizer, apply_layer, compute_operator_inputs, resize
 from data.augment.randaugment import Layer, Operator, draw_rand_augment, parse_policy
 from data.augment.sampling import draw_crops
-from data.common.results import record
+from data.common.results import record_result
 from data.synthetic.drawings import PHOTOGRAPH
 from data.synthetic.synthesize import draw_images
 
@@ -154,7 +154,7 @@ def main() -> None:
         print(f"{name:40}{microseconds:8.0f} us")
     rounded = {name: round(microseconds) for name, microseconds in found.items()}
     packages = ["torch", "nvidia-dali-cuda130", "timm", "pillow"]
-    record(RESULT, f"python -m benchmarks.loader.augmentation_cpu --images {count}", packages, microseconds_an_image=rounded)
+    record_result(RESULT, f"python -m benchmarks.loader.augmentation_cpu --images {count}", packages, microseconds_an_image=rounded)
 
 
 if __name__ == "__main__":

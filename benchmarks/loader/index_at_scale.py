@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.common.results import record
+from data.common.results import record_result
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 from data.inspect.report import format_stats
 from data.inspect.shuffle import Row, compare_orders, format_table
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("", title, *format_table(rows), sep="\n")
     command = f"python -m benchmarks.loader.index_at_scale --samples {args.samples} --shards {args.shards}"
     shuffle = {title: [asdict(row) for row in rows] for title, rows in tables.items()}
-    record(args.out / "index_at_scale.json", command, ["numpy"], rows=[asdict(figure) for figure in figures], shuffle=shuffle)
+    record_result(args.out / "index_at_scale.json", command, ["numpy"], rows=[asdict(figure) for figure in figures], shuffle=shuffle)
     return 0 if all(figure.kept for figure in figures) else 1
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data.common.placement import Placement
-from data.common.results import record
+from data.common.results import record_result
 from data.dataset.index import Index
 from data.loader.loaders import EvalLoader, TrainLoader
 from data.loader.order import SampleOrder
@@ -67,7 +67,7 @@ def main() -> None:
     batch_mb = args.micro_batch * 3 * args.image_size**2 * 4 / 1e6
     print(f"growth from epoch 3 to {EPOCHS}: {sizes[-1] - sizes[2]:.1f} MB; one batch is {batch_mb:.1f} MB")
     command = f"python -m benchmarks.loader.memory --images {args.images} --image-size {args.image_size} --micro-batch {args.micro_batch}"
-    record(RESULT, command, ["torch", "nvidia-dali-cuda130"], batch_mb=batch_mb, epochs_mb=sizes)
+    record_result(RESULT, command, ["torch", "nvidia-dali-cuda130"], batch_mb=batch_mb, epochs_mb=sizes)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import fsspec
 import torch
 
 from data.common.placement import Placement
-from data.common.results import record
+from data.common.results import record_result
 from data.dataset.index import Index, open_index
 from data.dataset.shards import Sample, write_dataset
 from data.loader.loaders import TrainLoader
@@ -121,7 +121,7 @@ def main() -> None:
         server.wait()
         shutil.rmtree(scratch)
     command = f"python -m benchmarks.loader.remote --images {args.images} --image-size {args.image_size}"
-    record(RESULT, command, ["nvidia-dali-cuda130", "s3fs", "torch"], rows=rows)
+    record_result(RESULT, command, ["nvidia-dali-cuda130", "s3fs", "torch"], rows=rows)
 
 
 def _in_turn(ways: dict[str, Callable[[bool], tuple[float, float]]], decode: bool) -> dict[str, list[tuple[float, float]]]:

@@ -26,7 +26,7 @@ import torch
 from benchmarks.training import layers, peer, roofline
 from benchmarks.training.measure import measure, row
 from benchmarks.training.ways import Job, Way, new_model, ways
-from data.common.results import record
+from data.common.results import record_result
 from pretrain.engine.precision import DTYPES
 from pretrain.monitor.flops import mfu, peak_flops, training_flops
 
@@ -94,7 +94,7 @@ def _layers(args: Namespace, model: str, device: torch.device) -> None:
     print(f"\n{model}, {args.image_size} px, {batch} images, {args.precision}", flush=True)
     found = layers.bench(layers.layers(model, args.image_size), batch, DTYPES[args.precision], device)
     command = f"python -m benchmarks.training --gpu --only layers {_options(job)}"
-    record(_file(args, "layers", device), command, ["torch", "triton"], **about(device), **job, **found)
+    record_result(_file(args, "layers", device), command, ["torch", "triton"], **about(device), **job, **found)
 
 
 def _steps(args: Namespace, model: str, device: torch.device, authors: Any) -> None:
@@ -111,7 +111,7 @@ def _steps(args: Namespace, model: str, device: torch.device, authors: Any) -> N
     theirs = {"peer_sha256": peer.fingerprint(authors)} if authors is not None else {}
     packages = ["torch", "triton", "timm", "deepspeed"]
     described = {"model": model, "image_size": args.image_size, "drop_path": job.drop_path, "classes": job.classes}
-    record(_file(args, "steps", device), command, packages, **about(device), **described, **theirs, **limits, rows=rows)
+    record_result(_file(args, "steps", device), command, packages, **about(device), **described, **theirs, **limits, rows=rows)
 
 
 def chosen(all_ways: Sequence[Way], names: Sequence[str] | None) -> list[Way]:
@@ -137,7 +137,7 @@ def _feed(args: Namespace, device: torch.device) -> None:
     command += f" --feed {' '.join(args.feed)}"
     packages = ["torch", "deepspeed", "nvidia-dali-cuda130"]
     job = {"model": config.model.name, "kernels": config.model.kernels, "image_size": config.data.image_size}
-    record(_file(args, "feed", device), command, packages, **about(device), **job, precision=config.engine.precision, **found)
+    record_result(_file(args, "feed", device), command, packages, **about(device), **job, precision=config.engine.precision, **found)
 
 
 def about(device: torch.device) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training import idle_gpu
-from data.common.results import record
+from data.common.results import record_result
 
 RESULT = Path(__file__).parents[1] / "results" / "host.json"
 MODEL, IMAGE_SIZE = "van_b3", 224
@@ -94,7 +94,9 @@ def measure(args: argparse.Namespace) -> None:
     print(f"an image's activations take {images['allocated'] / 1e6:.1f} MB, and {images['estimated'] / 1e6:.1f} by the estimate")
     command = f"python -m benchmarks.training.host --micro-batch {args.micro_batch} --rounds {args.rounds}"
     measured = {"image_bytes": images, "rows": rows}
-    record(RESULT, command, ["torch", "deepspeed", "triton"], model=MODEL, image_size=IMAGE_SIZE, micro_batch=args.micro_batch, **measured)
+    record_result(
+        RESULT, command, ["torch", "deepspeed", "triton"], model=MODEL, image_size=IMAGE_SIZE, micro_batch=args.micro_batch, **measured
+    )
 
 
 def image_bytes(micro_batch: int) -> dict[str, float]:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import pretrain.model.van  # noqa: F401  registers the family with timm
-from data.common.results import record
+from data.common.results import record_result
 from pretrain.engine.precision import DTYPES
 from pretrain.model.depthwise import DepthwiseConv2d
 from pretrain.model.fast import cpu as on_cpu
@@ -129,7 +129,7 @@ def main() -> None:
     if args.precision != TRIED:
         command += f" --precision {' '.join(args.precision)}"
     instructions = "AVX512 BF16" if torch.cpu._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability()
-    record(RESULT, command, ["torch"], cpu=instructions, rows=rows)
+    record_result(RESULT, command, ["torch"], cpu=instructions, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from data.common.files import checksum
+from data.common.hashing import hash_file
 from data.common.progress import report_progress
 from data.dataset.index import Index
 from data.dataset.shards import StrictTarInfo
@@ -38,7 +38,7 @@ def _fault(index: Index, checksums: bool, number: int) -> str | None:
     path = index.folder / shard.name
     try:
         if checksums:
-            found = checksum(path)
+            found = hash_file(path)
             return f"{shard.name} has the checksum {found} instead of {shard.xxh3_128}" if found != shard.xxh3_128 else None
         samples = index.samples[index.shard_start[number] : index.shard_start[number + 1]]
         with open(path, "rb") as file:

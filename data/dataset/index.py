@@ -22,9 +22,9 @@ from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-import xxhash
 
-from data.common.files import checksum, publish
+from data.common.files import publish
+from data.common.hashing import hash_file, new_hash
 from data.storage.cache import Cache, choose_cache_root
 from data.storage.remote import Remote, is_url
 
@@ -77,7 +77,7 @@ class Index:
 
 def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
     """The dataset's identity: a 128-bit xxhash of the index rows and of the shards' names and checksums, in hex."""
-    digest = xxhash.xxh3_128()
+    digest = new_hash()
     for start in range(0, len(samples), _HASH_ROWS):
         digest.update(samples[start : start + _HASH_ROWS].tobytes())
     for shard in shards:
@@ -97,7 +97,7 @@ def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray
         "format": FORMAT,
         "samples": len(samples),
         "classes": len(classes),
-        "classes_xxh3_128": checksum(folder / "classes.json"),
+        "classes_xxh3_128": hash_file(folder / "classes.json"),
         "fingerprint": compute_fingerprint(samples, shards),
         **about,
         "shards": [asdict(shard) for shard in shards],

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, Self
 from urllib.parse import quote
 
 import numpy as np
-import xxhash
 
 from data.common.files import publish
+from data.common.hashing import new_hash
 from data.dataset.headers import read_image_size
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 
@@ -206,7 +206,7 @@ class _Hashed:
     """A file that is read from start to end, and hashed on the way."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.digest = file, xxhash.xxh3_128()
+        self.file, self.digest = file, new_hash()
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)

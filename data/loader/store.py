@@ -29,7 +29,7 @@ from typing import Self
 
 import numpy as np
 
-from data.common.files import checksum
+from data.common.hashing import hash_file
 from data.dataset.index import Index, fetch_idx
 from data.loader.order import ShardUse
 from data.settings import DataConfig
@@ -280,7 +280,7 @@ def fetch_shard(cache: Cache, index: Index, shard: int, stop: threading.Event | 
     def check(part: Path) -> None:
         if part.stat().st_size != wanted.bytes:
             raise ValueError(f"{part.stat().st_size} bytes instead of {wanted.bytes}")
-        if checksum(part) != wanted.xxh3_128:
+        if hash_file(part) != wanted.xxh3_128:
             raise ValueError("other bytes than were packed, by their checksum; if this stays so, copy the shard again")
 
     def write(part: Path) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from data.common.files import publish
+from data.common.hashing import hash_bytes
 from data.common.progress import report_progress
 from data.dataset.headers import read_image_size
 from data.dataset.index import Index, Shard, compute_fingerprint, open_index, write_index
@@ -84,7 +84,7 @@ def index_shards(
 def _read_shard(path: Path, *, results: Path, field: str | None, classes: tuple[str, ...] | None) -> list[str]:
     """Reads a shard and writes its rows and .idx to `results`, unless an earlier run has; returns its faults."""
     status = path.stat()
-    origin = xxhash.xxh3_128_hexdigest(repr((status.st_size, status.st_mtime_ns, field, classes)).encode())
+    origin = hash_bytes(repr((status.st_size, status.st_mtime_ns, field, classes)).encode())
     saved = results / f"{path.name}.npz"
     if saved.exists() and _load_result(saved)[0]["origin"] == origin:
         return []

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data.common.files import checksum
+from data.common.hashing import hash_file
 from data.common.progress import report_progress
 from data.dataset.headers import BadImage
 from data.dataset.index import Index, compute_fingerprint, open_index
@@ -75,7 +75,7 @@ def _check_files(index: Index) -> Iterator[str]:
     """Yields the faults of the files beside the shards."""
     if compute_fingerprint(index.samples, index.shards) != index.fingerprint:
         yield "index.npy, or a shard's name or checksum in dataset.json, differs from the packed dataset"
-    if checksum(index.folder / "classes.json") != _read_description(index.folder).get("classes_xxh3_128"):
+    if hash_file(index.folder / "classes.json") != _read_description(index.folder).get("classes_xxh3_128"):
         yield "classes.json differs from the packed dataset"
     highest = index.samples["label"].max(initial=0)
     if highest >= len(index.classes):

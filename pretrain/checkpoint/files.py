@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from data.common.files import checksum, sync
+from data.common.files import sync
+from data.common.hashing import hash_file, hash_json, new_hash
 from pretrain.run.directory import LATEST, MANIFEST, checkpoint_name, list_checkpoints
 
 FORMAT = 2
@@ -28,7 +27,7 @@ class HashedFile:
     """An open file that knows the checksum of what was written to it."""
 
     def __init__(self, descriptor: int):
-        self._descriptor, self._bytes, self._digest = descriptor, 0, xxhash.xxh3_128()
+        self._descriptor, self._bytes, self._digest = descriptor, 0, new_hash()
 
     def write(self, data: Any) -> None:
         """Writes all of a buffer."""
@@ -153,7 +152,7 @@ def _fault(path: Path, expected: Entry) -> str | None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{path.name} has {size} bytes instead of {expected['bytes']}"
-        if checksum(path) != expected["xxh3_128"]:
+        if hash_file(path) != expected["xxh3_128"]:
             return f"{path.name} has another checksum than when it was written"
     except FileNotFoundError:
         return f"{path.name} is missing"
@@ -164,4 +163,4 @@ def _fault(path: Path, expected: Entry) -> str | None:
 
 def _seal(body: dict[str, Any]) -> str:
     """The manifest's checksum of itself: of its content, not of how that is laid out."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(body, sort_keys=True).encode())
+    return hash_json(body)

@@ -77,11 +77,3 @@ def _append(path: Path, line: bytes) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
-
-
-def duration(seconds: float) -> str:
-    """`2d 03:04:05`, `03:04:05` or `04:05`."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    return (f"{days}d " if days else "") + (f"{h:02d}:" if hours else "") + f"{m:02d}:{s:02d}"

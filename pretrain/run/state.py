@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from data.common.progress import duration
+from data.common.text import format_duration
 from pretrain.run import attempts, directory
 from pretrain.run.attempts import ATTEMPTS, STOP, Attempt
 from pretrain.run.directory import CHECKPOINTS, METRICS, PATIENCE_S, step_of
@@ -276,7 +276,7 @@ def _state_of_process(run: Run, holder: Holder, now: float) -> tuple[State, str]
     elif record.get("evaluates") is True and evaluation.get("step") != record["step"]:
         remarks.insert(0, "evaluating")
     elif not run.is_saving and run.interval is not None and now - record["time"] > run.patience:
-        remarks.insert(0, f"no record for {duration(now - record['time'])}, expected every {duration(run.interval)}")
+        remarks.insert(0, f"no record for {format_duration(now - record['time'])}, expected every {format_duration(run.interval)}")
         return "stalled", "; ".join(remarks)
     return "running", "; ".join(remarks)
 
@@ -303,4 +303,4 @@ def _state_at_rest(run: Run, now: float) -> tuple[State, str]:
 
 def _silence(run: Run, now: float) -> str:
     began = [attempt.began for attempt in run.attempts[-1:]]
-    return f"no sign of life for {duration(now - max([run.last_sign, *began]))}"
+    return f"no sign of life for {format_duration(now - max([run.last_sign, *began]))}"

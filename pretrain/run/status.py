@@ -10,7 +10,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from data.common.progress import duration
+from data.common.text import format_duration, format_table
 from pretrain.run.attempts import Attempt
 from pretrain.run.state import Record, Run, find_runs, number, read, state_of
 
@@ -59,11 +59,7 @@ def _print(folders: Sequence[Path], in_detail: bool, follow: bool) -> None:
 
 def table(runs: Sequence[Run], now: float) -> str:
     rows = [_COLUMNS, *(_row(run, now) for run in runs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(row[i].ljust(width) if i in _TEXT_COLUMNS else row[i].rjust(width) for i, width in enumerate(widths)).rstrip()
-        for row in rows
-    )
+    return format_table(rows, left=_TEXT_COLUMNS)
 
 
 def _row(run: Run, now: float) -> tuple[str, ...]:
@@ -87,7 +83,7 @@ def details(run: Run, now: float) -> str:
             record, ("images_per_s", "{:,.0f} images/s"), ("data_wait", "waiting for data {:.0%}"), ("mfu", "MFU {:.0%}"),
             ("host_wait", "launch-bound in {:.0%} of steps"), ("memory_gb", "{:.1f} GB a rank"),
         ),
-        "last record": f"{duration(now - record['time'])} ago" if record else "",
+        "last record": f"{format_duration(now - record['time'])} ago" if record else "",
         "left": _left(run, now) if is_running else "",
         "next save": _numbers(record, ("next_save", "step {:,.0f}")) if is_running else "",
         "checkpoints": _checkpoints(run),
@@ -117,7 +113,7 @@ def _step(run: Run) -> str:
 def _left(run: Run, now: float) -> str:
     record = run.records.get("train", {})
     left = number(record, "left_s")
-    return duration(max(0.0, left - (now - record["time"]))) if left is not None else ""
+    return format_duration(max(0.0, left - (now - record["time"]))) if left is not None else ""
 
 
 def _checkpoints(run: Run) -> str:
@@ -167,6 +163,6 @@ def _problems(run: Run) -> str:
 
 def _attempt(attempt: Attempt, now: float) -> str:
     end = attempt.end
-    lasted = duration((end.at if end else now) - attempt.began)
+    lasted = format_duration((end.at if end else now) - attempt.began)
     text = f"{datetime.fromtimestamp(attempt.began):%Y-%m-%d %H:%M}  {lasted:>12}  from step {attempt.saved:<9,}"
     return f"{text} {end.outcome} at {end.saved:,}: {end.reason}" if end else f"{text} has not ended"

@@ -1,7 +1,7 @@
 import pytest
 
 import data.common.progress
-from data.common.progress import duration, report_progress
+from data.common.progress import report_progress
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,11 +23,3 @@ def test_rate_and_remaining_time_count_what_items_weigh(capsys: pytest.CaptureFi
         "letters: 400 of 2000, 13 a second, 2 min 0 s left",
         "letters: 400 of 2000 in 30 s",
     ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.4, "0 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (100_000, "27 h 46 min"), (183_600, "2 d 3 h")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from data.augment.sampling import Mix
-from data.common.files import checksum
+from data.common.hashing import hash_file
 from data.common.placement import Placement
 from data.dataset.headers import BadImage, check_header, nvimgcodec
 from data.dataset.index import Index, open_index, write_index
@@ -304,7 +304,7 @@ def test_a_whole_bad_shard_at_a_url(s3: Proxy, clean: Index, tmp_path: Path) -> 
     order = SampleOrder(clean.shard_start, seed=3, global_batch=GLOBAL_BATCH, lanes=1, window=6)
     damage = scenario("whole shard", clean, order)
     local = damaged_copy(clean, tmp_path / "copy", damage)
-    as_packed = [replace(shard, xxh3_128=checksum(local.folder / shard.name)) for shard in local.shards]
+    as_packed = [replace(shard, xxh3_128=hash_file(local.folder / shard.name)) for shard in local.shards]
     write_index(local.folder, as_packed, [np.array(local.samples)], local.classes)
     upload(local.folder, "s3://bucket/damaged")
     index = open_index("s3://bucket/damaged", str(tmp_path / "cache"))

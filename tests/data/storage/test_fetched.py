@@ -253,7 +253,7 @@ def test_faults_that_stay_are_errors_at_the_shards_turn(s3: Proxy, remote: Index
 
 def test_without_the_checksum_damage_gets_through(s3: Proxy, remote: Index, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control of the tests above."""
-    monkeypatch.setattr("data.loader.store.checksum", lambda path: ANY)
+    monkeypatch.setattr("data.loader.store.hash_file", lambda path: ANY)
     s3.fail(remote.shards[3].name, "corrupt")
     with store_of(remote, shards=8) as store:
         assert read_all(store) != whole(many_shards)

@@ -7,18 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.run.metrics import RunLog, duration
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "00:00"), (59.4, "00:59"), (59.6, "01:00"), (3599, "59:59"), (3600, "01:00:00"), (86399.7, "1d 00:00:00"),
-        (2 * 86400 + 3 * 3600 + 4 * 60 + 5, "2d 03:04:05"), (86400, "1d 00:00:00"), (90 * 86400 + 61, "90d 00:01:01"),
-    ],
-)  # fmt: skip
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+from pretrain.run.metrics import RunLog
 
 
 def test_one_rank_has_a_voice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,32 @@
+"""Text for terminals and logs: durations and aligned tables."""
+
+from collections.abc import Container, Sequence
+
+
+def format_duration(seconds: float) -> str:
+    """Formats a duration in its two largest units: `7 s`, `12 min 5 s`, `3 h 40 min`, and from two days on `2 d 3 h`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def format_table(rows: Sequence[Sequence[str]], left: Container[int] = ()) -> str:
+    """Formats rows of cells as aligned columns, two blanks apart.
+
+    Args:
+        rows: the header and the rows; all of one length.
+        left: numbers of the columns that are aligned left; the others are aligned right.
+
+    Returns:
+        A line for each row, without a newline at the end.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in cells).rstrip())
+    return "\n".join(lines)
