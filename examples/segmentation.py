@@ -1,12 +1,12 @@
-"""Exported weights at work downstream: a segmentation head on VAN's feature maps, from pretrained and from random weights.
+"""Trains a segmentation head on VAN's feature maps, from exported weights and from random ones.
 
     make demo                                    once: it writes the weights
     python -m examples.segmentation              or with --weights PATH, --steps N
 
-The backbone comes out of the exported folder as for any user of timm, with features_only. A small FPN (arXiv 1612.03144) on its
-four maps learns to name the class of every pixel in images of two patterns, one pasted into the other. Both backbones get the
-same head, images, order and learning rate: what sets them apart is where they start. It takes about a minute on two cores and
-writes runs/segmentation/segmentation.png. What to expect: a mean IoU of 31 % from pretrained weights, 6 % from random.
+timm loads the backbone from the exported folder with features_only, as in any other project. A small FPN (arXiv 1612.03144) on its
+four maps learns the class of every pixel in images of two patterns, one pasted into the other. Both backbones get the same head,
+images, order and learning rate; only the initial weights differ. Takes about a minute on two cores and writes
+runs/segmentation/segmentation.png. Expected result: a mean IoU of 31 % from pretrained weights, 6 % from random ones.
 """
 
 import argparse
@@ -26,37 +26,37 @@ import pretrain.model.van  # noqa: F401  registers the models with timm
 from data.synthetic.drawings import PATTERNS, draw_pattern
 
 SIZE = 96  # pixels a side
-TRAIN, HELD_OUT, SHOWN = 800, 200, 6  # images; the picture shows held-out ones
+TRAIN, HELD_OUT, DRAWN = 800, 200, 6  # images; the picture draws the first held-out ones
 BATCH, LEARNING_RATE = 16, 1e-3
 PALETTE = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#bab0ac")
 
 
 def draw_scene(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An image, uint8 (SIZE, SIZE, 3), and the class id of each pixel, int64 (SIZE, SIZE): a class and a region of another."""
+    """Draws an image of one class with a region of another; returns uint8 (SIZE, SIZE, 3) and class ids, int64 (SIZE, SIZE)."""
     labels = random.choice(len(PATTERNS), 2, replace=False)
     drawings = (draw_pattern(list(PATTERNS.values())[label], random).convert("RGB") for label in labels)
     around, within = (np.array(drawing.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for drawing in drawings)
     rows, columns = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
-    (centre_y, centre_x), (height, width) = random.uniform(-0.3, 0.3, 2), random.uniform(0.45, 0.75, 2)
-    y, x, angle, power = rows - centre_y, columns - centre_x, random.uniform(0, np.pi), random.choice([2, 10])
+    (center_y, center_x), (height, width) = random.uniform(-0.3, 0.3, 2), random.uniform(0.45, 0.75, 2)
+    y, x, angle, power = rows - center_y, columns - center_x, random.uniform(0, np.pi), random.choice([2, 10])
     u, v = np.cos(angle) * x - np.sin(angle) * y, np.sin(angle) * x + np.cos(angle) * y
-    region = np.abs(u / width) ** power + np.abs(v / height) ** power < 1  # an ellipse, or nearly a rectangle
+    region = np.abs(u / width) ** power + np.abs(v / height) ** power < 1  # an ellipse, or close to a rectangle
     return np.where(region[..., None], within, around), np.where(region, labels[1], labels[0])
 
 
 def draw_set(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images, uint8 (count, 3, SIZE, SIZE), and masks, int64 (count, SIZE, SIZE)."""
+    """Draws images, uint8 (count, 3, SIZE, SIZE), and masks, int64 (count, SIZE, SIZE)."""
     images, masks = zip(*(draw_scene(np.random.default_rng([seed, number])) for number in range(count)), strict=True)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks))
 
 
 def load_backbone(weights: Path, pretrained: bool) -> nn.Module:
-    """The four stages of an exported model: images to a list of maps; with its weights, or as it would be initialised."""
+    """Loads the four stages of an exported model, which map images to feature maps; with `pretrained` False, newly initialized."""
     return timm.create_model(f"local-dir:{weights}", pretrained=pretrained, features_only=True)
 
 
 class FPN(nn.Module):
-    """Feature pyramid: the coarse maps are added to the finer ones, and all of them are read at the finest one's stride."""
+    """Feature pyramid: adds the coarse maps to the finer ones, and classifies their sum at the finest stride."""
 
     def __init__(self, channels: Sequence[int], classes: int, width: int = 64) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class FPN(nn.Module):
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Maps (N, C_i, H_i, W_i), finest first, to logits (N, classes, H_0, W_0)."""
+        """Maps features (N, C_i, H_i, W_i), finest first, to logits (N, classes, H_0, W_0)."""
         pyramid = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
         for i in reversed(range(len(pyramid) - 1)):
             pyramid[i] = pyramid[i] + _resize(pyramid[i + 1], pyramid[i].shape[-2:])
@@ -75,7 +75,7 @@ class FPN(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Images (N, 3, H, W), uint8, to logits (N, classes, H, W): normalised as the backbone's weights want it."""
+    """Maps images (N, 3, H, W), uint8, to logits (N, classes, H, W), with the normalization of the backbone's weights."""
 
     def __init__(self, backbone: nn.Module, classes: int) -> None:
         super().__init__()
@@ -93,7 +93,17 @@ def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def train(model: Segmenter, images: Tensor, masks: Tensor, steps: int) -> list[float]:
-    """Trains backbone and head; returns the loss of each step."""
+    """Trains backbone and head.
+
+    Args:
+        model: is trained in place.
+        images: uint8 (N, 3, H, W).
+        masks: int64 (N, H, W).
+        steps: number of optimizer steps.
+
+    Returns:
+        The loss of each step.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
     order = torch.Generator().manual_seed(0)
@@ -112,13 +122,19 @@ def train(model: Segmenter, images: Tensor, masks: Tensor, steps: int) -> list[f
 
 @torch.inference_mode()
 def predict(model: Segmenter, images: Tensor) -> Tensor:
-    """The class id of each pixel, int64 (N, H, W)."""
+    """Predicts the class id of each pixel, int64 (N, H, W)."""
     model.eval()
     return torch.cat([model(part).argmax(1) for part in images.split(50)])
 
 
-def scores(predicted: Tensor, truth: Tensor, classes: int) -> tuple[float, float]:
-    """Pixel accuracy and mean IoU over the classes."""
+def compute_scores(predicted: Tensor, truth: Tensor, classes: int) -> tuple[float, float]:
+    """Computes pixel accuracy, and mean IoU over the classes that occur.
+
+    Args:
+        predicted: class ids, int64.
+        truth: class ids, int64, of the same shape.
+        classes: number of classes.
+    """
     confusion = torch.bincount((classes * truth + predicted).flatten(), minlength=classes**2).view(classes, classes)
     hits = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hits
@@ -126,16 +142,24 @@ def scores(predicted: Tensor, truth: Tensor, classes: int) -> tuple[float, float
 
 
 def draw_picture(rows: dict[str, Tensor], path: Path, cell: int = 2 * SIZE, gap: int = 8, label: int = 156) -> None:
-    """Writes a row of images (n, 3, H, W) or masks (n, H, W) under each name, and below them the classes' colours."""
+    """Draws a row of images (n, 3, H, W) or masks (n, H, W) per name, and a legend of the class colors.
+
+    Args:
+        rows: tensors by name.
+        path: the file to write.
+        cell: pixels of an image's side.
+        gap: pixels between images.
+        label: pixels of the column of names.
+    """
     columns, legend = max(map(len, rows.values())), 60
     picture = Image.new("RGB", (label + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap + legend), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(17)
-    colours = np.array([ImageColor.getrgb(colour) for colour in PALETTE], np.uint8)
+    colors = np.array([ImageColor.getrgb(color) for color in PALETTE], np.uint8)
     for r, (name, tensors) in enumerate(rows.items()):
         y = gap + r * (cell + gap)
         draw.multiline_text((2 * gap, y + cell / 2), name, "black", font, anchor="lm", spacing=6)
         for c, tensor in enumerate(tensors.numpy()):
-            image = Image.fromarray(colours[tensor] if tensor.ndim == 2 else tensor.transpose(1, 2, 0).copy())
+            image = Image.fromarray(colors[tensor] if tensor.ndim == 2 else tensor.transpose(1, 2, 0).copy())
             smooth = Image.Resampling.NEAREST if tensor.ndim == 2 else Image.Resampling.BICUBIC
             picture.paste(image.resize((cell, cell), smooth), (label + c * (cell + gap), y))
     step = (picture.width - 4 * gap) / len(PATTERNS)
@@ -148,7 +172,7 @@ def draw_picture(rows: dict[str, Tensor], path: Path, cell: int = 2 * SIZE, gap:
 
 
 def check_features(weights: Path, images: Tensor) -> str:
-    """Asserts that features_only gives the maps of the classification model, bit for bit; returns a line that says so."""
+    """Asserts that features_only gives the classification model's maps, bit for bit; returns a line that reports it."""
     backbone = load_backbone(weights, pretrained=True).eval()
     classifier = timm.create_model(f"local-dir:{weights}", pretrained=True).eval()
     with torch.no_grad():
@@ -166,17 +190,21 @@ def check_features(weights: Path, images: Tensor) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains a segmentation head on exported weights and on random ones.")
-    parser.add_argument("--weights", type=Path, default=Path("runs/demo/timm"), help="a folder exported with --format timm")
-    parser.add_argument("--steps", type=int, default=100, help="training steps for each of the two")
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation/segmentation.png"), help="the picture")
+    parser.add_argument(
+        "--weights", type=Path, default=Path("runs/demo/timm"), help="A folder exported with --format timm (default %(default)s)."
+    )
+    parser.add_argument("--steps", type=int, default=100, help="Training steps from each start (default %(default)s).")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/segmentation/segmentation.png"), help="The picture to write (default %(default)s)."
+    )
     args = parser.parse_args(argv)
     if not (args.weights / "config.json").is_file():
-        sys.exit(f"error: there are no exported weights in {args.weights}; run `make demo` first, which writes runs/demo/timm")
+        sys.exit(f"error: {args.weights} has no exported weights; run `make demo`, which writes runs/demo/timm")
 
     print(check_features(args.weights, torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))))
     images, masks = draw_set(TRAIN, seed=0)
     held_out, truth = draw_set(HELD_OUT, seed=1)
-    rows = {"image": held_out[:SHOWN], "truth": truth[:SHOWN]}
+    rows = {"image": held_out[:DRAWN], "truth": truth[:DRAWN]}
     print(f"{TRAIN} images to train on, {HELD_OUT} held out, {SIZE} px; {args.steps} steps of {BATCH} images each")
     for start in ("pretrained", "random"):
         began = time.monotonic()
@@ -184,13 +212,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = Segmenter(load_backbone(args.weights, start == "pretrained"), len(PATTERNS))
         losses = train(model, images, masks, args.steps)
         predicted = predict(model, held_out)
-        accuracy, iou = scores(predicted, truth, len(PATTERNS))
+        accuracy, iou = compute_scores(predicted, truth, len(PATTERNS))
         print(
             f"from {start} weights: pixel accuracy {accuracy:.1%}, mean IoU {iou:.1%}, loss {losses[0]:.2f} to {losses[-1]:.2f}"
             f" ({time.monotonic() - began:.0f} s)",
             flush=True,
         )
-        rows[f"{start}\nmean IoU {iou:.0%}"] = predicted[:SHOWN]
+        rows[f"{start}\nmean IoU {iou:.0%}"] = predicted[:DRAWN]
     draw_picture(rows, args.out)
     print(f"picture: {args.out}")
 

@@ -1,13 +1,14 @@
-"""What pretraining is for: VAN-B0 pretrained and fine-tuned on 20 images a class, beside VAN-B0 trained on these alone.
+"""Fine-tunes a pretrained VAN-B0 on 20 images per class, and trains one from scratch on the same images.
 
     python -m examples.transfer          or with --seeds N, --out FOLDER
 
-The network is pretrained on drawn figures of 50 classes, each a shape with a surface. Then it learns ten combinations that it has
-never seen from 200 images: from the pretrained weights, and from scratch with four times the steps and a higher learning rate. (On
-these images, learning rates of 5e-4 and 2e-3 ended within a point of each other, and after 200 steps little was gained.) All of it
-are jobs as on a cluster, on two ranks, or one for each GPU where there are two or more: configs/figures.yaml and
-configs/other_figures.yaml. It takes ten minutes on two cores and writes its folder anew: data, runs, the learning curves. What to
-expect: 79 % top-1 on 500 images from pretrained weights, 23 % from scratch; chance is 10 %.
+VAN-B0 is pretrained on drawn figures of 50 classes, each a shape with a surface. It then learns ten new combinations from 200 images:
+from the pretrained weights, and from scratch with four times the steps and a higher learning rate. (From scratch, learning rates of 5e-4
+and 2e-3 ended within a point of each other, and more than 200 steps gained little.) All runs are the jobs of configs/figures.yaml
+and configs/other_figures.yaml, started as on a cluster, on two ranks, or one per GPU where there are at least two.
+
+Takes ten minutes on two cores and replaces its folder: data, runs, learning curves. Expected result: 79 % top-1 on 500 images from
+pretrained weights, 23 % from scratch; chance is 10 %.
 """
 
 import argparse
@@ -21,61 +22,87 @@ from statistics import mean
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from examples.demo import expect, python, say, start_job
+from examples.demo import announce, check_exit, run_python, start_job
 
-CLASSES, IMAGES = 10, 20  # of the second set, and its training images of a class
+CLASSES, IMAGES = 10, 20  # classes of the second set, and training images per class
 STARTS = ("pretrained", "from scratch")
-Curve = list[tuple[int, float]]  # step, and top-1 on the val set after it
+Curve = list[tuple[int, float]]  # (step, top-1 on the val set after it)
 
 
-def draw(folder: Path, train: int, val: int) -> None:
-    """FOLDER/figures and FOLDER/other-figures, packed."""
+def draw_datasets(folder: Path, train: int, val: int) -> None:
+    """Writes the packed datasets FOLDER/figures and FOLDER/other-figures.
+
+    Args:
+        folder: receives the two datasets.
+        train: training images of figures.
+        val: validation images of each dataset.
+    """
     for drawings, count in (("figures", train), ("other-figures", CLASSES * IMAGES)):
-        python("-m", "data", "synthesize", str(folder / drawings), "--draw", drawings, "--train", str(count), "--val", str(val))
+        run_python("-m", "data", "synthesize", str(folder / drawings), "--draw", drawings, "--train", str(count), "--val", str(val))
 
 
-def train(config: str, data: Path, run: Path, *overrides: str) -> None:
+def run_job(config: str, data: Path, run: Path, *overrides: str) -> None:
+    """Runs a training job; exits if the job fails.
+
+    Args:
+        config: the job's settings.
+        data: the folder of train and val.
+        run: the run directory.
+        overrides: `key=value` texts.
+    """
     places = [f"data.train={data / 'train'}", f"data.val={data / 'val'}", f"run.dir={run}"]
-    expect(start_job(config, *places, *overrides).wait(), 0)
+    check_exit(start_job(config, *places, *overrides).wait(), 0)
 
 
 def pretrain(folder: Path, *overrides: str) -> Path:
-    """The run directory."""
-    train("configs/figures.yaml", folder / "figures", folder / "pretrained", *overrides)
+    """Pretrains on the figures; returns the run directory."""
+    run_job("configs/figures.yaml", folder / "figures", folder / "pretrained", *overrides)
     return folder / "pretrained"
 
 
-def learn_others(folder: Path, start: str, seed: int, *overrides: str) -> Curve:
+def train_on_others(folder: Path, start: str, seed: int, *overrides: str) -> Curve:
+    """Trains on the other figures.
+
+    Args:
+        folder: of the datasets and runs.
+        start: one of STARTS.
+        seed: of the job.
+        overrides: `key=value` texts.
+
+    Returns:
+        The learning curve.
+    """
     settings = {
         "pretrained": [f"model.init_from={folder / 'pretrained'}"],
         "from scratch": ["model.init_from=null", "optim.lr=2e-3", "epochs=60", "run.eval_every=10"],
     }
     run = folder / f"{start.replace(' ', '-')}-{seed}"
-    train("configs/other_figures.yaml", folder / "other-figures", run, f"seed={seed}", *settings[start], *overrides)
+    run_job("configs/other_figures.yaml", folder / "other-figures", run, f"seed={seed}", *settings[start], *overrides)
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(record["step"], record["weight"]["top1"]) for record in records if record["kind"] == "evaluation"]
 
 
-def table(curves: dict[str, list[Curve]]) -> str:
-    """Top-1 after the last step of each start's runs, one a seed, and their mean; never the best on the way."""
+def format_table(curves: dict[str, list[Curve]]) -> str:
+    """Formats top-1 after the last step, never the best step, of each start and seed, and the mean over seeds."""
     seeds = len(curves[STARTS[0]])
     lines = ["  ".join([f"{'top-1':14}", " steps", *(f"seed {seed}" for seed in range(seeds)), "  mean"])]
-    for start, of_seeds in curves.items():
-        ends = [points[-1] for points in of_seeds]
+    for start, runs in curves.items():
+        ends = [points[-1] for points in runs]
         top1 = [accuracy for _, accuracy in ends]
         lines.append("  ".join([f"{start:14}", f"{ends[0][0]:6}", *(f"{accuracy:6.1%}" for accuracy in [*top1, mean(top1)])]))
     return "\n".join(lines)
 
 
 def draw_curves(curves: dict[str, list[Curve]], path: Path) -> None:
-    """A line a seed, and a thick one for their mean."""
+    """Draws one line per seed, and a thick line for their mean."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
-    for (start, of_seeds), colour in zip(curves.items(), ("#4e79a7", "#f28e2b"), strict=True):
-        for points in of_seeds:
-            axes.plot(*zip(*points, strict=True), color=colour, linewidth=0.8, alpha=0.6)
-        steps, top1 = zip(*((found[0][0], mean(accuracy for _, accuracy in found)) for found in zip(*of_seeds, strict=True)), strict=True)
-        axes.plot(steps, top1, color=colour, linewidth=2.5, label=start)
+    for (start, runs), color in zip(curves.items(), ("#4e79a7", "#f28e2b"), strict=True):
+        for points in runs:
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=0.8, alpha=0.6)
+        steps = [step for step, _ in runs[0]]
+        top1 = [mean(accuracy for _, accuracy in points) for points in zip(*runs, strict=True)]
+        axes.plot(steps, top1, color=color, linewidth=2.5, label=start)
     axes.axhline(1 / CLASSES, color="grey", linestyle=":", label="chance")
     axes.set(xlabel=f"step on {CLASSES * IMAGES} images", ylabel="top-1", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -86,25 +113,25 @@ def draw_curves(curves: dict[str, list[Curve]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains on few images, from pretrained weights and from scratch.")
-    parser.add_argument("--seeds", type=int, default=2, help="runs from each start (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="the folder (%(default)s)")
-    parser.add_argument("--train", type=int, default=4000, help="images to pretrain on (%(default)s)")
-    parser.add_argument("--val", type=int, default=500, help="images of each val set (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=2, help="Runs from each start (default %(default)s).")
+    parser.add_argument("--out", type=Path, default=Path("runs/transfer"), help="The folder to replace (default %(default)s).")
+    parser.add_argument("--train", type=int, default=4000, help="Images to pretrain on (default %(default)s).")
+    parser.add_argument("--val", type=int, default=500, help="Images in each val set (default %(default)s).")
     args = parser.parse_args(argv)
     began = time.monotonic()
     shutil.rmtree(args.out, ignore_errors=True)
 
-    say(f"1/3  drawing figures: {args.train:,} of 50 classes, and {IMAGES} of each of ten others")
-    draw(args.out, args.train, args.val)
-    say("2/3  pretraining VAN-B0 on the 50 classes")
+    announce(f"1/3  drawing {args.train:,} figures of 50 classes, and {IMAGES} of each of ten other classes")
+    draw_datasets(args.out, args.train, args.val)
+    announce("2/3  pretraining VAN-B0 on the 50 classes")
     pretrain(args.out)
     curves: dict[str, list[Curve]] = {}
     for start in STARTS:
-        say(f"3/3  learning the ten others, {start}")
-        curves[start] = [learn_others(args.out, start, seed) for seed in range(args.seeds)]
+        announce(f"3/3  training on the ten other classes, {start}")
+        curves[start] = [train_on_others(args.out, start, seed) for seed in range(args.seeds)]
     draw_curves(curves, args.out / "curves.png")
-    say(f"done in {time.monotonic() - began:.0f} s: ten classes, {IMAGES} training images each, {args.val} images to evaluate on")
-    print(f"{table(curves)}\n\nlearning curves: {args.out / 'curves.png'}")
+    announce(f"done in {time.monotonic() - began:.0f} s: ten classes, {IMAGES} training images each, {args.val} validation images")
+    print(f"{format_table(curves)}\n\nlearning curves: {args.out / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -8,21 +8,21 @@ import pytest
 
 from data.dataset.index import Index
 from tests.support.datasets import make_dataset, upload
-from tests.support.packs import HOLDOUT, quietly, tree, write_tree
+from tests.support.packs import HOLDOUT, make_source_files, pack_small, write_files
 from tests.support.servers import Proxy, s3_server
 
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """67 files in 4 class folders, three of which are no usable images; not to be changed."""
-    return write_tree(tmp_path_factory.mktemp("source") / "source", tree())
+    return write_files(tmp_path_factory.mktemp("source") / "source", make_source_files())
 
 
 @pytest.fixture(scope="session")
 def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What an uninterrupted packing in one process makes of the source with a holdout; not to be changed."""
     out = tmp_path_factory.mktemp("packed") / "in"
-    quietly(source, out, HOLDOUT)
+    pack_small(source, out, HOLDOUT)
     return out
 
 

@@ -6,7 +6,7 @@ from PIL import Image
 from data.dataset.index import open_index
 from data.synthetic.synthesize import SETS
 from examples import transfer
-from examples.transfer import CLASSES, IMAGES, STARTS, draw, draw_curves, learn_others, pretrain, table
+from examples.transfer import CLASSES, IMAGES, STARTS, draw_curves, draw_datasets, format_table, pretrain, train_on_others
 from pretrain import checkpoint
 from tests.support.ranks import join, start_training
 
@@ -15,8 +15,8 @@ SMALL = ["steps=2", "run.log_every=1", "run.eval_every=0.01", "global_batch=8", 
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real jobs, of two steps; their processes are forked instead of launched."""
+def test_datasets_pretraining_and_both_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs are real, with two steps; their processes are forked instead of launched."""
     log = tmp_path / "log"
 
     class Job:
@@ -28,7 +28,7 @@ def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             return join(self.ranks).first
 
     monkeypatch.setattr(transfer, "start_job", Job)
-    draw(tmp_path, train=100, val=20)
+    draw_datasets(tmp_path, train=100, val=20)
     figures, others, others_val = (open_index(tmp_path / place) for place in ("figures/train", "other-figures/train", "other-figures/val"))
     assert (len(figures), len(others), len(others_val)) == (100, CLASSES * IMAGES, 20)
     assert (figures.classes, others.classes) == (tuple(SETS["figures"]), tuple(SETS["other-figures"]))
@@ -36,21 +36,21 @@ def test_the_pieces_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     run = pretrain(tmp_path, *SMALL)
     (last,) = checkpoint.list_checkpoints(run / "checkpoints")
     for start in STARTS:
-        points = learn_others(tmp_path, start, 0, *SMALL)
+        points = train_on_others(tmp_path, start, 0, *SMALL)
         assert (f"starting from {run}: all " in log.read_text()) == (start == "pretrained")
         assert [step for step, _ in points] == [1, 2]
     assert checkpoint.list_checkpoints(run / "checkpoints") == [last]
 
 
-def test_the_table_has_the_ends_of_the_curves() -> None:
+def test_table_lists_the_last_step_of_each_curve() -> None:
     curves = {"pretrained": [[(10, 0.5), (20, 0.8)], [(10, 0.9), (20, 0.7)]], "from scratch": [[(60, 0.25)], [(60, 0.35)]]}
-    header, pretrained, scratch = (line.split() for line in table(curves).splitlines())
+    header, pretrained, scratch = (line.split() for line in format_table(curves).splitlines())
     assert header == ["top-1", "steps", "seed", "0", "seed", "1", "mean"]
     assert pretrained == ["pretrained", "20", "80.0%", "70.0%", "75.0%"]
     assert scratch == ["from", "scratch", "60", "25.0%", "35.0%", "30.0%"]
 
 
-def test_the_picture_has_both_curves(tmp_path: Path) -> None:
+def test_draw_curves_draws_both_starts(tmp_path: Path) -> None:
     flat = {start: [[(0, 0.1), (10, 0.1)]] for start in STARTS}
     pictures = []
     for number, curves in enumerate(

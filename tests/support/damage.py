@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.dataset.index import Index, open_index
-from tests.support.image_corpus import claiming
+from tests.support.image_corpus import set_header_size
 
 
 def _cut(encoded: bytes) -> bytes:
@@ -24,7 +24,7 @@ def _without_tables(jpeg: bytes) -> bytes:
 KINDS: dict[str, Callable[[bytes], bytes]] = {
     "cut": _cut,
     "zeros": lambda encoded: bytes(len(encoded)),
-    "another size": lambda encoded: claiming(encoded, 64, 64),
+    "another size": lambda encoded: set_header_size(encoded, 64, 64),
     "no tables": _without_tables,
 }
 

@@ -1,9 +1,10 @@
-"""Shards as other tools write them, for tests."""
+"""Writes shards as other tools do."""
 
 import io
 import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -12,15 +13,15 @@ from data.synthetic.synthesize import draw_images
 JPEGS = [encoded for encoded, _ in draw_images(10, 20, 3, 0)]
 
 
-def as_format(encoded: bytes, kind: str) -> bytes:
-    """The same image in another format of Pillow's."""
+def reencode(encoded: bytes, kind: str, mode: str = "RGB", **options: Any) -> bytes:
+    """Encodes an image in another of Pillow's formats and modes."""
     out = io.BytesIO()
-    Image.open(io.BytesIO(encoded)).save(out, kind)
+    Image.open(io.BytesIO(encoded)).convert(mode).save(out, kind, **options)
     return out.getvalue()
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], *, format: int = tarfile.PAX_FORMAT, folders: Sequence[str] = ()) -> None:
-    """A tar of files, in the order they come, after `folders`. Names may hold bytes that are not UTF-8 as surrogates."""
+    """Writes a tar of `folders` and then files, in their order. Names hold bytes that are not UTF-8 as surrogates."""
     with tarfile.open(path, "w", format=format, encoding="utf-8", errors="surrogateescape") as tar:
         for name in folders:
             entry = tarfile.TarInfo(name)

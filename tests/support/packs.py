@@ -1,4 +1,4 @@
-"""A small source with odd and broken files in it, and what packing makes of it, for tests."""
+"""A small image source with odd and broken files, and helpers to pack it and read the result."""
 
 import io
 import json
@@ -26,7 +26,11 @@ ODD_NAMES = [
 ]  # fmt: skip
 
 
-def write_tree(root: Path, files: Mapping[str, bytes]) -> Path:
+BROKEN = {"n0003/cut.jpg", "n0003/text.jpg", "n0003/empty.jpg"}
+
+
+def write_files(root: Path, files: Mapping[str, bytes]) -> Path:
+    """Writes files by relative path; returns the root."""
     for name, data in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +38,8 @@ def write_tree(root: Path, files: Mapping[str, bytes]) -> Path:
     return root
 
 
-def tar_of(files: Mapping[str, bytes] | Sequence[tuple[str, bytes]], mode: str = "w") -> bytes:
+def make_tar(files: Mapping[str, bytes] | Sequence[tuple[str, bytes]], mode: str = "w") -> bytes:
+    """Returns a tar of the files, in their order."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as tar:  # type: ignore[call-overload]
         for name, data in files.items() if isinstance(files, Mapping) else files:
@@ -50,8 +55,8 @@ def encode(image: Image.Image, kind: str) -> bytes:
     return out.getvalue()
 
 
-def tree() -> dict[str, bytes]:
-    """60 good JPEGs in 4 classes, with odd and broken files among them."""
+def make_source_files() -> dict[str, bytes]:
+    """Returns 60 sound JPEGs in 4 class folders, with odd and broken files among them."""
     files = {f"n{label:04d}/image {number}.JPEG": encoded for number, (encoded, label) in enumerate(DRAWN)}
     plain = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), np.uint8))
     return files | {
@@ -65,24 +70,23 @@ def tree() -> dict[str, bytes]:
     }
 
 
-BROKEN = {"n0003/cut.jpg", "n0003/text.jpg", "n0003/empty.jpg"}
-
-
-def quietly(source: Path, out: Path, settings: Settings = SMALL, **options: Any) -> list[Index]:
+def pack_small(source: Path, out: Path, settings: Settings = SMALL, **options: Any) -> list[Index]:
+    """Packs into small shards, with up to ten rejected images."""
     return pack(source, out, settings, **{"max_rejected": 10} | options)
 
 
-def contents(index: Index) -> dict[str, tuple[bytes, int]]:
-    """The encoded image and the label of each sample, by key."""
+def read_samples(index: Index) -> dict[str, tuple[bytes, int]]:
+    """Returns the encoded image and the label of each sample, by key, in sample order."""
     with ShardStore(index) as store:
         return {
             read_key(index, number): (store.read(number).tobytes(), int(index.samples["label"][number])) for number in range(len(index))
         }
 
 
-def rejected(out: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+def read_rejected(folder: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Returns the bytes of all files below a folder, by relative path."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -14,7 +14,7 @@ from data.dataset.headers import read_image_size
 from data.dataset.index import Index
 from data.dataset.shards import Sample, read_shard, write_idx, write_shard
 from data.synthetic.synthesize import draw_images
-from tests.support.foreign_shards import JPEGS, as_format, write_tar
+from tests.support.foreign_shards import JPEGS, reencode, write_tar
 
 # Names that tars may hold and that a .idx, whose fields end at blanks, can't hold as they are.
 ODD_KEYS = [
@@ -96,7 +96,7 @@ def test_samples_of_any_name_are_those_of_webdataset_and_dali(tmp_path: Path, fo
     members = [("__meta__", b"x"), ("no extension", b"x"), (".hidden.jpg", b"x")]
     for number, key in enumerate(ODD_KEYS):
         members += [(f"{key}.JPG", JPEGS[number]), (f"{key}.cls", b"%d\n" % number), (f"{key}.Seg.png", b"mask")]
-    members += [(".hidden.cls", b"1"), ("late.cls", b"99"), ("late.txt", b"a caption"), ("late.webp", as_format(JPEGS[0], "WEBP"))]
+    members += [(".hidden.cls", b"1"), ("late.cls", b"99"), ("late.txt", b"a caption"), ("late.webp", reencode(JPEGS[0], "WEBP"))]
     write_tar(path, members, format=format, folders=["in", "in/a folder.of"])
     contents = read_shard(path)
     assert not contents.faults
@@ -168,7 +168,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         ({"jpg": JPEGS[0]}, "it has jpg, and no cls"),
         ({"cls": b"1", "b.jpg": JPEGS[0]}, "it has cls, b.jpg, and no jpg or jpeg or png or webp"),
         ({"cls": b"cat", "jpg": JPEGS[0]}, "its .cls holds b'cat' instead of a number"),
-        ({"cls": b"1", "jpg": as_format(JPEGS[0], "GIF")}, "its image is no JPEG, PNG or WebP"),
+        ({"cls": b"1", "jpg": reencode(JPEGS[0], "GIF")}, "its image is no JPEG, PNG or WebP"),
         ({"cls": b"1", "jpg": b""}, "its image is no JPEG, PNG or WebP"),
         ({"cls": b"1", "jpg": JPEGS[0], "JPG": JPEGS[1]}, "it has several members of one extension: cls, jpg, jpg"),
     ],

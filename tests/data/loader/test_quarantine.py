@@ -31,7 +31,7 @@ from data.synthetic.synthesize import draw_images
 from tests.data.loader.test_loaders import only
 from tests.support.damage import KINDS, damaged_copy
 from tests.support.datasets import upload
-from tests.support.image_corpus import corpus, damaged, encode
+from tests.support.image_corpus import damage_files, encode, load_corpus
 from tests.support.servers import Proxy
 
 pytestmark = pytest.mark.slow
@@ -351,11 +351,11 @@ def test_a_batch_of_which_nothing_is_left(clean: Index, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- the header
 
 
-@pytest.mark.parametrize("case", corpus(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", load_corpus(), ids=lambda case: case.name)
 def test_header_of_what_packing_keeps(case: Any) -> None:
     """What packing leaves as it is passes; of what it refuses all that is cut short, or no image at all, does not."""
     encoded = np.frombuffer(case.encoded, np.uint8)
-    if case.bad is None and case.kept:
+    if case.bad is None and case.is_kept:
         with Image.open(io.BytesIO(case.encoded)) as image:
             check_header(encoded, *image.size)
             with pytest.raises(BadImage, match="its header has"):
@@ -382,7 +382,7 @@ def test_what_passes_is_good_or_bad_whatever_the_crop(clean: Index, order: Sampl
     """Files hurt in a dozen ways; and none of them ends the process."""
     outcomes = []
     with loader_of(clean, order) as loader:
-        for encoded in damaged(300, seed=11):
+        for encoded in damage_files(300, seed=11):
             hurt = np.frombuffer(encoded, np.uint8)
             try:
                 stream = nvimgcodec().CodeStream(hurt)

@@ -1,6 +1,8 @@
-import io
+"""Shards that other tools wrote become a dataset in place, or nothing is written."""
+
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,64 +11,55 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 import data.packing.adopt
 from data.dataset.index import DTYPE, Index, open_index, read_key
 from data.loader.store import ShardStore
 from data.packing.adopt import index_shards
+from tests.data.packing.test_workers import list_session
 from tests.support import REPOSITORY
-from tests.support.foreign_shards import JPEGS, as_format, write_tar
+from tests.support.foreign_shards import JPEGS, reencode, write_tar
+from tests.support.packs import encode
 
-ROOT = REPOSITORY
 
-
-def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
-    """Time of change and bytes of each file."""
+def read_folder(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Returns modification time and bytes of each file."""
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
-def stored(index: Index) -> list[bytes]:
-    with ShardStore(index) as store:
-        return [store.read(number).tobytes() for number in range(len(index))]
-
-
-def write_img2dataset(folder: Path, *, shards: int = 3, each: int = 4) -> None:
-    """Shards as img2dataset leaves them: KEY.jpg, KEY.txt and KEY.json, with statistics and tables beside."""
+def write_img2dataset(folder: Path, *, shards: int = 3, samples: int = 4) -> None:
+    """Writes shards as img2dataset does: KEY.jpg, KEY.txt and KEY.json, and a file of statistics per shard."""
     for shard in range(shards):
         members = []
-        for number in range(each):
-            name = f"{shard:05d}{number:04d}"
-            about = {
-                "url": "http://x",
-                "caption": "é",
-                "breed": f"dog {(shard + number) % 5}",
-                "number": (shard + number) % 5,
-                "nested": {},
-            }
+        for number in range(samples):
+            name, label = f"{shard:05d}{number:04d}", (shard + number) % 5
+            about = {"url": "http://x", "caption": "é", "breed": f"dog {label}", "number": label, "nested": {}}
             members += [(f"{name}.jpg", JPEGS[number]), (f"{name}.txt", b"caption"), (f"{name}.json", json.dumps(about).encode())]
         write_tar(folder / f"{shard:05d}.tar", members)
         (folder / f"{shard:05d}_stats.json").write_text("{}")
 
 
-def test_shards_of_webdatasets_own_writer(tmp_path: Path) -> None:
-    kinds = {"jpg": JPEGS[0], "jpeg": JPEGS[1], "PNG": as_format(JPEGS[2], "PNG"), "WebP": as_format(JPEGS[3], "WEBP")}
+def test_shards_of_webdatasets_writer(tmp_path: Path) -> None:
+    encoded = {"jpg": JPEGS[0], "jpeg": JPEGS[1], "PNG": reencode(JPEGS[2], "PNG"), "WebP": reencode(JPEGS[3], "WEBP")}
     with webdataset.ShardWriter(str(tmp_path / "w-%06d.tar"), maxcount=3, encoder=False, verbose=0) as writer:
         for number in range(7):
-            kind = list(kinds)[number % 4]
-            writer.write({"__key__": f"sub/key {number}", kind: kinds[kind], "cls": str(number % 3).encode(), "txt": b"of no use"})
-    before = snapshot(tmp_path)
+            kind = list(encoded)[number % 4]
+            writer.write({"__key__": f"sub/key {number}", kind: encoded[kind], "cls": str(number % 3).encode(), "txt": b"unused"})
+    before = read_folder(tmp_path)
     index = index_shards(tmp_path)
-    after = snapshot(tmp_path)
-    assert {name: after[name] for name in before} == before, "no tar is touched"
+    after = read_folder(tmp_path)
+    assert {name: after[name] for name in before} == before, "no tar is changed"
     assert sorted(after.keys() - before.keys()) == ["classes.json", "dataset.json", "index.npy", *(f"w-00000{n}.idx" for n in range(3))]
     assert [shard.samples for shard in index.shards] == [3, 3, 1]
     assert index.classes == ("0", "1", "2")
     assert index.samples["label"].tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert stored(index) == [list(kinds.values())[number % 4] for number in range(7)]
+    with ShardStore(index) as store:
+        assert [store.read(number).tobytes() for number in range(7)] == [list(encoded.values())[number % 4] for number in range(7)]
     assert [read_key(index, number) for number in range(7)] == [f"sub/key {number}" for number in range(7)]
 
 
-def test_labels_in_json(tmp_path: Path) -> None:
+def test_labels_in_json_members(tmp_path: Path) -> None:
     write_img2dataset(tmp_path)
     index = index_shards(tmp_path, field="breed")
     assert index.classes == tuple(f"dog {number}" for number in range(5))
@@ -84,30 +77,18 @@ def test_labels_in_json(tmp_path: Path) -> None:
     assert [index.classes[label] for label in index.samples["label"]] == [f"dog {label}" for label in expected]
 
 
-def test_many_processes_give_the_same(tmp_path: Path) -> None:
-    results = []
-    for processes in (1, 3):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        write_img2dataset(folder)
-        index = index_shards(folder, field="breed", processes=processes)
-        results.append((index.fingerprint, (folder / "00001.idx").read_bytes(), (folder / "dataset.json").read_bytes()))
-    assert results[0] == results[1]
-
-
-def test_faults_are_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_faults_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("1.cls", b"0"), ("1.jpg", JPEGS[0]), ("2.cls", b"0"), ("2.jpg", b"no image"), ("3.jpg", JPEGS[1])])
     write_tar(tmp_path / "b.tar", [("4.cls", b"9000000000"), ("4.jpg", JPEGS[0]), ("5.cls", b"-1"), ("5.jpg", JPEGS[1])])
     write_tar(tmp_path / "c.tar", [("6.cls", b"1"), ("6.jpg", JPEGS[0])])
-    with open(tmp_path / "c.tar", "r+b") as file:
-        file.truncate(1000)
+    os.truncate(tmp_path / "c.tar", 1000)
     write_tar(tmp_path / "d.tar", [])
-    before = snapshot(tmp_path)
+    before = read_folder(tmp_path)
     with pytest.raises(ValueError, match="can't be indexed") as raised:
         index_shards(tmp_path)
     message = str(raised.value)
     for fault in (
-        "a.tar: sample 2: its image is no JPEG, PNG or WebP, or its header is damaged",
+        "a.tar: sample 2: its image is ",
         "a.tar: sample 3: it has jpg, and no cls",
         "b.tar: sample 4: its label is 9000000000; labels are from 0 to 1048575",
         "b.tar: sample 5: its label is -1",
@@ -116,7 +97,7 @@ def test_faults_are_named_and_nothing_is_written(tmp_path: Path) -> None:
         f"`python -m data pack {tmp_path} OUT`",
     ):
         assert fault in message
-    assert snapshot(tmp_path) == before
+    assert read_folder(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -132,14 +113,14 @@ def test_faults_are_named_and_nothing_is_written(tmp_path: Path) -> None:
         ({"txt": b"2"}, {}, "sample 1: it has txt, jpg, and no cls"),
     ],
 )
-def test_labels_that_mean_nothing(tmp_path: Path, members: dict[str, bytes], arguments: dict, fault: str) -> None:
+def test_invalid_labels(tmp_path: Path, members: dict[str, bytes], arguments: dict, fault: str) -> None:
     write_tar(tmp_path / "a.tar", [*((f"1.{extension}", value) for extension, value in members.items()), ("1.jpg", JPEGS[0])])
     with pytest.raises(ValueError, match=f"a.tar: {fault}"):
         index_shards(tmp_path, **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
 
 
-def test_numbers_and_names_do_not_mix(tmp_path: Path) -> None:
+def test_numbers_and_names_need_a_list_of_classes(tmp_path: Path) -> None:
     for name, value in (("a", 1), ("b", "cat")):
         write_tar(tmp_path / f"{name}.tar", [("1.json", json.dumps({"x": value}).encode()), ("1.jpg", JPEGS[0])])
     with pytest.raises(ValueError, match="numbers in some samples and names in others"):
@@ -147,28 +128,24 @@ def test_numbers_and_names_do_not_mix(tmp_path: Path) -> None:
     assert index_shards(tmp_path, field="x", classes=("cat", "dog")).samples["label"].tolist() == [1, 0]
 
 
-def test_a_folder_without_shards(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no \.tar files"):
-        index_shards(tmp_path)
-    with pytest.raises(ValueError, match=r"no \.tar files"):
-        index_shards(tmp_path / "nowhere")
+def test_folders_and_tars_without_samples(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"no \.tar files"):
+            index_shards(folder)
     assert not list(tmp_path.iterdir())
+    write_tar(tmp_path / "a.tar", [("readme", b"no sample")])
+    with pytest.raises(ValueError, match=r"a\.tar: no samples in it; remove it"):
+        index_shards(tmp_path)
 
 
 def test_an_image_too_large_for_the_index(tmp_path: Path) -> None:
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.new("L", (70_000, 1)).save(out, "PNG")
-    write_tar(tmp_path / "a.tar", [("1.cls", b"0"), ("1.png", out.getvalue())])
+    write_tar(tmp_path / "a.tar", [("1.cls", b"0"), ("1.png", encode(Image.new("L", (70_000, 1)), "PNG"))])
     with pytest.raises(ValueError, match="sample 1: its image has 70000 x 1 pixels"):
         index_shards(tmp_path)
 
 
-def test_a_dataset_stays_what_it_is(dataset: Index, tmp_path: Path) -> None:
-    """Reading its shards again restores the .idx files and index.npy; anything else needs --force."""
-    import shutil
-
+def test_a_dataset_changes_only_by_force(dataset: Index, tmp_path: Path) -> None:
+    """Indexing a dataset's shards again restores the .idx files and index.npy; any other result needs --force."""
     copy = Path(shutil.copytree(dataset.folder, tmp_path / "copy"))
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
     (copy / "train-000000.idx").unlink()
@@ -178,7 +155,7 @@ def test_a_dataset_stays_what_it_is(dataset: Index, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
     with pytest.raises(ValueError, match="already is a dataset of other shards, labels or classes; --force"):
-        index_shards(copy)  # the classes would be numbers
+        index_shards(copy)  # without class names, the classes would be numbers
     (copy / "train-000001.tar").unlink()
     (copy / "train-000001.idx").unlink()
     with pytest.raises(ValueError, match="already is a dataset"):
@@ -190,26 +167,26 @@ def test_a_dataset_stays_what_it_is(dataset: Index, tmp_path: Path) -> None:
     assert open_index(copy).fingerprint == smaller.fingerprint
 
 
-def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_img2dataset(tmp_path, shards=4)
     read: list[str] = []
-    real = data.packing.adopt.read_shard
+    real_read = data.packing.adopt.read_shard
 
-    def interrupted(path: Path, describe: object) -> object:
+    def read_two(path: Path, describe: object) -> object:
         if len(read) == 2:
             raise KeyboardInterrupt
         read.append(path.name)
-        return real(path, describe)  # type: ignore[arg-type]
+        return real_read(path, describe)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(data.packing.adopt, "read_shard", interrupted)
+    monkeypatch.setattr(data.packing.adopt, "read_shard", read_two)
     with pytest.raises(KeyboardInterrupt):
         index_shards(tmp_path, field="breed")
     assert not list(tmp_path.glob("*.idx"))
     assert not (tmp_path / "dataset.json").exists()
 
-    os.utime(tmp_path / "00001.tar")  # changed since
+    os.utime(tmp_path / "00001.tar")  # as if the shard had changed
     read.clear()
-    monkeypatch.setattr(data.packing.adopt, "read_shard", lambda path, describe: read.append(path.name) or real(path, describe))
+    monkeypatch.setattr(data.packing.adopt, "read_shard", lambda path, describe: read.append(path.name) or real_read(path, describe))
     index = index_shards(tmp_path, field="breed")
     assert read == ["00001.tar", "00002.tar", "00003.tar"]
     assert len(index) == 16
@@ -217,36 +194,22 @@ def test_what_was_read_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(tmp_path: Path) -> None:
-    """kill -9 ends the workers too, and the next run gives what an uninterrupted one gives."""
-    write_img2dataset(tmp_path, shards=40, each=20)
+def test_a_killed_run_leaves_no_worker_and_resumes(tmp_path: Path) -> None:
+    """A resumed run in two processes gives the result of an uninterrupted run in one."""
+    write_img2dataset(tmp_path, shards=40, samples=20)
     command = [sys.executable, "-m", "data", "index", str(tmp_path), "--label", "breed", "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL)
     while len(list((tmp_path / ".index").glob("*.npz"))) < 5:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20
-    while session_alive(process.pid):
+    while list_session(process.pid):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.05)
     assert not (tmp_path / "dataset.json").exists()
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    first = open_index(tmp_path).fingerprint
-    assert index_shards(tmp_path, field="breed", force=True).fingerprint == first
-    assert len(open_index(tmp_path)) == 800
-
-
-def session_alive(session: int) -> bool:
-    try:
-        os.killpg(session, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_tars_without_samples(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("readme", b"no sample")])
-    with pytest.raises(ValueError, match=r"a\.tar: no samples in it; remove it"):
-        index_shards(tmp_path)
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+    first = {name: data for name, (_, data) in read_folder(tmp_path).items()}
+    assert len(index_shards(tmp_path, field="breed", force=True)) == 800
+    assert {name: data for name, (_, data) in read_folder(tmp_path).items()} == first

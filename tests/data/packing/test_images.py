@@ -1,3 +1,5 @@
+"""Conversion of image files: results, rejections, and that DALI decodes everything stored."""
+
 import io
 import re
 import subprocess
@@ -16,29 +18,45 @@ from PIL import Image
 from data.dataset.headers import BadImage
 from data.packing import images
 from data.packing.images import DALI_PIXELS, ImageRules, StoredImage, convert_image, decode_with_dali
-from tests.support.image_corpus import Case, corpus, damaged, encode, into_header, picture, png, segment, with_orientation
+from tests.support.image_corpus import (
+    Case,
+    damage_files,
+    draw_gradient,
+    encode,
+    insert_into_header,
+    load_corpus,
+    make_exif,
+    make_png,
+    make_segment,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow's, where the tests themselves open a damaged file
+pytestmark = pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")  # Pillow warns where a test opens a damaged file
 
-PLAIN = ImageRules()
+DEFAULT = ImageRules()
 KEEP = ImageRules(keep_original=True)
-GOOD = [case for case in corpus() if case.bad is None]
-ADDRESS = re.compile("at 0x")  # which would make a reason differ from run to run
-BAD = [case for case in corpus() if case.bad is not None]
+USABLE = [case for case in load_corpus() if case.bad is None]
+BAD = [case for case in load_corpus() if case.bad is not None]
+ADDRESS = re.compile("at 0x")  # an address would make a reason differ from run to run
 
 
-def named(case: Case) -> str:
+def name_case(case: Case) -> str:
     return case.name
 
 
-def decoded(encoded: bytes) -> np.ndarray:
-    """As Pillow sees it, uint8 (H, W, 3)."""
+def decode(encoded: bytes) -> np.ndarray:
+    """Decodes with Pillow, uint8 (H, W, 3)."""
     with Image.open(io.BytesIO(encoded)) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def by_dali(stored: Sequence[StoredImage], crops: Sequence[tuple[int, int, int, int]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Whole images, and crops (top, left, height, width) of them, as DALI decodes them in training. It fails if one of them does."""
+def compute_distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.abs(a.astype(int) - b).mean())
+
+
+def decode_in_pipeline(
+    stored: Sequence[StoredImage], crops: Sequence[tuple[int, int, int, int]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Decodes whole images and crops (top, left, height, width) in a DALI pipeline, as in training; raises if DALI can't."""
     pipeline = Pipeline(batch_size=len(stored), num_threads=2, device_id=None, exec_dynamic=True, prefetch_queue_depth=1)
     encoded = [np.frombuffer(image.encoded, np.uint8) for image in stored]
     starts, shapes = [np.array(crop[:2], np.int32) for crop in crops], [np.array(crop[2:], np.int32) for crop in crops]
@@ -54,20 +72,20 @@ def by_dali(stored: Sequence[StoredImage], crops: Sequence[tuple[int, int, int, 
     return [np.array(whole.at(n)) for n in range(len(stored))], [np.array(part.at(n)) for n in range(len(stored))]
 
 
-def check_by_dali(stored: Sequence[StoredImage], seed: int) -> None:
+def check_with_dali(stored: Sequence[StoredImage], seed: int) -> None:
     chance = np.random.default_rng(seed)
     crops = []
     for image in stored:
         top, left = int(chance.integers(image.height)), int(chance.integers(image.width))
         crops.append((top, left, int(chance.integers(1, image.height - top + 1)), int(chance.integers(1, image.width - left + 1))))
-    for image, crop, whole, part in zip(stored, crops, *by_dali(stored, crops), strict=True):
+    for image, crop, whole, part in zip(stored, crops, *decode_in_pipeline(stored, crops), strict=True):
         assert whole.shape == (image.height, image.width, 3)
         assert part.shape == (*crop[2:], 3)
 
 
-@pytest.mark.parametrize("case", GOOD, ids=named)
-def test_what_is_good_is_stored(case: Case) -> None:
-    stored = convert_image(case.encoded, PLAIN)
+@pytest.mark.parametrize("case", USABLE, ids=name_case)
+def test_usable_images_become_baseline_jpegs(case: Case) -> None:
+    stored = convert_image(case.encoded, DEFAULT)
     assert stored.change == case.change
     assert stored.extension == "jpg"
     if case.change is None:
@@ -78,37 +96,32 @@ def test_what_is_good_is_stored(case: Case) -> None:
             assert image.mode in ("RGB", "L")
             assert not image.getexif()
         assert b"\xff\xc0" in stored.encoded, "baseline"
-    pixels = decoded(stored.encoded)
+    pixels = decode(stored.encoded)
     assert pixels.shape == (stored.height, stored.width, 3)
     if case.pixels is not None:
         assert pixels.shape == case.pixels.shape
-        assert np.abs(pixels.astype(int) - case.pixels).mean() < 4
-    again = convert_image(bytes(bytearray(case.encoded)), PLAIN)
+        assert compute_distance(pixels, case.pixels) < 4
+    again = convert_image(bytes(bytearray(case.encoded)), DEFAULT)
     assert again.encoded == stored.encoded
     assert (again.histogram == stored.histogram).all()
 
 
-def test_pictures_of_the_corpus_tell_mistakes() -> None:
-    """Control: what a wrong turn, clipping or a dropped alpha would give is further from what is expected than is allowed above."""
-    expected = {case.name: case.pixels for case in GOOD}
-
-    def distance(name: str, pixels: np.ndarray) -> float:
-        return float(np.abs(expected[name].astype(int) - pixels).mean())
-
-    rgb = picture()
+def test_the_corpus_reveals_wrong_pixels() -> None:
+    """Control: a wrong rotation, clipping or a dropped alpha differs by more than the tolerance above."""
+    expected = {case.name: case.pixels for case in USABLE}
+    files = {case.name: case.encoded for case in USABLE}
     for orientation in range(2, 9):
-        shown = [expected[f"orientation {other}.jpg"] for other in range(2, 9) if other != orientation]
-        same_size = [pixels for pixels in [rgb, *shown] if pixels.shape == expected[f"orientation {orientation}.jpg"].shape]
-        assert min(distance(f"orientation {orientation}.jpg", pixels) for pixels in same_size) > 20
-    files = {case.name: case.encoded for case in GOOD}
-    for name in ("16 bits.png", "16 bits.tif", "alpha.png", "grey alpha.png", "alpha.webp"):
-        assert distance(name, decoded(files[name])) > 20, "Pillow's convert() clips 16 bits and drops alpha"
-    assert distance("cmyk.jpg", 255 - expected["cmyk.jpg"]) > 20
+        pixels = expected[f"orientation {orientation}.jpg"]
+        others = [draw_gradient(), *(expected[f"orientation {other}.jpg"] for other in range(2, 9) if other != orientation)]
+        assert min(compute_distance(pixels, other) for other in others if other.shape == pixels.shape) > 20
+    for name in ("16 bits.png", "16 bits.tif", "alpha.png", "gray alpha.png", "alpha.webp"):
+        assert compute_distance(expected[name], decode(files[name])) > 20, "Pillow's convert() clips 16 bits and drops alpha"
+    assert compute_distance(expected["cmyk.jpg"], 255 - expected["cmyk.jpg"]) > 20
 
 
-@pytest.mark.parametrize("case", BAD, ids=named)
-def test_what_is_bad_is_refused(case: Case) -> None:
-    for rules in (PLAIN, KEEP, ImageRules(max_side=30)):
+@pytest.mark.parametrize("case", BAD, ids=name_case)
+def test_bad_images_are_rejected_with_a_reason(case: Case) -> None:
+    for rules in (DEFAULT, KEEP, ImageRules(max_side=30)):
         if case.name == "long.png" and rules.max_side:
             continue
         with pytest.raises(BadImage, match=case.bad) as error:
@@ -117,108 +130,104 @@ def test_what_is_bad_is_refused(case: Case) -> None:
         assert not ADDRESS.search(str(error.value))
 
 
-@pytest.mark.parametrize("case", GOOD, ids=named)
-def test_keep_original(case: Case) -> None:
+@pytest.mark.parametrize("case", USABLE, ids=name_case)
+def test_keep_original_keeps_files_that_dali_reads(case: Case) -> None:
     stored = convert_image(case.encoded, KEEP)
-    if case.kept:
+    if case.is_kept:
         assert stored.encoded is case.encoded
         assert stored.change is None
         with Image.open(io.BytesIO(case.encoded)) as image:
             assert stored.extension == {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}[str(image.format)]
-            assert (stored.width, stored.height) == image.size, "as stored, not as EXIF would turn it"
+            assert (stored.width, stored.height) == image.size, "EXIF orientation is not applied"
     else:
         assert stored.extension == "jpg"
-        assert stored.encoded == convert_image(case.encoded, PLAIN).encoded
+        assert stored.encoded == convert_image(case.encoded, DEFAULT).encoded
     small = convert_image(case.encoded, ImageRules(keep_original=True, max_side=8))
     assert (small.change or "").endswith("resized") == (max(stored.width, stored.height) > 8)
 
 
-def test_every_beginning_of_a_jpeg_is_refused() -> None:
-    whole = encode(picture())
+def test_every_truncated_jpeg_is_rejected() -> None:
+    whole = encode(draw_gradient())
     for length in range(len(whole)):
         with pytest.raises(BadImage):
-            convert_image(whole[:length], PLAIN)
-    assert convert_image(whole, PLAIN).change is None
+            convert_image(whole[:length], DEFAULT)
+    assert convert_image(whole, DEFAULT).change is None
 
 
-def test_pillow_alone_would_not_do() -> None:
-    """Control: it makes pictures of a JPEG with a hole in its data, and of a PNG whose checksum is wrong, without a word."""
+def test_pillow_accepts_damage_that_is_rejected() -> None:
+    """Control: Pillow silently decodes a JPEG with a hole in its data, and a PNG with a wrong checksum."""
     files = {case.name: case.encoded for case in BAD}
-    assert np.abs(decoded(files["zeros within.jpg"]).astype(int) - picture()).mean() > 3
-    assert decoded(files["wrong checksum.png"]).shape == picture().shape
+    assert compute_distance(decode(files["zeros within.jpg"]), draw_gradient()) > 3
+    assert decode(files["wrong checksum.png"]).shape == draw_gradient().shape
 
 
-def of_damaged(count: int, seed: int, rules: ImageRules) -> tuple[list[StoredImage], dict[bytes, str]]:
-    """What is stored of damaged files, and the files that are refused, with the reasons."""
-    stored, refused = [], {}
-    for encoded in damaged(count, seed):
+def convert_damaged(count: int, seed: int, rules: ImageRules) -> tuple[list[StoredImage], dict[bytes, str]]:
+    """Converts damaged files; returns the stored images, and the reasons of the rejected files."""
+    stored, rejected = [], {}
+    for encoded in damage_files(count, seed):
         try:
             stored.append(convert_image(encoded, rules))
         except BadImage as error:
-            refused[encoded] = str(error)
-    return stored, refused
+            rejected[encoded] = str(error)
+    return stored, rejected
 
 
-@pytest.mark.parametrize("rules", [PLAIN, KEEP], ids=["plain", "keep_original"])
-def test_what_is_stored_decodes_in_dali(rules: ImageRules) -> None:
-    stored, refused = of_damaged(1500, 1, rules)
+@pytest.mark.parametrize("rules", [DEFAULT, KEEP], ids=["default", "keep_original"])
+def test_dali_decodes_everything_stored(rules: ImageRules) -> None:
+    stored, rejected = convert_damaged(1500, 1, rules)
     assert len(stored) > 200
-    assert len(refused) > 500
-    assert all(reason and not ADDRESS.search(reason) for reason in refused.values())
-    stored += [convert_image(case.encoded, rules) for case in GOOD]
-    check_by_dali(stored, seed=2)
-
-
-def test_dali_alone_would_refuse_some_of_what_pillow_takes() -> None:
-    """Control: there are such among the damaged files above."""
-    _, refused = of_damaged(1500, 1, PLAIN)
-    jpegs = [encoded for encoded in refused if encoded.startswith(b"\xff\xd8")]  # its readers of others can abort the process
-    assert sum(decode_with_dali(encoded) is None for encoded in jpegs if accepted_by_pillow(encoded)) > 3
-
-
-def accepted_by_pillow(encoded: bytes) -> bool:
-    try:
-        decoded(encoded)
-    except Exception:
-        return False
-    return True
+    assert len(rejected) > 500
+    assert all(reason and not ADDRESS.search(reason) for reason in rejected.values())
+    stored += [convert_image(case.encoded, rules) for case in USABLE]
+    check_with_dali(stored, seed=2)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(10, 30))
-@pytest.mark.parametrize("rules", [PLAIN, KEEP], ids=["plain", "keep_original"])
-def test_what_is_stored_decodes_in_dali_sweep(rules: ImageRules, seed: int) -> None:
-    stored, _ = of_damaged(20_000, seed, rules)
+@pytest.mark.parametrize("rules", [DEFAULT, KEEP], ids=["default", "keep_original"])
+def test_dali_decodes_everything_stored_sweep(rules: ImageRules, seed: int) -> None:
+    stored, _ = convert_damaged(20_000, seed, rules)
     for start in range(0, len(stored), 256):
-        check_by_dali(stored[start : start + 256], seed)
+        check_with_dali(stored[start : start + 256], seed)
 
 
-def test_pixels_of_untouched_files_are_dalis() -> None:
-    """The strict decoder's pixels, from which the histogram comes, are bit for bit those of training."""
-    whole = encode(picture(60, 45))
-    stored = convert_image(whole, PLAIN)
-    ((pixels,), _) = by_dali([stored], [(0, 0, 1, 1)])
+def test_dali_rejects_damage_that_pillow_accepts() -> None:
+    """Control: the damaged files above include some that Pillow decodes and DALI doesn't."""
+    _, rejected = convert_damaged(1500, 1, DEFAULT)
+    count = 0
+    for encoded in rejected:
+        if encoded.startswith(b"\xff\xd8"):  # damaged files of other formats can make DALI abort the process
+            try:
+                decode(encoded)
+            except Exception:
+                continue
+            count += decode_with_dali(encoded) is None
+    assert count > 3
+
+
+def test_histogram_counts_the_pixels_that_dali_decodes() -> None:
+    stored = convert_image(encode(draw_gradient(60, 45)), DEFAULT)
+    ((pixels,), _) = decode_in_pipeline([stored], [(0, 0, 1, 1)])
     expected = np.stack([np.bincount(pixels[::5, :, channel].ravel(), minlength=256) for channel in range(3)])
     np.testing.assert_array_equal(stored.histogram, expected)
     assert stored.histogram.dtype == np.int64
-    grey = convert_image(encode(picture(60, 45)[:, :, 0]), PLAIN).histogram
-    assert grey.shape == (3, 256)
-    assert (grey[0] == grey[2]).all()
-    assert grey[0].sum() == 60 * 9
-
-
-def noise(a: np.ndarray, b: np.ndarray) -> float:
-    """Root of the mean squared difference."""
-    return float(np.sqrt(np.mean((a.astype(float) - b) ** 2)))
+    gray = convert_image(encode(draw_gradient(60, 45)[:, :, 0]), DEFAULT).histogram
+    assert gray.shape == (3, 256)
+    assert (gray[0] == gray[2]).all()
+    assert gray[0].sum() == 60 * 9
 
 
 @pytest.mark.parametrize("quality", [40, 75, 95])
-def test_progressive_keeps_its_quantisation(quality: int) -> None:
+def test_progressive_jpegs_keep_their_quantization(quality: int) -> None:
     chance = np.random.default_rng(0)
-    rough = np.clip(picture(160, 120) + chance.normal(0, 20, (120, 160, 3)), 0, 255).astype(np.uint8)
+    rough = np.clip(draw_gradient(160, 120) + chance.normal(0, 20, (120, 160, 3)), 0, 255).astype(np.uint8)
     source = encode(rough, quality=quality, progressive=True)
-    stored = convert_image(source, PLAIN)
-    assert noise(decoded(stored.encoded), decoded(source)) < 0.25 * noise(rough, decoded(source))
+    stored = convert_image(source, DEFAULT)
+
+    def compute_noise(pixels: np.ndarray) -> float:
+        return float(np.sqrt(np.mean((pixels.astype(float) - decode(source)) ** 2)))
+
+    assert compute_noise(decode(stored.encoded)) < 0.25 * compute_noise(rough)
     assert len(stored.encoded) < 1.3 * len(source)
     with Image.open(io.BytesIO(source)) as before, Image.open(io.BytesIO(stored.encoded)) as after:
         assert before.quantization[0] == after.quantization[0]
@@ -226,73 +235,69 @@ def test_progressive_keeps_its_quantisation(quality: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rules", "size", "becomes"),
+    ("rules", "size", "expected"),
     [
         (ImageRules(max_side=40), (100, 50), (40, 20)),
         (ImageRules(max_side=40), (50, 100), (20, 40)),
         (ImageRules(max_side=100), (100, 50), (100, 50)),
-        (ImageRules(resize_short=32), (100, 50), (64, 32)),
         (ImageRules(resize_short=32), (333, 97), (110, 32)),
-        (ImageRules(resize_short=60), (100, 50), (100, 50)),
         (ImageRules(resize_short=60, max_side=200), (100, 50), (100, 50)),
         (ImageRules(resize_short=32, max_side=48), (100, 50), (48, 24)),
         (ImageRules(resize_short=16, max_side=48), (100, 50), (32, 16)),
         (ImageRules(max_side=10), (900, 3), (10, 1)),
     ],
 )
-def test_resizing_is_downward_and_proportional(rules: ImageRules, size: tuple[int, int], becomes: tuple[int, int]) -> None:
-    source = encode(picture(*size))
+def test_resizing_shrinks_in_proportion(rules: ImageRules, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    source = encode(draw_gradient(*size))
     stored = convert_image(source, rules)
-    assert (stored.width, stored.height) == becomes
-    assert decoded(stored.encoded).shape == (becomes[1], becomes[0], 3)
-    if becomes == size:
+    assert (stored.width, stored.height) == expected
+    assert decode(stored.encoded).shape == (expected[1], expected[0], 3)
+    if expected == size:
         assert stored.encoded is source
     else:
         assert stored.change == "resized"
-        if min(becomes) > 10:
-            assert np.abs(decoded(stored.encoded).astype(int) - picture(*becomes)).mean() < 4
+        if min(expected) > 10:
+            assert compute_distance(decode(stored.encoded), draw_gradient(*expected)) < 4
 
 
-def test_resizing_and_turning_together() -> None:
-    source = encode(picture(100, 50), exif=with_orientation(6))
+def test_resized_images_are_rotated_too() -> None:
+    source = encode(draw_gradient(100, 50), exif=make_exif(6))
     stored = convert_image(source, ImageRules(max_side=40))
     assert (stored.width, stored.height, stored.change) == (20, 40, "rotated+resized")
-    assert np.abs(decoded(stored.encoded).astype(int) - np.rot90(picture(40, 20), -1)).mean() < 4
-    as_stored = convert_image(source, ImageRules(max_side=40, keep_original=True))
-    assert as_stored.encoded == stored.encoded, "what is resized is made anew, and then upright"
+    assert compute_distance(decode(stored.encoded), np.rot90(draw_gradient(40, 20), -1)) < 4
+    assert convert_image(source, ImageRules(max_side=40, keep_original=True)).encoded == stored.encoded
 
 
 def test_resizing_does_not_alias() -> None:
-    """Lines too fine for the small image become an even grey; taking single pixels would show false lines."""
+    """Lines too fine for the small image become an even gray; picking single pixels would show false lines."""
     lines = np.broadcast_to(np.where(np.arange(600) % 3 == 0, 255, 0)[None, :, None], (400, 600, 3)).astype(np.uint8)
-    small = decoded(convert_image(encode(lines, "PNG"), ImageRules(resize_short=80)).encoded)
+    small = decode(convert_image(encode(lines, "PNG"), ImageRules(resize_short=80)).encoded)
     assert small[:, 4:-4].std() < 3
     assert abs(small.mean() - 85) < 2
 
 
-def test_a_long_side_can_be_resized() -> None:
-    long = png(65_501, 1, data=zlib.compress(bytes(65_502)))
+def test_an_image_too_long_for_a_jpeg_can_be_resized() -> None:
+    long = make_png(65_501, 1, data=zlib.compress(bytes(65_502)))
     assert convert_image(long, ImageRules(max_side=100)).width == 100
 
 
-def test_huge_metadata_is_cut_without_touching_the_picture() -> None:
-    plain = encode(picture())
-    icc = into_header(plain, segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(50_000)) * 100)
-    assert convert_image(icc, PLAIN).encoded == plain
-    assert convert_image(icc + plain * 500, PLAIN).encoded == plain
-    small = into_header(plain, segment(0xFE, b"!" * 60_000))
-    assert convert_image(small, PLAIN).encoded is small
+def test_large_metadata_are_removed_and_the_scan_is_kept() -> None:
+    plain = encode(draw_gradient())
+    icc = insert_into_header(plain, make_segment(0xE2, b"ICC_PROFILE\0\1\1" + bytes(50_000)) * 100)
+    assert convert_image(icc, DEFAULT).encoded == plain
+    assert convert_image(icc + plain * 500, DEFAULT).encoded == plain
+    small = insert_into_header(plain, make_segment(0xFE, b"!" * 60_000))
+    assert convert_image(small, DEFAULT).encoded is small
 
 
-def test_bombs_take_no_memory() -> None:
-    """In a process of its own, whose highest memory is measured."""
+def test_decompression_bombs_take_no_memory() -> None:
+    """The peak memory of a separate process is measured."""
     program = """
 import resource
-from data.dataset.headers import BadImage
-from data.packing.images import ImageRules, convert_image
-from tests.support.image_corpus import corpus, encode, into_header, picture, segment
-convert_image(encode(picture(), "PNG"), ImageRules())
-bombs = [case for case in corpus() if "bomb" in case.name]
+from data.packing.images import BadImage, ImageRules, convert_image
+from tests.support.image_corpus import draw_gradient, encode, load_corpus
+convert_image(encode(draw_gradient(), "PNG"), ImageRules())
+bombs = [case for case in load_corpus() if "bomb" in case.name]
 assert len(bombs) > 5
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for bomb in bombs:
@@ -304,15 +309,15 @@ for bomb in bombs:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 20_000  # KiB; the smallest of the pictures would take 100,000
+    assert int(done.stdout) < 20_000  # KiB; the smallest of the images would take 100,000
     assert done.stderr == ""
 
 
-def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_converting_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for case in corpus():
-            for rules in (PLAIN, KEEP):
+        for case in load_corpus():
+            for rules in (DEFAULT, KEEP):
                 if case.change == "jfif" and rules is KEEP:
                     continue  # libjpeg inside DALI warns of it, here as in training
                 try:
@@ -324,24 +329,24 @@ def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     assert not caught
 
 
-def test_noise_at_every_size_can_be_encoded() -> None:
-    """What compresses worst: some encoders' buffers are too small for it."""
+def test_noise_of_any_size_can_be_encoded() -> None:
+    """Noise compresses worst, and the buffers of some encoders are too small for it."""
     chance = np.random.default_rng(0)
     for side in (1, 7, 64, 300):
         pixels = chance.integers(0, 256, (side, side, 3), np.uint8)
         for options in ({"kind": "PNG"}, {"quality": 50, "progressive": True}):
-            check_by_dali([convert_image(encode(pixels, **options), PLAIN)], seed=0)
+            check_with_dali([convert_image(encode(pixels, **options), DEFAULT)], seed=0)
 
 
-def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = encode(picture(50, 40))
+def test_limits_of_pixels_and_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = encode(draw_gradient(50, 40))
     assert convert_image(source, ImageRules(max_pixels=2000)).change is None
     with pytest.raises(BadImage, match="50 x 40 pixels; the limit is 1999"):
         convert_image(source, ImageRules(max_pixels=1999, max_side=8))
     monkeypatch.setattr(images, "MAX_BYTES", len(source))
-    assert convert_image(source, PLAIN).change is None
+    assert convert_image(source, DEFAULT).change is None
     with pytest.raises(BadImage, match="DALI reads at most"):
-        convert_image(source + b"\0", PLAIN)
+        convert_image(source + b"\0", DEFAULT)
 
 
 @pytest.mark.parametrize(
@@ -353,6 +358,6 @@ def test_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"max_pixels": DALI_PIXELS + 1}, "the most that DALI decodes"),
     ],
 )
-def test_rules_that_mean_nothing(settings: dict[str, int], message: str) -> None:
+def test_rules_out_of_range(settings: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageRules(**settings)  # type: ignore[arg-type]

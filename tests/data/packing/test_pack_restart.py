@@ -1,4 +1,4 @@
-"""However often packing is killed, in however many processes and parts it runs, it ends with the same bytes."""
+"""Packing ends with the same bytes however often it is killed, and in however many processes and parts it runs."""
 
 import errno
 import os
@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,74 +16,71 @@ import pytest
 
 import data.packing.pack
 from data.dataset.index import open_index
-from data.packing.pack import pack_shard
-from tests.data.packing.test_workers import in_session
+from tests.data.packing.test_workers import list_session
 from tests.support import REPOSITORY
-from tests.support.packs import DRAWN, HOLDOUT, files_of, quietly, tree, write_tree
+from tests.support.packs import DRAWN, HOLDOUT, make_source_files, pack_small, read_files, write_files
 
 pytestmark = pytest.mark.slow
 
 
-def command(source: Path, out: Path, *options: str) -> list[str]:
+def make_command(source: Path, out: Path, *options: str) -> list[str]:
     settings = ["--shard-mb", str(60_000 / 2**20), "--holdout", "3", "--max-rejected", "10", "--name", "in"]
     return [sys.executable, "-m", "data", "pack", str(source), str(out), *settings, *options]
 
 
-def start(source: Path, out: Path, *options: str) -> subprocess.Popen:
-    """The command line in a process group of its own."""
-    return subprocess.Popen(
-        command(source, out, *options), cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+def start_packing(source: Path, out: Path, *options: str) -> subprocess.Popen:
+    """Starts the command line in its own process group."""
+    command = make_command(source, out, *options)
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def unfinished(out: Path, reference: dict[str, bytes]) -> None:
-    """What lies under a final name is whole, at any moment: it is the file that an uninterrupted packing makes."""
+def check_final_files(out: Path, reference: dict[str, bytes]) -> None:
+    """Asserts that every file under a final name is whole: equal to that of an uninterrupted packing."""
     for path in [*out.glob("train/*"), *out.glob("val/*")]:
         name = path.relative_to(out).as_posix()
         assert path.read_bytes() == reference.get(name), name
 
 
-def kill_and_restart(source: Path, packed: Path, folder: Path, moments: list[float]) -> None:
-    reference = files_of(packed)
+def kill_and_resume(source: Path, packed: Path, folder: Path, moments: list[float]) -> None:
+    reference = read_files(packed)
     for number, moment in enumerate(moments):
         out = folder / str(number) / "in"
-        workers = str(1 + number % 3)
-        process = start(source, out, "--workers", workers)
+        process = start_packing(source, out, "--workers", str(1 + number % 3))
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
-            # All processes at once, as a node fails; or the first alone, whose workers may go on for a moment beside those of the restart.
+            # Kills all processes, as when a node fails, or the parent alone, whose workers may briefly overlap with the next run's.
             (os.killpg if number % 4 else os.kill)(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
-        unfinished(out, reference)
-        again = start(source, out, "--workers", str(1 + (number + 1) % 3))
-        _, said = again.communicate(timeout=60)
-        assert again.returncode == 0, said
-        assert files_of(out) == reference, f"killed after {moment:.2f} s"
+        check_final_files(out, reference)
+        again = start_packing(source, out, "--workers", str(1 + (number + 1) % 3))
+        _, errors = again.communicate(timeout=60)
+        assert again.returncode == 0, errors
+        assert read_files(out) == reference, f"killed after {moment:.2f} s"
         shutil.rmtree(out)
 
 
-def duration_of(source: Path, out: Path) -> float:
+def measure_packing(source: Path, out: Path) -> float:
     began = time.monotonic()
-    process = start(source, out, "--workers", "2")
+    process = start_packing(source, out, "--workers", "2")
     process.communicate()
     assert process.returncode == 0
     return time.monotonic() - began
 
 
-def test_killed_twice(source: Path, packed: Path, tmp_path: Path) -> None:
-    whole = duration_of(source, tmp_path / "whole" / "in")
-    kill_and_restart(source, packed, tmp_path, [whole * 0.6, whole * 0.8])
+def test_packing_resumes_after_kills(source: Path, packed: Path, tmp_path: Path) -> None:
+    seconds = measure_packing(source, tmp_path / "whole" / "in")
+    kill_and_resume(source, packed, tmp_path, [seconds * 0.6, seconds * 0.8])
 
 
 @pytest.mark.full
-def test_killed_at_twenty_moments(source: Path, packed: Path, tmp_path: Path) -> None:
-    whole = duration_of(source, tmp_path / "whole" / "in")
+def test_packing_resumes_after_kills_at_twenty_moments(source: Path, packed: Path, tmp_path: Path) -> None:
+    seconds = measure_packing(source, tmp_path / "whole" / "in")
     draw = random.Random(0)
-    kill_and_restart(source, packed, tmp_path, [whole * (number + draw.random()) / 20 for number in range(20)])
+    kill_and_resume(source, packed, tmp_path, [seconds * (number + draw.random()) / 20 for number in range(20)])
 
 
-# Ends the process, as kill -9 would, just before the n-th call that makes something durable or gives it a name.
+# Ends the process, as kill -9 would, just before the n-th call that syncs, creates or renames a file or folder.
 CRASH = """
 import os, sys
 from pathlib import Path
@@ -97,7 +93,7 @@ settings = Settings(name="in", shard_bytes=60_000, holdout=3)
 replace = os.replace
 
 def torn(source, target):
-    # What a packing would do that writes under final names: half of the file, then the rest.
+    # Writes a file in two halves under its final name, as a packing without renames would.
     content = Path(source).read_bytes()
     with open(target, "wb") as file:
         for half in (content[: len(content) // 2], content[len(content) // 2 :]):
@@ -130,14 +126,14 @@ while True:
         run(crash_at)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(crash_at, code, flush=True)
-    if sys.stdin.readline() != "on\\n" or code == 0:
+    if sys.stdin.readline() != "next\\n" or code == 0:
         break
     crash_at += step
 """
 
 
-def crashes(source: Path, out: Path, *, first: int, step: int, torn: bool = False) -> Iterator[int]:
-    """Packs, again and again, and ends the process each time at a later call; gives the number of that call while OUT lies there."""
+def crash_repeatedly(source: Path, out: Path, *, first: int, step: int, torn: bool = False) -> Iterator[int]:
+    """Packs repeatedly, ending the process at a later call each time; yields the number of that call while OUT exists."""
     arguments = [str(source), str(out), str(first), str(step), *["torn"] * torn]
     process = subprocess.Popen(
         [sys.executable, "-c", CRASH, *arguments], cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -149,7 +145,7 @@ def crashes(source: Path, out: Path, *, first: int, step: int, torn: bool = Fals
             call, code = map(int, line.split())
             assert code in (0, 9)
             yield call
-            process.stdin.write("on\n" if code else "end\n")
+            process.stdin.write("next\n" if code else "end\n")
             process.stdin.flush()
     finally:
         process.stdin.close()
@@ -157,85 +153,82 @@ def crashes(source: Path, out: Path, *, first: int, step: int, torn: bool = Fals
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A source of 14 files, and what is made of it: 3 shards."""
+def small_source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A source of 14 files, and the files of its 3 packed shards."""
     folder = tmp_path_factory.mktemp("few")
-    root = write_tree(folder / "source", {f"n{label}/{number}.jpg": encoded for number, (encoded, label) in enumerate(DRAWN[:13])})
+    root = write_files(folder / "source", {f"n{label}/{number}.jpg": encoded for number, (encoded, label) in enumerate(DRAWN[:13])})
     (root / "n0" / "bad.jpg").write_bytes(b"bad")
-    quietly(root, folder / "in", HOLDOUT)
-    return root, files_of(folder / "in")
+    pack_small(root, folder / "in", HOLDOUT)
+    return root, read_files(folder / "in")
 
 
-def sweep(few: tuple[Path, dict[str, bytes]], out: Path, **options: Any) -> int:
-    source, reference = few
+def crash_and_resume(small_source: tuple[Path, dict[str, bytes]], out: Path, **options: Any) -> int:
+    source, reference = small_source
     count = 0
-    for _ in crashes(source, out, **options):
-        unfinished(out, reference)
-        quietly(source, out, HOLDOUT)
-        assert files_of(out) == reference
+    for _ in crash_repeatedly(source, out, **options):
+        check_final_files(out, reference)
+        pack_small(source, out, HOLDOUT)
+        assert read_files(out) == reference
         shutil.rmtree(out)
         count += 1
     return count
 
 
-def test_ended_at_some_steps(few: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    assert sweep(few, tmp_path / "in", first=2, step=9) > 8
+def test_packing_resumes_after_crashes_at_some_calls(small_source: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    assert crash_and_resume(small_source, tmp_path / "in", first=2, step=9) > 8
 
 
 @pytest.mark.long
-def test_ended_at_every_step(few: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
-    assert sweep(few, tmp_path / "in", first=1, step=1) > 75
+def test_packing_resumes_after_a_crash_at_every_call(small_source: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+    assert crash_and_resume(small_source, tmp_path / "in", first=1, step=1) > 75
 
 
-def test_the_check_sees_half_of_a_file(few: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_the_crash_test_detects_half_written_files(small_source: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="in-"):
-        sweep(few, tmp_path / "in", first=26, step=1, torn=True)
+        crash_and_resume(small_source, tmp_path / "in", first=26, step=1, torn=True)
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_stopped_by_hand(source: Path, packed: Path, tmp_path: Path) -> None:
-    """Ctrl-C leaves no process and no scratch, and says little; what was packed counts."""
+def test_ctrl_c_keeps_packed_shards(source: Path, packed: Path, tmp_path: Path) -> None:
+    """Ctrl-C leaves no process, no scratch folder and no traceback."""
     out = tmp_path / "in"
-    process = start(source, out, "--workers", "2")
+    process = start_packing(source, out, "--workers", "2")
     while not list(out.glob("train.packing/done/*.npz")):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in errors
     deadline = time.monotonic() + 10
-    while in_session(process.pid):
+    while list_session(process.pid):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert list((out / "train.packing" / "scratch").iterdir()) == []
-    quietly(source, out, HOLDOUT)
-    assert files_of(out) == files_of(packed)
+    pack_small(source, out, HOLDOUT)
+    assert read_files(out) == read_files(packed)
 
 
-def test_one_process_or_three_and_parts_make_the_same(source: Path, packed: Path, tmp_path: Path) -> None:
-    expected = files_of(packed)
-    quietly(source, tmp_path / "three" / "in", HOLDOUT, workers=3)
-    assert files_of(tmp_path / "three" / "in") == expected
+def test_workers_parts_and_racing_processes_make_the_same_files(source: Path, packed: Path, tmp_path: Path) -> None:
+    expected = read_files(packed)
+    pack_small(source, tmp_path / "three" / "in", HOLDOUT, workers=3)
+    assert read_files(tmp_path / "three" / "in") == expected
 
     out = tmp_path / "parts" / "in"
     with pytest.raises(ValueError, match="no shard of train is packed yet"):
-        quietly(source, out, HOLDOUT, merge_only=True)
-    assert quietly(source, out, HOLDOUT, part=(2, 3)) == []
+        pack_small(source, out, HOLDOUT, merge_only=True)
+    assert pack_small(source, out, HOLDOUT, part=(2, 3)) == []
     with pytest.raises(ValueError, match="shards are not packed yet"):
-        quietly(source, out, HOLDOUT, merge_only=True)
-    assert quietly(source, out, HOLDOUT, part=(0, 3)) == []
+        pack_small(source, out, HOLDOUT, merge_only=True)
+    assert pack_small(source, out, HOLDOUT, part=(0, 3)) == []
     assert not (out / "train" / "dataset.json").exists()
-    assert len(quietly(source, out, HOLDOUT, part=(1, 3))) == 2, "the last one merges"
-    assert files_of(out) == expected
+    assert len(pack_small(source, out, HOLDOUT, part=(1, 3))) == 2, "the last part merges"
+    assert read_files(out) == expected
 
-    # All at once, each told to do all: they race for the plan, for every shard and for the merge.
-    racers = [start(source, tmp_path / "race" / "in", "--workers", "2") for _ in range(3)]
+    # Each process packs everything, so they race for the plan, every shard and the merge.
+    racers = [start_packing(source, tmp_path / "race" / "in", "--workers", "2") for _ in range(3)]
     assert [racer.wait(timeout=60) for racer in racers] == [0, 0, 0], [racer.stderr.read() for racer in racers if racer.stderr]
-    assert files_of(tmp_path / "race" / "in") == expected
-    parts = [start(source, tmp_path / "shared" / "in", "--part", f"{part}/3", "--workers", "1") for part in range(3)]
-    assert [racer.wait(timeout=60) for racer in parts] == [0, 0, 0]
-    assert files_of(tmp_path / "shared" / "in") == expected
+    assert read_files(tmp_path / "race" / "in") == expected
 
 
 WITHOUT_LOCKS = """
@@ -248,83 +241,73 @@ def lockf(file, flags):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 write, fcntl.lockf = plan.write_plan, lockf
-data.packing.pack.write_plan = lambda *arguments: (write(*arguments), time.sleep(1))  # until all have made one
+data.packing.pack.write_plan = lambda *arguments: (write(*arguments), time.sleep(1))  # until every process has written a plan
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_where_files_can_not_be_locked(source: Path, packed: Path, tmp_path: Path) -> None:
-    arguments = command(source, tmp_path / "in", "--workers", "1")[3:]
+def test_processes_race_on_a_file_system_without_locks(source: Path, packed: Path, tmp_path: Path) -> None:
+    arguments = make_command(source, tmp_path / "in", "--workers", "1")[3:]
     racers = [subprocess.Popen([sys.executable, "-c", WITHOUT_LOCKS, *arguments], cwd=REPOSITORY) for _ in range(2)]
     assert [racer.wait(timeout=60) for racer in racers] == [0, 0]
-    assert files_of(tmp_path / "in") == files_of(packed)
+    assert read_files(tmp_path / "in") == read_files(packed)
 
 
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("step", ["recognize_source", "open_plan", "_pack_shards", "pack_shard", "_merge"])
-def test_another_process_is_done_first(
-    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: bool
+def test_another_process_finishes_first(
+    source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_after: bool
 ) -> None:
-    """It packs, merges and removes the folder of the work just before or after a step of this one: all is well, and nothing is left."""
-    out, real = tmp_path / "in", getattr(data.packing.pack, step)
+    """It packs, merges and removes the work folder just before or after a step of this process."""
+    out, real_step = tmp_path / "in", getattr(data.packing.pack, step)
 
-    def overtaken(*arguments: Any, **options: Any) -> Any:
+    def run_both(*arguments: Any, **options: Any) -> Any:
         monkeypatch.undo()
-        if not after:
-            quietly(source, out, HOLDOUT)
-        result = real(*arguments, **options)
-        if after:
-            quietly(source, out, HOLDOUT)
+        if not is_after:
+            pack_small(source, out, HOLDOUT)
+        result = real_step(*arguments, **options)
+        if is_after:
+            pack_small(source, out, HOLDOUT)
         return result
 
     if step == "open_plan":
-        overtaken.cache_clear = real.cache_clear  # type: ignore[attr-defined]
-    monkeypatch.setattr(data.packing.pack, step, overtaken)
-    assert [len(index) for index in quietly(source, out, HOLDOUT)] == [len(open_index(packed / split)) for split in ("train", "val")]
-    assert files_of(out) == files_of(packed)
+        run_both.cache_clear = real_step.cache_clear  # type: ignore[attr-defined]
+    monkeypatch.setattr(data.packing.pack, step, run_both)
+    assert [len(index) for index in pack_small(source, out, HOLDOUT)] == [len(open_index(packed / split)) for split in ("train", "val")]
+    assert read_files(out) == read_files(packed)
 
 
-def test_packing_a_shard_again_changes_nothing(source: Path, tmp_path: Path) -> None:
-    """As when a part is started twice: the same bytes take the place of the same bytes."""
+def test_a_changed_source_stops_the_packing(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "source", make_source_files())
     out = tmp_path / "in"
-    quietly(source, out, part=(0, 2))
-    before = files_of(out / "train")
-    pack_shard(out, out / "train.packing", 0)
-    assert files_of(out / "train") == before
-
-
-def test_a_source_that_changes_stops_the_job(tmp_path: Path) -> None:
-    source = write_tree(tmp_path / "source", tree())
-    out = tmp_path / "in"
-    quietly(source, out, part=(0, 3))
-    for name, data_ in list(tree().items())[:40]:
-        (source / name).write_bytes(data_ + b"!")
+    pack_small(source, out, part=(0, 3))
+    for name, encoded in list(make_source_files().items())[:40]:
+        (source / name).write_bytes(encoded + b"!")
     with pytest.raises(ValueError, match=r"image \d+\.JPEG: it has changed since it was listed"):
-        quietly(source, out, workers=2)
-    write_tree(source, tree())
-    quietly(source, out)
-    quietly(source, tmp_path / "other" / "in")
-    assert files_of(out) == files_of(tmp_path / "other" / "in")
+        pack_small(source, out, workers=2)
+    write_files(source, make_source_files())
+    pack_small(source, out)
+    pack_small(source, tmp_path / "other" / "in")
+    assert read_files(out) == read_files(tmp_path / "other" / "in")
 
 
-def test_a_full_disk_stops_the_job_and_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_stops_the_packing_and_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "in"
-    members = 0
-    add = tarfile.TarFile.addfile
+    real_write, shards = data.packing.pack.write_shard, 0
 
-    def full_at_last(tar: tarfile.TarFile, member: tarfile.TarInfo, file: Any) -> None:
-        nonlocal members
-        members += 1
-        if members > 70:
+    def write_until_full(*arguments: Any) -> Any:
+        nonlocal shards
+        shards += 1
+        if shards > 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        add(tar, member, file)
+        return real_write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tarfile.TarFile, "addfile", full_at_last)
+        patch.setattr(data.packing.pack, "write_shard", write_until_full)
         with pytest.raises(ValueError, match=r"in: no space left\. Packed shards are kept: make room and start the same command again"):
-            quietly(source, out)
-    assert list((out / "train.packing" / "done").iterdir())
+            pack_small(source, out)
+    assert len(list((out / "train.packing" / "done").iterdir())) == 3
     assert list((out / "train.packing" / "scratch").iterdir()) == []
-    quietly(source, out)
-    quietly(source, tmp_path / "other" / "in")
-    assert files_of(out) == files_of(tmp_path / "other" / "in")
+    pack_small(source, out)
+    pack_small(source, tmp_path / "other" / "in")
+    assert read_files(out) == read_files(tmp_path / "other" / "in")

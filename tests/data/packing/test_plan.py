@@ -1,4 +1,4 @@
-"""The order of entries, the shards they are cut into, and who is held out, as arithmetic on arrays."""
+"""The order of entries, the cuts between shards, and the holdout, as arithmetic on arrays."""
 
 from itertools import pairwise
 
@@ -8,33 +8,33 @@ import xxhash
 from data.packing.plan import cut_shards, draw_holdout, draw_order
 
 
+def hash_keys(keys: list[str]) -> np.ndarray:
+    return np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64)
+
+
 def test_any_prefix_of_the_shards_is_an_unbiased_draw() -> None:
-    """Class counts and sizes of the first shards against those of all: as for a random draw, and not as listed."""
+    """Compares class counts and sizes of the first shards with those of all: as for a random draw, and unlike listing order."""
     random_sizes = np.random.default_rng(1)
     labels = np.repeat(np.arange(100), 300)
-    size = random_sizes.integers(1000, 2000, len(labels)) + 10 * labels  # classes differ in size, as in nature
-    hashes = np.array([hash_of(f"n{label:08d}/n{label:08d}_{number}") for number, label in enumerate(labels)], np.uint64)
+    size = random_sizes.integers(1000, 2000, len(labels)) + 10 * labels  # classes differ in size
+    hashes = hash_keys([f"n{label:08d}/n{label:08d}_{number}" for number, label in enumerate(labels)])
 
-    def far_off(order: np.ndarray) -> list[bool]:
-        found = []
+    def find_biased_prefixes(order: np.ndarray) -> list[bool]:
+        biased = []
         shards = cut_shards(size[order].astype(float), 1_000_000)
         for count in (1, 2, 5, 10, 20):
             drawn = order[: shards[count - 1][1]]
             expected = len(drawn) / 100
-            # Drawn without replacement: the variance is smaller by the share that is left.
+            # Drawn without replacement, so the variance is smaller by the remaining share.
             chi_square = ((np.bincount(labels[drawn], minlength=100) - expected) ** 2 / expected).sum() / (1 - len(drawn) / len(labels))
             mean_error = (size[drawn].mean() - size.mean()) / (size.std() / np.sqrt(len(drawn)))
-            found.append(not (50 < chi_square < 160 and abs(mean_error) < 3.5))  # 99 degrees of freedom: 0.1 % at 52 and at 148
-        return found
+            biased.append(not (50 < chi_square < 160 and abs(mean_error) < 3.5))  # 99 degrees of freedom: 0.1 % at 52 and at 148
+        return biased
 
     for seed in range(5):
-        assert not any(far_off(draw_order(hashes, seed)[0]))
-    assert all(far_off(np.arange(len(labels))))
-    assert all(far_off(np.lexsort((draw_order(hashes, 0)[0], labels % 10))))  # shuffled, but not over all classes
-
-
-def hash_of(text: str) -> int:
-    return xxhash.xxh3_64_intdigest(text.encode())
+        assert not any(find_biased_prefixes(draw_order(hashes, seed)[0]))
+    assert all(find_biased_prefixes(np.arange(len(labels))))
+    assert all(find_biased_prefixes(np.lexsort((draw_order(hashes, 0)[0], labels % 10)))), "shuffled, but not over all classes"
 
 
 def test_cuts_are_even_and_lose_nothing() -> None:
@@ -52,9 +52,9 @@ def test_cuts_are_even_and_lose_nothing() -> None:
     assert cut_shards(np.zeros(0), 100) == []
 
 
-def test_holdout_of_small_classes_and_large_sets() -> None:
+def test_holdout_of_small_and_large_classes() -> None:
     labels = np.repeat(np.arange(4), [1, 2, 5, 1000])
-    hashes = np.array([hash_of(f"{label}/{number}") for number, label in enumerate(labels)], np.uint64)
+    hashes = hash_keys([f"{label}/{number}" for number, label in enumerate(labels)])
     order = np.random.default_rng(0).permutation(len(labels))
     held = draw_holdout(labels, hashes, 3, seed=0)
     assert np.bincount(labels[held], minlength=4).tolist() == [0, 1, 2, 3], "never more than half of a class"

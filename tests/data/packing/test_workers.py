@@ -1,3 +1,5 @@
+"""Worker processes: results in order, and none survives an error, a kill or its parent."""
+
 import os
 import signal
 import subprocess
@@ -5,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.packing.workers import start_workers
@@ -17,9 +20,7 @@ def square(number: int) -> int:
     return number * number
 
 
-def threads_that_numpy_starts(number: int) -> int:
-    import numpy as np
-
+def count_threads(number: int) -> int:
     np.ones((300, 300)) @ np.ones((300, 300))
     return len(os.listdir("/proc/self/task"))
 
@@ -28,39 +29,51 @@ def has_imported_colorsys(number: int) -> bool:
     return "colorsys" in sys.modules
 
 
-def fails_at_three(number: int) -> int:
+def fail_at_three(number: int) -> int:
     if number == 3:
         raise OSError(28, "No space left on device", "somewhere")
     return number
 
 
-def dies_at_three(number: int) -> int:
+def die_at_three(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return number
 
 
-def sleeps(seconds: float) -> None:
+def sleep(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def children() -> set[str]:
-    """Processes that spawn has started here, and that have not ended."""
+def list_children() -> set[str]:
     return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
 
+def list_session(leader: int) -> list[int]:
+    """Returns the running processes of a session."""
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # the process has ended
+            continue
+        if int(session) == leader and state != "Z":
+            processes.append(int(path.parent.name))
+    return processes
+
+
 @pytest.mark.parametrize("count", [1, 3])
-def test_results_come_in_order(count: int) -> None:
+def test_results_are_in_order(count: int) -> None:
     with start_workers(count) as run:
         assert list(run(square, range(20))) == [number * number for number in range(20)]
         assert list(run(square, [])) == []
 
 
-def test_a_worker_has_one_thread_for_numpy_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # as a Slurm job may have it
+def test_numpy_has_one_thread_in_a_worker_and_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # as in a Slurm job
     environment = dict(os.environ)
     with start_workers(2) as run:
-        assert set(run(threads_that_numpy_starts, range(4))) == {2}  # its own, and the one that watches the parent
+        assert set(run(count_threads, range(4))) == {2}  # the main thread and the one that watches the parent
     assert dict(os.environ) == environment
 
 
@@ -77,29 +90,29 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "message"), [(fails_at_three, OSError, "No space left"), (dies_at_three, ValueError, "killed")]
+    ("function", "error", "message"), [(fail_at_three, OSError, "No space left"), (die_at_three, ValueError, "killed")]
 )
 def test_an_error_or_a_killed_worker_ends_all(function: object, error: type[Exception], message: str) -> None:
-    before = children()
+    before = list_children()
     with pytest.raises(error, match=message) as raised, start_workers(2) as run:
         list(run(function, range(1000)))
     assert error is not OSError or raised.value.errno == 28  # type: ignore[attr-defined]
-    assert len(children() - before) <= 2  # the resource tracker and the fork server stay
+    assert len(list_children() - before) <= 2, "the resource tracker and the fork server stay"
 
 
-def test_workers_that_are_busy_are_ended_at_once() -> None:
+def test_busy_workers_are_ended_at_once() -> None:
     with start_workers(2) as run:
-        next(run(sleeps, [0, 30, 30]))
+        next(run(sleep, [0, 30, 30]))
         began = time.monotonic()
     assert time.monotonic() - began < 10
 
 
 PARENT = """
 from data.packing.workers import start_workers
-from tests.data.packing.test_workers import sleeps
+from tests.data.packing.test_workers import sleep
 if __name__ == "__main__":
     with start_workers(2) as run:
-        results = run(sleeps, [0, 0, 60, 60])
+        results = run(sleep, [0, 0, 60, 60])
         next(results), next(results)
         print("ready", flush=True)
         list(results)
@@ -115,26 +128,13 @@ def test_no_worker_outlives_its_parent(tmp_path: Path, number: signal.Signals) -
     )
     assert parent.stdout is not None
     parent.stdout.readline()
-    assert len(in_session(parent.pid)) >= 3
+    assert len(list_session(parent.pid)) >= 3
     if number == signal.SIGINT:
         os.killpg(parent.pid, number)  # as a terminal sends Ctrl-C
     else:
         parent.send_signal(number)
     assert parent.wait(timeout=20) != 0
     deadline = time.monotonic() + 10
-    while left := in_session(parent.pid):
-        assert time.monotonic() < deadline, left
+    while remaining := list_session(parent.pid):
+        assert time.monotonic() < deadline, remaining
         time.sleep(0.05)
-
-
-def in_session(leader: int) -> list[int]:
-    """Processes that run in a session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # it ended meanwhile
-            continue
-        if int(session) == leader and state != "Z":
-            found.append(int(path.parent.name))
-    return found
