@@ -26,8 +26,8 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 def start_workers(count: int, preload: Sequence[str] = ()) -> Iterator[Run]:
     """Yields a `map` that runs in `count` processes, or, for 1, in this process.
 
-    The modules in `preload` are imported once, in the process from which the workers are forked.
-    An error that the mapped function raises is raised to the caller. Leaving the context ends all workers at once.
+    The workers are forked from a server process that imports the modules in `preload` once. An error that the mapped function
+    raises is raised to the caller. Leaving the context ends all workers at once.
 
     Raises:
         ValueError: if a worker was killed.
