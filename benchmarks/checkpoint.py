@@ -1,24 +1,22 @@
-"""What a save costs: training's wait beside a plain copy of the same bytes, the background write beside a plain sequential write of them.
+"""Cost of saving a checkpoint: the blocking of training beside a plain copy, the background write beside a plain sequential write.
 
     python -m benchmarks.checkpoint [--model van_b6] [--rounds 8] [--folder FOLDER]
 
-One rank, ZeRO-1, fp32 weights and both moments, on the CPU; FOLDER (default: a temporary one) decides which disk is measured. The
-ways run in turn, each ends with its bytes synced to the disk, and every file is removed again. A round's ratio compares what ran one
-after the other; the medians of the rounds count. The result goes to benchmarks/results/checkpoint.json.
+One rank, ZeRO-1, fp32 weights and both moments, on the CPU; FOLDER (default: a temporary one) selects the disk. The three measurements
+take turns, each write is synced to the disk, and every file is removed again. A round's ratios compare measurements that followed each
+other. The medians over the rounds count.
 """
 
-import argparse
 import os
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.common.results import record_result
+from benchmarks.harness import command_line, in_turns, parser, report, seconds
 from launch.__main__ import free_port
 from pretrain import checkpoint
 from pretrain import config as settings
@@ -28,12 +26,12 @@ from pretrain.engine.engine import build_engine
 from pretrain.model.build import build_model
 from pretrain.run.metrics import RunLog
 
-RESULT = Path(__file__).parent / "results" / "checkpoint.json"
+MODULE = "benchmarks.checkpoint"
 BLOCK = 8 << 20
 
 
-class Records(RunLog):
-    """Keeps the last record."""
+class LastRecord(RunLog):
+    """A run's log that keeps the last record only."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -43,31 +41,27 @@ class Records(RunLog):
         self.last = {"kind": kind, **values}
 
 
-def plain_copy(source: torch.Tensor, target: torch.Tensor) -> float:
-    began = time.monotonic()
-    target.copy_(source)
-    return time.monotonic() - began
-
-
 def plain_write(path: Path, content: torch.Tensor) -> float:
-    """Seconds of writing one file, block after block, and syncing it."""
-    os.sync()
+    """Writes and syncs one file block by block; returns the seconds."""
     view = content.numpy().data
-    began = time.monotonic()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-    for start in range(0, len(view), BLOCK):
-        os.write(descriptor, view[start : start + BLOCK])
-    os.fsync(descriptor)
-    os.close(descriptor)
-    seconds = time.monotonic() - began
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, len(view), BLOCK):
+                file.write(view[start : start + BLOCK])
+            os.fsync(file.fileno())
+
+    os.sync()
+    duration = seconds(write)
     path.unlink()
-    return seconds
+    return duration
 
 
-def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(model_name: str, folder: Path, rounds: int) -> tuple[int, list[dict[str, float]]]:
+    """Returns the size of a checkpoint in bytes, and a row for each round."""
     config = settings.from_dict(
         {
-            "name": "bench", "global_batch": 2, "epochs": 1.0, "model": {"name": name, "classes": 21841}, "data": {"train": "unused"},
+            "name": "bench", "global_batch": 2, "epochs": 1.0, "model": {"name": model_name, "classes": 21841}, "data": {"train": "unused"},
             "optim": {"lr": 1e-3}, "engine": {"micro_batch": 2, "device": "cpu"},
         }
     )  # fmt: skip
@@ -75,61 +69,49 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     distributed.start(config.engine)
     model = build_model(config)
     engine = build_engine(config, model, 1)
-    log = Records()
+    log = LastRecord()
     lock = checkpoint.hold(folder / "run", log.line)
     stats = BatchStats(model, 0.0)
-    retention = checkpoint.Retention(1)
-    checkpoints = checkpoint.Checkpoints(folder / "run" / "checkpoints", engine, stats, retention=retention, lock=lock, log=log)
-    source = torch.empty(checkpoints.bytes, dtype=torch.uint8).random_()
+    saved = folder / "run" / "checkpoints"
+    checkpoints = checkpoint.Checkpoints(saved, engine, stats, retention=checkpoint.Retention(1), lock=lock, log=log)
+    size = checkpoints.bytes
+    source = torch.empty(size, dtype=torch.uint8).random_()
     target = torch.empty_like(source).fill_(0)
 
-    def save(step: int) -> dict[str, Any]:
-        os.sync()
-        checkpoints.save({"step": step, "identity": {}, "evaluation": None})
-        checkpoints.close()
-        shutil.rmtree(folder / "run" / "checkpoints" / f"step-{step:09d}")
-        return log.last
+    def copy() -> dict[str, float]:
+        return {"plain_copy_s": seconds(lambda: target.copy_(source))}
 
-    rows: list[dict[str, float]] = []
-    for turn in range(rounds + 1):
-        copy_s = plain_copy(source, target)
-        # By turns first, so that neither always meets what the other has left the disk to do.
-        if turn % 2:
-            write_s = plain_write(folder / "plain", source)
-            saved = save(turn)
-        else:
-            saved = save(turn)
-            write_s = plain_write(folder / "plain", source)
-        if turn == 0:  # the first warms up
-            continue
-        rows.append(
-            {
-                "plain_copy_s": round(copy_s, 3), "blocked_s": round(saved["blocked_s"], 3),
-                "plain_write_mb_per_s": round(checkpoints.bytes / 1e6 / write_s), "save_mb_per_s": round(saved["mb_per_s"]),
-                "blocked_to_copy": round(saved["blocked_s"] / copy_s, 2),
-                "save_to_plain_write": round(saved["mb_per_s"] * 1e6 * write_s / checkpoints.bytes, 2),
-            }
-        )  # fmt: skip
-        print(*(f"{key} {value}" for key, value in rows[-1].items()), sep="   ", flush=True)
+    def write() -> dict[str, float]:
+        return {"plain_write_mb_per_s": size / 1e6 / plain_write(folder / "plain", source)}
+
+    def save() -> dict[str, float]:
+        os.sync()
+        checkpoints.save({"step": 1, "identity": {}, "evaluation": None})
+        checkpoints.close()
+        shutil.rmtree(saved / "step-000000001")
+        return {"blocked_s": log.last["blocked_s"], "save_mb_per_s": log.last["mb_per_s"]}
+
+    results = in_turns({"copy": copy, "save": save, "write": write}, rounds, warm_up=True)
     lock.release()
     distributed.stop()
-    medians = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
-    print("medians:", *(f"{key} {value}" for key, value in medians.items()), sep="   ")
-    return {"state_mb": round(checkpoints.bytes / 1e6), "medians": medians, "rows": rows}
+    rows = [copied | saving | writing for copied, saving, writing in zip(*results.values(), strict=True)]
+    for row in rows:
+        row["blocked_to_copy"] = row["blocked_s"] / row["plain_copy_s"]
+        row["save_to_plain_write"] = row["save_mb_per_s"] / row["plain_write_mb_per_s"]
+    return size, rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", default="van_b6")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure")
-    args = parser.parse_args()
+    options = parser(MODULE, __doc__)
+    options.add_argument("--model", default="van_b6")
+    options.add_argument("--rounds", type=int, default=8)
+    options.add_argument("--folder", type=Path, help="on the disk to measure")
+    args = options.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        result = measure(args.model, Path(folder), args.rounds)
-    where = f" --folder {args.folder}" if args.folder else ""
-    record_result(
-        RESULT, f"python -m benchmarks.checkpoint --model {args.model} --rounds {args.rounds}{where}", ["torch", "deepspeed"], **result
-    )
+        size, rows = measure(args.model, Path(folder), args.rounds)
+    medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    command = command_line(MODULE, {"model": args.model, "rounds": args.rounds, "folder": args.folder})
+    report(args.out / "checkpoint.json", command, ["torch", "deepspeed"], state_mb=round(size / 1e6), rows=rows, medians=[medians])
 
 
 if __name__ == "__main__":

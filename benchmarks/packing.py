@@ -1,14 +1,12 @@
-"""Packing beside plain tar of the same files and beside decoding alone; and what a plan for ImageNet-22K takes.
+"""Packing speed beside plain tar of the same files and beside decoding alone; time and memory of a plan for ImageNet-22K.
 
     python -m benchmarks.packing [--images 2000] [--rounds 3]
-    python -m benchmarks.packing --simulate                        the plan for 14,197,122 drawn names, without files
+    python -m benchmarks.packing --simulate                        # a plan for 14,197,122 generated names, without files
 
-The ways run in turn, on the same files in the page cache, and each ends with its output synced to disk; times are the smallest of
-several rounds, and what counts is their ratio. CPU time is less moved by what else the machine does. The result goes to
-benchmarks/results/packing.json.
+The cases take turns on the same files in the page cache, and each ends with its output synced to disk. The shortest time over the rounds
+counts, and the ratios matter most. CPU time depends less on other load of the machine.
 """
 
-import argparse
 import io
 import os
 import resource
@@ -27,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 import data.packing.plan
+from benchmarks.harness import command_line, in_turns, parser, report, seconds
 from data.common.files import sync
-from data.common.results import record_result
 from data.packing.images import ImageRules, convert_image
 from data.packing.pack import pack
 from data.packing.plan import Settings, open_plan, write_plan
@@ -36,22 +34,23 @@ from data.packing.sources import Container, Listing, Source, encode_key, make_li
 from data.packing.workers import start_workers
 from data.synthetic.drawings import PATTERNS, draw_pattern
 
-RESULT = Path(__file__).parent / "results" / "packing.json"
+MODULE = "benchmarks.packing"
 CLASSES, FILES = 21_841, 14_197_122  # ImageNet-22K
 
 
-def draw_source(folder: Path, count: int) -> None:
-    """JPEGs of 500 x 375 pixels and about 60 kB in 20 class folders; 40 pictures repeat."""
+def draw_source(folder: Path, count: int) -> list[Path]:
+    """Draws JPEGs of 500 x 375 pixels and about 60 kB in 20 class folders; 40 pictures repeat."""
     random = np.random.default_rng(0)
-    pictures = []
+    pictures, paths = [], []
     for pattern in list(PATTERNS.values()) * 4:
         out = io.BytesIO()
         draw_pattern(pattern, random).convert("RGB").resize((500, 375), Image.Resampling.BICUBIC).save(out, "JPEG", quality=96)
         pictures.append(out.getvalue())
     for number in range(count):
-        path = folder / f"n{number % 20:08d}" / f"{number}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pictures[number % len(pictures)])
+        paths.append(folder / f"n{number % 20:08d}" / f"{number}.JPEG")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        paths[-1].write_bytes(pictures[number % len(pictures)])
+    return paths
 
 
 def decode(paths: list[Path]) -> None:
@@ -59,69 +58,65 @@ def decode(paths: list[Path]) -> None:
         convert_image(path.read_bytes(), ImageRules())
 
 
-def compare(count: int, rounds: int) -> dict[str, Any]:
+def cpu_seconds() -> float:
+    """Returns the CPU time of this process and of its children that have ended."""
+    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+
+
+def compare(count: int, rounds: int) -> list[dict[str, Any]]:
+    """Returns a row for tar, and rows for decoding and packing in one process and in one for each core."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        draw_source(folder / "source", count)
-        paths = sorted((folder / "source").rglob("*.JPEG"))
+        paths = draw_source(folder / "source", count)
+        total = sum(path.stat().st_size for path in paths)
 
         def tar() -> None:
             subprocess.run(["tar", "cf", folder / "out.tar", "-C", folder, "source"], check=True)
             sync(folder / "out.tar")
 
-        def decode_in(processes: int) -> None:
+        def decode_only(processes: int) -> None:
             with start_workers(processes) as run:
                 list(run(decode, [paths[start : start + 50] for start in range(0, count, 50)]))
 
-        def pack_in(processes: int) -> None:
+        def pack_source(processes: int) -> None:
             # Shards so small that all processes have work to the end, as they have with ImageNet's thousands of shards.
-            settings = Settings(name="out", shard_bytes=sum(path.stat().st_size for path in paths) // 16)
-            pack(folder / "source", folder / "out", settings, workers=processes)
+            pack(folder / "source", folder / "out", Settings(name="out", shard_bytes=total // 16), workers=processes)
 
-        ways: dict[str, Callable[[], None]] = {"tar": tar}
+        def timed(run: Callable[[], None]) -> tuple[float, float]:
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            (folder / "out.tar").unlink(missing_ok=True)
+            used = cpu_seconds()
+            return seconds(run), cpu_seconds() - used
+
+        cases: dict[str, Callable[[], None]] = {"tar": tar}
         for processes in sorted({1, os.cpu_count() or 1}):
-            ways[f"decode only, processes: {processes}"] = partial(decode_in, processes)
-            ways[f"pack, processes: {processes}"] = partial(pack_in, processes)
-        seconds: dict[str, float] = {}
-        cpu: dict[str, float] = {}
-        for _ in range(rounds):
-            for way, function in ways.items():
-                shutil.rmtree(folder / "out", ignore_errors=True)
-                (folder / "out.tar").unlink(missing_ok=True)
-                began, used = time.perf_counter(), cpu_seconds()
-                function()
-                seconds[way] = min(seconds.get(way, float("inf")), time.perf_counter() - began)
-                cpu[way] = min(cpu.get(way, float("inf")), cpu_seconds() - used)
-        total = sum(path.stat().st_size for path in paths)
-    rows = []
-    for way in ways:
-        rows.append({"way": way, "images_a_second": round(count / seconds[way]), "cpu_ms_an_image": round(1000 * cpu[way] / count, 3)})
-        if way.startswith("pack"):
-            decoding = way.replace("pack", "decode only")
+            cases[f"decode only, processes: {processes}"] = partial(decode_only, processes)
+            cases[f"pack, processes: {processes}"] = partial(pack_source, processes)
+        times = in_turns({name: partial(timed, run) for name, run in cases.items()}, rounds)
+    wall, cpu = ({name: min(pair[kind] for pair in pairs) for name, pairs in times.items()} for kind in (0, 1))
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        rows.append({"case": case, "images_per_s": count / wall[case], "cpu_ms_per_image": 1000 * cpu[case] / count})
+        if case.startswith("pack"):
+            decoding = case.replace("pack", "decode only")
             rows[-1] |= {
-                "speed_to_tar": round(seconds["tar"] / seconds[way], 3),
-                "speed_to_decode_only": round(seconds[decoding] / seconds[way], 2),
-                "cpu_to_decode_only": round(cpu[way] / cpu[decoding], 2),
+                "speed_to_tar": wall["tar"] / wall[case],
+                "speed_to_decode_only": wall[decoding] / wall[case],
+                "cpu_to_decode_only": cpu[case] / cpu[decoding],
             }
-        print(*(f"{name} {value}" for name, value in rows[-1].items()), sep="   ")
-    return {"images": count, "mean_bytes": total // count, "rows": rows}
-
-
-def cpu_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
-    return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return rows
 
 
 @dataclass(frozen=True)
-class Drawn(Source):
-    """A source of names alone."""
+class GeneratedNames(Source):
+    """A source of names without files."""
 
     def make_lister(self, *, shard_in_key: bool = False) -> Callable[[Container], Listing]:
-        return drawn_part
+        return generated_part
 
 
-def drawn_part(container: Container) -> Listing:
-    """Names as in ImageNet-22K's class tars, with the work that is done for each of them."""
+def generated_part(container: Container) -> Listing:
+    """Lists names as in ImageNet-22K's class tars, at the cost of listing a real tar's members."""
     label = int(container.class_name[1:])
     count = FILES // CLASSES + (label < FILES % CLASSES)
     names = [f"{container.class_name}_{number}.JPEG" for number in range(count)]
@@ -131,85 +126,83 @@ def drawn_part(container: Container) -> Listing:
     return make_listing(container, files, keys, [container.class_name] * count)
 
 
-class Memory:
-    """The largest private memory of this process, sampled, in MB."""
+class PeakMemory:
+    """Context that samples the private memory of this process; `mb` is its peak."""
 
     def __init__(self) -> None:
-        self.most, self.ended = 0, threading.Event()
-        self.thread = threading.Thread(target=self._watch)
+        self.mb, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
 
     def _watch(self) -> None:
-        while not self.ended.wait(0.02):
-            self.most = max(self.most, private_memory())
+        while not self._ended.wait(0.02):
+            self.mb = max(self.mb, private_mb())
 
-    def __enter__(self) -> "Memory":
-        self.thread.start()
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.ended.set()
-        self.thread.join()
+        self._ended.set()
+        self._thread.join()
 
 
-def private_memory() -> int:
+def private_mb() -> int:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["RssAnon"].split()[0]) // 1000
 
 
-def simulate() -> dict[str, Any]:
-    """Time and memory of a plan; what a worker's part in it takes."""
+def simulate() -> list[dict[str, Any]]:
+    """Returns time and memory of a plan for ImageNet-22K, and of a worker that opens the plan."""
     classes = tuple(f"n{number:08d}" for number in range(CLASSES))
-    source = Drawn("class tars", Path("/nowhere"), tuple(Container(f"{name}.tar", name) for name in classes), classes)
-    data.packing.plan.measure_stored_share = lambda plan: 1.0  # there are no images to measure it on
-    listing, listed = data.packing.plan.write_listing, 0.0
+    source = GeneratedNames("class tars", Path("/nowhere"), tuple(Container(f"{name}.tar", name) for name in classes), classes)
+    data.packing.plan.measure_stored_share = lambda plan: 1.0  # there are no images to measure the share on
+    write_listing, listed = data.packing.plan.write_listing, 0.0
 
-    def timed(*arguments: Any, **options: Any) -> Any:
+    def timed_listing(*arguments: Any, **options: Any) -> Any:
         nonlocal listed
-        found = listing(*arguments, **options)
+        listing = write_listing(*arguments, **options)
         listed = time.perf_counter()
-        return found
+        return listing
 
-    data.packing.plan.write_listing = timed
-    before = private_memory()
+    data.packing.plan.write_listing = timed_listing
+    before = private_mb()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with Memory() as memory:
-            began = time.perf_counter()
+        with PeakMemory() as memory:
+            start = time.perf_counter()
             write_plan(folder, source, Settings(name="in22k", holdout=1), {}, map)
             planned = time.perf_counter()
         on_disk = sum(path.stat().st_size for path in folder.iterdir())
         open_plan.cache_clear()
-        private = private_memory()
-        began_open = time.perf_counter()
+        private = private_mb()
+        opening = time.perf_counter()
         plan = open_plan(folder)
         shard = plan.shards[2000]
         for entry in plan.order[shard.start : shard.stop].tolist():
             plan.read_key(entry), plan.read_name(entry), plan.read_label(entry)
         opened = time.perf_counter()
-        result = {
+        figures = {
             "files": len(plan),
             "shards": len(plan.shards),
-            "listing_seconds_in_one_process": round(listed - began, 1),
-            "order_and_shards_seconds": round(planned - listed, 1),
-            "private_mb": memory.most - before,
-            "plan_mb": on_disk // 10**6,
-            "opening_and_a_shard_s_rows_seconds": round(opened - began_open, 2),
-            "worker_private_mb": max(0, private_memory() - private),
+            "seconds of listing in one process": listed - start,
+            "seconds for order and shards": planned - listed,
+            "private MB at most": memory.mb - before,
+            "MB of the plan on disk": on_disk / 1e6,
+            "seconds to open the plan and read a shard's rows": opened - opening,
+            "private MB of a worker": max(0, private_mb() - private),
         }
-    for what, value in result.items():
-        print(f"{what:36} {value}")
-    return result
+    return [{"figure": figure, "value": value} for figure, value in figures.items()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--simulate", action="store_true")
-    args = parser.parse_args()
-    command = "python -m benchmarks.packing" + (" --simulate" if args.simulate else f" --images {args.images}")
-    result = simulate() if args.simulate else compare(args.images, args.rounds)
-    record_result(RESULT, command, ["numpy", "pillow", "simplejpeg"], **result)
+    options = parser(MODULE, __doc__)
+    options.add_argument("--images", type=int, default=2000)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--simulate", action="store_true")
+    args = options.parse_args()
+    command = command_line(MODULE, {"simulate": True} if args.simulate else {"images": args.images, "rounds": args.rounds})
+    rows = simulate() if args.simulate else compare(args.images, args.rounds)
+    report(args.out / "packing.json", command, ["numpy", "pillow", "simplejpeg"], rows=rows)
 
 
 if __name__ == "__main__":

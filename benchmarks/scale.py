@@ -1,18 +1,17 @@
-"""How long VAN-B3 to B6 would take to pretrain on 8 to 512 GPUs, by arithmetic: nothing here is measured.
+"""Estimated pretraining time of VAN-B3 to B6 on 8 to 512 GPUs: arithmetic only, nothing is measured.
 
-    python -m benchmarks.scale          # tables for docs/performance.md, docs/scale.svg and benchmarks/results/scale.json
+    python -m benchmarks.scale [--stage 1]
 
-A step is its micro-steps, the reduction of gradients as far as the last micro-step's backward pass does not cover it, and what follows:
-norm, update, gathering of weights. What a micro-step computes takes as long as its images do at RATES, but no less than the host needs to
-launch its kernels. What ranks send is pretrain/monitor/traffic.py's; it goes over rings through all GPUs, of which the slowest link
-counts, and each collective takes its algorithm's hops besides. Data loading, evaluations and saves are not counted.
+The time of a step is the sum of its micro-steps, of the part of the gradient reduction that the last backward pass does not hide, and of
+what follows: norm, update, all-gather of the weights. A micro-step takes as long as its images take at RATES, but at least as long as the
+host needs to launch its kernels. pretrain/monitor/traffic.py gives the bytes that a rank sends. They travel over rings through all GPUs, so
+the slowest link counts, and each collective also takes the hops of its algorithm. Data loading, evaluation and checkpoints are not counted.
 """
 
 import argparse
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,37 +22,36 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.model.van  # noqa: F401  registers the models
+from benchmarks.harness import table
 from benchmarks.training import roofline
-from data.common.results import record_result
 from pretrain import config as settings
 from pretrain.engine.engine import bucket_size
 from pretrain.monitor.memory import activation_bytes, largest_that_fits
 from pretrain.monitor.traffic import FP32, communication
 
-ROOT = Path(__file__).parent.parent
-RESULT, PLOT = ROOT / "benchmarks" / "results" / "scale.json", ROOT / "docs" / "scale.svg"
+CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = ("van_b3", "van_b4", "van_b5", "van_b6")
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 IMAGES = 14_197_122  # of ImageNet-22K
-CUTS = ("eager", "fused")  # one kernel an operator, and all that could be fused is
+CUTS = ("eager", "fused")  # one kernel per operator; as few kernels as possible
 H200 = roofline.DEVICES["NVIDIA H200"]
 MEMORY = 141e9  # bytes of it (data sheet)
-# What kernels are assumed to get out of it: 85 % of its memory's rate, 70 % of large matrix products', 30 % of its fp32 lanes'.
+# Assumed for kernels: 85 % of the memory bandwidth, 70 % of the rate of large matrix products, 30 % of the fp32 peak.
 ATTAINED = roofline.Device(0.85 * H200.bytes_per_s, 0.7 * H200.tensor_flops, 0.3 * H200.core_flops)
-# Images a second at 224 px in either cut.
+# Images a second at 224 px in each cut.
 RATES = {name: [roofline.attainable(name, 224, cut, ATTAINED) for cut in (roofline.EAGER, roofline.FUSED)] for name in VARIANTS}
 NODE = 8  # GPUs
 NVLINK = 450e9  # bytes/s of a GPU in each direction (data sheet: 900 GB/s in both)
 NETWORKS = {"400 Gb/s a GPU": NODE * 50e9, "100 Gb/s a node": 12.5e9}  # bytes/s of a node in each direction
-# Assumptions, from no measurement of ours: the share of a link that a collective gets, seconds for a hop, and to launch a kernel.
+# Assumed: the share of a link that a collective uses, seconds per hop, seconds per kernel launch.
 SHARE, HOP, LAUNCH = 0.8, 5e-6, 5e-6
 BACKWARD = 2 / 3  # of a micro-step
-UPDATE = 8 * FP32  # bytes that the norm and AdamW move for a weight: its gradient twice, weight and moments in and out
+UPDATE = 8 * FP32  # bytes that the norm and AdamW move per weight: the gradient twice, weight and moments in and out
 
 
 @dataclass(frozen=True)
 class Job:
-    """A variant's recipe. `launches`: kernels of a micro-step, by cut; `sample`: bytes that an image keeps for the backward pass."""
+    """Recipe of a model. `launches`: kernels per micro-step, by cut. `sample`: bytes of an image's activations."""
 
     name: str
     parameters: list[int]
@@ -71,8 +69,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """Of one optimizer step. Times in s: `compute` of all micro-steps, `reduction` of gradients, of which `exposed` is beside no
-    computation, `gather` of weights, `update`."""
+    """Times of one optimizer step in seconds. `compute`: all micro-steps. `reduction`: gradients, of which `exposed` is not hidden by
+    computation. `gather`: weights."""
 
     gpus: int
     micro_batch: int
@@ -87,35 +85,35 @@ class Step:
 
 
 class _Operators(TorchDispatchMode):
-    """Counts operators that compute something."""
+    """Counts the operators that launch a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name.removeprefix("aten::")
         if not function.is_view and "::" not in name and "empty" not in name and name != "as_strided_":
-            self.found[name] += 1
+            self.counts[name] += 1
         return function(*args, **(kwargs or {}))
 
 
 def launches(model: nn.Module) -> dict[str, int]:
-    """Kernels of a micro-step, on the meta device.
+    """Returns the kernels of a micro-step, counted on the meta device.
 
-    eager: an operator each; a convolution's gradients are three, and under autocast its weight and bias are cast, and their gradients back.
-    fused: three for each convolution (forward, gradients of input and weight) and two for each norm.
+    eager: one per operator. A convolution has three gradients, and autocast casts its weight and bias, and their gradients back.
+    fused: three per convolution (forward, gradients of input and weight) and two per normalization.
     """
     with _Operators() as operators:
         logits = model(torch.empty(2, 3, 64, 64, device="meta"))
         F.cross_entropy(logits, torch.zeros(2, dtype=torch.long, device="meta")).backward()
-    convolutions, norms = operators.found["convolution"], operators.found["native_batch_norm"]
-    return {"eager": operators.found.total() + 6 * convolutions, "fused": 3 * convolutions + 2 * norms}
+    convolutions, norms = operators.counts["convolution"], operators.counts["native_batch_norm"]
+    return {"eager": operators.counts.total() + 6 * convolutions, "fused": 3 * convolutions + 2 * norms}
 
 
 def job(name: str) -> Job:
-    """By configs/NAME_in22k.yaml."""
-    config = settings.load(ROOT / "configs" / f"{name}_in22k.yaml", unused=("data.train", "data.val"))
+    """Returns the recipe of configs/NAME_in22k.yaml."""
+    config = settings.load(CONFIGS / f"{name}_in22k.yaml", unused=("data.train", "data.val"))
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=config.model.classes, drop_path_rate=config.model.drop_path)
     return Job(
@@ -131,11 +129,12 @@ def job(name: str) -> Job:
 
 
 def largest_micro_batch(job: Job, gpus: int) -> int:
-    """That divides the global batch over the GPUs and fits into their memory beside weights, moments and gradients, activations taken to be
-    in fp32, which is more than they take under autocast.
+    """Returns the largest micro-batch that divides a GPU's share of the global batch and fits beside weights, moments and gradients.
+
+    Activations count as fp32, which is more than they take under autocast.
 
     Raises:
-        ValueError: there is none.
+        ValueError: one image does not fit.
     """
     share = job.global_batch // gpus
     fits = largest_that_fits(4 * FP32 * job.size, job.sample, int(MEMORY), [size for size in range(1, share + 1) if share % size == 0])
@@ -145,17 +144,17 @@ def largest_micro_batch(job: Job, gpus: int) -> int:
 
 
 def transfer(sent: float, hops: int, gpus: int, network: float) -> float:
-    """Seconds for a collective in which each GPU sends so many bytes."""
+    """Returns the seconds of a collective in which each GPU sends `sent` bytes."""
     return sent / (SHARE * (NVLINK if gpus <= NODE else min(NVLINK, network))) + hops * HOP
 
 
 def hops(kind: str, gpus: int) -> int:
-    """From the first message to the last: up and down a tree for an all-reduce, around the ring for the others (NCCL's algorithms)."""
+    """Returns the hops of NCCL's algorithm: up and down a tree for an all-reduce, around the ring for the other collectives."""
     return 2 * math.ceil(math.log2(gpus)) if kind == "all-reduce" else gpus - 1
 
 
 def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
-    """Of ZeRO stage 0, 1 or 2."""
+    """Returns the times of a step in ZeRO stage 0, 1 or 2; `network` is the bytes/s of a node in each direction."""
     micro_batch = largest_micro_batch(job, gpus)
     accumulation = job.global_batch // gpus // micro_batch
     images, host = micro_batch / RATES[job.name][CUTS.index(cut)], job.launches[cut] * LAUNCH
@@ -174,64 +173,36 @@ def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
 
 
 def days(job: Job, step: Step) -> float:
-    """Of the whole recipe."""
+    """Returns the days of the whole recipe."""
     return job.epochs * IMAGES / job.global_batch * step.total / 86400
 
 
-def row(job: Job, step: Step, base: Step) -> list[str]:
-    efficiency, whole = base.total * base.gpus / (step.total * step.gpus), days(job, step)
-    ms = f"{step.total * 1e3:.0f}{'*' if step.launch_bound else ''}"
-    return [ms, f"{job.global_batch / step.total:,.0f}", f"{efficiency:.0%}", f"{whole:.2f}", f"{whole * 24 * step.gpus:,.0f}"]
-
-
-def table(jobs: Sequence[Job], network: float) -> list[str]:
-    """Markdown; both cuts beside each other."""
-    heads = [f"{cut} {head}" if head == "ms" else head for cut in CUTS for head in ("ms", "images/s", "efficiency", "days", "GPU-hours")]
-    lines = [f"| | GPUs | {' | '.join(heads)} |", "|---|" + "--:|" * (1 + len(heads))]
-    for one in jobs:
-        for gpus in GPUS:
-            cells = [cell for cut in CUTS for cell in row(one, step(one, gpus, network, cut), step(one, NODE, network, cut))]
-            lines.append(f"| {one.name.replace('van_b', 'B')} | {gpus} | {' | '.join(cells)} |")
-    return lines
-
-
-def plot(jobs: Sequence[Job]) -> None:
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for axis, (name, network) in zip(axes, NETWORKS.items(), strict=True):
-        for one, colour in zip(jobs, ("C0", "C1", "C2", "C3"), strict=True):
-            for cut, line in zip(CUTS, ("-", "--"), strict=True):
-                times = [step(one, gpus, network, cut).total * 1e3 for gpus in GPUS]
-                axis.loglog(GPUS, times, line, color=colour, label=f"VAN-{one.name[-2:].upper()}, {cut}", linewidth=1)
-        axis.set(title=f"NVLink, {name}", xlabel="GPUs", xticks=GPUS, xticklabels=GPUS)
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ms a step, on paper")
-    axes[1].legend(fontsize=7, loc="upper right", ncols=2)
-    figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None})
+def row(job: Job, gpus: int, network: float, cut: str, stage: int) -> dict[str, Any]:
+    """Returns a line of the table; efficiency is relative to one node, `*` marks launch-bound steps."""
+    one, base = step(job, gpus, network, cut, stage), step(job, NODE, network, cut, stage)
+    total_days = days(job, one)
+    return {
+        "model": job.name.replace("van_b", "B"),
+        "GPUs": gpus,
+        "cut": cut,
+        "ms": f"{one.total * 1e3:.0f}{'*' if one.launch_bound else ''}",
+        "images/s": f"{job.global_batch / one.total:,.0f}",
+        "efficiency": f"{base.total * base.gpus / (one.total * gpus):.0%}",
+        "days": f"{total_days:.2f}",
+        "GPU-hours": f"{total_days * 24 * gpus:,.0f}",
+    }
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--stage", type=int, choices=(0, 1, 2), default=1, help="of ZeRO (%(default)s)")
+    stage = options.parse_args().stage
     jobs = [job(name) for name in VARIANTS]
     for one in jobs:
-        print(f"{one.name}: {one.size / 1e6:.1f} M parameters, launches {one.launches}, {one.sample / 1e9:.2f} GB an image at most")
-    rows = []
+        print(f"{one.name}: {one.size / 1e6:.1f} M parameters, launches {one.launches}, at most {one.sample / 1e9:.2f} GB per image")
     for name, network in NETWORKS.items():
         print(f"\n{name}\n")
-        print("\n".join(table(jobs, network)))
-        for one in jobs:
-            for cut in CUTS:
-                for stage in (0, 1, 2):
-                    found = [step(one, gpus, network, cut, stage) for gpus in GPUS]
-                    rows += [
-                        {"model": one.name, "network": name, "cut": cut, "stage": stage, **asdict(s), "days": days(one, s)} for s in found
-                    ]
-    about = [{"model": j.name, "parameters": j.size, "channels": j.channels, "launches": j.launches, "sample": j.sample} for j in jobs]
-    record_result(RESULT, "python -m benchmarks.scale", ["torch", "timm"], jobs=about, steps=rows)
-    plot(jobs)
+        print(table([row(one, gpus, network, cut, stage) for one in jobs for cut in CUTS for gpus in GPUS]))
 
 
 if __name__ == "__main__":

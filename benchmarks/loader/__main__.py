@@ -13,28 +13,27 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
+
+from benchmarks import harness
 from benchmarks.loader import rates
 from data.common.config_files import load
-from data.common.results import record_result
 from data.settings import JobData, invalid_data
 
-RESULTS = Path(__file__).parents[1] / "results"
+MODULE = "benchmarks.loader"
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    top.add_argument("config", type=Path, metavar="CONFIG")
-    top.add_argument("overrides", nargs="*", metavar="key=value")
-    compared = top.add_mutually_exclusive_group(required=True)
+    options = harness.parser(MODULE, __doc__)
+    options.add_argument("config", type=Path, metavar="CONFIG")
+    options.add_argument("overrides", nargs="*", metavar="key=value")
+    compared = options.add_mutually_exclusive_group(required=True)
     compared.add_argument("--against", choices=["timm"], help="compare with this loader")
     compared.add_argument("--gpu-sweep", action="store_true", help="vary the load of the GPU's JPEG decoder and the threads")
-    top.add_argument("--images", type=int, default=2048, help="timed of each way in a round (%(default)s)")
-    top.add_argument("--batch", type=int, help="images of a batch (the job's micro-batch)")
-    top.add_argument("--rounds", type=int, default=3, help="number of turns of each way (%(default)s)")
-    top.add_argument("--out", type=Path, metavar="FOLDER", default=RESULTS, help="for the result as JSON; default: benchmarks/results")
-    return top
+    options.add_argument("--images", type=int, default=2048, help="of each case in a round (%(default)s)")
+    options.add_argument("--batch", type=int, help="images of a batch (the job's micro-batch)")
+    options.add_argument("--rounds", type=int, default=3, help="turns of each case (%(default)s)")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,20 +48,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measures the job of args.config, prints the table and records the result.
+    """Measures the job of args.config, prints the table and stores the result.
 
     Raises:
         ValueError: the settings are wrong, the dataset lies at a URL, or --gpu-sweep has no GPU.
     """
     job = load(JobData, args.config, args.overrides, invalid_data, sections=["data"])
     batch = args.batch or job.engine.micro_batch
-    compare = rates.gpu_sweep if args.gpu_sweep else rates.against_timm
+    compare = rates.gpu_sweep if args.gpu_sweep else rates.compare_with_timm
     measured = compare(job, images=args.images, batch=batch, rounds=args.rounds)
-    print(*rates.table(measured), sep="\n")
-    compared = ["--gpu-sweep"] if args.gpu_sweep else ["--against", args.against]
-    numbers = ["--images", str(args.images), "--batch", str(batch), "--rounds", str(args.rounds)]
-    command = shlex.join(["python", "-m", "benchmarks.loader", str(args.config), *compared, *numbers, *args.overrides])
-    record_result(args.out / "loader.json", command, rates.PACKAGES, **rates.as_result(measured, rates.job_device(job)))
+    given = {"gpu_sweep": args.gpu_sweep, "against": args.against, "images": args.images, "batch": batch, "rounds": args.rounds}
+    command = f"{harness.command_line(MODULE, given)} {shlex.join([str(args.config), *args.overrides])}"
+    device = rates.job_device(job)
+    facts = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch_threads": torch.get_num_threads()}
+    content = {"rows": rates.rows(measured), "ratios": rates.ratios(measured)}
+    harness.report(args.out / "loader.json", command, rates.PACKAGES, **facts, **content)
 
 
 if __name__ == "__main__":

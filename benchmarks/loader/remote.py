@@ -1,14 +1,12 @@
-"""An epoch from an S3 server on this machine beside the same epoch from a local folder: with the cache empty, and with it full.
+"""Speed of an epoch from an S3 server on this machine, with an empty and with a full cache, relative to the same epoch from a folder.
 
     python -m benchmarks.loader.remote [--images 9000] [--image-size 224]
 
-Measured twice: reading alone (order, augmentation parameters and bytes, as the training thread is given them) and with DALI's
-decoding. The server (moto) is a process of its own that shares this machine's cores, so an empty cache also pays for it. All
-ways take turns; times are the smallest of several rounds, and what counts is their ratio to the folder. The result goes to
-benchmarks/results/remote.json.
+Measured twice: reading alone (order, augmentation parameters and bytes, as the training thread gets them) and with DALI's decoding. The
+server (moto) is a process of its own that shares this machine's cores, so an epoch with an empty cache also pays for the server. The cases
+take turns. The shortest time over the rounds counts, and the ratios matter most.
 """
 
-import argparse
 import itertools
 import os
 import shutil
@@ -17,14 +15,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import torch
 
+from benchmarks.harness import command_line, in_turns, parser, report
 from data.common.placement import Placement
-from data.common.results import record_result
 from data.dataset.index import Index, open_index
 from data.dataset.shards import Sample, write_dataset
 from data.loader.loaders import TrainLoader
@@ -33,103 +34,92 @@ from data.settings import DataConfig
 from data.synthetic.drawings import PATTERNS
 from data.synthetic.synthesize import draw_images
 
-RESULT = Path(__file__).parents[1] / "results" / "remote.json"
+MODULE = "benchmarks.loader.remote"
 URL = "s3://bucket/train"
 ROUNDS = 3
 
 
-def dataset(folder: Path, count: int) -> Index:
-    """300 drawn images over and over, in shards of 4 MiB."""
+def write_images(folder: Path, count: int) -> Index:
+    """Writes 300 drawn images, repeated, to shards of 4 MiB."""
     folder.mkdir()
     drawn = itertools.cycle(list(draw_images(10, 300, 0, 0)))
     samples = (Sample(f"{number:09d}", *next(drawn)) for number in range(count))
     return write_dataset(folder, samples, list(PATTERNS), shard_bytes=4 << 20, name="train")
 
 
-def start_server() -> subprocess.Popen:
+@contextmanager
+def s3_server() -> Iterator[None]:
+    """Runs an S3 server and points this process's S3 clients to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "-",
-        "AWS_SECRET_ACCESS_KEY": "-",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ |= {"AWS_ACCESS_KEY_ID": "-", "AWS_SECRET_ACCESS_KEY": "-"}
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return server
-        except ConnectionRefusedError:
-            time.sleep(0.1)
+    try:
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def epoch(index: Index, image_size: int, cache_gb: float, decode: bool) -> tuple[float, float]:
-    """Seconds of an epoch in one process, and seconds that its reading threads waited for shards."""
+    """Returns the seconds of an epoch in one process, and the seconds that its reading threads waited for shards."""
     order = SampleOrder(index.shard_start, seed=0, global_batch=64, lanes=8, window=256)
     settings = DataConfig(image_size=image_size, decode_threads=1, read_threads=2, cache_gb=cache_gb)
-    device = torch.device("cpu")
-    began = time.perf_counter()
-    with TrainLoader(index, order, settings, Placement(device, micro_batch=64), end=order.steps_per_epoch) as loader:
+    start = time.perf_counter()
+    placement = Placement(torch.device("cpu"), micro_batch=64)
+    with TrainLoader(index, order, settings, placement, end=order.steps_per_epoch) as loader:
         for _ in loader if decode else range(order.steps_per_epoch):
             if not decode:
                 loader._feed()
                 loader._inside.clear()
-        return time.perf_counter() - began, loader.waited_for_shards_s
+        return time.perf_counter() - start, loader.waited_for_shards_s
+
+
+def measure(scratch: Path, count: int, image_size: int) -> list[dict[str, Any]]:
+    """Returns a row for each case, first reading alone, then with decoding."""
+    local = write_images(scratch / "train", count)
+    store = fsspec.filesystem("s3")
+    store.mkdir("bucket")
+    store.put(str(local.folder), "bucket/train", recursive=True)
+    cache, cache_gb = scratch / "cache", 2.2e-9 * int(local.shard_bytes.sum())
+
+    def from_s3(decode: bool, *, empty: bool) -> tuple[float, float]:
+        if empty:
+            shutil.rmtree(cache, ignore_errors=True)
+        return epoch(open_index(URL, str(cache)), image_size, cache_gb, decode)
+
+    rows = []
+    for decode in (False, True):
+        cases = {
+            "S3, empty cache": partial(from_s3, decode, empty=True),
+            "S3, full cache": partial(from_s3, decode, empty=False),
+            "folder": partial(epoch, local, image_size, cache_gb, decode),
+        }
+        fastest = {case: min(times) for case, times in in_turns(cases, ROUNDS).items()}
+        for case, (duration, waited) in fastest.items():
+            rates = {"images_per_s": count / duration, "to_folder": fastest["folder"][0] / duration, "waited_for_shards_s": waited}
+            rows.append({"epoch": "with decoding" if decode else "reading alone", "case": case, **rates})
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--images", type=int, default=9000)
-    parser.add_argument("--image-size", type=int, default=224)
-    args = parser.parse_args()
-    scratch = Path(tempfile.mkdtemp())
-    server = start_server()
-    rows = []
-    try:
-        local = dataset(scratch / "train", args.images)
-        store = fsspec.filesystem("s3")
-        store.mkdir("bucket")
-        store.put(str(local.folder), "bucket/train", recursive=True)
-        bytes_ = int(local.shard_bytes.sum())
-        cache_gb = 2.2 * bytes_ / 1e9
-
-        def empty(decode: bool) -> tuple[float, float]:
-            shutil.rmtree(scratch / "cache", ignore_errors=True)
-            return epoch(open_index(URL, str(scratch / "cache")), args.image_size, cache_gb, decode)
-
-        def full(decode: bool) -> tuple[float, float]:
-            return epoch(open_index(URL, str(scratch / "cache")), args.image_size, cache_gb, decode)
-
-        ways: dict[str, Callable[[bool], tuple[float, float]]] = {
-            "folder": lambda decode: epoch(local, args.image_size, cache_gb, decode),
-            "S3, empty cache": empty,
-            "S3, full cache": full,
-        }
-        print(f"{args.images} images, {len(local.shards)} shards, {bytes_ / 1e6:.0f} MB")
-        for decode in (False, True):
-            best = {name: min(result) for name, result in _in_turn(ways, decode).items()}
-            for name, (seconds, waited) in best.items():
-                ratio = best["folder"][0] / seconds
-                what = "with decoding" if decode else "reading alone"
-                rows.append({"what": what, "way": name, "images_per_s": round(args.images / seconds), "ratio": round(ratio, 2)})
-                print(f"{what:14} {name:16} {args.images / seconds:8.0f} images/s   {ratio:5.2f} of the folder's   waited {waited:.2f} s")
-    finally:
-        server.terminate()
-        server.wait()
-        shutil.rmtree(scratch)
-    command = f"python -m benchmarks.loader.remote --images {args.images} --image-size {args.image_size}"
-    record_result(RESULT, command, ["nvidia-dali-cuda130", "s3fs", "torch"], rows=rows)
-
-
-def _in_turn(ways: dict[str, Callable[[bool], tuple[float, float]]], decode: bool) -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            found[name].append(way(decode))
-    return found
+    options = parser(MODULE, __doc__)
+    options.add_argument("--images", type=int, default=9000)
+    options.add_argument("--image-size", type=int, default=224)
+    args = options.parse_args()
+    with tempfile.TemporaryDirectory() as scratch, s3_server():
+        rows = measure(Path(scratch), args.images, args.image_size)
+    command = command_line(MODULE, {"images": args.images, "image_size": args.image_size})
+    report(args.out / "remote.json", command, ["nvidia-dali-cuda130", "s3fs", "torch"], rows=rows)
 
 
 if __name__ == "__main__":

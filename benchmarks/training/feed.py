@@ -1,21 +1,19 @@
-"""Whether the loader keeps up: a job's step on what its loader brings, beside the same step on one batch repeated.
+"""Training speed of a job with its data loader, beside the same step on one batch repeated.
 
-Both take turns in stretches. The first steps of each stretch are not counted, as many as the loader makes ahead: what it had made before
-would come for nothing, and what it makes to fill up again would slow down the other.
+Both take turns. The first steps of each turn, as many as the loader prefetches, are not timed: batches prefetched before the turn would
+count as free, and filling up the queue again would slow down the turn on the repeated batch.
 """
 
 import itertools
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.training.layers import deciles
-from benchmarks.training.measure import wait_for
-from benchmarks.training.ways import engine_step
+from benchmarks.harness import in_turns, median_ratio, seconds, synchronize
+from benchmarks.training.step_cases import engine_step
 from data.augment.mixup import mix_pairs
 from data.common.placement import Placement
 from data.dataset.index import open_index
@@ -26,15 +24,20 @@ from pretrain.config import Config
 from pretrain.engine import distributed
 from pretrain.model.build import build_model
 
-KINDS = ("fed", "repeated")
 
+def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Measures a job's step on one rank, fed and repeated.
 
-def measure_feed(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
-    """Images a second of both, over `rounds` stretches of `steps` counted steps each, and the ratio of fed to repeated, which is the median
-    of the rounds'. A step is one micro-batch of the job, on one rank.
+    Args:
+        config: the job; a step is one micro-batch.
+        rounds: turns of each.
+        steps: timed in a turn.
+
+    Returns:
+        A row for each, with the images/s of every round; the fed one has the ratio of its rate to the other's.
 
     Raises:
-        ValueError: data.train has other classes than the model; or its numbers don't go together with the micro-batch.
+        ValueError: data.train has other classes than the model, or its settings conflict with the micro-batch.
     """
     index = open_index(config.data.train, config.data.cache)
     if len(index.classes) != config.model.classes:
@@ -44,33 +47,30 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     train = engine_step(config, build_model(config))
     device = distributed.rank_device(config.engine)
-    ahead = config.data.read_threads + 8  # read, and inside DALI
+    prefetched = config.data.read_threads + 8  # read, and inside DALI
 
-    def step(batch: Batch) -> None:
-        images, targets, share = batch.images, batch.labels[:, None], None
-        if batch.mix is not None:
-            images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
-        train(images, targets, share)
+    def run(batches: Iterator[Batch], count: int) -> None:
+        for batch in itertools.islice(batches, count):
+            images, targets, share = batch.images, batch.labels[:, None], None
+            if batch.mix is not None:
+                images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
+            train(images, targets, share)
+        synchronize(device)
 
-    def stretch(batches: Iterator[Batch]) -> float:
-        for _ in range(ahead):
-            step(next(batches))
-        wait_for(device)
-        began = time.perf_counter()
-        for _ in range(steps):
-            step(next(batches))
-        wait_for(device)
-        return steps * micro_batch / (time.perf_counter() - began)
+    def turn(name: str, batches: Iterator[Batch]) -> float:
+        run(batches, prefetched)
+        rate = steps * micro_batch / seconds(partial(run, batches, steps))
+        print(f"{name:9} {rate:9.2f} images/s", flush=True)
+        return rate
 
-    rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    end = 1 + rounds * (ahead + steps) + ahead  # the loader goes on to the last step that counts
+    end = 1 + rounds * (prefetched + steps) + prefetched  # the loader has work to the last timed step
     with TrainLoader(index, order, config.data, Placement(device, micro_batch), end=end) as loader:
         fed = iter(loader)
         first = next(fed)
         repeated = itertools.repeat(replace(first, images=first.images.clone()))
-        for number in range(rounds):
-            for kind in KINDS if number % 2 == 0 else reversed(KINDS):
-                rates[kind].append(stretch(fed if kind == "fed" else repeated))
-                print(f"round {number + 1} of {rounds}  {kind:9} {rates[kind][-1]:9.2f} images/s", flush=True)
-    ratio = statistics.median(a / b for a, b in zip(rates["fed"], rates["repeated"], strict=True))
-    return {"micro_batch": micro_batch, "fed_to_repeated": ratio, **{f"{kind}_images_per_s": deciles(rates[kind]) for kind in KINDS}}
+        rates = in_turns({"fed": partial(turn, "fed", fed), "repeated": partial(turn, "repeated", repeated)}, rounds)
+    ratio = median_ratio(rates["fed"], rates["repeated"])
+    return [
+        {"case": "fed", "micro_batch": micro_batch, "images_per_s": rates["fed"], "to_repeated": ratio},
+        {"case": "repeated", "micro_batch": micro_batch, "images_per_s": rates["repeated"]},
+    ]

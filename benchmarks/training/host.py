@@ -1,34 +1,31 @@
-"""What a training step asks of the host, without a GPU: kernels launched, waits, memory, and how long the host takes.
+"""Work of the host in a training step, without a GPU: launches, kernels, waits, memory, and the host's time.
 
     python -m benchmarks.training.host
 
-Whole steps of VAN-B3 at 224 px run on a GPU that computes nothing (benchmarks/training/idle_gpu), in turns: our model as
-`benchmarks.training` has it,
-and what a job runs (`engine_step`), in each ZeRO stage. PyTorch, DeepSpeed and Triton do all that they do with a real one, on which no
-step can be shorter. Times are of this machine's CPU; launches, kernels and waits hold for any. Results go to
-benchmarks/results/host.json.
+Runs whole steps of VAN-B3 at 224 px on a GPU that computes nothing (idle_gpu/): our model as in `benchmarks.training`, and a job's step
+in each ZeRO stage. PyTorch, DeepSpeed and Triton do all that they do with a real GPU, where no step can be shorter. Times are of this
+machine's CPU; launches, kernels and waits hold for any.
 """
 
-import argparse
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import command_line, in_turns, parser, report, seconds
 from benchmarks.training import idle_gpu
-from data.common.results import record_result
 
-RESULT = Path(__file__).parents[1] / "results" / "host.json"
+MODULE = "benchmarks.training.host"
 MODEL, IMAGE_SIZE = "van_b3", 224
-# What a job's settings have beside the defaults: `model` and `engine`. ZeRO-3 comes last: with it DeepSpeed puts another linear layer in
-# the place of torch's, for the whole process.
+# Settings of `model` and `engine` that differ from the defaults. ZeRO-3 is last, as DeepSpeed replaces torch's linear layer for the whole
+# process then.
 ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **{f"engine, ZeRO-{stage}": ({}, {"zero_stage": stage}) for stage in range(3)},
     "engine, kernels": ({"kernels": "triton"}, {}),
@@ -38,80 +35,77 @@ ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def steps(micro_batch: int) -> dict[str, Callable[[], Callable[[], object]]]:
-    """What makes a training step of each kind, on one batch over and over."""
+def step_builders(micro_batch: int) -> dict[str, Callable[[], Callable[[], object]]]:
+    """Returns functions that build the training step of each case, on one batch repeated."""
     import torch
 
-    from benchmarks.training.ways import Job, Way, engine_config, engine_step, new_model, ways
+    from benchmarks.training.step_cases import Case, Job, all_cases, engine_config, engine_step, new_model
 
     idle_gpu.trust()
     job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0), batch=micro_batch)
     images = torch.zeros(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=job.device)
 
-    def by_way(way: Way) -> Callable[[], object]:
-        return partial(way.build(job), images, labels)
+    def build_case(case: Case) -> Callable[[], object]:
+        return partial(case.build(job), images, labels)
 
-    def by_engine(model: dict[str, Any], engine: dict[str, Any]) -> Callable[[], object]:
+    def build_engine(model: dict[str, Any], engine: dict[str, Any]) -> Callable[[], object]:
         return partial(engine_step(engine_config(job, model, engine), new_model(job)), images, labels[:, None], None)
 
-    found = {way.name: partial(by_way, way) for way in ways(job.device, None) if way.name in ("own", "own_kernels")}
-    return found | {name: partial(by_engine, *given) for name, given in ENGINES.items()}
+    builders: dict[str, Callable[[], Callable[[], object]]] = {}
+    for case in all_cases(job.device, None):
+        if case.name in ("ours", "ours_kernels"):
+            builders[case.name] = partial(build_case, case)
+    return builders | {name: partial(build_engine, *given) for name, given in ENGINES.items()}
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(args: Namespace) -> None:
+    """Measures and reports all cases, in a process that sees the idle GPU."""
     import torch
 
-    gpu, all_steps, peaks = idle_gpu.IdleGpu(), {}, {}
+    gpu, steps, peaks = idle_gpu.IdleGpu(), {}, {}
     gpu.rest()
-    for name, make in steps(args.micro_batch).items():
+    for name, build in step_builders(args.micro_batch).items():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step = all_steps[name] = make()
+        step = steps[name] = build()
         step()
         peaks[name] = torch.cuda.max_memory_allocated() - before
-        for _ in range(3):  # ZeRO-3 learns what to gather when
+        for _ in range(3):  # ZeRO-3 learns the order of its gathers
             step()
-    times: dict[str, list[float]] = {name: [] for name in all_steps}
-    for _ in range(args.rounds):
-        for name, step in all_steps.items():
-            began = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - began)
+    times = in_turns({name: partial(seconds, step) for name, step in steps.items()}, args.rounds)
     rows = []
-    for name, step in all_steps.items():
+    for name, step in steps.items():
         gpu.watch()
         step()
         gpu.rest()
-        graphs = {kernel: int(found[1]) for kernel in gpu.kernels if (found := re.fullmatch(r"graph of (\d+) kernels", kernel))}
-        launches, waits, ms = gpu.kernels.total(), gpu.stacks.total(), 1e3 * statistics.median(times[name])
+        launches = gpu.kernels.total()
+        graphs = {kernel: int(held[1]) for kernel in gpu.kernels if (held := re.fullmatch(r"graph of (\d+) kernels", kernel))}
         kernels = launches + sum(gpu.kernels[graph] * (held - 1) for graph, held in graphs.items())
-        rows.append({"step": name, "host_ms": ms, "launches": launches, "kernels": kernels, "waits": waits, "gb": peaks[name] / 1e9})
-        print(f"{name:24}{ms:6.0f} ms{launches:7} launches{kernels:7} kernels{waits:4} waits{peaks[name] / 1e9:7.1f} GB", flush=True)
+        counts = {"launches": launches, "kernels": kernels, "waits": gpu.stacks.total(), "gb": peaks[name] / 1e9}
+        rows.append({"case": name, "host_ms": 1e3 * statistics.median(times[name]), **counts})
         if args.kernels:
-            print("\n".join(f"    {count:5} {kernel[: args.kernels]}" for kernel, count in gpu.kernels.most_common(30)))
+            print(name, *(f"    {count:5} {kernel[: args.kernels]}" for kernel, count in gpu.kernels.most_common(30)), sep="\n")
     images = image_bytes(args.micro_batch)
-    print(f"an image's activations take {images['allocated'] / 1e6:.1f} MB, and {images['estimated'] / 1e6:.1f} by the estimate")
-    command = f"python -m benchmarks.training.host --micro-batch {args.micro_batch} --rounds {args.rounds}"
-    measured = {"image_bytes": images, "rows": rows}
-    record_result(
-        RESULT, command, ["torch", "deepspeed", "triton"], model=MODEL, image_size=IMAGE_SIZE, micro_batch=args.micro_batch, **measured
-    )
+    print(f"activations of an image: {images['allocated'] / 1e6:.1f} MB allocated, {images['estimated'] / 1e6:.1f} MB estimated")
+    command = command_line(MODULE, {"micro_batch": args.micro_batch, "rounds": args.rounds})
+    facts = {"model": MODEL, "image_size": IMAGE_SIZE, "micro_batch": args.micro_batch, "image_bytes": images}
+    report(args.out / "host.json", command, ["torch", "deepspeed", "triton"], **facts, rows=rows)
 
 
 def image_bytes(micro_batch: int) -> dict[str, float]:
-    """What one image more adds to a step's peak, as PyTorch allocates it, and as `pretrain.monitor.memory` estimates it."""
+    """Returns the growth of a step's peak memory per image, as allocated and as `pretrain.monitor.memory` estimates it."""
     import torch
 
-    from benchmarks.training.ways import Job, new_model, ways
+    from benchmarks.training.step_cases import Job, all_cases, new_model
     from pretrain.monitor.memory import activation_bytes
 
     job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0))
-    (step,) = (way.build(job) for way in ways(job.device, None) if way.name == "own")
+    (step,) = (case.build(job) for case in all_cases(job.device, None) if case.name == "ours")
     peaks = []
     for batch in (micro_batch, 2 * micro_batch):
         images = torch.zeros(batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
-        for _ in range(2):  # the optimizer's states
+        for _ in range(2):  # the first creates the optimizer states
             torch.cuda.reset_peak_memory_stats()
             step(images, torch.zeros(batch, dtype=torch.int64, device=job.device))
         peaks.append(torch.cuda.max_memory_allocated())
@@ -120,17 +114,17 @@ def image_bytes(micro_batch: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--micro-batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--kernels", type=int, metavar="WIDTH", help="also list each step's kernels, by names of that width")
-    args = parser.parse_args()
+    options = parser(MODULE, __doc__)
+    options.add_argument("--micro-batch", type=int, default=64)
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--kernels", type=int, metavar="WIDTH", help="also list the kernels of each step, with names of that width")
+    args = options.parse_args()
     if "IDLE_GPU" in os.environ:
         measure(args)
-        os._exit(0)  # what PyTorch frees at the end, this GPU need not
+        os._exit(0)  # skips PyTorch's clean-up
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | idle_gpu.build(Path(folder)) | {"IDLE_GPU": "1"}
-        sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.training.host", *sys.argv[1:]], env=environment).returncode)
+        sys.exit(subprocess.run([sys.executable, "-m", MODULE, *sys.argv[1:]], env=environment).returncode)
 
 
 if __name__ == "__main__":

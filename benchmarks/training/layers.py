@@ -12,7 +12,7 @@ in the activations' type. Triton's times hold the reordering of the weights that
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.testing import do_bench
 
+from benchmarks.harness import deciles
 from pretrain.model.depthwise import DepthwiseConv2d
 from pretrain.model.fast.triton import expected_statistics, residual_norm, unusable
 from pretrain.model.fast.triton.depthwise import by_taps, conv, conv_tiles, weight_gradient
@@ -90,8 +91,8 @@ def usable_gpu() -> torch.device:
     return device
 
 
-def bench(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Times all ways of all parts of the layers; prints a line for each part."""
+def measure(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.device) -> tuple[float, list[dict[str, Any]]]:
+    """Returns the bytes/s of a copy, and a row for each part of each layer, which is also printed."""
     copy = copy_bytes_per_s(device)
     print(f"a copy moves {copy / 1e9:.0f} GB/s; in brackets the share of that", flush=True)
     rows: list[dict[str, Any]] = []
@@ -104,7 +105,7 @@ def bench(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.dev
             rows.append(row)
             times = "  ".join(f"{way} {row[way]['median_ms']:8.3f} ms ({row[way]['share_of_copy']:4.0%})" for way in part.ways)
             print(f"{layer!s:42} {part.name:16} {times}  differ by {row['difference']:.1e}", flush=True)
-    return {"copy_bytes_per_s": copy, "rows": rows}
+    return copy, rows
 
 
 def parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
@@ -233,12 +234,6 @@ def summary(times: list[float], map_bytes: int, copy: float) -> dict[str, float]
     return {f"{name}_ms": value for name, value in found.items()} | {
         "runs": len(times), "bytes_per_s": speed, "share_of_copy": speed / copy,
     }  # fmt: skip
-
-
-def deciles(values: Sequence[float]) -> dict[str, float]:
-    """Median, and where a tenth lies below and above; of one value, that one."""
-    tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]]
-    return {"median": statistics.median(values), "tenth": tenths[0], "ninetieth": tenths[-1]}
 
 
 def copy_bytes_per_s(device: torch.device) -> float:

@@ -1,10 +1,10 @@
-"""What a trace of training tells of communication: how long collectives take, how much of that lies beside computation, and what waits.
+"""Reads a profiler trace of a job: how much communication is hidden by computation, and where the host waits for the GPU.
 
     python -m pretrain train CONFIG profile=200:205
     python -m benchmarks.training.overlap RUN/profile/steps-200-205-rank-0.json.gz
 
-On a GPU collectives are NCCL's kernels, and computation is all other kernels; on a CPU they are gloo's threads, and the operators of the
-thread that trains. A step also runs at its end what can't begin earlier (norm, weights, statistics), so not all of it can be hidden.
+On a GPU, collectives are NCCL's kernels and computation is all other kernels. On a CPU, collectives run on gloo's threads and computation
+is the operators of the training thread. The end of a step (norm, weights, statistics) can't begin earlier, so not all of it can be hidden.
 """
 
 import argparse
@@ -17,24 +17,25 @@ from pathlib import Path
 from typing import Any
 
 Event = dict[str, Any]
-Span = tuple[float, float]  # from, to, in microseconds
+Span = tuple[float, float]  # start and end in microseconds
 ELEMENT = {"Float": 4, "Double": 8, "Half": 2, "BFloat16": 2, "Byte": 1, "Char": 1, "Int": 4, "Long": 8}  # bytes, by c10's names
-WAITS = {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"}  # hold the host until the device has got there
+WAITS = {"cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize"}  # block the host
 PARTS = ("data", "forward", "backward", "optimizer")
-NODE = "autograd::engine::evaluate_function: "  # what autograd calls a node of the backward pass by
+NODE = "autograd::engine::evaluate_function: "  # prefix of the nodes of the backward pass
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Times in ms, of all that is traced.
+    """What a trace shows; times in ms.
 
     Attributes:
-        collectives: how many there are.
-        bytes: of their tensors; 0 where a trace doesn't have it, as gloo's don't.
-        communication, hidden: time in which any collective runs, and in which computation does, too.
-        early: of each backward pass that reduces anything: reductions issued before its last node, and all.
-        ahead: of each such pass: the share of it that was still to come at its first reduction.
-        waits: (part of a step or "between", call of CUDA's): how often the host waited for the device.
+        collectives: number of collectives.
+        bytes: size of their tensors; 0 where the trace lacks it, as for gloo.
+        communication: time in which any collective runs.
+        hidden: part of the communication time in which computation runs too.
+        early: for each backward pass with reductions: how many were issued before its last node, and how many in all.
+        ahead: for each such pass: the share of the pass that remained at its first reduction.
+        waits: number of waits of the host, by part of the step (or "between") and CUDA call.
     """
 
     collectives: int
@@ -47,12 +48,13 @@ class Overlap:
 
 
 def read(path: Path) -> list[Event]:
-    """The events of a trace of torch.profiler's, those that last."""
+    """Returns the events with a duration of a trace of torch.profiler."""
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 
 
-def overlap(events: Sequence[Event]) -> Overlap:
+def measure_overlap(events: Sequence[Event]) -> Overlap:
+    """Measures the overlap of all steps in the trace."""
     parts = [event for event in events if event.get("cat") == "user_annotation" and event["name"] in PARTS]
     kernels = [event for event in events if event.get("cat") == "kernel"]
     issued = [event for event in events if event["name"].startswith("c10d::")]
@@ -60,10 +62,10 @@ def overlap(events: Sequence[Event]) -> Overlap:
         collectives = [event for event in kernels if "nccl" in event["name"].lower()]
         computing = [event for event in kernels if "nccl" not in event["name"].lower()]
     else:
-        trains = {event["tid"] for event in parts}
+        training_threads = {event["tid"] for event in parts}
         collectives = [event for event in events if event["name"].startswith("gloo:")]
-        computing = [event for event in events if event["name"].startswith("aten::") and event["tid"] in trains]
-    talking, busy = union(map(span, collectives)), union(map(span, computing))
+        computing = [event for event in events if event["name"].startswith("aten::") and event["tid"] in training_threads]
+    communicating, busy = union(map(span, collectives)), union(map(span, computing))
     early, ahead = [], []
     for start, end in (span(part) for part in parts if part["name"] == "backward"):
         nodes = [event["ts"] for event in events if event["name"].startswith(NODE) and start <= event["ts"] < end]
@@ -75,22 +77,23 @@ def overlap(events: Sequence[Event]) -> Overlap:
     return Overlap(
         collectives=len(collectives),
         bytes=sum(_bytes(event.get("args", {})) for event in collectives),
-        communication=length(talking) / 1e3,
-        hidden=common(talking, busy) / 1e3,
+        communication=length(communicating) / 1e3,
+        hidden=common(communicating, busy) / 1e3,
         early=early,
         ahead=ahead,
         waits=dict(waits),
     )
 
 
-def in_words(found: Overlap) -> list[str]:
-    size = f", {found.bytes / 1e6:.1f} MB" if found.bytes else ""
-    share = found.hidden / found.communication if found.communication else 0.0
-    lines = [f"{found.collectives} collectives{size}, {found.communication:.1f} ms, of which {share:.0%} beside computation"]
-    for number, ((early, reductions), ahead) in enumerate(zip(found.early, found.ahead, strict=True)):
-        begin = f"{early} of {reductions} reductions begin before its last node, the first with {ahead:.0%} of it to come"
+def describe(overlap: Overlap) -> list[str]:
+    """Returns the lines to print."""
+    size = f", {overlap.bytes / 1e6:.1f} MB" if overlap.bytes else ""
+    share = overlap.hidden / overlap.communication if overlap.communication else 0.0
+    lines = [f"{overlap.collectives} collectives{size}, {overlap.communication:.1f} ms, {share:.0%} of it hidden by computation"]
+    for number, ((early, reductions), ahead) in enumerate(zip(overlap.early, overlap.ahead, strict=True)):
+        begin = f"{early} of {reductions} reductions issued before its last node, the first with {ahead:.0%} of it remaining"
         lines.append(f"backward pass {number}: {begin}")
-    return lines + [f"the host waits for the GPU: {call}, {count} times, {part}" for (part, call), count in sorted(found.waits.items())]
+    return lines + [f"host waits for the GPU: {call}, {count} times, {part}" for (part, call), count in sorted(overlap.waits.items())]
 
 
 def span(event: Event) -> Span:
@@ -98,7 +101,7 @@ def span(event: Event) -> Span:
 
 
 def union(spans: Iterable[Span]) -> list[Span]:
-    """The same time in spans that do not touch, in their order."""
+    """Merges spans that overlap or touch; returns them in order."""
     merged: list[Span] = []
     for start, end in sorted(spans):
         if merged and start <= merged[-1][1]:
@@ -108,9 +111,9 @@ def union(spans: Iterable[Span]) -> list[Span]:
     return merged
 
 
-def common(some: Sequence[Span], others: Sequence[Span]) -> float:
-    """Time that lies in both of two unions."""
-    return length(some) + length(others) - length(union([*some, *others]))
+def common(spans: Sequence[Span], others: Sequence[Span]) -> float:
+    """Returns the time that lies in both of two unions."""
+    return length(spans) + length(others) - length(union([*spans, *others]))
 
 
 def length(spans: Sequence[Span]) -> float:
@@ -122,7 +125,7 @@ def _part(time: float, parts: Sequence[Event]) -> str:
 
 
 def _bytes(args: dict[str, Any]) -> int:
-    """Of a kernel of NCCL's, by what the profiler says of its collective: the larger of what goes in and comes out."""
+    """Returns the size of the larger tensor of an NCCL kernel, its input or its output."""
     elements = max(args.get("In msg nelems", 0), args.get("Out msg nelems", 0))
     return elements * ELEMENT[args["dtype"]] if elements else 0
 
@@ -130,7 +133,7 @@ def _bytes(args: dict[str, Any]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trace", type=Path)
-    print("\n".join(in_words(overlap(read(parser.parse_args().trace)))))
+    print("\n".join(describe(measure_overlap(read(parser.parse_args().trace)))))
 
 
 if __name__ == "__main__":

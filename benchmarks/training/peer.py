@@ -1,4 +1,4 @@
-"""The authors' model, from a checkout of their VAN-Classification that lies somewhere on this machine."""
+"""Loads the authors' model from a checkout of their VAN-Classification."""
 
 import hashlib
 import importlib.util
@@ -9,11 +9,11 @@ from types import ModuleType
 
 from torch import nn
 
-MODULE = "pretrain_bench_peer"  # their models/van.py in sys.modules
+MODULE = "benchmarks_training_authors"  # their models/van.py in sys.modules
 
 
 def load(folder: Path) -> ModuleType:
-    """Their models/van.py as a module. timm's registry keeps our models of the same names.
+    """Imports their models/van.py. timm's registry keeps our models of the same names.
 
     Raises:
         ValueError: there is no such file, or it can't be imported.
@@ -23,7 +23,7 @@ def load(folder: Path) -> ModuleType:
     if not file.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"--peer {folder}: it has no models/van.py; name a checkout of the authors' VAN-Classification")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # timm still has the old names of its modules, and says that they are old
+        warnings.simplefilter("ignore", FutureWarning)  # of timm's old module names, which their code imports
         import timm.models.registry as registry
     register = registry.register_model
     registry.register_model = lambda fn: fn
@@ -40,7 +40,7 @@ def load(folder: Path) -> ModuleType:
 
 
 def build(module: ModuleType, model_name: str, classes: int, drop_path: float) -> nn.Module:
-    """A model of theirs, by the function of that name.
+    """Builds their model of that name.
 
     Raises:
         ValueError: there is no such function.
@@ -52,5 +52,5 @@ def build(module: ModuleType, model_name: str, classes: int, drop_path: float) -
 
 
 def fingerprint(module: ModuleType) -> str:
-    """SHA-256 of the file, as a checkout need not be a repository."""
+    """Returns the SHA-256 of the file, as a checkout need not be a repository."""
     return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()

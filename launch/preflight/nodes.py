@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data.common.results import git_commit
+from data.common.git import git_commit
 from data.dataset.check import find_damaged_shards
 from data.dataset.index import Index, open_index
 from data.loader.store import FetchedShards, ShardStore

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.common.results import git_commit
+from data.common.git import git_commit
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine.distributed import gather_objects

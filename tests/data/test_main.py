@@ -197,7 +197,7 @@ def test_as_a_program(tmp_path: Path) -> None:
 def test_what_is_slow_to_import_is_only_where_it_is_needed() -> None:
     modules = {
         "data": "__main__, settings",
-        "data.common": "config_files, counter_rng, files, progress, results",
+        "data.common": "config_files, counter_rng, files, git, progress",
         "data.dataset": "index, shards, check",
         "data.augment": "recipe, randaugment, sampling",
         "data.loader": "order, store, read_ahead",

@@ -1,4 +1,4 @@
-"""Whole steps: every way that a CPU can take, at a few pixels, and what is done about those that fail."""
+"""Training steps: every case that a CPU can run, on images of a few pixels, and the handling of cases that fail."""
 
 import json
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.training import peer
-from benchmarks.training.__main__ import chosen, judged, main, table
-from benchmarks.training.measure import Measured, best_batch, measure, ratios, row, start
-from benchmarks.training.ways import Job, Step, Way, ways
+from benchmarks.training.__main__ import main, shares
+from benchmarks.training.step_cases import Case, Job, Step, all_cases, select_cases
+from benchmarks.training.steps import best_batch, measure, row, start
 from pretrain.model.van import VAN
 from tests.support.ranks import run_on_ranks
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 JOB = Job("van_b0", 32, CPU, classes=10, drop_path=0.5)
-# What the authors' file is to the benchmark: functions by the models' names, registered, and weights under their own names.
-STAND_IN = """
+# A file like the authors': functions with the names of the models, registered with timm, and the names of their weights.
+AUTHORS_FILE = """
 from timm.models.layers import DropPath
 from timm.models.registry import register_model
 from torch import nn
@@ -50,47 +50,46 @@ def authors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a checkout of their code."""
     folder = tmp_path_factory.mktemp("authors")
     (folder / "models").mkdir()
-    (folder / "models" / "van.py").write_text(STAND_IN)
+    (folder / "models" / "van.py").write_text(AUTHORS_FILE)
     return folder
 
 
-def every_way(arguments: list[str]) -> int:
-    """The command, in a process that is a job's only rank, as the engine wants one."""
+def run_command(arguments: list[str]) -> int:
+    """Runs the command in a process that is the only rank of a job, which the engine needs."""
     return main(arguments)
 
 
-def test_every_way_of_a_cpu_in_one_run(authors: Path, tmp_path: Path) -> None:
+def test_all_cases_of_a_cpu_compute_the_same(authors: Path, tmp_path: Path) -> None:
     options = ["--image-size", "32", "--batch", "2", "--rounds", "2", "--out", str(tmp_path / "results")]
-    assert run_on_ranks(1, every_way, arguments=["--cpu", "--peer", str(authors), *options]) == [0]
-    (found,) = json.loads((tmp_path / "results" / "steps_cpu.json").read_text())
-    assert str(authors) not in json.dumps(found)
-    assert found["peer_sha256"] == peer.fingerprint(peer.load(authors))
-    assert {"commit", "machine", "versions", "instructions", "threads"} <= found.keys()
-    rows = {one["way"]: one for one in found["rows"]}
-    assert list(rows) == ["peer_fp32", "peer_bf16", "own_fp32", "own_bf16", "engine"]
+    assert run_on_ranks(1, run_command, arguments=["--cpu", "--peer", str(authors), *options]) == [0]
+    (result,) = json.loads((tmp_path / "results" / "steps_cpu.json").read_text())
+    assert str(authors) not in json.dumps(result)
+    assert result["peer_sha256"] == peer.fingerprint(peer.load(authors))
+    assert {"commit", "machine", "versions", "instructions", "threads"} <= result.keys()
+    rows = {one["case"]: one for one in result["rows"]}
+    assert list(rows) == ["peer_fp32", "peer_bf16", "ours_fp32", "ours_bf16", "engine"]
     for name, one in rows.items():
-        assert len(one["rounds"]) == 2
-        assert one["images_per_s"]["tenth"] <= one["images_per_s"]["median"] <= one["images_per_s"]["ninetieth"]
-        assert ("times_the" in one) == (not name.startswith("peer"))
+        assert len(one["images_per_s"]) == 2
+        assert ("times_peer_bf16" in one) == (not name.startswith("peer"))
         assert 0 < one["share_of_product"] < 1
-    # The same weights, images and dropped paths: what is compared computes the same. The engine's numbers are those of the bare step.
-    assert rows["own_fp32"]["first_loss"] == pytest.approx(rows["peer_fp32"]["first_loss"], rel=1e-3)
-    assert rows["own_bf16"]["first_loss"] == pytest.approx(rows["own_fp32"]["first_loss"], rel=1e-2)
-    assert rows["engine"]["first_loss"] == rows["own_bf16"]["first_loss"]
+    # All start from the same weights, images and dropped paths. The engine's loss is that of the bare step, bit for bit.
+    assert rows["ours_fp32"]["first_loss"] == pytest.approx(rows["peer_fp32"]["first_loss"], rel=1e-3)
+    assert rows["ours_bf16"]["first_loss"] == pytest.approx(rows["ours_fp32"]["first_loss"], rel=1e-2)
+    assert rows["engine"]["first_loss"] == rows["ours_bf16"]["first_loss"]
 
 
-def test_ways_of_a_gpu_take_the_same_step(authors: Path) -> None:
-    """Those that need neither its kernels nor a compiler; with another seed the loss would be another."""
-    found = {way.name: way for way in ways(torch.device("cuda"), peer.load(authors))}
-    assert {way.batch_of for way in found.values()} <= {None, *found}
-    names = ("peer_fp16", "peer_fp16_nhwc", "own")
-    steps = {name: start(found[name], JOB, 2) for name in names}
+def test_cases_of_a_gpu_compute_the_same(authors: Path) -> None:
+    """Only those that need neither Triton nor a compiler."""
+    cases = {case.name: case for case in all_cases(torch.device("cuda"), peer.load(authors))}
+    assert {case.batch_of for case in cases.values()} <= {None, *cases}
+    names = ("peer_fp16", "peer_fp16_nhwc", "ours")
+    steps = {name: start(cases[name], JOB, 2) for name in names}
     losses = {}
     for name, running in steps.items():
         torch.manual_seed(2)
         losses[name] = [float(running()) for _ in range(3)]
         assert running.images.is_contiguous(memory_format=torch.channels_last) == (name != "peer_fp16")
-    assert losses["peer_fp16"][0] == pytest.approx(losses["own"][0], rel=1e-2)
+    assert losses["peer_fp16"][0] == pytest.approx(losses["ours"][0], rel=1e-2)
     assert all(loss[2] != loss[0] for loss in losses.values())  # weights move
 
 
@@ -109,79 +108,73 @@ def test_wrong_peer_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "models" / "van.py").write_text("import no_such_module")
     with pytest.raises(ValueError, match="can't be imported: No module named 'no_such_module'"):
         peer.load(tmp_path)
-    assert main(["--cpu", "--ways", "own_fp23"]) == 2
-    assert "no own_fp23 here; there are own_fp32, own_bf16, engine" in capsys.readouterr().err
+    assert main(["--cpu", "--cases", "ours_fp23"]) == 2
+    assert "no ours_fp23 here; there are ours_fp32, ours_bf16, engine" in capsys.readouterr().err
 
 
-def test_a_way_that_fails_is_told_and_the_others_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    later = iter([0.0, 0.0])
+def test_failing_case_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = iter([0.0, 0.0])
 
     def fails_in_a_round(job: Job) -> Step:
-        return lambda images, labels: torch.tensor(next(later))
+        return lambda images, labels: torch.tensor(next(losses))
 
-    kernels = next(way for way in ways(torch.device("cuda"), None) if way.name == "own_kernels")  # no GPU here
-    tried = [kernels, Way("late", fails_in_a_round), Way("well", lambda job: lambda images, labels: images.sum())]
-    rows = [row(one, found) for found in [measure(JOB, tried, batch=2, rounds=2)] for one in found]
+    kernels = next(case for case in all_cases(torch.device("cuda"), None) if case.name == "ours_kernels")  # there is no GPU
+    cases = [kernels, Case("late", fails_in_a_round), Case("well", lambda job: lambda images, labels: images.sum())]
+    measured = measure(JOB, cases, batch=2, rounds=2)
+    rows = [row(one, measured) for one in measured]
     assert "model.kernels=triton can't be" in rows[0]["failed"]
     assert rows[1]["failed"] == "StopIteration: no message"
-    assert len(rows[2]["rounds"]) == 2
+    assert len(rows[2]["images_per_s"]) == 2
     assert capsys.readouterr().out.count("failed: ") == 2
-    assert sum("failed: " in line for line in table(judged(rows, JOB, 1.0, 1.0))) == 2
+    assert [sorted(shares(one, JOB, 1.0, 1.0)) for one in rows] == [[], [], ["share_of_product"]]
 
 
 @pytest.mark.parametrize(
-    ("room", "rates", "first", "best", "tried"),
+    ("fits", "rates", "first", "best", "sizes"),
     [
-        (100, {}, 8, 64, [8, 16, 32, 64, 128]),  # as much as there is room for
+        (100, {}, 8, 64, [8, 16, 32, 64, 128]),  # the largest that fits
         (100, {32: 15}, 8, 16, [8, 16, 32]),  # no faster from there on
-        (5, {}, 32, 4, [32, 16, 8, 4]),  # the first has no room; what had none is not tried again
+        (5, {}, 32, 4, [32, 16, 8, 4]),  # the first does not fit; no size is tried twice
     ],
 )
-def test_the_best_micro_batch(room: int, rates: dict[int, float], first: int, best: int, tried: list[int]) -> None:
+def test_best_micro_batch(fits: int, rates: dict[int, float], first: int, best: int, sizes: list[int]) -> None:
     seen = []
 
     def images_per_s(batch: int) -> float:
         seen.append(batch)
-        if batch > room:
+        if batch > fits:
             raise torch.OutOfMemoryError
         return rates.get(batch, batch)
 
     assert best_batch(images_per_s, first) == best
-    assert seen == tried
+    assert seen == sizes
     with pytest.raises(torch.OutOfMemoryError):
         best_batch(lambda batch: images_per_s(1000 * batch), first)
 
 
-def test_each_way_is_measured_at_its_best_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that take as long whatever their batch, up to one that has no room; by a clock that nothing else moves."""
+def test_each_case_is_measured_at_its_best_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps take 10 ms of a fake clock whatever their batch, up to one that does not fit."""
     now = 0.0
-    monkeypatch.setattr("benchmarks.training.measure.time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr("benchmarks.harness.time", SimpleNamespace(perf_counter=lambda: now))
 
-    def roomy(room: int) -> Callable[[Job], Step]:
+    def up_to(fits: int) -> Callable[[Job], Step]:
         def step(images: Tensor, labels: Tensor) -> Tensor:
-            if len(images) > room:
-                raise torch.OutOfMemoryError("no room")
+            if len(images) > fits:
+                raise torch.OutOfMemoryError("does not fit")
             nonlocal now
             now += 0.01
             return images.sum()
 
         return lambda job: step
 
-    tried = [Way("small", roomy(3)), Way("large", roomy(8)), Way("as small", roomy(8), batch_of="small")]
-    found = measure(JOB, tried, batch=None, rounds=1, first=2)
-    assert [one.batch for one in found] == [2, 8, 2]
-    assert found[1].images_per_s[0] == pytest.approx(8 / 0.01)
+    cases = [Case("small", up_to(3)), Case("large", up_to(8)), Case("as small", up_to(8), batch_of="small")]
+    measured = measure(JOB, cases, batch=None, rounds=1, first=2)
+    assert [one.batch for one in measured] == [2, 8, 2]
+    assert measured[1].images_per_s[0] == pytest.approx(8 / 0.01)
 
 
-def test_ratios_are_of_rounds() -> None:
-    """A machine that slows down meets both alike."""
-    one, other = (Measured(Way(name, lambda job: lambda images, labels: images), batch=2) for name in ("own", "peer"))
-    one.step_s, other.step_s = [1.0, 10.0, 5.0], [2.0, 20.0, 10.0]
-    assert ratios(one, [other]) == {"peer": 2.0}
-
-
-def test_a_way_that_holds_memory_is_taken_only_where_it_is_named() -> None:
-    all_ways = ways(torch.device("cuda"), None)
-    assert "engine_graphs" in [way.name for way in all_ways]
-    assert "engine_graphs" not in [way.name for way in chosen(all_ways, None)]
-    assert [way.name for way in chosen(all_ways, ["engine_graphs", "own"])] == ["own", "engine_graphs"]
+def test_case_that_holds_memory_runs_only_where_it_is_named() -> None:
+    cases = all_cases(torch.device("cuda"), None)
+    assert "engine_graphs" in [case.name for case in cases]
+    assert "engine_graphs" not in [case.name for case in select_cases(cases, None)]
+    assert [case.name for case in select_cases(cases, ["engine_graphs", "ours"])] == ["ours", "engine_graphs"]

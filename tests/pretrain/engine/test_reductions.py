@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.training.overlap import Overlap, overlap, read
+from benchmarks.training.overlap import Overlap, measure_overlap, read
 from pretrain.engine.reductions import in_buckets
 from tests.support.ranks import run_on_ranks
 
@@ -214,7 +214,7 @@ def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
         for number in range(4):
             profiler.at(number)
             step(engine, guard, number, profiler)
-        return overlap(read(next(place.iterdir()))) if dist.get_rank() == 0 else None
+        return measure_overlap(read(next(place.iterdir()))) if dist.get_rank() == 0 else None
 
     found = {}
     for stage in (0, 1, 2):

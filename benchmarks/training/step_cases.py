@@ -1,23 +1,23 @@
-"""The ways to train that are compared: whole training steps of our model and of the authors', from the same weights.
+"""Training steps to compare: ours and the authors', from the same weights.
 
-A step is all that an optimizer step takes on one GPU or CPU: forward under autocast, cross-entropy with label smoothing, backward,
-the update by AdamW. Images and labels lie on the device already.
+A step is what one optimizer step takes on one GPU or CPU: forward pass under autocast, cross-entropy with label smoothing, backward pass,
+AdamW update. Images and labels are on the device.
 
-| way | model | arithmetic, layout | else |
+| case | model | arithmetic, layout | remarks |
 |---|---|---|---|
-| `peer_fp32` | the authors' | fp32, contiguous: PyTorch's defaults | their train.py's optimizer, timm's create_optimizer_v2 |
+| `peer_fp32` | the authors' | fp32, contiguous: PyTorch's defaults | the optimizer of their train.py, timm's create_optimizer_v2 |
 | `peer_bf16` | the authors' | bf16 autocast, channels-last | the same |
-| `peer_fp16` | the authors' | their --amp: fp16 autocast, loss scaled; contiguous | waits for the GPU, as their loop does |
+| `peer_fp16` | the authors' | their --amp: fp16 autocast, scaled loss; contiguous | waits for the GPU, as their loop does |
 | `peer_fp16_nhwc` | the authors' | the same with their --channels-last | the same |
 | `peer_compiled` | the authors' | as `peer_fp16_nhwc` | torch.compile of the whole model |
-| `own_…` | ours, channels-last | fp32, or bf16 as a job has it | our fused AdamW; PyTorch's operators or Triton's, compiled or not |
-| `engine` | ours | bf16 | what a job runs: DeepSpeed ZeRO-1 on one rank, the guard, BatchNorm's statistics |
-| `engine_graphs` | ours | the same | with `model.graphs`; taken where it is named |
+| `ours_…` | ours, channels-last | fp32, or bf16 as in a job | our fused AdamW; PyTorch's operators or Triton's, compiled or not |
+| `engine` | ours | bf16 | as in a job: DeepSpeed ZeRO-1 on one rank, the guard, BatchNorm statistics |
+| `engine_graphs` | ours | the same | with `model.graphs`; runs only where it is named |
 
-A compiled way takes the micro-batch that is best for the same way uncompiled, as each other size would be compiled for minutes.
+A compiled case takes the best micro-batch of the same case without compilation, as compiling for another size takes minutes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -42,71 +42,95 @@ from pretrain.model.van import VAN
 
 LR, WEIGHT_DECAY, SMOOTHING = 1e-3, 0.05, 0.1  # the authors' train.sh and train.py
 
-Step = Callable[[Tensor, Tensor], Tensor]  # one training step on images (N, 3, H, W) and labels (N,); returns its loss
+Step = Callable[[Tensor, Tensor], Tensor]  # a training step on images (N, 3, H, W) and labels (N,); returns its loss
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all ways train."""
+    """The model that all cases train, and its data."""
 
     model: str
     image_size: int
     device: torch.device
     classes: int = 1000
     drop_path: float = 0.1
-    batch: int = 1  # images of a step
+    batch: int = 1  # images per step
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to train, and in which layout it takes its images. `batch_of` names the way whose micro-batch it takes over. One that
-    `holds` its memory between steps leaves less to the others, and is taken only where it is named."""
+class Case:
+    """A training step to compare.
+
+    Attributes:
+        build: makes the step.
+        channels_last: memory layout of the images.
+        batch_of: name of the case whose best micro-batch it takes.
+        holds_memory: whether it keeps its memory between steps, which leaves less for other cases. Such a case runs only where it is named.
+    """
 
     name: str
     build: Callable[[Job], Step]
     channels_last: bool = True
     batch_of: str | None = None
-    holds: bool = False
+    holds_memory: bool = False
+
+    @property
+    def is_peer(self) -> bool:
+        return self.name.startswith("peer")
 
 
-def ways(device: torch.device, authors: ModuleType | None) -> list[Way]:
-    """All that are compared on such a device; the authors' where their module is at hand."""
-    found = []
+def all_cases(device: torch.device, authors: ModuleType | None) -> list[Case]:
+    """Returns the cases for a device; `authors` is the module of the authors' code, if it is available."""
+    peers: list[Case] = []
     if device.type == "cpu":
         if authors is not None:
-            found += [
-                Way("peer_fp32", partial(_peer, authors, "fp32", channels_last=False), channels_last=False),
-                Way("peer_bf16", partial(_peer, authors, "bf16", channels_last=True)),
+            peers = [
+                Case("peer_fp32", partial(_peer_step, authors, "fp32", channels_last=False), channels_last=False),
+                Case("peer_bf16", partial(_peer_step, authors, "bf16", channels_last=True)),
             ]
-        found += [
-            Way("own_fp32", partial(_own, "fp32", "torch")),
-            Way("own_bf16", partial(_own, "bf16", "torch")),
-            Way("engine", partial(_engine, "torch")),
+        return [
+            *peers,
+            Case("ours_fp32", partial(_own_step, "fp32", "torch")),
+            Case("ours_bf16", partial(_own_step, "bf16", "torch")),
+            Case("engine", partial(_engine_step, "torch")),
         ]
-        return found
     if authors is not None:
-        found += [
-            Way("peer_fp16", partial(_peer, authors, "fp16", channels_last=False), channels_last=False),
-            Way("peer_fp16_nhwc", partial(_peer, authors, "fp16", channels_last=True)),
-            Way("peer_compiled", partial(_peer, authors, "fp16", channels_last=True, compiled=True), batch_of="peer_fp16_nhwc"),
+        peers = [
+            Case("peer_fp16", partial(_peer_step, authors, "fp16", channels_last=False), channels_last=False),
+            Case("peer_fp16_nhwc", partial(_peer_step, authors, "fp16", channels_last=True)),
+            Case("peer_compiled", partial(_peer_step, authors, "fp16", channels_last=True, compiled=True), batch_of="peer_fp16_nhwc"),
         ]
-    for name, kernels in (("own", "torch"), ("own_kernels", "triton")):
-        found += [
-            Way(name, partial(_own, "bf16", kernels)),
-            Way(f"{name}_compiled", partial(_own, "bf16", kernels, compiled=True), batch_of=name),
-        ]
-    engine = Way("engine", partial(_engine, "triton"), batch_of="own_kernels")
-    return [*found, engine, Way("engine_graphs", partial(_engine, "triton", graphs=True), batch_of="own_kernels", holds=True)]
+    return [
+        *peers,
+        Case("ours", partial(_own_step, "bf16", "torch")),
+        Case("ours_compiled", partial(_own_step, "bf16", "torch", compiled=True), batch_of="ours"),
+        Case("ours_kernels", partial(_own_step, "bf16", "triton")),
+        Case("ours_kernels_compiled", partial(_own_step, "bf16", "triton", compiled=True), batch_of="ours_kernels"),
+        Case("engine", partial(_engine_step, "triton"), batch_of="ours_kernels"),
+        Case("engine_graphs", partial(_engine_step, "triton", graphs=True), batch_of="ours_kernels", holds_memory=True),
+    ]
+
+
+def select_cases(cases: Sequence[Case], names: Sequence[str] | None) -> list[Case]:
+    """Returns the named cases in their own order; without names all that hold no memory.
+
+    Raises:
+        ValueError: there is no such case for this device.
+    """
+    unknown = set(names or ()) - {case.name for case in cases}
+    if unknown:
+        raise ValueError(f"--cases: no {', '.join(sorted(unknown))} here; there are {', '.join(case.name for case in cases)}")
+    return [case for case in cases if (case.name in names if names else not case.holds_memory)]
 
 
 def new_model(job: Job) -> VAN:
-    """Ours, with weights that follow from a seed."""
+    """Returns our model in training mode, with weights that depend on a seed only."""
     torch.manual_seed(0)
     with job.device:
         return cast(VAN, timm.create_model(job.model, num_classes=job.classes, drop_path_rate=job.drop_path).train())
 
 
-def _own(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
+def _own_step(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
     model = new_model(job)
     use_kernels(model, kernels, job.device, job.image_size, DTYPES[usable_precision(job.device, precision)])
     if compiled:
@@ -125,7 +149,7 @@ def _own(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> S
     return step
 
 
-def _peer(authors: ModuleType, precision: str, job: Job, *, channels_last: bool, compiled: bool = False) -> Step:
+def _peer_step(authors: ModuleType, precision: str, job: Job, *, channels_last: bool, compiled: bool = False) -> Step:
     model = peer.build(authors, job.model, job.classes, job.drop_path).to(job.device).train()
     model.load_state_dict(to_format(new_model(job).state_dict(), "official"))
     if channels_last:
@@ -151,13 +175,13 @@ def _peer(authors: ModuleType, precision: str, job: Job, *, channels_last: bool,
     return step
 
 
-def _engine(kernels: str, job: Job, *, graphs: bool = False) -> Step:
+def _engine_step(kernels: str, job: Job, *, graphs: bool = False) -> Step:
     step = engine_step(engine_config(job, {"kernels": kernels, "graphs": graphs}), new_model(job))
     return lambda images, labels: step(images, labels[:, None], None)
 
 
 def engine_config(job: Job, model: dict[str, Any], engine: dict[str, Any] | None = None) -> settings.Config:
-    """Settings of a job that trains this, with more of `model` and `engine`."""
+    """Returns the settings of such a job, with more settings of `model` and `engine`."""
     return settings.from_dict(
         {
             "name": "bench", "global_batch": job.batch, "epochs": 1.0,
@@ -169,8 +193,10 @@ def engine_config(job: Job, model: dict[str, Any], engine: dict[str, Any] | None
 
 
 def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """An optimizer step of one micro-batch as `pretrain/train.py` has it, in a process group of this process alone; takes what
-    `mix_pairs` gives."""
+    """Returns an optimizer step of one micro-batch as `pretrain/train.py` runs it, in a process group of this process alone.
+
+    The step takes images (N, 3, H, W) with the targets and weights that `mix_pairs` returns; None as weights for plain labels.
+    """
     from pretrain.engine.batch_stats import BatchStats
     from pretrain.engine.guard import Guard
     from pretrain.train import mixed_cross_entropy
