@@ -116,7 +116,7 @@ def _measure_feed(args: Namespace, device: torch.device) -> None:
     config = settings.load(Path(args.feed[0]), [*args.feed[1:], f"engine.device={device.type}"], unused=("data.val",))
     rows = measure_feed(config, rounds=args.rounds, steps=args.steps)
     options = {"gpu": args.gpu, "cpu": args.cpu, "rounds": args.rounds, "steps": args.steps, "feed": args.feed}
-    facts = {"model": config.model.name, "kernels": config.model.kernels, "image_size": config.data.image_size}
+    facts: dict[str, Any] = {"model": config.model.name, "kernels": config.model.kernels, "image_size": config.data.image_size}
     facts |= {"precision": config.engine.precision, **describe_device(device)}
     packages = ["torch", "deepspeed", "nvidia-dali-cuda130"]
     harness.report(_result_path(args, "feed", device), harness.command_line(MODULE, options), packages, **facts, rows=rows)

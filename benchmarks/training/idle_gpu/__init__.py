@@ -87,5 +87,5 @@ def trust() -> None:
     from pretrain.model.fast import cuda_graphs as graphs
     from pretrain.model.fast.triton import trial
 
-    trial._fault = lambda *_: None  # type: ignore[assignment]
-    graphs._distance = lambda *_: 0.0  # type: ignore[assignment]
+    trial._fault = lambda *_: None
+    graphs._distance = lambda *_: 0.0
