@@ -96,7 +96,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     A list of numbers (one for each round) and a result of `deciles` become "median (10th to 90th percentile)".
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [[key.replace("_", " ") for key in keys], *([_cell(row.get(key)) for key in keys] for row in rows)]
+    lines = [[key.replace("_per_", "/").replace("_", " ") for key in keys], *([_cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines)

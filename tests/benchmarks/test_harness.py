@@ -28,7 +28,7 @@ def test_ratios_are_of_rounds() -> None:
 def test_table_has_a_column_for_each_key() -> None:
     rows = [{"case": "a", "images_per_s": [1.0, 2.0, 3.0]}, {"case": "bb", "rate": 12345.6, "count": 3}]
     assert harness.table(rows).splitlines() == [
-        "| case | images per s   | rate   | count |",
+        "| case | images/s       | rate   | count |",
         "| ---- | -------------- | ------ | ----- |",
         "| a    | 2 (1.2 to 2.8) |        |       |",
         "| bb   |                | 12,346 | 3     |",
