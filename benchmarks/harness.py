@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from data.common.git import git_commit
+from data.common.text import format_table
 
 if TYPE_CHECKING:
     import torch
@@ -91,15 +92,13 @@ def deciles(values: Sequence[float]) -> dict[str, float]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the rows as a Markdown table with a column for each key.
+    """Formats the rows as a table with a column for each key.
 
     A list of numbers (one for each round) and a result of `deciles` become "median (10th to 90th percentile)".
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [[key.replace("_per_", "/").replace("_", " ") for key in keys], *([_cell(row.get(key)) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |" for line in lines)
+    heads = [key.replace("_per_", "/").replace("_", " ") for key in keys]
+    return format_table([heads, *([_cell(row.get(key)) for key in keys] for row in rows)], left={0})
 
 
 def _cell(value: Any) -> str:

@@ -28,10 +28,9 @@ def test_ratios_are_of_rounds() -> None:
 def test_table_has_a_column_for_each_key() -> None:
     rows = [{"case": "a", "images_per_s": [1.0, 2.0, 3.0]}, {"case": "bb", "rate": 12345.6, "count": 3}]
     assert harness.table(rows).splitlines() == [
-        "| case | images/s       | rate   | count |",
-        "| ---- | -------------- | ------ | ----- |",
-        "| a    | 2 (1.2 to 2.8) |        |       |",
-        "| bb   |                | 12,346 | 3     |",
+        "case        images/s    rate  count",
+        "a     2 (1.2 to 2.8)",
+        "bb                    12,346      3",
     ]
 
 
@@ -44,7 +43,7 @@ def test_report_replaces_the_result_of_the_same_command(tmp_path: Path, capsys: 
     path = tmp_path / "new" / "x.json"
     for command, value in (("one", 1.0), ("two", 2.0), ("one", 1.23456)):
         harness.report(path, command, ["numpy"], size=3, rows=[{"case": "a", "value": value}])
-    assert "| a    | 1.23  |" in capsys.readouterr().out
+    assert "a      1.23\n" in capsys.readouterr().out
     results = json.loads(path.read_text())
     assert [(result["command"], result["rows"][0]["value"]) for result in results] == [("two", 2.0), ("one", 1.235)]
     assert {"machine", "commit", "versions", "size"} <= results[0].keys()
