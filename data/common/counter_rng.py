@@ -1,9 +1,8 @@
-"""Random numbers that are a function of their keys: no state to carry, save or restore.
+"""Counter-based random numbers: pure functions of their keys, without a state to save or restore.
 
-    uniform(seed, Draw.FLIP, epoch, sample_ids)  ->  one number in [0, 1) a sample, the same on every rank
+    uniform(seed, Draw.FLIP, epoch, sample_ids)      # one number in [0, 1) for each sample, the same on every rank
 
-The generator is this file's own, not NumPy's: the streams of `numpy.random.Generator` may change between NumPy versions, and
-the order and the augmentation of a run must not.
+NumPy's generators are not used, because their streams may change between versions, and the order and augmentation of a run must not.
 """
 
 from enum import IntEnum
@@ -11,7 +10,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import ArrayLike
 
-# Constants of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), whose finaliser
+# Constants of splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), whose finalizer
 # is a bijection of 64 bits in which every input bit flips every output bit with a probability near 1/2.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -20,8 +19,10 @@ _WORD = 0xFFFFFFFFFFFFFFFF
 
 
 class Draw(IntEnum):
-    """What a number is drawn for. Each use has its own key, so no two choices ever share random bits. Values are for good:
-    changing one changes every run."""
+    """Purposes of random numbers. Each has its own key, so that no two choices share random bits.
+
+    Values must never change: each one is part of every run.
+    """
 
     PACK = 1
     SHARDS = 2
@@ -57,13 +58,16 @@ class Draw(IntEnum):
 
 
 def hash64(*keys: ArrayLike) -> np.ndarray:
-    """64 well mixed bits for each combination of keys, uint64, of the shape the keys broadcast to.
+    """Hashes each combination of keys to 64 bits.
 
-    Keys are integers or integer arrays (negative ones count modulo 2^64). They are folded in one after another, so the same
-    keys in another order give other bits.
+    Args:
+        keys: integers or integer arrays that broadcast; negative numbers count modulo 2^64. Their order matters.
+
+    Returns:
+        uint64, of the shape to which the keys broadcast.
     """
     state: np.ndarray | np.uint64 = np.uint64(0)
-    with np.errstate(over="ignore"):  # arithmetic is modulo 2^64 on purpose; NumPy warns about it for scalars only
+    with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64; NumPy warns of overflow for scalars only
         for key in keys:
             word = np.uint64(int(key) & _WORD) if isinstance(key, int) else np.asarray(key).astype(np.uint64)
             state = state + word + _GAMMA
@@ -74,20 +78,19 @@ def hash64(*keys: ArrayLike) -> np.ndarray:
 
 
 def uniform(*keys: ArrayLike) -> np.ndarray:
-    """A float64 in [0, 1) for each combination of keys: the upper 53 bits of `hash64`, so every value is exact."""
+    """Draws a float64 from [0, 1) for each combination of keys: the upper 53 bits of `hash64`, which float64 holds exactly."""
     return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
 
 
 def standard_normal(*keys: ArrayLike) -> np.ndarray:
-    """A float64 from the standard normal distribution for each combination of keys (Box and Muller, 1958)."""
+    """Draws a float64 from the standard normal distribution for each combination of keys (Box and Muller, 1958)."""
     return np.sqrt(-2 * np.log1p(-uniform(*keys, 0))) * np.cos(2 * np.pi * uniform(*keys, 1))
 
 
 def permutation(n: int, *keys: ArrayLike) -> np.ndarray:
-    """A permutation of range(n), int64, of shape (..., n) for keys that broadcast to (...).
+    """Draws a permutation of range(n) for each combination of keys: int64 (..., n), where the keys broadcast to (...).
 
-    It is the order of the hashes, and where two hashes are equal that of their places. A sort that keeps equal ones in place takes
-    four times as long, so it is called only where there are some: hardly ever, of 64 bits.
+    Positions are sorted by their hashes. A stable sort takes four times as long, so it runs only where two hashes are equal.
     """
     rows = hash64(*keys)
     hashes = hash64(rows[..., None], np.arange(n))

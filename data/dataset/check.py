@@ -1,9 +1,8 @@
-"""Whether a dataset's shards are what was packed, as far as a job looks before it starts; for a folder, not for a URL.
+"""The check of a dataset's shards before a job starts, for datasets in folders.
 
     faults = find_damaged_shards(index, range(rank, len(index.shards), ranks), checksums=False)
 
-That all shards are there in their sizes is checked where the index is opened (index.py). Shards of URLs are compared with their
-checksums when they are fetched (store.py).
+index.py checks that all shards exist in their sizes. Shards at URLs are compared with their checksums when they are fetched (store.py).
 """
 
 import os
@@ -22,24 +21,33 @@ _HEADER = tarfile.BLOCKSIZE
 
 
 def find_damaged_shards(index: Index, shards: Sequence[int], *, checksums: bool, quiet: bool = False) -> list[str]:
-    """What is wrong with these shards, a text each: whether a tar header of the right size lies in front of their first and last
-    image, which two small reads tell; with `checksums` every byte is read. Not `quiet`, it says how far that is."""
+    """Finds shards that differ from what was packed.
+
+    Args:
+        index: the dataset; one at a URL is not checked.
+        shards: numbers of the shards to check.
+        checksums: whether to read every byte. Otherwise two small reads check the tar headers of the first and last image.
+        quiet: whether to report no progress.
+
+    Returns:
+        A message for each damaged shard.
+    """
     if index.remote:
         return []
     with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(partial(_fault, index, checksums), shards)
+        results = pool.map(partial(_check_shard, index, checksums), shards)
         if checksums and not quiet:
-            results = report_progress(results, len(shards), f"checksums of {index.place}, this rank's share of the shards")
+            results = report_progress(results, len(shards), f"checksums of {index.place}, this rank's shards")
         return [fault for fault in results if fault]
 
 
-def _fault(index: Index, checksums: bool, number: int) -> str | None:
+def _check_shard(index: Index, checksums: bool, number: int) -> str | None:
     shard = index.shards[number]
     path = index.folder / shard.name
     try:
         if checksums:
-            found = hash_file(path)
-            return f"{shard.name} has the checksum {found} instead of {shard.xxh3_128}" if found != shard.xxh3_128 else None
+            checksum = hash_file(path)
+            return f"{shard.name} has the checksum {checksum} instead of {shard.xxh3_128}" if checksum != shard.xxh3_128 else None
         samples = index.samples[index.shard_start[number] : index.shard_start[number + 1]]
         with open(path, "rb") as file:
             for row in samples[[0, -1]] if len(samples) else samples:

@@ -1,11 +1,11 @@
-"""A whole dataset as NumPy arrays on disk: where each sample lies, its label and its size. Mapped, never loaded.
+"""The index of a dataset: place, label and size of every sample, as a NumPy array that is mapped and never loaded.
 
-    FOLDER/NAME-000000.tar …  the shards, each with a .idx beside it for DALI's own reader (shards.py)
-    FOLDER/index.npy          one row of 20 bytes a sample (DTYPE), in shard order; a sample's id is its row
+    FOLDER/NAME-000000.tar …  the shards, each with an .idx beside it for DALI's reader (shards.py)
+    FOLDER/index.npy          a row of 20 bytes for each sample (DTYPE), in shard order; a sample's id is its row
     FOLDER/classes.json       class names; a label is a position in this list
-    FOLDER/dataset.json       name, samples, bytes and checksum of each shard, the fingerprint, how the dataset was made
+    FOLDER/dataset.json       name, samples, bytes and checksum of each shard, the fingerprint, the settings of packing
 
-dataset.json is written last: without it there is no dataset.
+dataset.json is written last; a folder without it is not a dataset.
 
     index = open_index("datasets/in22k/train")
     index.samples["label"][ids]
@@ -45,13 +45,22 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """An open dataset. `samples` is a read-only map of index.npy, (N,) of DTYPE: byte offset of the encoded image in its shard,
-    its size in bytes, label, width and height in pixels (as stored: EXIF orientation is not applied). `folder` is where its files
-    are or, for a dataset at a URL, where the cache puts them."""
+    """An open dataset.
+
+    Attributes:
+        folder: has the files or, for a dataset at a URL, the cache of them.
+        shards: the shards.
+        shard_start: int64 (shards + 1,): the id of each shard's first sample, then the number of samples.
+        samples: a read-only map of index.npy, (N,) of DTYPE: byte offset of the encoded image in its shard, its size in bytes, label,
+            width and height in pixels as stored, before EXIF orientation.
+        classes: names, by label.
+        fingerprint: identifies the dataset (compute_fingerprint).
+        remote: the dataset's URL; None for a folder.
+    """
 
     folder: Path
     shards: tuple[Shard, ...]
-    shard_start: np.ndarray  # int64 (shards + 1,): the id of each shard's first sample, then the number of samples
+    shard_start: np.ndarray
     samples: np.ndarray
     classes: tuple[str, ...]
     fingerprint: str
@@ -59,7 +68,7 @@ class Index:
 
     @property
     def place(self) -> str:
-        """Where the dataset lives, for people."""
+        """The URL or folder of the dataset, for messages."""
         return self.remote.url if self.remote else str(self.folder)
 
     @property
@@ -71,12 +80,12 @@ class Index:
         return len(self.samples)
 
     def shard_of(self, sample_id: int) -> int:
-        """The number of the shard that holds a sample."""
+        """Returns the number of the shard that holds a sample."""
         return int(np.searchsorted(self.shard_start, sample_id, side="right")) - 1
 
 
 def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
-    """The dataset's identity: a 128-bit xxhash of the index rows and of the shards' names and checksums, in hex."""
+    """Hashes the index rows and the names and checksums of the shards, which identify a dataset."""
     digest = new_hash()
     for start in range(0, len(samples), _HASH_ROWS):
         digest.update(samples[start : start + _HASH_ROWS].tobytes())
@@ -86,8 +95,15 @@ def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
 
 
 def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray], classes: Sequence[str], **about: Any) -> None:
-    """Makes a dataset of shards that lie in `folder`. `rows[i]` are the rows, of DTYPE, of `shards[i]`; what `about` tells of
-    the dataset goes into dataset.json as it is."""
+    """Writes the index of shards, and so makes their folder a dataset.
+
+    Args:
+        folder: holds the shards.
+        shards: their descriptions.
+        rows: the rows of each shard, of DTYPE.
+        classes: names, by label.
+        about: further entries of dataset.json.
+    """
     samples = np.concatenate([np.zeros(0, DTYPE), *rows])
     with open(folder / "index.npy.tmp", "wb") as file:
         np.save(file, samples)
@@ -112,16 +128,21 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes: bool = True) -> Index:
-    """Opens a dataset, a folder or a URL, and checks that all of it is there; without `sizes`, shards aside. `cache` is the folder for
-    local copies of datasets at URLs (see cache_root); one of a folder is used where it lies.
+    """Opens a dataset and checks that it is complete.
 
-    Raises ValueError, naming the file, for a place that is missing or not a dataset, for a shard that is missing or has another
-    size than when it was packed (a web server's are not known before they are fetched), and for a URL that can't be read.
+    Args:
+        place: a folder or URL.
+        cache: the folder for local copies of a dataset at a URL (choose_cache_root).
+        sizes: whether to check that all shards exist in their sizes. Those of web servers are not known before they are fetched.
+
+    Raises:
+        ValueError: the place does not exist, can't be read or is not a dataset; or a shard is missing or has another size than when it
+            was packed. The message names the file.
     """
     remote = Remote(str(place)) if is_url(place) else None
     folder = Path(place)
     if remote is None:
-        _check_whole(folder)
+        _check_complete(folder)
     texts = {name: remote.read(name) if remote else (folder / name).read_bytes() for name in ("dataset.json", "classes.json")}
     try:
         description, classes = (json.loads(text) for text in texts.values())
@@ -129,28 +150,28 @@ def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes
         raise ValueError(f"{place}: dataset.json or classes.json is damaged ({error}); pack or copy the dataset again") from error
 
     if description.get("format") != FORMAT:
-        raise ValueError(f"{place} is a dataset of format {description.get('format')}, not {FORMAT}; write its index anew")
+        raise ValueError(f"{place} is a dataset of format {description.get('format')}, not {FORMAT}; pack or index it again")
     try:
         shards = tuple(Shard(**shard) for shard in description["shards"])
         expected, identity = (description["samples"], description["classes"]), description["fingerprint"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{place}: dataset.json is damaged ({error}); pack or copy the dataset again") from error
     if sizes:
-        _check_sizes(place, shards, remote.sizes() if remote else _sizes(folder, shards))
+        _check_sizes(place, shards, remote.list_sizes() if remote else _read_sizes(folder, shards))
 
     if remote is not None:
         folder = choose_cache_root(cache) / identity
         _fetch_index(remote, folder, shards, identity, texts)
     try:
         samples = np.load(folder / "index.npy", mmap_mode="r")
-    except Exception as error:  # NumPy reads the header as Python, and raises whatever the damage leads it to
+    except Exception as error:  # NumPy parses the header as Python, which raises errors of many types
         raise ValueError(f"{place}/index.npy is damaged ({error}); copy it again from where the dataset was packed") from error
     counts = [shard.samples for shard in shards]
     if samples.dtype != DTYPE or sum(counts) != len(samples) or expected != (len(samples), len(classes)):
         raise ValueError(
-            f"{place}: index.npy has {len(samples)} rows of {samples.dtype} and classes.json {len(classes)} names; dataset.json speaks "
-            f"of {expected[0]} samples in {expected[1]} classes, and its shards hold {sum(counts)}. The three are not of the same "
-            "dataset: copy them again from where it was packed"
+            f"{place}: index.npy has {len(samples)} rows of {samples.dtype} and classes.json {len(classes)} names; dataset.json has "
+            f"{expected[0]} samples in {expected[1]} classes, and its shards hold {sum(counts)}. The three files belong to different "
+            "datasets: copy them again from where the dataset was packed"
         )
     return Index(
         folder=folder,
@@ -163,7 +184,7 @@ def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes
     )
 
 
-def _check_whole(folder: Path) -> None:
+def _check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(
             f"{folder}: no such folder; a dataset is made by `python -m data pack SOURCE {folder.parent} --split {folder.name}`"
@@ -172,12 +193,12 @@ def _check_whole(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ValueError(
                 f"{folder} is not a whole dataset: it has no {name}. Packing may have been interrupted "
-                f"(the same command goes on), or the dataset is a folder inside this one, such as {folder / 'train'}"
+                f"(the same command resumes it), or the dataset is a folder inside this one, such as {folder / 'train'}"
             )
 
 
-def _sizes(folder: Path, shards: Iterable[Shard]) -> dict[str, int]:
-    """Bytes of the shards that are there, by name."""
+def _read_sizes(folder: Path, shards: Iterable[Shard]) -> dict[str, int]:
+    """Returns the bytes of each shard that exists, by name."""
     sizes = {}
     for shard in shards:
         with suppress(FileNotFoundError):
@@ -199,12 +220,12 @@ def _check_sizes(place: str | os.PathLike[str], shards: Iterable[Shard], sizes: 
 
 
 def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], expected: str, texts: Mapping[str, bytes]) -> None:
-    """Brings index.npy, and the texts, into the dataset's folder of the cache; what has another fingerprint never gets there."""
+    """Fetches index.npy into the cache and writes the texts beside it. An index of another fingerprint is rejected."""
 
     def check(path: Path) -> None:
         samples = np.load(path, mmap_mode="r")
         if samples.dtype != DTYPE or compute_fingerprint(samples, shards) != expected:
-            raise ValueError("not the index that dataset.json was written with; copy both again from where the dataset was packed")
+            raise ValueError("not the index that belongs to dataset.json; copy both again from where the dataset was packed")
 
     cache = Cache(folder)
     cache.keep("index.npy", lambda part: remote.download("index.npy", part, check=check))
@@ -217,13 +238,13 @@ def _write(text: bytes, path: Path) -> None:
 
 
 def read_key(index: Index, sample_id: int) -> str:
-    """A sample's key, read from the .idx of its shard."""
+    """Reads a sample's key from the .idx of its shard."""
     shard = index.shard_of(sample_id)
     return _keys(fetch_idx(index, shard))[sample_id - int(index.shard_start[shard])]
 
 
 def fetch_idx(index: Index, shard: int) -> Path:
-    """The .idx of a shard, which is fetched where the dataset lives at a URL."""
+    """Returns the path of a shard's .idx, which is fetched first for a dataset at a URL."""
     path = (index.folder / index.shards[shard].name).with_suffix(".idx")
     remote = index.remote
     if remote is not None and not path.exists():
@@ -236,7 +257,7 @@ def fetch_idx(index: Index, shard: int) -> Path:
     return path
 
 
-@lru_cache(maxsize=64)  # neighbouring samples are asked for together
+@lru_cache(maxsize=64)  # neighboring samples are often requested together
 def _keys(idx: Path) -> list[str]:
     lines = idx.read_text(encoding="ascii").splitlines()[1:]
     names = [unquote(line.split()[3], errors="surrogateescape") for line in lines]

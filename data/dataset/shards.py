@@ -1,11 +1,10 @@
-"""Tar shards in WebDataset's layout: write one, read one, and the .idx file that lets DALI's own reader use it.
+"""Tar shards in WebDataset's layout, with an .idx file for DALI's reader: writes and reads them.
 
     KEY.cls   the label, as decimal text
     KEY.jpg   the encoded image (or KEY.jpeg, .png, .webp)
 
-The bytes of a shard follow from its samples alone (no times, users or modes of the machine that wrote it). A shard appears
-under its final name whole or not at all. What is read may come from other writers: any letter case, other members beside
-these, labels in a .json.
+The bytes of a shard depend on its samples alone: not on times, users or modes of the machine. A shard gets its final name once it is
+complete. Shards of other writers can be read too: with any letter case, other members, and labels in a .json.
 """
 
 import itertools
@@ -31,8 +30,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _TAR_OVERHEAD = 2048  # two headers, the label and padding
 _BLOCK_BYTES = 1 << 20
 _END_OF_TAR = bytes(512)
-# Which members make a sample: as in webdataset.tariterators, base_plus_ext and tar_file_iterator's skip_meta. But hidden files
-# in folders are passed over, as by DALI's wds2idx; WebDataset would see the key "folder/" in them.
+# Names of the members that form a sample: as in webdataset.tariterators, base_plus_ext and tar_file_iterator's skip_meta. But hidden
+# files in folders are skipped, as by DALI's wds2idx; WebDataset gives them the key "folder/".
 _MEMBER_NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 _META_NAME = re.compile(r"__[^/]*__($|/)")
 _IDX_SAFE = string.punctuation.replace("%", "")
@@ -40,8 +39,7 @@ _IDX_SAFE = string.punctuation.replace("%", "")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image on its way into a shard. `key` has no dot, at which WebDataset would end it, and at most 95 bytes, as a plain tar
-    header has no room for more."""
+    """A sample to be written. `key` has no dot, where WebDataset ends a key, and at most 95 bytes, which fit a plain tar header."""
 
     key: str
     encoded: bytes
@@ -51,8 +49,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar: `offset` is where its data begin, in bytes from the start of the tar; `data` is empty where only headers
-    were read. The extension, all behind the first dot of the name, is in lower case."""
+    """A file in a tar.
+
+    Attributes:
+        key: the name up to the first dot of its base name.
+        extension: the rest of the name, in lower case.
+        offset: of the data, in bytes from the start of the tar.
+        size: of the data, in bytes.
+        data: empty where only headers were read.
+    """
 
     key: str
     extension: str
@@ -61,14 +66,21 @@ class Member:
     data: bytes = b""
 
 
-# What a sample's members say of it: label, width and height in pixels. Raises ValueError for a sample that can't be used.
+# From a sample's members to its label, width and height in pixels. Raises ValueError for a sample that can't be used.
 Describe = Callable[[list[Member]], tuple[int, int, int]]
 
 
 @dataclass(frozen=True, eq=False)
 class ShardContents:
-    """What a pass over a shard finds: a key, an index row (of index.DTYPE) and a line of the .idx for each sample, and what is
-    wrong with samples, by their number. Where only headers were read, checksum, labels, widths and heights are empty or 0."""
+    """The contents of a shard. Where only headers were read, checksum, labels, widths and heights are empty or 0.
+
+    Attributes:
+        shard: its description.
+        keys: of the samples.
+        rows: of the samples, of index.DTYPE.
+        idx: the text of the .idx file.
+        faults: reasons why samples can't be used, by the number of the sample.
+    """
 
     shard: Shard
     keys: list[str]
@@ -78,16 +90,24 @@ class ShardContents:
 
 
 def write_dataset(out: Path, samples: Iterable[Sample], classes: Sequence[str], *, shard_bytes: int, name: str) -> Index:
-    """Writes samples, in the order they come, as a dataset in OUT: shards of about `shard_bytes` bytes, index, dataset.json.
+    """Writes samples, in their order, as a dataset.
 
-    Raises ValueError when there are no samples.
+    Args:
+        out: an existing folder, which gets shards, index and dataset.json.
+        samples: at least one.
+        classes: names, by label.
+        shard_bytes: approximate size of a shard.
+        name: the beginning of the shards' names.
+
+    Raises:
+        ValueError: there are no samples, or one can't be used.
     """
     samples = iter(samples)
     shards: list[Shard] = []
     rows: list[np.ndarray] = []
     for first in samples:
         path = out / f"{name}-{len(shards):06d}.tar"
-        shard, shard_rows = write_shard(path, _up_to(itertools.chain([first], samples), shard_bytes))
+        shard, shard_rows = write_shard(path, _fill_shard(itertools.chain([first], samples), shard_bytes))
         shards.append(shard)
         rows.append(shard_rows)
     if not shards:
@@ -96,8 +116,8 @@ def write_dataset(out: Path, samples: Iterable[Sample], classes: Sequence[str], 
     return open_index(out)
 
 
-def _up_to(samples: Iterator[Sample], shard_bytes: int) -> Iterator[Sample]:
-    """Samples until they fill a shard."""
+def _fill_shard(samples: Iterator[Sample], shard_bytes: int) -> Iterator[Sample]:
+    """Yields samples until they fill a shard."""
     filled = 0
     for sample in samples:
         yield sample
@@ -107,8 +127,11 @@ def _up_to(samples: Iterator[Sample], shard_bytes: int) -> Iterator[Sample]:
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarray]:
-    """Writes PATH and its .idx; gives its description and its index rows, of index.DTYPE, in the order of the samples. Both are
-    read back from what was written."""
+    """Writes a shard and its .idx.
+
+    Returns:
+        The shard's description and the index rows of the samples, of index.DTYPE, read back from the written file.
+    """
     from webdataset.writer import TarWriter  # takes seconds and hundreds of MB, as webdataset imports torch
 
     with open(path.with_name(path.name + ".tmp"), "wb") as file:
@@ -125,18 +148,18 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarra
 
 
 def find_image(sample: list[Member]) -> Member:
-    """The member of a sample that is its image. Raises ValueError for a sample without one, and for two of one extension."""
-    found = {member.extension: member for member in sample}
-    if len(found) < len(sample):
+    """Returns the image among a sample's members. Raises ValueError for no image and for two members of one extension."""
+    by_extension = {member.extension: member for member in sample}
+    if len(by_extension) < len(sample):
         raise ValueError(f"it has several members of one extension: {_extensions(sample)}")
     for extension in IMAGE_EXTENSIONS:
-        if extension in found:
-            return found[extension]
+        if extension in by_extension:
+            return by_extension[extension]
     raise ValueError(f"it has {_extensions(sample)}, and no {' or '.join(IMAGE_EXTENSIONS)}")
 
 
 def read_label(sample: list[Member], field: str | None = None) -> int | str:
-    """A sample's label as it is stored: the number in its .cls, or a number or class name in a field of its .json.
+    """Reads a sample's label: the number in its .cls, or the number or class name in a field of its .json.
 
     Raises ValueError for a sample without the member or the field, and for a label of another type.
     """
@@ -162,7 +185,7 @@ def read_label(sample: list[Member], field: str | None = None) -> int | str:
 
 
 def describe_sample(sample: list[Member]) -> tuple[int, int, int]:
-    """A Describe, of shards whose labels are numbers in .cls members."""
+    """Reads label, width and height of a sample with a number in its .cls, as a Describe."""
     return int(read_label(sample)), *read_image_size(find_image(sample).data)
 
 
@@ -171,9 +194,14 @@ def _extensions(sample: list[Member]) -> str:
 
 
 def read_shard(path: Path, describe: Describe | None = describe_sample) -> ShardContents:
-    """Reads a shard from start to end, once; with `describe` None only its headers, about 4 KB a sample.
+    """Reads a shard, once from start to end.
 
-    Raises ValueError for a file that can't be read, is cut short or is no tar.
+    Args:
+        path: the tar file.
+        describe: reads label and size of a sample. With None only headers are read, about 4 KB a sample.
+
+    Raises:
+        ValueError: the file can't be read, is cut short or is no tar.
     """
     keys: list[str] = []
     rows: list[tuple[int, int, int, int, int]] = []
@@ -181,7 +209,7 @@ def read_shard(path: Path, describe: Describe | None = describe_sample) -> Shard
     faults: dict[int, str] = {}
     try:
         with open(path, "rb") as file:
-            source = _Hashed(file)
+            source = _HashedReader(file)
             for number, sample in enumerate(read_samples(source if describe else file, data=describe is not None)):
                 keys.append(sample[0].key)
                 rows.append((0, 0, 0, 0, 0))
@@ -191,7 +219,7 @@ def read_shard(path: Path, describe: Describe | None = describe_sample) -> Shard
                     rows[number] = (image.offset, image.size, *(describe(sample) if describe else (0, 0, 0)))
                 except ValueError as error:
                     faults[number] = str(error)
-            while describe and source.read(_BLOCK_BYTES):  # what follows the end of the archive has a part in the checksum
+            while describe and source.read(_BLOCK_BYTES):  # the checksum includes bytes after the end of the archive
                 pass
     except tarfile.TarError as error:
         after = f", after sample {keys[-1]}" if keys else ""
@@ -202,8 +230,8 @@ def read_shard(path: Path, describe: Describe | None = describe_sample) -> Shard
     return ShardContents(shard, keys, np.array(rows, DTYPE), f"v1.2 {len(lines)}\n" + "".join(lines), faults)
 
 
-class _Hashed:
-    """A file that is read from start to end, and hashed on the way."""
+class _HashedReader:
+    """Hashes a file while it is read from start to end."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, new_hash()
@@ -215,7 +243,7 @@ class _Hashed:
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """Takes a header that is damaged or missing for an error, where tarfile takes it for the end of the archive."""
+    """Raises an error for a damaged or missing header, which tarfile takes for the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -228,10 +256,14 @@ class StrictTarInfo(tarfile.TarInfo):
 
 
 def read_samples(file: Any, *, data: bool) -> Iterator[list[Member]]:
-    """The samples of a tar as WebDataset forms them: neighbouring files of one key, which ends at the first dot of the base name.
+    """Yields the samples of a tar as WebDataset does: consecutive members of one key.
 
-    With `data` the file is read in sequence and need only have read(); else only headers are read, by seeking. Raises
-    tarfile.TarError for a tar that is cut short, damaged or none.
+    Args:
+        file: an open file; with `data` it needs only read().
+        data: whether to read the data of members. Otherwise only headers are read, by seeking.
+
+    Raises:
+        tarfile.TarError: the file is cut short, damaged or no tar.
     """
     with tarfile.open(fileobj=file, mode="r|" if data else "r:", tarinfo=StrictTarInfo) as tar:
         for _, members in itertools.groupby(_members(tar, data), key=operator.attrgetter("key")):
@@ -247,19 +279,19 @@ def _members(tar: tarfile.TarFile, data: bool) -> Iterator[Member]:
 
 
 def format_idx_line(sample: list[Member]) -> str:
-    """A sample's line of an .idx as DALI's wds2idx writes it, `extension offset size name` for each member.
+    """Formats a sample's line of an .idx as DALI's wds2idx does: `extension offset size name` for each member.
 
-    DALI ends a name at a blank, so names are written percent-encoded: blanks, percent signs and all that is not ASCII.
+    DALI ends a name at a blank, so blanks, percent signs and characters that are not ASCII are percent-encoded.
     """
-
-    def quoted(text: str) -> str:
-        return quote(text, safe=_IDX_SAFE, errors="surrogateescape")
-
-    parts = [(quoted(part.extension), quoted(part.key), part) for part in sample]
-    return " ".join(f"{extension} {part.offset} {part.size} {key}.{extension}" for extension, key, part in parts) + "\n"
+    fields = []
+    for member in sample:
+        extension, key = (quote(text, safe=_IDX_SAFE, errors="surrogateescape") for text in (member.extension, member.key))
+        fields.append(f"{extension} {member.offset} {member.size} {key}.{extension}")
+    return " ".join(fields) + "\n"
 
 
 def write_idx(path: Path, text: str) -> None:
+    """Writes the text of an .idx file, which appears once it is complete."""
     with open(path.with_name(path.name + ".tmp"), "w", encoding="ascii") as file:
         file.write(text)
         publish(file, path)

@@ -1,18 +1,18 @@
-"""The local copy of a remote dataset: whole files in one folder, bounded, shared by all processes of a node.
+"""A local cache of a remote dataset: complete files in one folder, of bounded size, shared by all processes of a node.
 
     cache = Cache(folder, bound=100e9)
-    with cache.reserve(at_least=6e9, wanted=50e9) as reserved:      # what this process may keep at once, in bytes
-        descriptor = cache.pin(name, size, write)                   # write(path) is called if the file is not there
-        …                                                           # not evicted
+    with cache.reserve(at_least=6e9, wanted=50e9) as reserved:      # bytes that this process may pin at the same time
+        descriptor = cache.pin(name, size, write)                   # calls write(path) if the file is not in the cache
+        …                                                           # the file is not evicted
         release(descriptor)
 
-    FOLDER/train-000000.tar          a whole, checked shard; locked shared by whoever uses it or will soon
-    FOLDER/train-000001.tar.part     being fetched, of its final size; locked exclusively by the process that fetches it
-    FOLDER/reserved-…                one for each process, locked by it, of the size that it may keep
-    FOLDER/lock                      locked for the moment in which something of the above changes
+    FOLDER/train-000000.tar          a complete, checked shard; processes that need it hold a shared lock
+    FOLDER/train-000001.tar.part     a download, of the shard's final size; the downloading process holds an exclusive lock
+    FOLDER/reserved-…                one for each process, which holds its lock; its size is the reservation
+    FOLDER/lock                      locked while any of the above changes
 
-All locks are flock's, which end with their process: one that was killed leaves nothing that is locked, and what it left half
-fetched is overwritten or evicted. Only shards count for the bound and are evicted; the index and .idx files stay.
+All locks are flock's, which end with their process. A killed process leaves no locks, and its partial downloads are overwritten or
+evicted. Only shards count toward the bound and are evicted; the index and .idx files stay.
 """
 
 import errno
@@ -29,52 +29,61 @@ from pathlib import Path
 
 from data.storage.remote import Stopped
 
-POLL = 0.05  # seconds between looks at what another process is doing
+POLL = 0.05  # seconds between checks on another process
 _SHARDS = (".tar", ".tar.part")
 
 
 def choose_cache_root(configured: str | None) -> Path:
-    """Where caches lie: the configured folder, else one in the node's own scratch space if the environment names that.
+    """Returns the configured folder for caches, or one in the node's scratch space if the environment names that.
 
-    Raises ValueError where it does not: /tmp is often memory, and no place to put a dataset unasked.
+    Raises ValueError where neither exists. There is no default such as /tmp, which is often held in memory.
     """
     scratch = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR")
     if configured is None and scratch is None:
         raise ValueError(
-            "a dataset at a URL needs a folder for local copies, best on a disk of the node itself: set data.cache=FOLDER "
-            "(--cache FOLDER for python -m data); SLURM_TMPDIR or TMPDIR would be taken, but neither is set"
+            "a dataset at a URL needs a folder for local copies, best on a local disk of the node: set data.cache=FOLDER "
+            "(--cache FOLDER for python -m data); without it SLURM_TMPDIR or TMPDIR is used, but neither is set"
         )
     return Path(configured) if configured is not None else Path(scratch or "") / f"van-pretrain-{os.getuid()}"
 
 
 class Cache:
-    """The copy of one dataset. `bound`, in bytes, is for its shards. Raises ValueError when the folder can't be made."""
+    """The cache of one dataset, with at most `bound` bytes of shards. Raises ValueError when the folder can't be created."""
 
     def __init__(self, folder: Path, bound: float = math.inf) -> None:
         self.folder, self.bound = folder, bound
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{folder}: can't be made ({error}); set data.cache to a folder that you may write to") from error
+            raise ValueError(f"{folder}: can't be created ({error}); set data.cache to a folder that you may write to") from error
 
     def keep(self, name: str, write: Callable[[Path], None]) -> Path:
-        """The path of a file that is never evicted, written first if it is not there."""
+        """Returns the path of a file that is never evicted; calls `write` with a temporary path if the file does not exist."""
         os.close(self.pin(name, 0, write))
         return self.folder / name
 
     def pin(self, name: str, size: int, write: Callable[[Path], None], stop: threading.Event | None = None) -> int:
-        """Opens a file and keeps it from eviction until its descriptor is given to `release`.
+        """Opens a file, which is not evicted before its descriptor is passed to `release`.
 
-        If it is not there, room is made for its `size` bytes and `write` is called with the path of a temporary file, which
-        gets the final name when that returns. Of several processes one does so, and the others wait for it.
+        If the file does not exist, one process writes it while the others wait.
 
-        Raises ValueError when the disk is full of files in use, Stopped when `stop` is set while this waits, and what `write`
-        raises.
+        Args:
+            name: the file in the cache.
+            size: its bytes, for which room is made; 0 for files that are no shards.
+            write: is called with the path of a temporary file, which is renamed when `write` returns. Its errors are raised.
+            stop: ends the wait for another process or for room.
+
+        Returns:
+            A descriptor for reading.
+
+        Raises:
+            ValueError: the disk is full of files in use.
+            Stopped: `stop` was set.
         """
         stop = stop or threading.Event()
         part = self.folder / f"{name}.part"
         while True:
-            with self._alone():
+            with self._locked():
                 descriptor = self._open(name)
                 if descriptor is not None:
                     return descriptor
@@ -87,11 +96,11 @@ class Cache:
             write(part)
             os.fsync(descriptor)
         except BaseException:
-            with self._alone():
+            with self._locked():
                 part.unlink()
                 os.close(descriptor)
             raise
-        with self._alone():
+        with self._locked():
             part.rename(self.folder / name)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         return descriptor
@@ -101,11 +110,11 @@ class Cache:
             descriptor = os.open(self.folder / name, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)  # never waits: whole files are locked exclusively under `_alone` only
+        fcntl.flock(descriptor, fcntl.LOCK_SH)  # never waits: complete files are locked exclusively only under `_locked`
         return descriptor
 
     def _claim(self, part: Path, size: int) -> int | None:
-        """An exclusively locked temporary file of `size` bytes; None when another process has it, or there is no room now."""
+        """Opens and locks a temporary file of `size` bytes; returns None when another process has it, or there is no room yet."""
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
         if not _try_lock(descriptor):
             os.close(descriptor)
@@ -122,7 +131,7 @@ class Cache:
             raise
 
     def _allocate(self, part: Path, descriptor: int, size: int) -> bool:
-        """Gives a file its final size on the disk, evicting what it must; False where the bound leaves no room now."""
+        """Allocates a file's final size, evicting shards if needed; returns False where the bound leaves no room yet."""
         os.ftruncate(descriptor, 0)
         if not size:
             return True
@@ -141,12 +150,12 @@ class Cache:
                     ) from error
         return False
 
-    def _shrink(self, most: float) -> int:
-        """Evicts shards that nobody uses, the longest unused first, until there are no more than `most` bytes. Gives what is left."""
-        found = [(path.suffix != ".part", path.stat().st_mtime_ns, path) for path in self.folder.iterdir() if path.name.endswith(_SHARDS)]
-        used = sum(path.stat().st_size for *_, path in found)
-        for *_, path in sorted(found):
-            if used <= most:
+    def _shrink(self, limit: float) -> int:
+        """Evicts unused shards, least recently used first, down to `limit` bytes; returns the bytes that are left."""
+        entries = [(path.suffix != ".part", path.stat().st_mtime_ns, path) for path in self.folder.iterdir() if path.name.endswith(_SHARDS)]
+        used = sum(path.stat().st_size for *_, path in entries)
+        for *_, path in sorted(entries):
+            if used <= limit:
                 break
             size = path.stat().st_size
             if _evict(path):
@@ -155,14 +164,19 @@ class Cache:
 
     @contextmanager
     def reserve(self, at_least: int, wanted: int) -> Iterator[int]:
-        """Gives how many bytes this process may keep pinned at once: `wanted`, or `at_least` where others have left no more.
+        """Reserves bytes that this process may pin at the same time, and yields their number.
 
-        What there is above the bound is evicted first. All that processes have reserved is never more than the bound: so one that
-        waits for room waits for what is being released or can be evicted, never for another that waits as well.
+        All reservations together never exceed the bound. So a process that waits for room waits for files that are being released or
+        can be evicted, and processes never wait for each other.
 
-        Raises ValueError when not even `at_least` is left.
+        Args:
+            at_least: the smallest reservation that is of use.
+            wanted: the reservation, unless other processes have left less room; then `at_least`.
+
+        Raises:
+            ValueError: there is no room for `at_least`.
         """
-        with self._alone():
+        with self._locked():
             self._shrink(self.bound)
             others = 0
             for path in self.folder.glob("reserved-*"):
@@ -171,7 +185,7 @@ class Cache:
             left = int(self.bound) - others
             if at_least > left:
                 raise ValueError(
-                    f"{self.folder}: data.cache_gb={self.bound / 1e9:g} is too small for all that use it: other processes on this "
+                    f"{self.folder}: data.cache_gb={self.bound / 1e9:g} is too small for all processes that use it: others on this "
                     f"node have reserved {others / 1e9:.2f} GB, this one needs {at_least / 1e9:.2f} GB. Raise data.cache_gb or "
                     "set another data.cache"
                 )
@@ -182,15 +196,15 @@ class Cache:
         try:
             yield reserved
         finally:
-            with self._alone():
+            with self._locked():
                 os.unlink(name)
             os.close(descriptor)
 
     def check_disk(self, wanted: int) -> None:
-        """Raises ValueError where the disk has no room for the bound, or for `wanted` bytes of shards if those are fewer."""
-        with self._alone():
-            held = sum(path.stat().st_size for path in self.folder.iterdir() if path.name.endswith(_SHARDS))
-            room = shutil.disk_usage(self.folder).free + held
+        """Raises ValueError where the disk is too small for the bound, or for `wanted` bytes of shards if those are fewer."""
+        with self._locked():
+            cached = sum(path.stat().st_size for path in self.folder.iterdir() if path.name.endswith(_SHARDS))
+            room = shutil.disk_usage(self.folder).free + cached
         if min(self.bound, wanted) > room:
             raise ValueError(
                 f"{self.folder}: its disk has room for {room / 1e9:.2f} GB of shards, less than data.cache_gb={self.bound / 1e9:g}; "
@@ -198,8 +212,8 @@ class Cache:
             )
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One thread of one process of the node at a time."""
+    def _locked(self) -> Iterator[None]:
+        """Holds the cache's lock, which excludes all other threads and processes of the node."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -209,9 +223,9 @@ class Cache:
 
 
 def release(descriptor: int) -> None:
-    """Lets a pinned file be evicted, after all that were released before it."""
+    """Releases a pinned file, which may then be evicted, after all files that were released before."""
     now = time.time_ns()
-    os.utime(descriptor, ns=(now, now))  # the kernel's own clock for this moves in steps of milliseconds
+    os.utime(descriptor, ns=(now, now))  # the kernel's clock for file times has steps of milliseconds
     os.close(descriptor)
 
 
@@ -224,7 +238,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _evict(path: Path) -> bool:
-    """Removes a file that nobody has locked."""
+    """Removes a file unless a process has locked it; returns whether it did."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         if not _try_lock(descriptor):

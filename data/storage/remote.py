@@ -1,11 +1,11 @@
-"""Datasets that live at URLs (s3://, gs://, https://, file:// and what else fsspec knows): listing, reading, downloading.
+"""Access to datasets at URLs (s3://, gs://, https://, file:// and other protocols of fsspec): lists, reads and downloads files.
 
     remote = Remote("s3://bucket/in22k/train")
     json.loads(remote.read("dataset.json"))
     remote.download("train-000000.tar", path, check=check, limit=shard.bytes, stop=stop)
 
-Credentials and endpoints are found as the store's own tools find them (AWS_PROFILE, AWS_ENDPOINT_URL, …) or come from fsspec's
-configuration (FSSPEC_S3_ANON=true, ~/.config/fsspec). What fails for a while is tried again here, with growing pauses.
+Credentials and endpoints come from where the store's tools look for them (AWS_PROFILE, AWS_ENDPOINT_URL, …) or from fsspec's
+configuration (FSSPEC_S3_ANON=true, ~/.config/fsspec). A request that fails is tried again, with growing pauses.
 """
 
 import math
@@ -20,24 +20,25 @@ import fsspec
 
 T = TypeVar("T")
 TRIES = 6
-FIRST_PAUSE = 1.0  # seconds; each pause is twice the one before, the last of five 16: an outage of half a minute is outlived
-STALL = 15.0  # seconds without a byte, after which a request has failed
-_BLOCK_BYTES = 16 << 20  # of one request, and so of memory a download
+FIRST_PAUSE = 1.0  # seconds; each of the five pauses is twice the one before, so a job survives an outage of half a minute
+STALL = 15.0  # seconds without a byte after which a request fails
+_BLOCK_BYTES = 16 << 20  # of one request, and so of a download's memory
 
 
 class Stopped(Exception):
-    """The program is done with what was being downloaded."""
+    """A wait or download was stopped, because its result is no longer needed."""
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
+    """Returns whether a place is a URL rather than a folder."""
     return "://" in str(place)
 
 
 class Remote:
     """A folder at a URL.
 
-    Raises ValueError for a protocol that is unknown or whose package is not installed. Its methods raise ValueError, with the
-    URL, what was wrong and how often it was tried.
+    Raises ValueError for a protocol that is unknown or whose package is not installed. The methods raise ValueError with the URL,
+    the reason and the number of tries.
     """
 
     def __init__(self, url: str) -> None:
@@ -49,11 +50,11 @@ class Remote:
             raise ValueError(f"{url}: can't be opened: {error}. s3, http, https and file work; gs needs: pip install gcsfs") from error
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small file."""
+        """Reads a small file."""
         return self._persist(name, lambda: self._fs.cat_file(f"{self._path}/{name}"))
 
     def read_part(self, name: str, offset: int, size: int, stop: threading.Event) -> bytes:
-        """Some bytes of a file. Raises Stopped soon after `stop` is set."""
+        """Reads `size` bytes of a file from `offset` on. Raises Stopped soon after `stop` is set."""
 
         def once() -> bytes:
             data = self._fs.cat_file(f"{self._path}/{name}", start=offset, end=offset + size)
@@ -63,15 +64,15 @@ class Remote:
 
         return self._persist(name, once, stop)
 
-    def sizes(self) -> dict[str, int] | None:
-        """Bytes of each file, by name, from one listing; None where there is none: web servers, or no permission to list."""
+    def list_sizes(self) -> dict[str, int] | None:
+        """Lists the bytes of each file by name; returns None for web servers and without permission to list."""
         if self.url.startswith("http"):
             return None
         self._fs.invalidate_cache(self._path)
         try:
             entries = self._persist("", lambda: self._fs.ls(self._path, detail=True))
         except ValueError as error:
-            if error.__cause__ is not None and _refused(error.__cause__):
+            if error.__cause__ is not None and _is_refused(error.__cause__):
                 return None
             raise
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
@@ -79,9 +80,18 @@ class Remote:
     def download(
         self, name: str, to: Path, *, check: Callable[[Path], None], limit: float = math.inf, stop: threading.Event | None = None
     ) -> None:
-        """Writes a file's bytes over those of `to`, and again until `check`, which is given `to`, raises nothing.
+        """Downloads a file.
 
-        Raises ValueError when no try gave a good file, of `limit` bytes at most, and Stopped soon after `stop` is set.
+        Args:
+            name: the file, relative to the URL.
+            to: an existing file, which is overwritten.
+            check: is called with `to`; a ValueError from it counts as a failed try.
+            limit: the most bytes that the file may have.
+            stop: ends the download when set.
+
+        Raises:
+            ValueError: every try failed.
+            Stopped: `stop` was set.
         """
         stop = stop or threading.Event()
 
@@ -91,7 +101,7 @@ class Remote:
                     if stop.is_set():
                         raise Stopped
                     if file.tell() + len(block) > limit:
-                        raise ValueError(f"more than the {limit} bytes that dataset.json speaks of")
+                        raise ValueError(f"more than the {limit} bytes in dataset.json")
                     file.write(block)
                 file.truncate()
             check(to)
@@ -99,39 +109,39 @@ class Remote:
         self._persist(name, once, stop)
 
     def _persist(self, name: str, action: Callable[[], T], stop: threading.Event | None = None) -> T:
-        """The result of `action`, tried until it succeeds or has failed TRIES times."""
+        """Returns the result of `action`, which is called until it succeeds, TRIES times at most."""
         for tried in range(1, TRIES + 1):
             try:
                 return action()
             except Stopped:
                 raise
-            except Exception as error:  # every protocol's package has kinds of its own
-                if isinstance(error, FileNotFoundError) or _refused(error) or tried == TRIES:
+            except Exception as error:  # each protocol's package has its own error types
+                if isinstance(error, FileNotFoundError) or _is_refused(error) or tried == TRIES:
                     tries = "1 try" if tried == 1 else f"{tried} tries"
-                    raise ValueError(f"{self.url}/{name}: {_reason(error)} ({tries}){_advice(error)}") from error
-                pause = FIRST_PAUSE * 2 ** (tried - 1) * random.SystemRandom().uniform(0.75, 1.25)  # ranks must not come back as one
+                    raise ValueError(f"{self.url}/{name}: {_format_reason(error)} ({tries}){_format_advice(error)}") from error
+                pause = FIRST_PAUSE * 2 ** (tried - 1) * random.SystemRandom().uniform(0.75, 1.25)  # spreads the ranks' next requests
                 if (stop or threading.Event()).wait(pause):
                     raise Stopped from error
         raise AssertionError("unreachable")
 
 
 def _options(protocol: str) -> dict[str, Any]:
-    """What a file system is opened with, beside what the user has configured for it."""
+    """Returns fsspec's options for a protocol, merged with those that the user has configured."""
     configured = fsspec.config.conf.get(protocol, {})
     if protocol in ("s3", "s3a"):
-        # botocore's own retries, of up to 20 s each, would multiply with those here.
-        own = {"retries": {"total_max_attempts": 1}, "read_timeout": STALL}
-        return {"config_kwargs": own | configured.get("config_kwargs", {})}
+        # botocore's retries, of up to 20 s each, would multiply with those of `_persist`.
+        options = {"retries": {"total_max_attempts": 1}, "read_timeout": STALL}
+        return {"config_kwargs": options | configured.get("config_kwargs", {})}
     if protocol in ("http", "https"):
         import aiohttp
 
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)  # by default 5 minutes in all
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=STALL, sock_read=STALL)  # the default is 5 minutes in total
         return {"client_kwargs": {"timeout": timeout} | configured.get("client_kwargs", {})}
     return {}
 
 
-def _refused(error: BaseException) -> bool:
-    """Whether the store wants other credentials; those of botocore and aiohttp can't be named before they are imported."""
+def _is_refused(error: BaseException) -> bool:
+    """Returns whether the store refuses the credentials. botocore and aiohttp may not be imported, so types are compared by name."""
     return (
         isinstance(error, PermissionError)
         or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
@@ -139,16 +149,16 @@ def _refused(error: BaseException) -> bool:
     )
 
 
-def _reason(error: Exception) -> str:
+def _format_reason(error: Exception) -> str:
     return str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
 
 
-def _advice(error: Exception) -> str:
+def _format_advice(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return "; is it the folder of a packed dataset (dataset.json, index.npy, shards), wholly copied?"
-    if _refused(error):
+        return "; is it the folder of a packed dataset (dataset.json, index.npy, shards), and is the copy complete?"
+    if _is_refused(error):
         return (
-            "; credentials are found as by the store's own tools, such as AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+            "; credentials come from where the store's tools look, such as AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
             "a public bucket needs FSSPEC_S3_ANON=true"
         )
     return ""

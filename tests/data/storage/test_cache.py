@@ -166,7 +166,7 @@ def test_reservations_never_exceed_the_bound(tmp_path: Path) -> None:
         assert one == 60
         with cache.reserve(30, 60) as two:
             assert two == 30
-            with pytest.raises(ValueError, match=r"too small for all that use it.*Raise data\.cache_gb"), cache.reserve(30, 60):
+            with pytest.raises(ValueError, match=r"too small for all processes that use it.*Raise data\.cache_gb"), cache.reserve(30, 60):
                 pass
         with cache.reserve(40, 40) as three:
             assert three == 40
@@ -228,5 +228,5 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"can't be made .* set data\.cache"):
+    with pytest.raises(ValueError, match=r"can't be created .* set data\.cache"):
         Cache(tmp_path / "file" / "cache")

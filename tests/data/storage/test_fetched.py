@@ -66,7 +66,7 @@ def read_all(store: FetchedShards) -> list[bytes]:
 
 def held(index: Index) -> int:
     """Bytes of shards in the cache, whole or on their way, at a moment in which nobody adds or removes any."""
-    with Cache(index.folder)._alone():
+    with Cache(index.folder)._locked():
         return sum(path.stat().st_size for path in index.folder.iterdir() if path.name.endswith((".tar", ".tar.part")))
 
 
@@ -472,7 +472,7 @@ def test_a_store_that_may_be_read_but_not_listed(s3: Proxy, tmp_path: Path) -> N
     s3.fail("bucket", "ever-403")
     index = open_index(TRAIN, str(tmp_path))
     assert index.remote is not None
-    assert index.remote.sizes() is None
+    assert index.remote.list_sizes() is None
 
 
 # ---------------------------------------------------------------- the command line
