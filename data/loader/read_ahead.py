@@ -1,10 +1,10 @@
-"""Does work ahead of need, off the training thread.
+"""Reads items ahead of need, in threads beside the training thread.
 
     with ReadAhead(work, read, threads=4, depth=6) as reader:
         for result in reader:      # read(item) for each item of `work`, in that order
             …
 
-The threads also advance `work`, one at a time, so what its generator computes (the order) costs the consumer nothing.
+The threads also advance `work`, one at a time, so the consumer does not wait for its generator, which computes the sample order.
 """
 
 import threading
@@ -17,9 +17,15 @@ Result = TypeVar("Result")
 
 
 class ReadAhead(Generic[Item, Result]):
-    """An iterator over the results, with at most `depth` items read or being read beyond the one last given out.
+    """An iterator over the results of `read`, in the order of `work`.
 
-    What fails in a thread, in `work` or in `read`, is raised at the item's turn, and again on every later call.
+    An error in `work` or `read` is raised at the item's turn, and again on every later call.
+
+    Args:
+        work: the items.
+        read: returns the result of an item; is called in several threads.
+        threads: their number.
+        depth: the most items that are read or being read beyond the last one that was returned.
     """
 
     def __init__(self, work: Iterator[Item], read: Callable[[Item], Result], *, threads: int, depth: int) -> None:
@@ -29,7 +35,7 @@ class ReadAhead(Generic[Item, Result]):
         self._room = threading.Semaphore(depth)
         self._changed = threading.Condition()  # guards what follows
         self._results: dict[int, Result | BaseException] = {}
-        self._given = 0
+        self._returned = 0
         self._closed = False
         self._threads = [threading.Thread(target=self._run, name=f"read-ahead-{number}", daemon=True) for number in range(threads)]
         for thread in self._threads:
@@ -45,17 +51,17 @@ class ReadAhead(Generic[Item, Result]):
                 self._taken += 1
                 try:
                     item = next(self._work)
-                except BaseException as error:  # StopIteration too: the end of the work is a result like any other
-                    self._give(number, error)
-                    self._work = iter(())  # a generator that raised is spent, and so is the work
+                except BaseException as error:  # StopIteration too: the end of the work is passed on as a result
+                    self._set_result(number, error)
+                    self._work = iter(())  # a generator that raised can't be resumed
                     self._room.release()
                     return
             try:
-                self._give(number, self._read(item))
+                self._set_result(number, self._read(item))
             except BaseException as error:
-                self._give(number, error)
+                self._set_result(number, error)
 
-    def _give(self, number: int, result: Result | BaseException) -> None:
+    def _set_result(self, number: int, result: Result | BaseException) -> None:
         with self._changed:
             self._results[number] = result
             self._changed.notify_all()
@@ -65,24 +71,24 @@ class ReadAhead(Generic[Item, Result]):
 
     def __next__(self) -> Result:
         with self._changed:
-            self._changed.wait_for(lambda: self._given in self._results or self._closed)
+            self._changed.wait_for(lambda: self._returned in self._results or self._closed)
             if self._closed:
                 raise StopIteration
-            result = self._results[self._given]
+            result = self._results[self._returned]
             if isinstance(result, StopIteration):
                 raise StopIteration
             if isinstance(result, BaseException):
                 try:
                     raise result
                 finally:
-                    del result  # or its traceback, which holds this frame, would keep all callers alive until a collection
-            del self._results[self._given]
-            self._given += 1
+                    del result  # its traceback refers to this frame, and would keep the callers' frames until a garbage collection
+            del self._results[self._returned]
+            self._returned += 1
         self._room.release()
         return result
 
     def close(self) -> None:
-        """Ends and joins the threads; what was read ahead is dropped."""
+        """Ends and joins the threads, and drops results that were read ahead."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -44,7 +44,7 @@ def tell_all(quarantine: Quarantine, step: int, log: RunLog) -> None:
 
 def share(quarantine: Quarantine) -> list[BadSample]:
     """Tells all ranks of the bad images that each has found; returns what is new. Collective."""
-    return quarantine.share(_gather(quarantine.take_unreported()))
+    return quarantine.merge(_gather(quarantine.take_unreported()))
 
 
 def describe(quarantine: Quarantine, bad: BadSample) -> str:

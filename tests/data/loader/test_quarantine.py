@@ -192,7 +192,7 @@ def test_a_restart_goes_on_the_same_with_and_without_what_was_found(
     known = Quarantine(index, 0.5, tmp_path / "quarantine.jsonl")
     for sample in damage:
         known.add(sample, "found before")
-    known.record(known.share(known.take_unreported()), step=start)
+    known.record(known.merge(known.take_unreported()), step=start)
     for file in (None, tmp_path / "quarantine.jsonl"):
         quarantine = Quarantine(index, 0.5, file)
         check(by_step(train(index, order, start=start, quarantine=quarantine)), undamaged, index, set(damage))
@@ -444,8 +444,8 @@ def test_what_all_ranks_found_counts_together(clean: Index) -> None:
     found = one.take_unreported() + other.take_unreported()
     errors = []
     for quarantine in (one, other):
-        assert [bad.sample for bad in quarantine.share(found)] == [5, 6, 7, 8]
-        assert quarantine.share(found) == []
+        assert [bad.sample for bad in quarantine.merge(found)] == [5, 6, 7, 8]
+        assert quarantine.merge(found) == []
         assert quarantine.count == 4
         with pytest.raises(ValueError, match="4 of 64 images") as caught:
             quarantine.check()
@@ -460,12 +460,12 @@ def test_the_file(clean: Index, tmp_path: Path) -> None:
     first = Quarantine(clean, 0.5, file)
     assert not file.exists()
     first.add(63, "its header is damaged")
-    first.record(first.share(first.take_unreported()), step=50)
+    first.record(first.merge(first.take_unreported()), step=50)
     val = Quarantine(clean, 0.5, file, replaces=False)
     val.add(3, "DALI can't decode it")
-    val.record(val.share(val.take_unreported()), step=60)
+    val.record(val.merge(val.take_unreported()), step=60)
     first.add(int(clean.shard_start[-2]), "cut")  # the one that took its place
-    first.record(first.share(first.take_unreported()), step=100)
+    first.record(first.merge(first.take_unreported()), step=100)
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     start = int(clean.shard_start[-2])
     expected = [(50, 63, start), (60, 3, None), (100, start, start + 1)]

@@ -35,7 +35,7 @@ def test_reads_ahead_but_no_further_than_depth() -> None:
     taken: list[int] = []
     with ReadAhead(numbers(100, taken), square, threads=4, depth=6) as reader:
         for consumed in (0, 1, 5):
-            while reader._given < consumed:
+            while reader._returned < consumed:
                 next(reader)
             deadline = time.monotonic() + 5
             while len(taken) < 6 + consumed and time.monotonic() < deadline:
