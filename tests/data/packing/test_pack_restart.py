@@ -46,6 +46,7 @@ def kill_and_resume(source: Path, packed: Path, folder: Path, moments: list[floa
     for number, moment in enumerate(moments):
         out = folder / str(number) / "in"
         process = start_packing(source, out, "--workers", str(1 + number % 3))
+        wait_for_plan(process, out)
         try:
             process.wait(timeout=moment)
         except subprocess.TimeoutExpired:
@@ -60,9 +61,17 @@ def kill_and_resume(source: Path, packed: Path, folder: Path, moments: list[floa
         shutil.rmtree(out)
 
 
+def wait_for_plan(process: subprocess.Popen, out: Path) -> None:
+    """Returns when packing begins to write; before, it only imports modules."""
+    while process.poll() is None and not out.exists():
+        time.sleep(0.005)
+
+
 def measure_packing(source: Path, out: Path) -> float:
-    began = time.monotonic()
+    """Returns how long a packing writes, in seconds."""
     process = start_packing(source, out, "--workers", "2")
+    wait_for_plan(process, out)
+    began = time.monotonic()
     process.communicate()
     assert process.returncode == 0
     return time.monotonic() - began
@@ -84,6 +93,7 @@ def test_packing_resumes_after_kills_at_twenty_moments(source: Path, packed: Pat
 CRASH = """
 import os, sys
 from pathlib import Path
+import webdataset  # takes seconds, and so is imported before the forks
 import data.packing.pack
 from data.packing.pack import pack
 from data.packing.plan import Settings
