@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from pretrain.run.attempts import tell
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
-from pretrain.run.place import PAGE, Where, host, shared_page
+from pretrain.run.position import PAGE, Position, create_page, host_name
 
 LAST_LINES = 20
 # What a rank says that failed because another was gone.
@@ -30,7 +30,7 @@ LEAVE_S = 3.0  # before other ranks are ended: they may be about to fail of the 
 
 def run(command: Sequence[str]) -> int:
     """Runs a rank, whose number is in RANK; returns the task's exit code."""
-    rank, node, page = int(os.environ["RANK"]), host(), shared_page()
+    rank, node, page = int(os.environ["RANK"]), host_name(), create_page()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # Slurm sends it to the rank too. Not SIG_IGN, which the rank would inherit
     with usr1_waiting():
@@ -48,14 +48,14 @@ def run(command: Sequence[str]) -> int:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
         last.append(line.decode(errors="replace").rstrip())
-    code, where = process.wait(), Where.of(page)
+    code, position = process.wait(), Position.read(page)
     said = next((line for line in reversed(last) if line.strip()), "")
     cause = code != -signal.SIGTERM and LOST_PEER.search(said) is None  # or else the effect of another rank's failure
     if code not in (0, EXIT_AGAIN, EXIT_CONFIG, EXIT_HUNG, EXIT_ENDED):
         lines = "; its last lines:" + "".join(f"\n  rank {rank} | {line}" for line in last) if cause else ""
-        print(f"rank {rank} on {node} {died(code)} in {where}{lines}", flush=True)
-    why = f"{died(code)} in {where}"
-    tell("rank", rank=rank, host=node, code=code, step=where.computing, why=why, said=said[:300], cause=cause)
+        print(f"rank {rank} on {node} {died(code)} in {position}{lines}", flush=True)
+    why = f"{died(code)} in {position}"
+    tell("rank", rank=rank, host=node, code=code, step=position.computed_step, why=why, said=said[:300], cause=cause)
     time.sleep(LEAVE_S if code in (EXIT_CONFIG, 1) else HEARD_S)
     if code in (0, EXIT_AGAIN, EXIT_ENDED):
         return 0

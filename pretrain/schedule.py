@@ -1,12 +1,14 @@
 """Decides after each optimizer step whether to log, evaluate, save or end.
 
-schedule = Schedule(total=1000, log_every=50, evaluate_every=500, save_every=None, keep_every=None, saves_evaluations=False)
+schedule = make_schedule(config.run, total, steps_per_epoch, evaluates=True)
 due = schedule.due(step, is_save_requested=False)
 if due.evaluate: …
 """
 
 import math
 from dataclasses import dataclass
+
+from pretrain.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,25 @@ class Schedule:
         if math.isfinite(steps_until_clock):
             saves.append(step + max(1, math.ceil(steps_until_clock)))
         return min(self.total, *saves) if saves else self.total
+
+
+def make_schedule(run: RunConfig, total: int, steps_per_epoch: int, *, evaluates: bool) -> Schedule:
+    """Returns the schedule of a job.
+
+    Args:
+        run: its settings.
+        total: steps of the whole training.
+        steps_per_epoch: optimizer steps.
+        evaluates: whether there is validation data.
+    """
+    return Schedule(
+        total=total,
+        log_every=run.log_every,
+        evaluate_every=max(1, round(run.eval_every * steps_per_epoch)) if evaluates else None,
+        save_every=run.save_every,
+        keep_every=round(run.keep_every * steps_per_epoch) or None,
+        saves_evaluations=run.keep_best != "none",
+    )
 
 
 def _is_multiple(step: int, period: int | None) -> bool:

@@ -1,353 +1,391 @@
-"""The main job: one process of it, from settings to trained weights.
+"""The training job: one rank of it, from settings to trained weights.
 
     python -m pretrain train configs/van_b3_in22k.yaml key=value …
 
-Every rank runs this file from top to bottom: data, model, engine, the newest checkpoint if there is one, the loop. It ends with 0
-when training is complete, with 85 when it was told to stop, has saved, and wants to be started again, and with 86 when RUN/STOP
-told it to end.
+Every rank runs this file. `Trainer` sets the job up: processes, data, model, engine, the newest checkpoint, in an order that matters.
+`Trainer.train` is the loop, `Trainer.train_step` one optimizer step, `Trainer.finish_step` what follows it: log, evaluation, checkpoint.
+
+The exit code is 0 when training is complete, 85 after a stop request when the job should be started again, and 86 when RUN/STOP ended it.
 """
 
-import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.augment.mixup import mix_pairs
 from data.common.counter_rng import hash64
 from data.common.placement import Placement
-from data.common.text import format_duration
 from data.dataset.index import open_index
 from data.loader.loaders import EvalLoader, TrainLoader
 from data.loader.order import make_sample_order
+from data.loader.pipeline import Batch
 from data.loader.quarantine import Quarantine
 from pretrain import config as settings
 from pretrain.checkpoint import Checkpoints, Retention, hold, list_checkpoints
 from pretrain.config import Config
-from pretrain.engine import distributed, zero_state
+from pretrain.engine import distributed
 from pretrain.engine.batch_stats import BatchStats, synchronise
 from pretrain.engine.engine import build_engine
 from pretrain.engine.guard import Guard
 from pretrain.engine.optim import learning_rate, set_learning_rate
 from pretrain.engine.precision import DTYPES, usable_precision
-from pretrain.evaluation.accuracy import evaluate, restriction
+from pretrain.evaluation.accuracy import restriction
+from pretrain.evaluation.in_training import Evaluator
+from pretrain.loss import mixed_cross_entropy
 from pretrain.model.build import build_model
 from pretrain.model.fast.cuda_graphs import use_graphs
 from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
-from pretrain.monitor import traffic
-from pretrain.monitor.damage import check_shards, tell_all
-from pretrain.monitor.flops import mfu, peak_flops, training_flops
-from pretrain.monitor.interval import Interval, Steps
-from pretrain.monitor.memory import explained
+from pretrain.monitor.damage import check_shards, report_bad_images
+from pretrain.monitor.flops import peak_flops, training_flops
+from pretrain.monitor.interval import Interval
+from pretrain.monitor.memory import explain_out_of_memory
 from pretrain.monitor.profiling import Profiler
-from pretrain.monitor.requests import Requests
-from pretrain.monitor.rollback import Bad, Rollbacks, Watch, bad_steps, evidence, recorded
-from pretrain.monitor.stragglers import OwnTime, Slowest
+from pretrain.monitor.report import Reporter
+from pretrain.monitor.requests import Request, Requests
+from pretrain.monitor.rollback import BadSteps, DivergenceWatch, Evidence, Rollbacks, read_rollbacks
+from pretrain.monitor.stragglers import RankTimer
 from pretrain.monitor.watchdog import Watchdog
 from pretrain.run.attempts import STOP
 from pretrain.run.exit_codes import EXIT_ENDED
 from pretrain.run.metrics import RunLog
-from pretrain.run.place import Place
+from pretrain.run.position import SharedPosition
 from pretrain.run.provenance import provenance, record_start
-from pretrain.schedule import Schedule
+from pretrain.schedule import make_schedule
 from pretrain.weights.initial import start_from
-from pretrain.weights.run_model import copy_weights
+
+WARM_UP_STEPS = 3  # after a start, in which running out of memory means that the settings ask for too much
 
 
 def train(config: Config, force_config: bool = False) -> int:
-    """Runs the job; returns the process's exit code. With `force_config` a run goes on though its settings have changed.
+    """Runs one rank of a job; returns the exit code of the process. See `Trainer`."""
+    return Trainer(config, force_config).train()
+
+
+class Trainer:
+    """Trains a model as one rank of a job.
+
+    Args:
+        config: settings of the job. Its run directory is created, or resumed if it has a checkpoint.
+        force_config: whether to resume although settings have changed.
 
     Raises:
-        ValueError: what can't work, before the first step: batch sizes, data, weights or a checkpoint that do not fit.
+        ValueError: settings, data, weights or a checkpoint do not fit each other; before the first step.
     """
-    # ---------------------------------------------------------------- processes
-    device = distributed.start(config.engine)
-    rank, ranks, hosts = dist.get_rank(), dist.get_world_size(), distributed.gather_hosts()
-    accumulation = settings.accumulation(config, ranks)
-    folder, place = Path(config.run.dir), Place()
-    watchdog = Watchdog(place, hosts, config.guard.step_limit, config.guard.start_limit)
-    log = RunLog(folder / "metrics.jsonl" if rank == 0 else None)
-    lock = hold(folder, log.line)
-    if list_checkpoints(folder / "checkpoints") and (folder / "config.yaml").exists():
-        for change in settings.confirm(config, folder / "config.yaml", force_config):
-            log.line(f"changed by --force-config: {change}")
 
-    # ---------------------------------------------------------------- data
-    index = open_index(config.data.train, config.data.cache)
-    if len(index.classes) != config.model.classes:
-        raise ValueError(f"{config.data.train} has {len(index.classes)} classes, but model.classes={config.model.classes}; make them agree")
-    val = open_index(config.data.val, config.data.cache) if config.data.val is not None else None
-    if val is not None and (told := restriction(index.classes, val, config.data.val_except)):
-        log.line(f"evaluation: {told}")
-    check_shards([index, val] if val else [index], checksums=config.data.check == "checksums")
-    quarantine = Quarantine(index, config.data.max_bad, folder / "quarantine.jsonl")
-    val_quarantine = Quarantine(val, config.data.max_bad, folder / "quarantine.jsonl", replaces=False) if val else None
-    order = make_sample_order(index, config.data, seed=config.seed, global_batch=config.global_batch)
-    total, warmup = settings.lengths(config, order.steps_per_epoch)
-    schedule = Schedule(
-        total=total,
-        log_every=config.run.log_every,
-        evaluate_every=max(1, round(config.run.eval_every * order.steps_per_epoch)) if val is not None else None,
-        save_every=config.run.save_every,
-        keep_every=round(config.run.keep_every * order.steps_per_epoch) or None,
-        saves_evaluations=config.run.keep_best != "none",
-    )
+    def __init__(self, config: Config, force_config: bool = False):
+        self.config, self.folder = config, Path(config.run.dir)
+        self.step, self.exit_code = 0, 0
+        self.evaluation: dict[str, Any] | None = None  # results of the newest one
+        # The order is important: each part needs those before it, and most of them are collective.
+        self._start_processes()
+        self._open_run(force_config)
+        self._open_data()
+        self._build_model()
+        self._build_engine()
+        self._restore()
+        self._prepare_monitors()
 
-    # ---------------------------------------------------------------- model and engine
-    torch.manual_seed(config.seed)
-    model = build_model(config)
-    # A run that goes on takes all from its checkpoint; what it once started from may be gone by then.
-    if config.model.init_from and not list_checkpoints(folder / "checkpoints"):
-        for line in start_from(model, Path(config.model.init_from), config.model.head_init, index.classes):
-            log.line(line)
-    flops, peak = training_flops(model, config.data.image_size), peak_flops(device, config.engine.precision)
-    parameters, precision = [p.numel() for p in model.parameters()], usable_precision(device, config.engine.precision)
-    if config.engine.sync_bn:
-        synchronise(model)
-    for number in config.model.checkpoint_stages:
-        cast(Any, model).stages[number].grad_checkpointing = True
-    if config.model.compile:
-        compile_blocks(model)
-    engine = build_engine(config, model, accumulation)
-    kernels = config.model.kernels, device, config.data.image_size, DTYPES[precision], config.engine.zero_stage
-    log.line(use_kernels(model, *kernels))
-    stats = BatchStats(model, config.engine.ema_decay)
-    guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
-    watch = Watch(config.guard)
-    log.line(
-        f"{config.model.name}, {sum(parameters) / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{config.engine.zero_stage}, "
-        f"{precision}{'' if precision == config.engine.precision else f', as this {device.type} lacks {config.engine.precision}'}, "
-        f"{ranks} {device.type} ranks; global batch {config.global_batch} = {ranks} x "
-        f"{config.engine.micro_batch} x {accumulation}; {len(index)} images, {order.steps_per_epoch} steps an epoch, {total} in all"
-    )
-    if ranks > 1:
-        channels = stats.flat.numel() // 2
-        sent = traffic.communication(parameters, channels, stage=config.engine.zero_stage, accumulation=accumulation)
-        log.line(traffic.in_words(sent, ranks))
+    # ---------------------------------------------------------------- the loop
 
-    # ---------------------------------------------------------------- where an earlier start of this run got to
-    # What, together with the step, decides which samples follow and how; a run can't change it half-way.
-    identity = {
-        "model": config.model.name, "classes": config.model.classes, "seed": config.seed, "steps": total,
-        "global_batch": config.global_batch, "lanes": order.lanes, "window": order.window,
-        "repeats": order.repeats, "data": index.fingerprint,
-    }  # fmt: skip
-    retention = Retention(config.run.keep, schedule.keep_every or 0, config.run.keep_best)
-    checkpoints = Checkpoints(folder / "checkpoints", engine, stats, retention=retention, lock=lock, log=log)
-    rollbacks = Rollbacks(folder / "rollbacks.json", distributed.run_on_rank_0(lambda: recorded(folder / "rollbacks.json")))
-    resumed = checkpoints.load(identity)
-    step, evaluation = (resumed["step"], resumed["evaluation"]) if resumed else (0, None)
-    if resumed:
-        guard.load(resumed["guard"])
-        watch.load(resumed["watch"])
-        log.line(f"resumed at step {step} of {total} from a checkpoint of {resumed['ranks']} ranks, ZeRO-{resumed['zero_stage']}")
-    made = provenance()
-    if rank == 0:
-        settings.save(config, folder / "config.yaml")
-    if step == total:
-        log.line(f"{folder} is complete: step {step} of {total}")
-        return 0
-    record_start(folder, config, {"train": index.fingerprint} | ({"val": val.fingerprint} if val else {}), device)
-    distributed.run_on_rank_0(lambda: log.trackers.open(config, folder, step))
+    def train(self) -> int:
+        """Trains to the last step or to a stop request; returns the exit code of the process."""
+        total, first = self.schedule.total, self.step
+        if self.step == total:
+            self.log.line(f"{self.folder} is complete: step {self.step} of {total}")
+            return 0
+        self._record_start()
+        memory = explain_out_of_memory(self.config, self.ranks, self.device, is_warm=lambda: self.step >= first + WARM_UP_STEPS)
+        with self.val_loader or nullcontext(), self.requests, memory:
+            self.engine.train()
+            self._capture_graphs()
+            while not self.is_done:
+                with self._open_train_loader() as loader:  # opened again after each rollback
+                    batches, bad = iter(loader), None
+                    while not self.is_done and bad is None:
+                        self.requests.ask()
+                        self.train_step(batches)
+                        bad = self.finish_step(self.requests.answer())
+                if bad is not None:
+                    self.roll_back(bad)
+            self.profiler.close(self.step)
+            self.checkpoints.close()
+        return self._finish()
 
-    def save() -> None:
-        checkpoints.save(
+    @property
+    def is_done(self) -> bool:
+        """Whether training is complete or has to stop."""
+        return self.step == self.schedule.total or self.exit_code != 0
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """Makes one optimizer step on a global batch, or none if a rollback skips the batch of this step."""
+        step = self.step
+        self.profiler.start_step(step)
+        self.lr = learning_rate(step, self.schedule.total, self.warmup, self.config.optim)
+        set_learning_rate(self.engine.optimizer, self.lr)
+        # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
+        torch.manual_seed(int(hash64(self.config.seed, step, self.rank) >> 1))
+        for micro_step in range(0 if self.rollbacks.is_skipped(step) else self.accumulation):
+            is_last = micro_step + 1 == self.accumulation
+            self.timer.begin()
+            with self.interval.waiting_for_data(), self.profiler.phase("data", micro_step):
+                batch = next(batches)
+            loss = self._forward(batch, micro_step)
+            with self.profiler.phase("backward", micro_step):
+                self.engine.backward(self.guard.scaled(loss))
+            self.interval.add(loss)
+            if is_last:
+                self.stats.start_averaging()  # beside the optimizer's step
+                self.checkpoints.before_update()
+                self.guard.check()
+            with self.profiler.phase("optimizer", micro_step):
+                self.engine.step()
+            if is_last:
+                self.stats.finish(self.guard.found_inf)
+                self.interval.end_step(step, self.guard)
+        self.step += 1
+        self.log.advance()
+
+    def _forward(self, batch: Batch, micro_step: int) -> Tensor:
+        images, targets, share = batch.images, batch.labels[:, None], None
+        if batch.mix is not None:
+            images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
+        with self.profiler.phase("forward", micro_step):
+            return mixed_cross_entropy(self.engine(images), targets, share, self.config.optim.label_smoothing)
+
+    def finish_step(self, request: Request) -> BadSteps | None:
+        """Logs, evaluates and saves as is due after a step; returns bad steps that training has to be rolled back from."""
+        self.exit_code = request.exit_code
+        due = self.schedule.due(self.step, is_save_requested=request.save or self.exit_code != 0)
+        if due.log:
+            with self.profiler.phase("log", self.accumulation):
+                if bad := self._report(is_evaluated=due.evaluate):
+                    return bad
+        if due.evaluate:
+            with self.interval.paused(), self.profiler.phase("evaluation", self.accumulation):
+                assert self.evaluator is not None
+                self.evaluation = self.evaluator.evaluate(self.step)
+        if due.save:
+            with self.interval.paused(), self.profiler.phase("save", self.accumulation):
+                self._save()
+            self.requests.restart_clock()
+        return None
+
+    def roll_back(self, bad: BadSteps) -> None:
+        """Loads the newest checkpoint from before bad steps; their batches are skipped from then on.
+
+        Raises:
+            ValueError: there is no such checkpoint, or there were too many rollbacks.
+        """
+        guard = self.config.guard
+        reason = f"steps {bad.first} to {bad.last} are bad: {bad.reason}; see {self.evidence.file}"
+        if len(self.rollbacks.entries) >= guard.rollbacks:
+            raise ValueError(f"{reason}. Training was rolled back {guard.rollbacks} times (guard.rollbacks), and ends here")
+        try:
+            trainer = self.checkpoints.go_back(bad.first, self.identity)
+        except ValueError as error:
+            raise ValueError(f"{reason}. Training can't be rolled back: {error}") from error
+        entry = self.rollbacks.add(bad, guard.pass_over, trainer["step"])
+        if self.rank == 0:
+            self.rollbacks.write()
+        self._load_state(trainer)
+        self.log.line(f"{reason}. Rolled back to step {self.step}; the batches of steps {entry['first']} to {entry['last']} are skipped")
+        self.log.record("rollback", step=self.step, **entry)
+        self.log.start_progress(self.step, self.schedule.total)
+
+    # ---------------------------------------------------------------- setting up, in this order
+
+    def _start_processes(self) -> None:
+        config = self.config
+        self.device = distributed.start(config.engine)
+        self.rank, self.ranks, self.hosts = dist.get_rank(), dist.get_world_size(), distributed.gather_hosts()
+        ranks_on_node = self.hosts.count(self.hosts[self.rank])
+        self.placement = Placement(self.device, config.engine.micro_batch, self.rank, self.ranks, ranks_on_node)
+        self.accumulation = settings.accumulation(config, self.ranks)
+        self.position = SharedPosition()
+        self.watchdog = Watchdog(self.position, self.hosts, config.guard.step_limit, config.guard.start_limit)
+
+    def _open_run(self, force_config: bool) -> None:
+        self.log = RunLog(self.folder / "metrics.jsonl" if self.rank == 0 else None)
+        self.lock = hold(self.folder, self.log.line)
+        self.is_resumed = bool(list_checkpoints(self.folder / "checkpoints"))
+        if self.is_resumed and (self.folder / "config.yaml").exists():
+            for change in settings.confirm(self.config, self.folder / "config.yaml", force_config):
+                self.log.line(f"changed by --force-config: {change}")
+
+    def _open_data(self) -> None:
+        config, data = self.config, self.config.data
+        self.index = open_index(data.train, data.cache)
+        if len(self.index.classes) != config.model.classes:
+            raise ValueError(
+                f"{data.train} has {len(self.index.classes)} classes, but model.classes={config.model.classes}; make them agree"
+            )
+        self.val = open_index(data.val, data.cache) if data.val is not None else None
+        if self.val is not None and (restricted := restriction(self.index.classes, self.val, data.val_except)):
+            self.log.line(f"evaluation: {restricted}")
+        check_shards([self.index, self.val] if self.val else [self.index], checksums=data.check == "checksums")
+        self.quarantine = Quarantine(self.index, data.max_bad, self.folder / "quarantine.jsonl")
+        self.val_loader: EvalLoader | None = None
+        if self.val is not None:
+            quarantine = Quarantine(self.val, data.max_bad, self.folder / "quarantine.jsonl", replaces=False)
+            self.val_loader = EvalLoader(self.val, data, self.placement, quarantine=quarantine)
+        self.order = make_sample_order(self.index, data, seed=config.seed, global_batch=config.global_batch)
+        total, self.warmup = settings.lengths(config, self.order.steps_per_epoch)
+        self.schedule = make_schedule(config.run, total, self.order.steps_per_epoch, evaluates=self.val is not None)
+
+    def _build_model(self) -> None:
+        """Builds the model on the CPU, with its first weights and the layers that the settings ask for."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.model = build_model(config)
+        # A resumed run takes all weights from its checkpoint; the weights that it started from may be gone by then.
+        if config.model.init_from and not self.is_resumed:
+            for line in start_from(self.model, Path(config.model.init_from), config.model.head_init, self.index.classes):
+                self.log.line(line)
+        self.image_flops = training_flops(self.model, config.data.image_size)  # while all operators are PyTorch's
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # while all of them are on this rank
+        if config.engine.sync_bn:
+            synchronise(self.model)
+        for number in config.model.checkpoint_stages:
+            cast(Any, self.model).stages[number].grad_checkpointing = True
+        if config.model.compile:
+            compile_blocks(self.model)
+
+    def _build_engine(self) -> None:
+        config, engine = self.config, self.config.engine
+        self.engine = build_engine(config, self.model, self.accumulation)
+        self.log.line(self._use_kernels(self.model))
+        self.stats = BatchStats(self.model, engine.ema_decay)
+        self.guard = Guard(self.engine, clip=config.optim.clip_grad, scales=engine.precision == "fp16")
+        precision = usable_precision(self.device, engine.precision)
+        self.log.line(
+            f"{config.model.name}, {self.parameters / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{engine.zero_stage}, "
+            f"{precision}{'' if precision == engine.precision else f' (this {self.device.type} lacks {engine.precision})'}, "
+            f"{self.ranks} {self.device.type} ranks; global batch {config.global_batch} = {self.ranks} x "
+            f"{engine.micro_batch} x {self.accumulation}; {len(self.index)} images, {self.order.steps_per_epoch} steps per epoch, "
+            f"{self.schedule.total} steps in all"
+        )
+
+    def _use_kernels(self, model: nn.Module) -> str:
+        """Replaces layers of a model on the device by faster ones; returns a line for the log."""
+        model_settings, engine = self.config.model, self.config.engine
+        dtype = DTYPES[usable_precision(self.device, engine.precision)]
+        return use_kernels(model, model_settings.kernels, self.device, self.config.data.image_size, dtype, engine.zero_stage)
+
+    def _new_model(self) -> nn.Module:
+        """Returns a model on the device for evaluation, with weights of any value."""
+        with torch.device("meta"):
+            model = build_model(self.config)
+        model.to_empty(device=self.device)
+        self._use_kernels(model)
+        return model
+
+    def _capture_graphs(self) -> None:
+        if self.config.model.graphs:
+            self.log.line(use_graphs(self.engine, self.config))
+
+    def _restore(self) -> None:
+        """Loads the newest checkpoint of the run, if there is one."""
+        config = self.config
+        # Together with the step these decide which samples follow and how they are used. A run can't change them.
+        self.identity = {
+            "model": config.model.name, "classes": config.model.classes, "seed": config.seed, "steps": self.schedule.total,
+            "global_batch": config.global_batch, "lanes": self.order.lanes, "window": self.order.window,
+            "repeats": self.order.repeats, "data": self.index.fingerprint,
+        }  # fmt: skip
+        retention = Retention(config.run.keep, self.schedule.keep_every or 0, config.run.keep_best)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", self.engine, self.stats, retention=retention, lock=self.lock, log=self.log
+        )
+        file = self.folder / "rollbacks.json"
+        self.rollbacks = Rollbacks(file, distributed.run_on_rank_0(lambda: read_rollbacks(file)))
+        self.watch = DivergenceWatch(config.guard)
+        if trainer := self.checkpoints.load(self.identity):
+            self._load_state(trainer)
+            self.log.line(
+                f"resumed at step {self.step} of {self.schedule.total} from a checkpoint of {trainer['ranks']} ranks, "
+                f"ZeRO-{trainer['zero_stage']}"
+            )
+        self.provenance = provenance()
+        if self.rank == 0:
+            settings.save(config, self.folder / "config.yaml")
+
+    def _load_state(self, trainer: dict[str, Any]) -> None:
+        """Restores the state that `_save` adds to a checkpoint."""
+        self.step, self.evaluation = trainer["step"], trainer["evaluation"]
+        self.guard.load(trainer["guard"])
+        self.watch.load(trainer["watch"])
+
+    def _prepare_monitors(self) -> None:
+        config, device = self.config, self.device
+        has_loss_scale = config.engine.precision == "fp16"
+        self.evidence = Evidence(self.folder / "bad_steps.jsonl", self.log, self.order, self.index, self.hosts, has_loss_scale)
+        launches_ahead = device.type == "cuda" and config.engine.zero_stage < 3 and not config.engine.offload
+        self.interval = Interval(device, config.run.log_every, self.accumulation, detects_launch_bound=launches_ahead)
+        self.timer = RankTimer(self.engine, config.engine.zero_stage, self.hosts)
+        self.profiler = Profiler(self.position, settings.profiled_steps(config.profile), self.folder / "profile", self.log.line)
+        self.requests = Requests(self.folder / STOP, 60 * config.run.save_minutes if config.run.save_minutes is not None else None)
+        self.reporter = Reporter(
+            self.log, self.schedule, self.order.steps_per_epoch, config.global_batch, self.ranks, device, self.image_flops,
+            peak_flops(device, config.engine.precision), has_graphs=config.model.graphs,
+        )  # fmt: skip
+
+        self.evaluator = None
+        if self.val_loader is not None:
+            classes, precision = self.index.classes, config.engine.precision
+            self.evaluator = Evaluator(self.engine, self.stats, self.val_loader, classes, precision, self._new_model, self.log)
+
+    # ---------------------------------------------------------------- parts of the loop
+
+    def _record_start(self) -> None:
+        data = {"train": self.index.fingerprint} | ({"val": self.val.fingerprint} if self.val else {})
+        record_start(self.folder, self.config, data, self.device)
+        distributed.run_on_rank_0(lambda: self.log.trackers.open(self.config, self.folder, self.step))
+        self.log.start_progress(self.step, self.schedule.total)
+
+    def _open_train_loader(self) -> TrainLoader:
+        return TrainLoader(
+            self.index, self.order, self.config.data, self.placement, start=self.step, end=self.schedule.total,
+            is_skipped=self.rollbacks.is_skipped, quarantine=self.quarantine,
+        )  # fmt: skip
+
+    def _report(self, *, is_evaluated: bool) -> BadSteps | None:
+        """Reports the steps since the last log line; returns bad steps that training has to be rolled back from."""
+        steps, slowest = self.interval.close(self.quarantine.unreported_count), self.timer.close()
+        bad = self.watch.find_bad(steps)
+        if steps.has_bad_images:
+            report_bad_images(self.quarantine, self.step, self.log)
+        if self.rank == 0:
+            self.evidence.keep(steps, bad)
+        if steps.numbers:  # not if the batches of all of them were skipped
+            self.reporter.report(
+                self.step, steps, slowest, lr=self.lr, bad_images=self.quarantine.count, is_evaluated=is_evaluated,
+                seconds_until_save=self.requests.seconds_until_save(),
+            )  # fmt: skip
+        return bad
+
+    def _save(self) -> None:
+        self.checkpoints.save(
             {
-                "step": step, "epoch": step / order.steps_per_epoch, "identity": identity, "ranks": ranks,
-                "zero_stage": config.engine.zero_stage, "classes": list(index.classes), "evaluation": evaluation,
-                "guard": guard.state(), "watch": watch.state(), "config": settings.as_dict(config), **made,
+                "step": self.step, "epoch": self.step / self.order.steps_per_epoch, "identity": self.identity, "ranks": self.ranks,
+                "zero_stage": self.config.engine.zero_stage, "classes": list(self.index.classes), "evaluation": self.evaluation,
+                "guard": self.guard.state(), "watch": self.watch.state(), "config": settings.as_dict(self.config), **self.provenance,
             }
         )  # fmt: skip
 
-    def evaluate_all() -> dict[str, Any]:
-        """Of the weights and, where one is kept, of their moving average."""
-        assert val_loader is not None
-        with torch.device("meta"):  # what it would start from is overwritten
-            judge = build_model(config)
-        judge.to_empty(device=device)
-        use_kernels(judge, *kernels)
-        results: dict[str, Any] = {"step": step}
-        for kind in ("weight", "ema") if config.engine.ema_decay else ("weight",):
-            buffers = dict(model.named_buffers())
-            copy_weights(judge, zero_state.whole_tensors(engine, kind), buffers | stats.averages if kind == "ema" else buffers)
-            found = results[kind] = evaluate(judge, val_loader, index.classes, config.engine.precision)
-            if found["left_out"]:
-                tell_all(val_loader.quarantine, step, log)
-            log.line(
-                f"evaluation at step {step} ({'moving average' if kind == 'ema' else 'weights'}): top-1 {found['top1']:.2%}, "
-                f"top-5 {found['top5']:.2%}, loss {found['loss']:.4f} on {found['images']} images"
-                + (f"; {found['left_out']} bad ones left out" if found["left_out"] else "")
-            )
-        log.record("evaluation", **results)
-        return results
-
-    def report(found: Steps, slowest: Slowest) -> Bad | None:
-        """Tells of an interval's steps, and keeps evidence of bad ones; returns what training should go back for."""
-        bad = watch.judge(found)
-        if found.news:
-            tell_all(quarantine, step, log)
-        if rank == 0:
-            for position in bad_steps(found, bad, scales=config.engine.precision == "fp16"):
-                told = evidence(found, position, order, index, hosts)
-                keep_evidence(folder / "bad_steps.jsonl", told, log)
-        if not found.numbers:  # all of their batches are left out
-            return None
-        values = found.means()
-        rate = len(found.numbers) * config.global_batch / found.seconds
-        values |= {
-            "images_per_s": rate, "data_wait": found.waited / found.seconds, "memory_gb": distributed.peak_memory_gb(device),
-            "left_s": (total - step) * config.global_batch / rate,
-        }  # fmt: skip
-        values |= {"mfu": mfu(rate / ranks, flops, peak)} if peak else {}
-        values |= {} if found.starved is None else {"host_wait": found.starved}
-        counts = {"skipped": int(found.skipped.sum()), "bad_images": quarantine.count}
-        log.line(
-            f"step {step}/{total}  epoch {step / order.steps_per_epoch:.2f}  loss {values['loss']:.4f}  lr {lr:.2e}  "
-            f"gradient {values['grad_norm']:.2f}  {rate:.0f} images/s, {rate / ranks:.0f} a rank  "
-            f"waiting for data {values['data_wait']:.0%}  {values['memory_gb']:.1f} GB  "
-            + (f"MFU {values['mfu']:.0%}  " if peak else "")
-            + f"{format_duration(values['left_s'])} left"
-            + found.remark(config.model.graphs)
-            + slowest.remark()
-            + "".join(f"  {name.replace('_', ' ')} {count}" for name, count in counts.items() if count)
-        )
-        told = {name: value for name, value in values.items() if math.isfinite(value)} | {k: n for k, n in counts.items() if n}
-        told |= {
-            "total": total,
-            "next_save": schedule.next_save(step, requests.seconds_until_save() * rate / config.global_batch),
-            "evaluates": due.evaluate,
-        }
-        log.record("train", step=step, epoch=step / order.steps_per_epoch, lr=lr, **told, **slowest.record())
-        return bad
-
-    def go_back(bad: Bad) -> dict[str, Any]:
-        """Loads the newest checkpoint from before bad steps; returns its trainer.json."""
-        where = f"steps {bad.first} to {bad.last} went wrong: {bad.reason}; see {folder / 'bad_steps.jsonl'}"
-        if len(rollbacks.entries) >= config.guard.rollbacks:
-            raise ValueError(f"{where}. Training has gone back {config.guard.rollbacks} times (guard.rollbacks), and ends here")
-        try:
-            trainer = checkpoints.go_back(bad.first, identity)
-        except ValueError as error:
-            raise ValueError(f"{where}. It can't go back: {error}") from error
-        entry = rollbacks.add(bad, config.guard.pass_over, trainer["step"])
-        if rank == 0:
-            rollbacks.write()
-        guard.load(trainer["guard"])
-        watch.load(trainer["watch"])
-        log.line(f"{where}. Going back to step {trainer['step']}; the batches of steps {entry['first']} to {entry['last']} are left out")
-        log.record("rollback", step=trainer["step"], **entry)
-        return trainer
-
-    # ---------------------------------------------------------------- the loop
-    placement = Placement(device, config.engine.micro_batch, rank, ranks, ranks_on_node=hosts.count(hosts[rank]))
-    val_loader = EvalLoader(val, config.data, placement, quarantine=val_quarantine) if val else None
-    launches_ahead = device.type == "cuda" and config.engine.zero_stage < 3 and not config.engine.offload
-    interval = Interval(device, config.run.log_every, accumulation, asks=launches_ahead)
-    own = OwnTime(engine, config.engine.zero_stage, hosts)
-    profiler = Profiler(place, settings.profiled_steps(config.profile), folder / "profile", log.line)
-    bad, stopping, warm = None, 0, step + 3
-    log.start_progress(step, total)
-    requests = Requests(folder / STOP, config.run.save_minutes and 60 * config.run.save_minutes)
-    with val_loader or nullcontext(), requests, explained(config, ranks, device, lambda: step >= warm):
-        engine.train()
-        if config.model.graphs:
-            log.line(use_graphs(engine, config))
-        while step < total and not stopping:
-            with TrainLoader(
-                index, order, config.data, placement, start=step, end=total, is_skipped=rollbacks.is_skipped, quarantine=quarantine
-            ) as loader:
-                batches = iter(loader)
-                while step < total and not stopping and bad is None:
-                    requests.ask()
-                    profiler.at(step)
-                    lr = learning_rate(step, total, warmup, config.optim)
-                    set_learning_rate(engine.optimizer, lr)
-                    # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
-                    torch.manual_seed(int(hash64(config.seed, step, rank) >> 1))
-                    for micro_step in range(0 if rollbacks.is_skipped(step) else accumulation):
-                        own.begin()
-                        with interval.waiting(), profiler.part("data", micro_step):
-                            batch = next(batches)
-                        images, targets, share = batch.images, batch.labels[:, None], None
-                        if batch.mix is not None:
-                            images, targets, share = mix_pairs(batch.images, batch.labels, batch.mix)
-                        with profiler.part("forward", micro_step):
-                            loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
-                        with profiler.part("backward", micro_step):
-                            engine.backward(guard.scaled(loss))
-                        interval.add(loss)
-                        if micro_step + 1 == accumulation:
-                            stats.start_averaging()  # beside the optimizer's step
-                            checkpoints.before_update()
-                            guard.check()
-                        with profiler.part("optimizer", micro_step):
-                            engine.step()
-                        if micro_step + 1 == accumulation:
-                            stats.finish(guard.found_inf)
-                            interval.end_step(step, guard)
-                    step += 1
-                    log.advance()
-
-                    request = requests.answer()
-                    stopping = request.exit_code
-                    due = schedule.due(step, is_save_requested=request.save or stopping > 0)
-                    if due.log:
-                        with profiler.part("log", accumulation):
-                            bad = report(interval.close(quarantine.unreported_count), own.close())
-                    if bad is None and due.evaluate:
-                        with interval.pausing(), profiler.part("evaluation", accumulation):
-                            evaluation = evaluate_all()
-                    if bad is None and due.save:
-                        with interval.pausing(), profiler.part("save", accumulation):
-                            save()
-                        requests.restart_clock()
-            if bad is not None:
-                trainer, bad = go_back(bad), None
-                step, evaluation = trainer["step"], trainer["evaluation"]
-                log.start_progress(step, total)
-        profiler.close(step)
-        checkpoints.close()
-    place.at(step, "end")
-    watchdog.close()
-    log.close()
-    if step == total:
-        log.line(f"complete after {total} steps; weights: python -m pretrain export {folder}")
-        return 0
-    if stopping == EXIT_ENDED and rank == 0:
-        (folder / STOP).unlink(missing_ok=True)  # it asked this job alone
-    log.line(f"stopped at step {step} of {total} and saved; start the same command again to go on")
-    return stopping
-
-
-def keep_evidence(file: Path, told: dict[str, Any], log: RunLog) -> None:
-    """Of a bad step: all that is known to the file, and a line."""
-    log.append(file, told)
-    where = "; ".join(
-        f"rank {about['rank']} on {about['host']}: {about['keys'][0]} and {len(about['keys']) - 1} more" for about in told["ranks"][:3]
-    )
-    more = f"; and {len(told['ranks']) - 3} more ranks" if len(told["ranks"]) > 3 else ""
-    log.line(
-        f"bad step {told['step']}{' skipped' if told['skipped'] else ''}: loss {told['loss']}, gradient {told['grad_norm']}; "
-        f"{where}{more}; all in {file}"
-    )
-
-
-def mixed_cross_entropy(logits: Tensor, targets: Tensor, share: Tensor | None, smoothing: float) -> Tensor:
-    """Mean cross-entropy with label smoothing against one label a sample, or a mix of two.
-
-    The cross-entropy is linear in the target, so that of a mixed target is the mix of two: no dense target of (batch, classes).
-
-    Args:
-        logits: (batch, classes).
-        targets: (batch, 1), or (batch, 2): a sample's own label and its partner's.
-        share: (batch,) of a sample's own label in its target, where there are two.
-    """
-    logits = logits.float()
-    if share is None:
-        return F.cross_entropy(logits, targets[:, 0], label_smoothing=smoothing)
-    own, partner = (F.cross_entropy(logits, targets[:, i], label_smoothing=smoothing, reduction="none") for i in (0, 1))
-    return (share * own + (1 - share) * partner).mean()
+    def _finish(self) -> int:
+        """Closes everything after the last save; returns the exit code of the process."""
+        self.position.set(self.step, "end")
+        self.watchdog.close()
+        self.log.close()
+        if self.step == self.schedule.total:
+            self.log.line(f"complete after {self.step} steps; weights: python -m pretrain export {self.folder}")
+            return 0
+        if self.exit_code == EXIT_ENDED and self.rank == 0:
+            (self.folder / STOP).unlink(missing_ok=True)  # it stops this job alone
+        self.log.line(f"stopped at step {self.step} of {self.schedule.total} and saved; start the same command again to resume")
+        return self.exit_code

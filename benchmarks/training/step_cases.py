@@ -199,7 +199,7 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     """
     from pretrain.engine.batch_stats import BatchStats
     from pretrain.engine.guard import Guard
-    from pretrain.train import mixed_cross_entropy
+    from pretrain.loss import mixed_cross_entropy
 
     device = distributed.start(config.engine)
     engine: Any = build_engine(config, model, 1)

@@ -36,7 +36,7 @@ from pretrain import config as settings
 from pretrain.config import Config, ConfigError
 from pretrain.run import attempts
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
-from pretrain.run.place import host
+from pretrain.run.position import host_name
 
 PATIENCE = 20.0  # seconds without a sign of a rank
 IMPORT_PATIENCE = 60.0  # seconds; a cold file system takes its time to give all of torch
@@ -112,7 +112,7 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
 def find_position(environment: Mapping[str, str]) -> Position:
     """Of a task of a Slurm step, of a rank of torch.distributed, or of a process that is alone."""
     known = dict(environment)
-    node = host(known)
+    node = host_name(known)
     if "SLURM_PROCID" in known and "SLURM_STEP_ID" in known:
         known |= slurm_rank(known)
         if "MASTER_ADDR" not in known:

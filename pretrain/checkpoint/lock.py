@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from pretrain.engine.distributed import run_on_rank_0
 from pretrain.run.directory import BEAT_S, PATIENCE_S, list_locks, machine_id, process_start, read_lock
-from pretrain.run.place import host
+from pretrain.run.position import host_name
 
 
 class RunLock:
@@ -147,7 +147,7 @@ def _touched(path: Path) -> int | None:
 
 def _this_process() -> dict[str, Any]:
     return {
-        "host": host(),
+        "host": host_name(),
         "pid": os.getpid(),
         "job": os.environ.get("SLURM_JOB_ID"),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import EngineConfig
-from pretrain.run.place import host
+from pretrain.run.position import host_name
 
 T = TypeVar("T")
 # The launcher notices a rank that died. This timeout bounds the wait of the other ranks for one that hangs.
@@ -140,4 +140,4 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 def gather_hosts() -> list[str]:
     """Returns the host name of every rank, in rank order, on every rank."""
-    return all_gather_objects(host())
+    return all_gather_objects(host_name())

@@ -30,7 +30,7 @@ from pretrain.evaluation.probe import NEIGHBOURS, LinearProbe, drawn_samples, fe
 from pretrain.model.build import build_model
 from pretrain.model.fast.kernel_choice import use_kernels
 from pretrain.model.formats import some
-from pretrain.monitor.damage import check_shards, describe, share
+from pretrain.monitor.damage import check_shards, describe_bad_image, share_bad_images
 from pretrain.weights.initial import HEAD, misfits, read_source, variant
 from pretrain.weights.run_model import build_trained, is_run
 
@@ -187,8 +187,8 @@ def _probe(weights: Weights, train: Index, val: Index, per_class: int, placement
 
 def _tell_of_bad(loader: EvalLoader) -> None:
     """Collective. Raises ValueError where there are too many."""
-    for bad in share(loader.quarantine):
-        _say(f"bad image: {describe(loader.quarantine, bad)}")
+    for bad in share_bad_images(loader.quarantine):
+        _say(f"bad image: {describe_bad_image(loader.quarantine, bad)}")
     loader.quarantine.check()
 
 

@@ -1,4 +1,4 @@
-"""How much arithmetic a training image takes, and which share of what a GPU could do that is (MFU, arXiv 2204.02311, appendix B).
+"""Counts the arithmetic of training, and computes model FLOPs utilization (MFU, arXiv 2204.02311, appendix B).
 
 flops = training_flops(model, config.data.image_size)
 peak = peak_flops(device, config.engine.precision)
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense FLOP/s of the tensor cores, (in 16 bits, in TF32), by the names that CUDA gives, of NVIDIA's data sheets, which print twice as much
-# where they count zeros ("with sparsity"). Not in the table: parts of a GPU (MIG), and cards whose figures were not found.
+# Dense FLOP/s of the tensor cores, (in 16 bits, in TF32), by CUDA's name of the GPU, from NVIDIA's data sheets, which print twice as much
+# "with sparsity". Parts of a GPU (MIG) and cards without known figures are not in the table.
 _PEAKS = {
     r"NVIDIA A10": (125e12, 62.5e12),
     r"NVIDIA A30": (165e12, 82e12),
@@ -31,11 +31,15 @@ _PEAKS = {
 
 
 def training_flops(model: nn.Module, image_size: int) -> float:
-    """Floating-point operations of one image in training, forward and backward; a multiply-add counts as two.
+    """Returns the floating-point operations of one image in training, forward and backward; a multiply-add counts as two.
 
-    The backward pass is taken as twice the forward pass, as it computes two gradients, and what gradient checkpointing computes again is
-    not counted. Convolutions and matrix products alone are. Call it before `use_kernels` and before the engine is built: nothing is
-    computed, but the shapes must be whole and the operators PyTorch's.
+    Counts convolutions and matrix products. The backward pass counts as twice the forward pass, because it computes two gradients;
+    recomputation under activation checkpointing does not count. Nothing is computed, but the model must still have all of its weights and
+    PyTorch's own operators, so call this before layers are replaced and before the engine is built.
+
+    Args:
+        model: any timm model; it stays as it is.
+        image_size: pixels of a side.
     """
     on_meta = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -44,16 +48,25 @@ def training_flops(model: nn.Module, image_size: int) -> float:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """What a GPU's data sheet promises, in FLOP/s; None for a CPU and for a GPU that is not in the table."""
+    """Returns the FLOP/s of a GPU's data sheet; None for a CPU and for a GPU that is not in the table."""
     return peak_by_name(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def peak_by_name(name: str, precision: str) -> float | None:
-    """As `peak_flops`. fp32 counts as TF32, in which cuDNN's convolutions run unless torch.backends.cudnn.allow_tf32 is off."""
-    found = next((peaks for pattern, peaks in _PEAKS.items() if re.fullmatch(pattern, name)), None)
-    return found and found[precision == "fp32"]
+    """Returns the FLOP/s of a GPU by name, as `peak_flops` does.
+
+    fp32 counts as TF32, in which cuDNN's convolutions run unless torch.backends.cudnn.allow_tf32 is off.
+    """
+    peaks = next((peaks for pattern, peaks in _PEAKS.items() if re.fullmatch(pattern, name)), None)
+    return peaks and peaks[precision == "fp32"]
 
 
 def mfu(images_per_s_per_gpu: float, training_flops: float, peak_flops: float) -> float:
-    """Model FLOPs utilisation, 0 to 1."""
+    """Returns the model FLOPs utilization, 0 to 1.
+
+    Args:
+        images_per_s_per_gpu: speed of training.
+        training_flops: of one image.
+        peak_flops: FLOP/s of one GPU.
+    """
     return images_per_s_per_gpu * training_flops / peak_flops

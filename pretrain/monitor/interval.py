@@ -1,8 +1,13 @@
-"""The steps since the last log line: loss, gradient norm, speed and waiting. The device is read when an interval ends, not before.
+"""The steps since the last log line: loss, gradient norm, speed and waiting times.
 
-Who waits for whom, the host for the GPU or the GPU for the host, can be asked without waiting: when the host has launched all of a step, a
-GPU that has its backward passes already behind it had nothing else to do. Where the host waits for the GPU within a step, as in ZeRO-3 and
-with offload, that says nothing, and it is not asked.
+    interval = Interval(device, capacity=50, accumulation=2, detects_launch_bound=True)
+    for each step: interval.add(loss) for each micro-batch; interval.end_step(step, guard)
+    steps = interval.close(bad_images=0)
+
+Only `close` reads from the device, so no step in between waits for it.
+
+A GPU is launch-bound in a step if it has finished all backward passes when the host has launched the whole step. That can be seen without
+waiting, but says nothing where the host waits for the GPU within a step, as in ZeRO-3 and with offload: there it is not measured.
 """
 
 import time
@@ -14,114 +19,129 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.engine.distributed import all_gather_tensors
+from pretrain.engine import distributed
 from pretrain.engine.guard import Guard
 
-MUCH = 0.5  # of the steps, in which a GPU runs dry, that is worth a remark
+LAUNCH_BOUND_SHARE = 0.5  # of the steps, above which the log line gives advice
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """What an interval's steps were; the same on all ranks.
+    """Holds the measurements of an interval's steps. All but `seconds` and `data_seconds` are the same on all ranks.
 
     Args:
         numbers: of the steps, counted from 0.
-        losses: (ranks, steps), of each rank's own samples.
-        norms: (steps,) of the gradients, before clipping.
-        skipped: (steps,) whether the step changed nothing, as its numbers were not finite.
-        starved: share of the steps in which a rank's GPU waited for what its host launches; None if that was not asked.
-        seconds, waited: of training, and of these waiting for data on this rank.
-        news: whether any rank has news of bad images.
+        losses: (ranks, steps), the mean loss of each rank's samples.
+        grad_norms: (steps,), before clipping.
+        skipped: (steps,), whether the step changed nothing because its numbers were not finite.
+        launch_bound: share of the steps, 0 to 1, in which the GPU of some rank was launch-bound; None if not measured.
+        seconds: of training.
+        data_seconds: of these, the time in which this rank waited for data.
+        has_bad_images: whether some rank has bad images to report.
     """
 
     numbers: list[int]
     losses: np.ndarray
-    norms: np.ndarray
+    grad_norms: np.ndarray
     skipped: np.ndarray
-    starved: float | None
+    launch_bound: float | None
     seconds: float
-    waited: float
-    news: bool
+    data_seconds: float
+    has_bad_images: bool
 
     @property
-    def loss(self) -> np.ndarray:
-        """(steps,) over all ranks; fp32 sums, as the ranks' own are."""
+    def mean_losses(self) -> np.ndarray:
+        """(steps,) over all ranks; summed in fp32, as the ranks' own losses are."""
         return self.losses.sum(0, dtype=np.float32) / len(self.losses)
 
     def means(self) -> dict[str, float]:
-        """Loss and gradient norm of the steps that were not skipped; not a number where all were."""
+        """Returns the mean loss and gradient norm of the steps that were not skipped; NaN if all were."""
         taken = ~self.skipped
         if not taken.any():
             return {"loss": float("nan"), "grad_norm": float("nan")}
-        return {"loss": float(self.loss[taken].mean(dtype=np.float64)), "grad_norm": float(self.norms[taken].mean(dtype=np.float64))}
+        return {
+            "loss": float(self.mean_losses[taken].mean(dtype=np.float64)),
+            "grad_norm": float(self.grad_norms[taken].mean(dtype=np.float64)),
+        }
 
-    def remark(self, graphs: bool) -> str:
-        """For a log line, of a job with or without CUDA graphs: empty as long as the GPUs have enough to do."""
-        if self.starved is None or self.starved <= MUCH:
+    def launch_bound_advice(self, has_graphs: bool) -> str:
+        """Returns advice for the log line; empty unless many steps were launch-bound."""
+        if self.launch_bound is None or self.launch_bound <= LAUNCH_BOUND_SHARE:
             return ""
-        advice = "a larger engine.micro_batch" if graphs else "model.graphs=true or a larger engine.micro_batch"
-        return f"  GPUs wait for the host in {self.starved:.0%} of steps, try {advice}"
+        remedy = "a larger engine.micro_batch" if has_graphs else "model.graphs=true or a larger engine.micro_batch"
+        return f"  launch-bound in {self.launch_bound:.0%} of steps, try {remedy}"
 
 
 class Interval:
-    """Args:
-    most: steps that it may have.
-    accumulation: micro-batches of a step.
-    asks: whether GPUs wait for the host.
+    """Collects the measurements of steps on the device.
+
+    Args:
+        device: of the model.
+        capacity: the most steps that an interval may have.
+        accumulation: micro-batches of a step.
+        detects_launch_bound: whether to measure if GPUs are launch-bound.
     """
 
-    def __init__(self, device: torch.device, most: int, accumulation: int, *, asks: bool):
-        self.accumulation, self._asks = accumulation, asks
-        # A step's loss, norm, whether it was skipped, and whether the GPU was starved; the last row: news.
-        self._rows = torch.zeros(most + 1, 4, device=device)
-        self._computed = torch.cuda.Event() if asks else None  # all passes so far
+    def __init__(self, device: torch.device, capacity: int, accumulation: int, *, detects_launch_bound: bool):
+        self._accumulation = accumulation
+        # A step's loss, gradient norm, whether it was skipped, and whether it was launch-bound; the last row: bad images.
+        self._rows = torch.zeros(capacity + 1, 4, device=device)
+        self._backward_done = torch.cuda.Event() if detects_launch_bound else None
         self._begin()
 
     def _begin(self) -> None:
         self._rows.zero_()
         self._numbers: list[int] = []
-        self.starved: list[bool] = []  # whether the GPU was, in each step
-        self._waited, self._began = 0.0, time.monotonic()
+        self.launch_bound: list[bool] = []  # by step
+        self._data_seconds, self._began = 0.0, time.monotonic()
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What runs inside is waiting for data."""
+    def waiting_for_data(self) -> Iterator[None]:
+        """Counts the time inside as waiting for data."""
         began = time.monotonic()
         yield
-        self._waited += time.monotonic() - began
+        self._data_seconds += time.monotonic() - began
 
     @contextmanager
-    def pausing(self) -> Iterator[None]:
-        """What runs inside, evaluation or saving, is no time of training."""
+    def paused(self) -> Iterator[None]:
+        """Excludes the time inside, as of an evaluation or a save, from the time of training."""
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
 
     def add(self, loss: Tensor) -> None:
-        """A micro-batch's loss, behind its backward pass."""
+        """Adds the loss of a micro-batch. Call after its backward pass."""
         self._rows[len(self._numbers), 0] += loss.detach()
-        if self._computed is not None:
-            self._computed.record()
+        if self._backward_done is not None:
+            self._backward_done.record()
 
     def end_step(self, number: int, guard: Guard) -> None:
-        """To be called when the whole step has been launched."""
-        self.starved.append(self._computed is not None and self._computed.query())
+        """Ends step `number`. Call when the host has launched the whole step."""
+        self.launch_bound.append(self._backward_done is not None and self._backward_done.query())
         row = self._rows[len(self._numbers)]
         row[1], row[2] = guard.norm, guard.found_inf
         self._numbers.append(number)
 
-    def close(self, news: int) -> Steps:
-        """The steps so far; the next interval begins. Collective, and waits for the device.
+    def close(self, bad_images: int) -> Steps:
+        """Returns the steps so far and begins the next interval. Collective; waits for the device.
 
         Args:
-            news: of bad images, how many this rank has.
+            bad_images: how many bad images this rank has to report.
         """
-        self._rows[-1] = news
-        self._rows[: len(self.starved), 3] = torch.tensor(self.starved, dtype=torch.float32)
-        rows = all_gather_tensors(self._rows).cpu().numpy()
-        seconds, waited, numbers = time.monotonic() - self._began, self._waited, self._numbers
+        self._rows[-1] = bad_images
+        self._rows[: len(self.launch_bound), 3] = torch.tensor(self.launch_bound, dtype=torch.float32)
+        rows = distributed.all_gather_tensors(self._rows).cpu().numpy()
+        seconds, data_seconds, numbers = time.monotonic() - self._began, self._data_seconds, self._numbers
         self._begin()
-        own = rows[:, : len(numbers)]
-        losses, norms, skipped = own[:, :, 0] / self.accumulation, own[0, :, 1], own[0, :, 2] > 0
-        starved = float((own[:, :, 3] > 0).any(0).mean()) if self._asks and numbers else None
-        return Steps(numbers, losses, norms, skipped, starved, seconds, waited, bool(rows[:, -1].any()))
+        steps = rows[:, : len(numbers)]
+        is_measured = self._backward_done is not None and len(numbers) > 0
+        return Steps(
+            numbers=numbers,
+            losses=steps[:, :, 0] / self._accumulation,
+            grad_norms=steps[0, :, 1],
+            skipped=steps[0, :, 2] > 0,
+            launch_bound=float((steps[:, :, 3] > 0).any(0).mean()) if is_measured else None,
+            seconds=seconds,
+            data_seconds=data_seconds,
+            has_bad_images=bool(rows[:, -1].any()),
+        )

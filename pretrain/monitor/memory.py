@@ -1,11 +1,11 @@
-"""What to do when a GPU's memory is too small, told in the first steps of a job.
+"""Explains what to do when a GPU's memory is too small in the first steps of a job.
 
-    with explained(config, ranks, device, lambda: step >= warm): …the loop…
+    with explain_out_of_memory(config, ranks, device, is_warm=lambda: step >= 3): …the loop…
 
-How much a micro-batch takes is taken to be linear: the model's state (weights, moments and whatever else is allocated before the first
-step), its gradients, and for each sample the tensors that the forward pass keeps for the backward pass. These are counted by running the
-model's shapes through PyTorch's operators without computing anything, as what the failed step had allocated tells only that it was
-too much. Room is left for what neither counts: workspaces, gradients of activations, fragments.
+The estimate of a micro-batch's memory is linear: the state of the model (weights, moments and whatever else is allocated before the first
+step), the gradients, and for each sample the tensors that the forward pass keeps for the backward pass. These are counted by running the
+model's shapes through PyTorch's operators without computing anything, because the memory at the failure only shows that it was too
+much. A share stays free for the rest: workspaces, gradients of activations, fragmentation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,30 +25,44 @@ USABLE = 0.9  # of a GPU's memory
 
 
 @contextmanager
-def explained(config: Config, ranks: int, device: torch.device, under_way: Callable[[], bool]) -> Iterator[None]:
-    """Turns running out of a GPU's memory, until steps are `under_way`, into an error that says what would fit.
+def explain_out_of_memory(config: Config, ranks: int, device: torch.device, is_warm: Callable[[], bool]) -> Iterator[None]:
+    """Raises an error that names a micro-batch that fits, if a GPU runs out of memory inside.
+
+    Args:
+        config: of the job.
+        ranks: of the job.
+        device: of this rank.
+        is_warm: whether enough steps have succeeded. Running out of memory then is a fault of the machine, and is raised as it is.
 
     Raises:
         ValueError: instead of torch.OutOfMemoryError.
     """
-    state, total = room(device)
+    state, total = measure_memory(device)
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if under_way():
+        if is_warm():
             raise
-        raise ValueError(explanation(config, ranks, device.type, state, total)) from error
+        raise ValueError(out_of_memory_message(config, ranks, device.type, state, total)) from error
 
 
-def room(device: torch.device) -> tuple[int, int]:
-    """Bytes that are in use on a GPU, and that it has."""
+def measure_memory(device: torch.device) -> tuple[int, int]:
+    """Returns the bytes in use on a GPU and its total; zeros for a CPU."""
     if device.type != "cuda":
         return 0, 0
     return torch.cuda.memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
 
 
-def explanation(config: Config, ranks: int, device_type: str, state: int, total: int) -> str:
-    """What to tell of a job that ran out of a GPU's `total` bytes, of which `state` were taken before its first step."""
+def out_of_memory_message(config: Config, ranks: int, device_type: str, state: int, total: int) -> str:
+    """Returns the error of a job that ran out of memory, with the settings that help.
+
+    Args:
+        config: of the job.
+        ranks: of the job.
+        device_type: "cuda" or "cpu", whose operators are counted.
+        state: bytes in use before the first step.
+        total: bytes of the GPU.
+    """
     with torch.device("meta"):
         model = build_model(config)
     gradients = sum(4 * parameter.numel() for parameter in model.parameters())
@@ -56,25 +70,40 @@ def explanation(config: Config, ranks: int, device_type: str, state: int, total:
     micro = config.engine.micro_batch
     smaller = [size for size in settings.micro_batches(config, ranks) if size < micro]
     fits = largest_that_fits(state + gradients, sample, total, smaller)
-    ways = [f"engine.micro_batch={fits}"] if fits else []
-    ways += ["model.checkpoint_stages=[0,1,2,3]"]
-    ways += [f"engine.zero_stage={config.engine.zero_stage + 1}"] if config.engine.zero_stage < 3 and ranks > 1 else []
+    remedies = [f"engine.micro_batch={fits}"] if fits else []
+    remedies += ["model.checkpoint_stages=[0,1,2,3]"]
+    remedies += [f"engine.zero_stage={config.engine.zero_stage + 1}"] if config.engine.zero_stage < 3 and ranks > 1 else []
     return (
         f"out of memory with engine.micro_batch={micro}: of {total / 1e9:.1f} GB the model's state and gradients take "
         f"{(state + gradients) / 1e9:.1f}, and each sample's activations {sample / 1e9:.2f}. "
         + (f"engine.micro_batch={fits} should fit" if fits else "No smaller engine.micro_batch should fit")
-        + f", by this estimate; the global batch stays {config.global_batch} either way. What helps: {', or '.join(ways)}"
+        + f", by this estimate; the global batch stays {config.global_batch} either way. Try {', or '.join(remedies)}"
     )
 
 
 def largest_that_fits(fixed: int, sample: int, total: int, sizes: Sequence[int]) -> int | None:
-    """The largest of these micro-batches of which `fixed` bytes and `sample` bytes each leave a tenth of `total` free."""
+    """Returns the largest micro-batch that leaves a tenth of the memory free; None if none does.
+
+    Args:
+        fixed: bytes that do not depend on the micro-batch.
+        sample: bytes of each sample.
+        total: bytes of the GPU.
+        sizes: micro-batches to choose from.
+    """
     return max((size for size in sizes if fixed + size * sample <= USABLE * total), default=None)
 
 
 def activation_bytes(model: nn.Module, image_size: int, precision: str, device_type: str) -> int:
-    """What the forward pass of one sample in training keeps for the backward pass, weights apart, on a device of this type. Nothing is
-    computed: only the model's shapes matter."""
+    """Returns the bytes that the forward pass of one sample keeps for the backward pass, without weights.
+
+    Nothing is computed: only the shapes of the model matter.
+
+    Args:
+        model: in training mode; it may be on the meta device.
+        image_size: pixels of a side.
+        precision: of the settings.
+        device_type: "cuda" or "cpu", whose operators are counted.
+    """
 
     def kept(batch: int) -> int:
         storages = {}
@@ -95,4 +124,4 @@ def activation_bytes(model: nn.Module, image_size: int, precision: str, device_t
                 storages.pop(tensor.untyped_storage()._cdata, None)
         return sum(storage.nbytes() for storage in storages.values())
 
-    return kept(3) - kept(2)  # what is left are weights in 16 bits
+    return kept(3) - kept(2)  # the difference excludes copies of the weights in 16 bits

@@ -1,12 +1,12 @@
-"""When training goes back: how bad steps are told, what is kept of them, and which batches are left out from then on.
+"""Rolls training back from bad steps: detects them, keeps evidence of them, and remembers the batches to skip.
 
-A step that is not finite has changed nothing (pretrain/engine/guard.py). After many in a row, or after a loss far above those before it,
-training goes back to the newest checkpoint from before them, and leaves out the batches that led there and a number ahead of them
-(as PaLM was trained, arXiv 2204.02311, section 5.1). Step and batch stay bound to each other: a step whose batch is left out makes no
-update, and learning rate, order and randomness of all others are as they were.
+A step whose numbers are not finite changes nothing (pretrain/engine/guard.py). After many such steps in a row, or after a loss far above
+the average, training rolls back to the newest checkpoint from before them, and skips the batches that led there and a number of batches
+before them (as PaLM was trained, arXiv 2204.02311, section 5.1). Step and batch stay bound to each other: a step whose batch is skipped
+makes no update, and learning rate, order and randomness of all other steps stay as they were.
 
     RUN/bad_steps.jsonl     each bad step: losses of the ranks, gradient norm, keys of the samples
-    RUN/rollbacks.json      each time that training went back, and the steps whose batches are left out
+    RUN/rollbacks.json      each rollback, and the steps whose batches are skipped
 """
 
 import json
@@ -24,108 +24,151 @@ from data.loader.order import SampleOrder, select_rank_slots
 from data.loader.quarantine import try_read_key
 from pretrain.config import GuardConfig
 from pretrain.monitor.interval import Steps
+from pretrain.run.metrics import RunLog
 
-_SPAN = 100  # steps that the average of losses goes over
+AVERAGED_STEPS = 100  # that the moving average of losses covers
+RANKS_SHOWN = 3  # in the log line of a bad step
 
 
 @dataclass(frozen=True)
-class Bad:
-    """Steps `first` to `last`, counted from 0, that training should not have made."""
+class BadSteps:
+    """Names the steps `first` to `last`, counted from 0, that training has to be rolled back from."""
 
     first: int
     last: int
     reason: str
 
 
-class Watch:
-    """Sees each step's loss go by, and tells when training should go back. The same on all ranks, and a function of the steps alone."""
+class DivergenceWatch:
+    """Detects bad steps by their losses. The result depends on the steps alone, and is the same on all ranks."""
 
     def __init__(self, guard: GuardConfig):
         self.guard = guard
         self.mean, self.seen = 0.0, 0  # of losses
         self.run = 0  # steps in a row that were skipped, up to now
 
-    def judge(self, steps: Steps) -> Bad | None:
-        for number, loss, skipped in zip(steps.numbers, steps.loss.tolist(), steps.skipped.tolist(), strict=True):
+    def find_bad(self, steps: Steps) -> BadSteps | None:
+        """Returns the first steps that training has to be rolled back from, if there are any."""
+        for number, loss, skipped in zip(steps.numbers, steps.mean_losses.tolist(), steps.skipped.tolist(), strict=True):
             if skipped:
                 self.run += 1
                 if self.run == self.guard.skipped:
-                    return Bad(number - self.run + 1, number, f"{self.run} steps in a row were not finite")
+                    return BadSteps(number - self.run + 1, number, f"{self.run} steps in a row were not finite")
                 continue
             self.run = 0
-            if self.guard.spike and self.seen >= _SPAN and loss > self.guard.spike * self.mean:
-                return Bad(number, number, f"a loss of {loss:.4f}, where those before it are {self.mean:.4f} on average")
+            if self.guard.spike and self.seen >= AVERAGED_STEPS and loss > self.guard.spike * self.mean:
+                return BadSteps(number, number, f"a loss of {loss:.4f}, where the average before it is {self.mean:.4f}")
             self.seen += 1
-            self.mean += (loss - self.mean) / min(self.seen, _SPAN)
+            self.mean += (loss - self.mean) / min(self.seen, AVERAGED_STEPS)
         return None
 
     def state(self) -> dict[str, float]:
+        """Returns the state for a checkpoint."""
         return {"mean": self.mean, "seen": self.seen, "run": self.run}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restores the state of a checkpoint."""
         self.mean, self.seen, self.run = state["mean"], state["seen"], state["run"]
 
 
 class Rollbacks:
-    """Those of a run so far. `entries` are the file's; ranks other than 0 are given them."""
+    """Remembers the rollbacks of a run. `entries` are those of its file, which rank 0 reads for all ranks."""
 
     def __init__(self, file: Path, entries: list[dict[str, Any]]):
         self.file, self.entries = file, entries
 
     def is_skipped(self, step: int) -> bool:
-        """Whether a step's batch is left out."""
+        """Returns whether the batch of a step is skipped."""
         return any(entry["first"] <= step <= entry["last"] for entry in self.entries)
 
-    def add(self, bad: Bad, pass_over: int, to_step: int) -> dict[str, Any]:
-        """Leaves out the batches of the bad steps and of the `pass_over` steps ahead of them."""
-        entry = {"first": max(0, bad.first - pass_over), "last": bad.last, "reason": bad.reason, "to_step": to_step}
+    def add(self, bad: BadSteps, skipped_before: int, to_step: int) -> dict[str, Any]:
+        """Adds a rollback to step `to_step`, which skips the batches of the bad steps and of `skipped_before` steps before them."""
+        entry = {"first": max(0, bad.first - skipped_before), "last": bad.last, "reason": bad.reason, "to_step": to_step}
         self.entries = [*self.entries, entry]
         return entry
 
     def write(self) -> None:
+        """Replaces the file."""
         with self.file.with_suffix(".part").open("w") as file:
             json.dump(self.entries, file, indent=1)
             publish(file, self.file)
 
 
-def recorded(file: Path) -> list[dict[str, Any]]:
+def read_rollbacks(file: Path) -> list[dict[str, Any]]:
+    """Returns the entries of a run's file; none without the file."""
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def bad_steps(steps: Steps, bad: Bad | None, scales: bool) -> list[int]:
-    """Positions in `steps` of those to keep evidence of: skipped ones and what `bad` names. Where a loss scale is being found (`scales`),
-    gradients that are not finite are nothing special, unless the loss itself isn't."""
-    finite = np.isfinite(steps.losses).all(0)
-    return [
-        position
-        for position, number in enumerate(steps.numbers)
-        if (steps.skipped[position] and not (scales and finite[position])) or (bad is not None and bad.first <= number <= bad.last)
-    ]
+# ---------------------------------------------------------------- evidence
 
 
-def evidence(steps: Steps, position: int, order: SampleOrder, index: Index, hosts: list[str]) -> dict[str, Any]:
-    """What is known of a bad step: which ranks had a loss that is not finite, all of them if none had, and on what samples."""
-    losses = steps.losses[:, position].tolist()
-    concerned = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(len(losses)))
-    epoch, step_in_epoch = order.locate(steps.numbers[position])
-    batch = order.batch(epoch, step_in_epoch)
+@dataclass(frozen=True)
+class Evidence:
+    """Writes evidence of bad steps to a file and to the log.
 
-    def about(rank: int) -> dict[str, Any]:
-        samples = batch[select_rank_slots(order.global_batch, rank, len(losses))].tolist()
-        keys = [try_read_key(index, sample) for sample in samples]
-        return {"rank": rank, "host": hosts[rank], "loss": _number(losses[rank]), "samples": samples, "keys": keys}
+    Args:
+        file: RUN/bad_steps.jsonl.
+        log: of the run.
+        order: of the samples.
+        index: of the training data.
+        hosts: of all ranks.
+        has_loss_scale: whether losses are scaled (fp16). Then gradients that are not finite are normal, as long as the loss is finite.
+    """
 
-    return {
-        "time": round(time.time(), 3),
-        "step": steps.numbers[position],
-        "epoch": epoch,
-        "loss": _number(float(steps.loss[position])),
-        "grad_norm": _number(float(steps.norms[position])),
-        "skipped": bool(steps.skipped[position]),
-        "ranks": [about(rank) for rank in concerned],
-    }
+    file: Path
+    log: RunLog
+    order: SampleOrder
+    index: Index
+    hosts: list[str]
+    has_loss_scale: bool
+
+    def keep(self, steps: Steps, bad: BadSteps | None) -> None:
+        """Writes all steps of an interval that were skipped or that `bad` names."""
+        for position in self.find(steps, bad):
+            self._write(self.describe(steps, position))
+
+    def find(self, steps: Steps, bad: BadSteps | None) -> list[int]:
+        """Returns the positions in `steps` to keep evidence of."""
+        is_finite = np.isfinite(steps.losses).all(0)
+        return [
+            position
+            for position, number in enumerate(steps.numbers)
+            if (steps.skipped[position] and not (self.has_loss_scale and is_finite[position]))
+            or (bad is not None and bad.first <= number <= bad.last)
+        ]
+
+    def describe(self, steps: Steps, position: int) -> dict[str, Any]:
+        """Returns the facts of a bad step: the ranks whose loss is not finite, or else all ranks, and their samples."""
+        losses = steps.losses[:, position].tolist()
+        ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(len(losses)))
+        epoch, step_in_epoch = self.order.locate(steps.numbers[position])
+        batch = self.order.batch(epoch, step_in_epoch)
+        parts = []
+        for rank in ranks:
+            samples = batch[select_rank_slots(self.order.global_batch, rank, len(losses))].tolist()
+            keys = [try_read_key(self.index, sample) for sample in samples]
+            parts.append({"rank": rank, "host": self.hosts[rank], "loss": _as_json(losses[rank]), "samples": samples, "keys": keys})
+        return {
+            "time": round(time.time(), 3),
+            "step": steps.numbers[position],
+            "epoch": epoch,
+            "loss": _as_json(float(steps.mean_losses[position])),
+            "grad_norm": _as_json(float(steps.grad_norms[position])),
+            "skipped": bool(steps.skipped[position]),
+            "ranks": parts,
+        }
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        self.log.append(self.file, facts)
+        shown, hidden = facts["ranks"][:RANKS_SHOWN], len(facts["ranks"]) - RANKS_SHOWN
+        ranks = [f"rank {part['rank']} on {part['host']}: {part['keys'][0]} and {len(part['keys']) - 1} more" for part in shown]
+        ranks += [f"and {hidden} more ranks"] if hidden > 0 else []
+        self.log.line(
+            f"bad step {facts['step']}{' skipped' if facts['skipped'] else ''}: loss {facts['loss']}, gradient norm {facts['grad_norm']}; "
+            f"{'; '.join(ranks)}; all in {self.file}"
+        )
 
 
-def _number(value: float) -> float | str:
-    """JSON has no word for what is not finite."""
+def _as_json(value: float) -> float | str:
+    """Returns a string for a number that is not finite, which JSON lacks."""
     return value if math.isfinite(value) else str(value)

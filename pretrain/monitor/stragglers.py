@@ -1,11 +1,11 @@
-"""Which rank holds the others up.
+"""Finds the rank that slows the others down.
 
-    own = OwnTime(engine, config.engine.zero_stage, hosts)
-    for each micro-step: own.begin(); batch = next(batches); loss = f(engine(images)); engine.backward(loss); …
-    slowest = own.close()            # at a log line, after the device has been waited for
+    timer = RankTimer(engine, config.engine.zero_stage, hosts)
+    for each micro-step: timer.begin(); batch = next(batches); loss = f(engine(images)); engine.backward(loss); …
+    slowest = timer.close()          # at a log line, after waiting for the device
 
-Ranks meet where gradients are reduced, and there the fast ones wait for the slow ones: a step takes all of them as long. What tells them
-apart is the time before, from the beginning of a micro-step to the end of its forward pass, in which nobody waits for anybody.
+Ranks wait for each other where they reduce gradients, so a step takes the same time on all of them. Ranks differ in the time before that,
+from the beginning of a micro-step to the end of its forward pass, in which no rank waits for another.
 """
 
 import statistics
@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from pretrain.engine.distributed import all_gather_tensors
+from pretrain.engine import distributed
 
-MUCH = 0.15  # more time than the median's that is worth a remark
+REMARK_ABOVE = 0.15  # of the median's time, by which the slowest rank exceeds it
 Moment = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
-class Slowest:
-    """The rank with the most time of its own, and how much of it the ranks' (lower) median has, in seconds."""
+class SlowestRank:
+    """Holds the seconds that the slowest rank took by itself, and the (lower) median of all ranks."""
 
     rank: int
     host: str
@@ -33,40 +32,47 @@ class Slowest:
     median: float
 
     def record(self) -> dict[str, Any]:
+        """Returns the values for metrics.jsonl."""
         return {"slowest_rank": self.rank, "slowest_host": self.host, "slowest_ratio": self.seconds / self.median}
 
     def remark(self) -> str:
-        """For a log line: empty as long as the rank is not much slower than the others."""
-        slower = self.seconds / self.median - 1
-        return f"  slowest rank {self.rank} on {self.host}, +{slower:.0%}" if slower > MUCH else ""
+        """Returns a remark for the log line; empty unless the rank is much slower than the median."""
+        excess = self.seconds / self.median - 1
+        return f"  slowest rank {self.rank} on {self.host}, +{excess:.0%}" if excess > REMARK_ABOVE else ""
 
 
-class OwnTime:
-    """Sums what this rank's micro-steps take by themselves: the wait for data, mixing and the forward pass. `hosts` are those of the ranks.
+class RankTimer:
+    """Sums the time of this rank's micro-steps in which it waits for no other rank: data, mixing and the forward pass.
 
-    On a GPU that is the device's time between two events on its stream, so waiting for data counts as far as it leaves the device idle,
-    and nothing is waited for until `close`. On a CPU it is the host's. Of the backward pass nothing is measured: its reductions wait for
-    others. ZeRO-3 gathers weights in the forward pass, so there the time ends before that, and only late data tells ranks apart.
+    On a GPU that is the device's time between two events on its stream, so a wait for data counts as far as the device is idle, and only
+    `close` waits. On a CPU it is the host's time. The backward pass is not measured, because its reductions wait for other ranks. ZeRO-3
+    gathers weights in the forward pass, so there the time ends before the forward pass, and only late data tells ranks apart.
+
+    Args:
+        engine: DeepSpeed's.
+        zero_stage: of the engine.
+        hosts: of all ranks.
     """
 
     def __init__(self, engine: Any, zero_stage: int, hosts: Sequence[str]):
-        self._on_gpu = engine.device.type == "cuda"
+        self._device, self._hosts = engine.device, hosts
         self._spans: list[tuple[Moment, Moment]] = []
         self._unused: list[torch.cuda.Event] = []
         self._began: Moment | None = None
-        self._hosts = hosts
         if zero_stage == 3:
-            engine.module.register_forward_pre_hook(lambda *_: self._end(), prepend=True)  # DeepSpeed's own hooks gather
+            engine.module.register_forward_pre_hook(lambda *_: self._end(), prepend=True)  # before the hooks of DeepSpeed, which gather
         else:
             engine.module.register_forward_hook(lambda *_: self._end())
 
     def begin(self) -> None:
-        """Call at the beginning of each micro-step."""
+        """Starts the time of a micro-step."""
         self._began = self._now()
 
-    def close(self) -> Slowest:
-        """The slowest rank since the last `close`. Collective; the device must have been waited for."""
-        return slowest(self._take(), self._hosts)
+    def close(self) -> SlowestRank:
+        """Returns the slowest rank since the last `close`. Collective. Wait for the device first."""
+        times = distributed.all_gather_tensors(torch.tensor([self._take()], dtype=torch.float32, device=self._device)).flatten().tolist()
+        rank = max(range(len(times)), key=times.__getitem__)
+        return SlowestRank(rank, self._hosts[rank], times[rank], statistics.median_low(times))
 
     def _end(self) -> None:
         if self._began is not None:
@@ -74,7 +80,7 @@ class OwnTime:
             self._began = None
 
     def _now(self) -> Moment:
-        if not self._on_gpu:
+        if self._device.type != "cuda":
             return time.perf_counter()
         event = self._unused.pop() if self._unused else torch.cuda.Event(enable_timing=True)
         event.record()
@@ -82,16 +88,7 @@ class OwnTime:
 
     def _take(self) -> float:
         spans, self._spans = self._spans, []
-        if not self._on_gpu:
+        if self._device.type != "cuda":
             return sum(end - begin for begin, end in spans)  # type: ignore[operator,misc]
         self._unused += [event for span in spans for event in span]  # type: ignore[misc]
         return sum(begin.elapsed_time(end) for begin, end in spans) / 1000  # type: ignore[union-attr,arg-type]
-
-
-def slowest(seconds: float, hosts: Sequence[str]) -> Slowest:
-    """The rank that has the most of these seconds, of which each rank gives its own. Collective, and waits for the device."""
-    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    own = torch.tensor(seconds, dtype=torch.float32, device=device)
-    times = all_gather_tensors(own).tolist()
-    rank = max(range(len(times)), key=times.__getitem__)
-    return Slowest(rank, hosts[rank], times[rank], statistics.median_low(times))

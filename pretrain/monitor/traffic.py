@@ -1,7 +1,7 @@
-"""What a training step sends between ranks, by collective, from the model's shapes.
+"""Counts the bytes that a training step sends between ranks, by collective, from the model's shapes.
 
     collectives = communication([p.numel() for p in model.parameters()], channels, stage=1, accumulation=2)
-    print(in_words(collectives, ranks))
+    print(sum(collective.sent(ranks) for collective in collectives))
 
 Bytes are those of algorithms in which each rank sends least, of which a ring is one: every other rank's part of the tensors, once for an
 all-gather or a reduce-scatter, twice for an all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009). Left out are 8 bytes a
@@ -53,9 +53,3 @@ def communication(parameters: Sequence[int], channels: int, *, stage: int, accum
         found += [Collective("weights", "all-gather", total)] if stage else []
     found += [Collective("norm", "all-reduce", FP32)] if stage else []
     return [*found, Collective("statistics", "all-reduce", 2 * FP32 * channels)]
-
-
-def in_words(collectives: Sequence[Collective], ranks: int) -> str:
-    """For a log: what a rank sends in a step, all of it and the parts over 1 kB."""
-    parts = [f"{one.what} {one.sent(ranks) / 1e6:.1f} by {one.kind}" for one in collectives if one.sent(ranks) > 1000]
-    return f"a step sends {sum(one.sent(ranks) for one in collectives) / 1e6:.1f} MB a rank" + (f": {', '.join(parts)}" if parts else "")

@@ -1,15 +1,15 @@
-"""Turns a hang into stacks in the log and an end.
+"""Ends a job that hangs, with the stacks of all ranks in the log.
 
-    watchdog = Watchdog(place, hosts, step_limit, start_limit)
-    for each step: place.at(step, "data", micro_step); …; place.at(step, "forward", micro_step); …          place.py
+    watchdog = Watchdog(position, hosts, step_limit, start_limit)
+    for each step: position.set(step, "data", micro_step); …; position.set(step, "forward", micro_step); …      run/position.py
     watchdog.close()
 
-Ranks meet in every step, so one that hangs holds all of them up, and all notice within moments. Each writes the Python stacks of all its
-threads to stderr, and tells the others where it is, by a connection of its own to the store that joined them. The rank that gives no
-answer, or else is furthest behind, is named; then all end, with EXIT_HUNG.
+Ranks wait for each other in every step, so one rank that hangs stops all of them, and all notice within moments. Each writes the Python
+stacks of all its threads to stderr, and sends its position to the others over a connection of its own to the store that joined them. The
+log names the rank that does not answer, or else the one with the least progress. Then all ranks end with EXIT_HUNG.
 
-The watchdog is a thread and needs the interpreter's lock now and then. Should something hold that for good, faulthandler's thread, which
-does without, writes the stacks and ends the process.
+The watchdog is a thread and sometimes needs the interpreter's lock. If something holds that forever, the thread of faulthandler, which
+does not need it, writes the stacks and ends the process.
 """
 
 import faulthandler
@@ -27,96 +27,109 @@ import torch.distributed as dist
 
 from pretrain.run.attempts import tell
 from pretrain.run.exit_codes import EXIT_HUNG
-from pretrain.run.place import PARTS, Place, Where
+from pretrain.run.position import PHASES, Position, SharedPosition
 
 POLL_S = 1.0
-ANSWER_S = 10.0  # for the other ranks to tell where they are
-LONG = {PARTS.index(part) for part in ("start", "evaluation", "save")}  # parts that may take as long as the first step
+ANSWER_S = 10.0  # for the other ranks to send their positions
+LONG_PHASES = {PHASES.index(phase) for phase in ("start", "evaluation", "save")}  # may take as long as the first step
 
 
 class Watchdog:
     """Args:
-    hosts: of the ranks.
+    position: of this process.
+    hosts: of all ranks.
     step_limit: seconds that a step may take.
     start_limit: seconds that the first step, an evaluation or a save may take.
     """
 
-    def __init__(self, place: Place, hosts: Sequence[str], step_limit: float, start_limit: float):
-        self._place, self._hosts = place, hosts
+    def __init__(self, position: SharedPosition, hosts: Sequence[str], step_limit: float, start_limit: float):
+        self._position, self._hosts = position, hosts
         self._step_limit, self._start_limit = step_limit, start_limit
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def close(self) -> None:
+        """Stops watching."""
         self._closed.set()
 
     def _watch(self) -> None:
-        seen, since, first = self._place.now(), time.monotonic(), -1
+        seen, since, first = self._position.get(), time.monotonic(), -1
         while not self._closed.wait(POLL_S):
             faulthandler.dump_traceback_later(self._step_limit + 3 * ANSWER_S, exit=True)
-            now = self._place.now()
-            if (now.step, now.part in LONG) != (seen.step, seen.part in LONG):
+            now = self._position.get()
+            if (now.step, now.phase in LONG_PHASES) != (seen.step, seen.phase in LONG_PHASES):
                 seen, since = now, time.monotonic()
-            if first < 0 and now.part not in LONG:
+            if first < 0 and now.phase not in LONG_PHASES:
                 first = now.step
-            limit = self._start_limit if now.part in LONG or now.step == first else self._step_limit
+            limit = self._start_limit if now.phase in LONG_PHASES or now.step == first else self._step_limit
             if time.monotonic() - since > limit:
                 self._end(now, limit)
         faulthandler.cancel_dump_traceback_later()
 
-    def _end(self, where: Where, limit: float) -> None:
+    def _end(self, position: Position, limit: float) -> None:
         rank = dist.get_rank()
-        here = f"rank {rank} on {self._hosts[rank]}"
-        told = f"{here} has not finished a step for {limit:.0f} s; it is in {where}; its threads:\n{stacks()}"
-        os.write(sys.stderr.fileno(), told.encode())  # in one piece: ranks that share a log all write at this moment
-        answers = {rank: where}
-        # On a thread: the store is of rank 0's process, and its client waits for one that is stopped, whatever its timeout says.
-        asking = threading.Thread(target=exchange, args=(rank, answers, len(self._hosts)), daemon=True)
+        message = f"rank {rank} on {self._hosts[rank]} has not finished a step for {limit:.0f} s; it is in {position}; its threads:\n"
+        os.write(sys.stderr.fileno(), (message + format_stacks()).encode())  # one write: ranks that share a log all write at this moment
+        positions = {rank: position}
+        # On a thread, because the store is in rank 0's process, and a client waits for a stopped one regardless of its timeout.
+        asking = threading.Thread(target=exchange_positions, args=(rank, positions, len(self._hosts)), daemon=True)
         asking.start()
         asking.join(ANSWER_S)
-        answers = dict(answers)
-        if rank == min(answers) <= 1:  # rank 0 speaks, or, where that gives no answer, rank 1
-            rank_behind, reason = behind(answers, self._hosts)
+        positions = dict(positions)
+        if rank == min(positions) <= 1:  # rank 0 reports, or rank 1 if rank 0 does not answer
+            hung, reason = find_hung_rank(positions, self._hosts)
             print(f"HANG: {reason}", flush=True)
-            tell("hang", rank=rank_behind, host=self._hosts[rank_behind], step=where.computing, reason=reason)
+            tell("hang", rank=hung, host=self._hosts[hung], step=position.computed_step, reason=reason)
         if rank == 0:
-            time.sleep(POLL_S)  # the store ends with this process, and others may still be asking
+            time.sleep(POLL_S)  # the store ends with this process, and other ranks may still be asking
         os._exit(EXIT_HUNG)
 
 
-def stacks() -> str:
-    """Where this process's threads are."""
-    with open(os.memfd_create("stacks"), "r+") as file:  # faulthandler writes to a file alone, word by word
+def format_stacks() -> str:
+    """Returns the Python stacks of this process's threads."""
+    with open(os.memfd_create("stacks"), "r+") as file:  # faulthandler needs a file, and writes it word by word
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return file.read()
 
 
-def exchange(rank: int, answers: dict[int, Where], ranks: int) -> None:
-    """Tells the other ranks where this one is, and fills in where they are, for as long as it is let. Ranks above 1 ask 0 and 1 alone, so
-    that a large job does not ask the store too much."""
+def exchange_positions(rank: int, positions: dict[int, Position], ranks: int) -> None:
+    """Sends this rank's position to the other ranks, and fills in theirs until the caller stops waiting.
+
+    Ranks above 1 ask ranks 0 and 1 alone, to limit the load on the store of a large job.
+
+    Args:
+        rank: this one.
+        positions: by rank; holds this rank's at first.
+        ranks: of the job.
+    """
     wanted = set(range(ranks)) if rank <= 1 else {0, 1}
-    # A client of this thread's own: the process's other one may be what hangs.
+    # A client of this thread's own, because the process's other client may be what hangs.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with suppress(dist.DistError):  # the store is gone with rank 0
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWER_S), wait_for_workers=False)
-        store.set(f"hang/{rank}", json.dumps([*astuple(answers[rank])]))
-        while missing := wanted - set(answers):
+        store.set(f"hang/{rank}", json.dumps([*astuple(positions[rank])]))
+        while missing := wanted - set(positions):
             for other in missing:
                 if store.check([f"hang/{other}"]):
-                    answers[other] = Where(*json.loads(store.get(f"hang/{other}")))
+                    positions[other] = Position(*json.loads(store.get(f"hang/{other}")))
             time.sleep(POLL_S / 10)
         return
     time.sleep(ANSWER_S)
 
 
-def behind(answers: Mapping[int, Where], hosts: Sequence[str]) -> tuple[int, str]:
-    """The rank that holds the others up, and why that is thought: it gave no answer, or has the least work done."""
-    ahead = max(answers.values())
-    silent = sorted(set(range(len(hosts))) - set(answers))
+def find_hung_rank(positions: Mapping[int, Position], hosts: Sequence[str]) -> tuple[int, str]:
+    """Returns the rank that stops the others, and the reason: it does not answer, or it has the least progress.
+
+    Args:
+        positions: of the ranks that answer.
+        hosts: of all ranks.
+    """
+    most = max(positions.values())
+    silent = sorted(set(range(len(hosts))) - set(positions))
     if silent:
-        return silent[0], f"rank {silent[0]} on {hosts[silent[0]]} gives no answer, while others wait in {ahead}"
-    rank = min(answers, key=lambda other: (answers[other], other))
-    if answers[rank] == ahead:
-        return rank, f"no rank is behind the others: all are in {ahead}"
-    return rank, f"rank {rank} on {hosts[rank]} is behind: it is in {answers[rank]}, while others wait in {ahead}"
+        return silent[0], f"rank {silent[0]} on {hosts[silent[0]]} gives no answer, while others wait in {most}"
+    rank = min(positions, key=lambda other: (positions[other], other))
+    if positions[rank] == most:
+        return rank, f"no rank is behind the others: all are in {most}"
+    return rank, f"rank {rank} on {hosts[rank]} is behind: it is in {positions[rank]}, while others wait in {most}"

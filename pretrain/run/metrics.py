@@ -1,6 +1,6 @@
-"""What a person and a program can see of a run: lines on the terminal or in the job's log, RUN/metrics.jsonl, and curves (trackers.py).
+"""The output of a run: lines on the terminal or in the job's log, records in RUN/metrics.jsonl, and curves (trackers.py).
 
-One rank of a job (rank 0) has a voice; on the others every method does nothing.
+Only rank 0 writes; on the other ranks every method does nothing.
 """
 
 import errno
@@ -18,33 +18,35 @@ from pretrain.run.trackers import Trackers
 
 
 class RunLog:
-    """Args:
-    path: of metrics.jsonl, which is appended to; None on a rank without a voice.
+    """Writes lines, records and a progress bar.
+
+    Args:
+        path: of metrics.jsonl, which is appended to; None on a rank that does not write.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.trackers = Trackers(self.line)  # `open` lets them have the records too
+        self.trackers = Trackers(self.line)  # receive the records too, once they are open
         self._bar: tqdm | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
 
     def line(self, text: str) -> None:
-        """Prints a line, above the progress bar if there is one."""
+        """Prints a line with the time, above the progress bar if there is one."""
         if self.path is not None:
             with suppress(OSError):  # a full disk must not end a job for a line
                 tqdm.write(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stdout)
                 sys.stdout.flush()
 
     def record(self, kind: str, **values: Any) -> None:
-        """Appends one object to metrics.jsonl, and sends it to the trackers; where the disk fails it is lost, and that is said."""
+        """Appends a record to metrics.jsonl and sends it to the trackers. A record that the disk refuses is logged."""
         if self.path is None:
             return
         self.trackers.send(kind, values)
         self.append(self.path, {"kind": kind, "time": round(time.time(), 3), **values})
 
     def append(self, path: Path, values: dict[str, Any]) -> None:
-        """Appends one object to a file of them; where the disk fails it is lost, and that is said."""
+        """Appends a JSON line to a file. A line that the disk refuses is logged."""
         record = json.dumps(values) + "\n"
         try:
             _append(path, record.encode())
@@ -52,17 +54,19 @@ class RunLog:
             self.line(f"{path} could not be written: {error}; lost: {record.rstrip()}")
 
     def start_progress(self, step: int, total: int) -> None:
-        """Opens a progress bar where a person is watching; a log gets its lines alone."""
+        """Opens a progress bar, if stderr is a terminal."""
         if self._bar is not None:
             self._bar.close()
         if self.path is not None and sys.stderr.isatty():
             self._bar = tqdm(initial=step, total=total, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
+        """Moves the progress bar by a step."""
         if self._bar is not None:
             self._bar.update()
 
     def close(self) -> None:
+        """Closes the trackers and the progress bar."""
         self.trackers.close()
         if self._bar is not None:
             self._bar.close()
@@ -72,7 +76,7 @@ def _append(path: Path, line: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         before = os.fstat(descriptor).st_size
-        if os.write(descriptor, line) < len(line):  # the disk is full: no half of a record
+        if os.write(descriptor, line) < len(line):  # the disk is full: leave no half record
             os.ftruncate(descriptor, before)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:

@@ -1,11 +1,11 @@
-"""What it takes to repeat a run, beside its settings: the command, the commit and the versions it ran with.
+"""Records everything needed to repeat a run: settings, command, commit and versions.
 
-Checkpoints hold the short form. RUN/starts/0001, 0002, … hold all of it, a folder for each start of the run:
+Checkpoints hold a short form. Each start of a run writes a folder, RUN/starts/0001, 0002, …:
 
     config.yaml         the settings
-    environment.json    command, commit, time, data, hosts, GPUs, driver, and the environment variables that matter
-    diff.patch          what had been changed since that commit, of files that git tracks
-    packages.txt        every installed distribution, as pip takes them
+    environment.json    command, commit, time, data, hosts, GPUs, driver, and the relevant environment variables
+    diff.patch          changes to tracked files since that commit
+    packages.txt        every installed distribution, in the format of pip
 """
 
 import json
@@ -27,20 +27,20 @@ from data.common.git import git_commit
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine.distributed import gather_objects
-from pretrain.run.place import host
+from pretrain.run.position import host_name
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
 STARTS = "starts"
-DIFF_BYTES = 256 << 10  # of a diff that are kept: a run may be started hundreds of times
-# Environment variables that change how a job runs, and words in a name that make one a secret (SLURM_JWT is one).
-_MATTER = re.compile(
+DIFF_BYTES = 256 << 10  # kept of a diff, because a run may be started hundreds of times
+# Environment variables that change how a job runs, and words that mark one as a secret (such as SLURM_JWT).
+_RELEVANT = re.compile(
     r"(SLURM|NCCL|CUDA|NVIDIA|OMP|MKL|TORCH|PYTORCH|TRITON|DS|DALI|MASTER|GLOO|UCX|FI|LD)_|RANK|WORLD_SIZE|LOCAL_RANK|PATH$|TMPDIR$"
 )
 _SECRET = re.compile(r"JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL")
 
 
 def provenance() -> dict[str, object]:
-    """`command`, as typed after python; `commit`, with a mark where files were changed since; `versions` by package."""
+    """Returns `command`, as typed after python; `commit`, marked if files have changed since; and `versions` by package."""
     return {
         "command": f"python -m pretrain {shlex.join(sys.argv[1:])}",
         "commit": git_commit(),
@@ -52,9 +52,12 @@ def record_start(run: Path, config: Config, data: Mapping[str, str], device: tor
     """Writes the folder of this start; returns it, or None on ranks other than 0. Collective.
 
     Args:
-        data: fingerprints of the data sets.
+        run: run directory.
+        config: of the job.
+        data: fingerprints of the data sets, by split.
+        device: of this rank.
     """
-    hosts = gather_objects(_host(device))
+    hosts = gather_objects(_describe_host(device))
     if dist.get_rank():
         return None
     starts = run / STARTS
@@ -62,7 +65,7 @@ def record_start(run: Path, config: Config, data: Mapping[str, str], device: tor
     folder = starts / f"{1 + max((int(path.name) for path in starts.iterdir()), default=0):04d}"
     folder.mkdir()
     settings.save(config, folder / "config.yaml")
-    found = {
+    environment = {
         **provenance(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "platform": platform.platform(),
@@ -70,34 +73,34 @@ def record_start(run: Path, config: Config, data: Mapping[str, str], device: tor
         "ranks": hosts,
         "variables": variables(os.environ),
     }
-    (folder / "environment.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
     (folder / "diff.patch").write_bytes(diff(Path(__file__).parent))
-    packages = sorted({f"{found.name}=={found.version}" for found in distributions()}, key=str.lower)
+    packages = sorted({f"{package.name}=={package.version}" for package in distributions()}, key=str.lower)
     (folder / "packages.txt").write_text("\n".join(packages) + "\n")
     return folder
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment variables that matter to a job, without secrets."""
-    return {name: value for name, value in sorted(environment.items()) if _MATTER.match(name) and not _SECRET.search(name)}
+    """Returns the environment variables that are relevant to a job, without secrets."""
+    return {name: value for name, value in sorted(environment.items()) if _RELEVANT.match(name) and not _SECRET.search(name)}
 
 
 def diff(folder: Path) -> bytes:
-    """`git diff HEAD` of the work tree that a folder lies in, DIFF_BYTES of it at most and a note where that cut it; empty without git."""
+    """Returns `git diff HEAD` of the work tree around a folder, cut with a note after DIFF_BYTES; empty without git."""
     try:
-        # Without a user's own colours, tools and prefixes, so that `git apply` takes it.
+        # Without a user's own colors, tools and prefixes, so that `git apply` accepts the patch.
         command = ["git", "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/"]
-        found = subprocess.run(command, cwd=folder, capture_output=True).stdout
+        patch = subprocess.run(command, cwd=folder, capture_output=True).stdout
     except OSError:  # no git on this machine
         return b""
-    note = f"\n# cut here: {len(found)} bytes in all\n".encode()
-    return found if len(found) <= DIFF_BYTES else found[:DIFF_BYTES] + note
+    note = f"\n# cut here: {len(patch)} bytes in all\n".encode()
+    return patch if len(patch) <= DIFF_BYTES else patch[:DIFF_BYTES] + note
 
 
-def _host(device: torch.device) -> dict[str, str]:
-    """Where this rank runs."""
-    found = {"host": host()}
+def _describe_host(device: torch.device) -> dict[str, str]:
+    description = {"host": host_name()}
     if device.type == "cuda":
         driver = Path("/sys/module/nvidia/version")
-        found |= {"gpu": torch.cuda.get_device_name(device), "driver": driver.read_text().strip() if driver.exists() else "unknown"}
-    return found
+        description["gpu"] = torch.cuda.get_device_name(device)
+        description["driver"] = driver.read_text().strip() if driver.exists() else "unknown"
+    return description

@@ -81,7 +81,7 @@ def details(run: Run, now: float) -> str:
         "loss": _numbers(record, ("loss", "{:.4f}"), ("lr", "learning rate {:.2e}"), ("grad_norm", "gradient norm {:.2f}")),
         "speed": _numbers(
             record, ("images_per_s", "{:,.0f} images/s"), ("data_wait", "waiting for data {:.0%}"), ("mfu", "MFU {:.0%}"),
-            ("host_wait", "launch-bound in {:.0%} of steps"), ("memory_gb", "{:.1f} GB a rank"),
+            ("launch_bound", "launch-bound in {:.0%} of steps"), ("memory_gb", "{:.1f} GB a rank"),
         ),
         "last record": f"{format_duration(now - record['time'])} ago" if record else "",
         "left": _left(run, now) if is_running else "",

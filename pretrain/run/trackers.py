@@ -1,17 +1,17 @@
-"""What draws a run's records as curves: TensorBoard always, Weights & Biases and MLflow where a job asks for them.
+"""Sends the records of a run to tools that draw curves: TensorBoard always, Weights & Biases and MLflow by setting.
 
     trackers = Trackers(log.line)
     trackers.open(config, folder, step)          # after the run's checkpoint is loaded
     trackers.send("train", {"step": 50, "loss": 9.1})
     trackers.close()
 
-RUN/tensorboard       event files, one a start: tensorboard --logdir runs
-run.wandb=PROJECT     or ENTITY/PROJECT; key, server and mode are wandb's own business (wandb login, WANDB_MODE=offline)
-run.mlflow=EXPERIMENT the store is MLflow's own business (MLFLOW_TRACKING_URI)
+RUN/tensorboard       event files, one for each start: tensorboard --logdir runs
+run.wandb=PROJECT     or ENTITY/PROJECT; wandb finds its key, server and mode by itself (wandb login, WANDB_MODE=offline)
+run.mlflow=EXPERIMENT MLflow finds its store by itself (MLFLOW_TRACKING_URI)
 
-A run that goes on continues the same curves: TensorBoard leaves out what an earlier start wrote behind the step that this one goes on
-from, the other two get the ids that RUN/trackers.json keeps. Records travel on a thread of their own, so neither a slow disk nor a
-server that does not answer holds training up, and what can't be written is lost and said.
+A resumed run continues the same curves: TensorBoard drops the records of an earlier start after the step that this one resumes at, and
+RUN/trackers.json keeps the ids of the other two. A thread sends the records, so neither a slow disk nor a server that does not answer
+delays training. Records that can't be written are lost; that is logged.
 """
 
 import json
@@ -30,11 +30,13 @@ from pretrain import config as settings
 from pretrain.config import Config
 
 IDS = "trackers.json"
-_PLANS = ("step", "total", "next_save", "evaluates")  # numbers of a record that say where in the training it is
-LEAVE = 30.0  # seconds that the end of training waits for a server
+NO_CURVES = ("step", "total", "next_save", "evaluates")  # numbers of a record that describe the course of the job
+CLOSE_S = 30.0  # that the end of training waits for a server
 
 
 class Tracker(Protocol):
+    """A tool that draws curves."""
+
     name: str
 
     def write(self, step: int, scalars: dict[str, float]) -> None: ...
@@ -43,23 +45,28 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Sends records to what is open; before `open`, and on a rank where it isn't called, nowhere.
+    """Sends records to the open trackers. Before `open`, and on ranks that do not call it, records go nowhere.
 
     Args:
-        line: tells a person of what is lost.
+        log_line: logs which records are lost.
     """
 
-    def __init__(self, line: Callable[[str], None]):
-        self._line = line
+    def __init__(self, log_line: Callable[[str], None]):
+        self._log_line = log_line
         self._queue: queue.SimpleQueue[tuple[int, dict[str, float]] | None] = queue.SimpleQueue()
         self._open: list[Tracker] = []
         self._thread: threading.Thread | None = None
 
     def open(self, config: Config, folder: Path, step: int) -> None:
-        """Opens all that the settings ask for, for a run that has come to `step`.
+        """Opens the trackers of the settings.
+
+        Args:
+            config: of the job.
+            folder: of the run.
+            step: that the run has come to.
 
         Raises:
-            ValueError: one refuses what is asked for, at step 0. A run that goes on does so without it, and says so.
+            ValueError: a tracker refuses, at step 0. A resumed run continues without the tracker, and logs that.
         """
         self._open = [TensorBoard(folder / "tensorboard", step)]
         for key, project, start in (("run.wandb", config.run.wandb, WandB), ("run.mlflow", config.run.mlflow, MLflow)):
@@ -67,58 +74,59 @@ class Trackers:
                 continue
             try:
                 self._open.append(start(project, config, folder))
-            except Exception as error:  # each of these libraries raises kinds of its own
-                told = f"{key} = {project}: {' '.join(str(error).split()) or type(error).__name__}"
+            except Exception as error:  # each of these libraries raises its own types
+                reason = f"{key} = {project}: {' '.join(str(error).split()) or type(error).__name__}"
                 if step == 0:
-                    raise ValueError(f"{told}; mend that, or train without it: {key}=null") from error
-                self._line(f"{told}; going on without it")
+                    raise ValueError(f"{reason}; fix that, or train without it: {key}=null") from error
+                self._log_line(f"{reason}; continuing without it")
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
         self._thread.start()
 
     def send(self, kind: str, values: dict[str, Any]) -> None:
-        """Returns at once."""
+        """Queues a record, and returns at once."""
         if self._thread is not None:
             self._queue.put((values["step"], scalars(kind, values)))
 
     def close(self) -> None:
-        """Returns when all is written, or after LEAVE seconds."""
+        """Waits until all records are written, or for CLOSE_S seconds."""
         if self._thread is None:
             return
         self._queue.put(None)
-        self._thread.join(LEAVE)
+        self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            self._line(f"{', '.join(tracker.name for tracker in self._open)}: not all was written within {LEAVE:.0f} s; the rest is lost")
+            names = ", ".join(tracker.name for tracker in self._open)
+            self._log_line(f"{names}: not all records were written within {CLOSE_S:.0f} s; the others are lost")
 
     def _work(self) -> None:
         while (record := self._queue.get()) is not None:
             for tracker in self._open:
-                with self._told(tracker):
+                with self._logging_errors(tracker):
                     tracker.write(*record)
         for tracker in self._open:
-            with self._told(tracker):
+            with self._logging_errors(tracker):
                 tracker.close()
 
     @contextmanager
-    def _told(self, tracker: Tracker) -> Iterator[None]:
+    def _logging_errors(self, tracker: Tracker) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # each of these libraries raises kinds of its own
-            self._line(f"{tracker.name} could not be written: {error}; what it was to be told is lost there")
+        except Exception as error:  # each of these libraries raises its own types
+            self._log_line(f"{tracker.name} could not be written: {error}; the record is lost there")
 
 
 def scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """The numbers in a record by name, such as train/loss or evaluation/ema/top1; texts are left out, and what is no curve."""
-    found: dict[str, float] = {}
+    """Returns the numbers of a record by the name of their curve, such as train/loss or evaluation/ema/top1."""
+    curves: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= scalars(f"{kind}/{key}", value)
-        elif isinstance(value, int | float) and key not in _PLANS:
-            found[f"{kind}/{key}"] = value
-    return found
+            curves |= scalars(f"{kind}/{key}", value)
+        elif isinstance(value, int | float) and key not in NO_CURVES:
+            curves[f"{kind}/{key}"] = value
+    return curves
 
 
 class TensorBoard:
-    """Event files in a folder; an earlier start's curves end at the step that this one goes on from."""
+    """Writes event files to a folder. The curves of an earlier start end at the step that this one resumes at."""
 
     name = "TensorBoard"
 
@@ -137,7 +145,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
         except Exception:
-            # Its thread has ended with the error: the next record begins another file.
+            # The writer's thread ended with the error, so the next record begins another file.
             self._writer, self._first = None, step + 1
             raise
 
@@ -147,20 +155,22 @@ class TensorBoard:
 
 
 class WandB:
+    """Sends records to a run of Weights & Biases."""
+
     name = "Weights & Biases"
 
     def __init__(self, project: str, config: Config, folder: Path):
         import wandb
 
         entity, _, project = project.rpartition("/")
-        found = _recorded(folder).get("wandb", uuid.uuid4().hex[:12])
+        run_id = _read_ids(folder).get("wandb", uuid.uuid4().hex[:12])
         self._run = wandb.init(
-            entity=entity or None, project=project, id=found, resume="allow", name=config.name, dir=folder, config=settings.as_dict(config),
-            settings=wandb.Settings(silent=True, console="off"),
+            entity=entity or None, project=project, id=run_id, resume="allow", name=config.name, dir=folder,
+            config=settings.as_dict(config), settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-        # Its own count of steps refuses what is behind its newest record, and a run that was cut short comes by there again.
+        # wandb's own step counter refuses steps before its newest record, which a run that was cut short makes again.
         self._run.define_metric("*", step_metric="step")
-        _record(folder, "wandb", found)
+        _write_id(folder, "wandb", run_id)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log({"step": step, **scalars})
@@ -170,6 +180,8 @@ class WandB:
 
 
 class MLflow:
+    """Sends records to a run of MLflow."""
+
     name = "MLflow"
 
     def __init__(self, experiment: str, config: Config, folder: Path):
@@ -177,17 +189,17 @@ class MLflow:
         from mlflow.entities import Metric, Param
 
         self._metric, self._client = Metric, MlflowClient()
-        found = _recorded(folder).get("mlflow")
-        if found is None:
-            there = self._client.get_experiment_by_name(experiment)
-            place = there.experiment_id if there else self._client.create_experiment(experiment)
-            found = self._client.create_run(place, run_name=config.name).info.run_id
+        run_id = _read_ids(folder).get("mlflow")
+        if run_id is None:
+            existing = self._client.get_experiment_by_name(experiment)
+            experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment)
+            run_id = self._client.create_run(experiment_id, run_name=config.name).info.run_id
             flat = settings.flat(settings.as_dict(config))
-            self._client.log_batch(found, params=[Param(key, str(value)) for key, value in flat.items()])
-            _record(folder, "mlflow", found)
+            self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flat.items()])
+            _write_id(folder, "mlflow", run_id)
         else:
-            self._client.update_run(found, status="RUNNING")
-        self._id = found
+            self._client.update_run(run_id, status="RUNNING")
+        self._id = run_id
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -197,12 +209,12 @@ class MLflow:
         self._client.set_terminated(self._id)
 
 
-def _recorded(folder: Path) -> dict[str, str]:
+def _read_ids(folder: Path) -> dict[str, str]:
     path = folder / IDS
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _record(folder: Path, name: str, found: str) -> None:
+def _write_id(folder: Path, name: str, run_id: str) -> None:
     with open(folder / f"{IDS}.{os.getpid()}", "w") as file:
-        json.dump(_recorded(folder) | {name: found}, file)
+        json.dump(_read_ids(folder) | {name: run_id}, file)
         publish(file, folder / IDS)

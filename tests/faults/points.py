@@ -187,16 +187,16 @@ def _pruning(hit: Callable[[], None]) -> None:
 
 
 def _evaluation(hit: Callable[[], None]) -> None:
-    from pretrain import train
+    from pretrain.evaluation import in_training
 
-    original, calls = train.evaluate, itertools.count()
+    original, calls = in_training.evaluate, itertools.count()
 
-    def evaluate(judge: Any, *rest: Any) -> Any:
-        if next(calls) == 2:  # of the weights after step 6; that of step 3 judges them and their average
-            handle = judge.register_forward_pre_hook(lambda *arguments: (handle.remove(), hit())[0])
-        return original(judge, *rest)
+    def evaluate(model: Any, *rest: Any) -> Any:
+        if next(calls) == 2:  # of the weights after step 6; after step 3 the weights and their average are evaluated
+            handle = model.register_forward_pre_hook(lambda *arguments: (handle.remove(), hit())[0])
+        return original(model, *rest)
 
-    train.evaluate = evaluate
+    in_training.evaluate = evaluate
 
 
 POINTS = {

@@ -17,7 +17,7 @@ from tests.support import REPOSITORY
 TASK = "import sys; from launch import task; task.LEAVE_S = task.HEARD_S = 0.2; sys.exit(task.run([sys.executable, '-c', sys.argv[1]]))"
 RANK = """
 import os, signal, sys, time
-from pretrain.run.place import Place
+from pretrain.run.position import SharedPosition
 """
 
 
@@ -63,7 +63,7 @@ def test_settings_that_cannot_work_are_told_by_the_rank_alone() -> None:
 
 def test_a_killed_rank_is_named_with_its_step_and_last_lines() -> None:
     lines = "".join(f"print('line {number}');" for number in range(30))
-    ended, output, told = run(f"{lines} sys.stdout.flush(); Place().at(12, 'backward', 1); os.kill(os.getpid(), signal.SIGKILL)")
+    ended, output, told = run(f"{lines} sys.stdout.flush(); SharedPosition().set(12, 'backward', 1); os.kill(os.getpid(), signal.SIGKILL)")
     assert ended == 128 + 9
     assert output[30] == "rank 3 on n1 was killed by SIGKILL (out of the host's memory, perhaps) in step 12 (backward); its last lines:"
     assert output[31:] == [f"  rank 3 | line {number}" for number in range(10, 30)]
@@ -71,7 +71,7 @@ def test_a_killed_rank_is_named_with_its_step_and_last_lines() -> None:
 
 
 def test_an_error_is_told_with_its_last_line() -> None:
-    ended, output, told = run("Place().at(7, 'data'); raise KeyError('n04399382')")
+    ended, output, told = run("SharedPosition().set(7, 'data'); raise KeyError('n04399382')")
     assert ended == 1
     assert "rank 3 on n1 ended with exit code 1 in step 7 (data); its last lines:" in output
     assert (told["said"], told["step"], told["cause"]) == ("KeyError: 'n04399382'", 7, True)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 
-from pretrain.train import mixed_cross_entropy
+from pretrain.loss import mixed_cross_entropy
 
 CLASSES = 11
 

@@ -45,7 +45,7 @@ def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **enviro
 def asked(folder: Path) -> bool:
     """Whether the job says how often the GPU waited for the host: not where the host waits for the GPU within a step."""
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    (answer,) = {"host_wait" in record for record in records if record["kind"] == "train"}
+    (answer,) = {"launch_bound" in record for record in records if record["kind"] == "train"}
     return answer
 
 
@@ -104,13 +104,13 @@ from pretrain.monitor.interval import Interval
 
 gpu, device = IdleGpu(), torch.device("cuda", 0)
 number = torch.zeros((), device=device)
-interval = Interval(device, most=3, accumulation=2, asks=True)
+interval = Interval(device, capacity=3, accumulation=2, detects_launch_bound=True)
 for step, busy in enumerate((False, True, False)):
     gpu.busy(busy)
     interval.add(number)
     interval.add(number)
     interval.end_step(step, SimpleNamespace(norm=number, found_inf=number))
-print(interval.starved)
+print(interval.launch_bound)
 """
 
 

@@ -47,18 +47,18 @@ def main() -> None:
     idle_gpu.trust()
     torch._tensor_str._str = lambda *_, **__: "a tensor"  # type: ignore[attr-defined]  # DeepSpeed would show numbers, and there are none
     training.TrainLoader = FromCpu  # type: ignore[misc]
-    told = training.Profiler.at
+    start_step = training.Profiler.start_step
 
-    def at(self: Any, step: int) -> None:
+    def start_counted_step(self: Any, step: int) -> None:
         found = Counter[str]()
         for stack, times in gpu.stacks.items():
             calls = re.findall(rf'File "{ROOT}/(?!\.venv)(\S+)", line \d+, in (\w+)', stack)
             found["{}:{}".format(*calls[-1]) if calls else stack] += times
         print(json.dumps({"step": step - 1, "waits": found, "launches": gpu.kernels.total()}), flush=True)
-        told(self, step)
+        start_step(self, step)
         gpu.watch()
 
-    training.Profiler.at = at  # type: ignore[method-assign]
+    training.Profiler.start_step = start_counted_step  # type: ignore[method-assign]
     print(json.dumps({"code": training.train(settings.load(Path(sys.argv[1]), sys.argv[2:]))}), flush=True)
     os._exit(0)
 

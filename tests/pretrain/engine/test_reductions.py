@@ -44,7 +44,7 @@ def build(stage: int) -> tuple[Any, Any]:
 
 def step(engine: Any, guard: Any, number: int, profiler: Any = None) -> None:
     def part(name: str, micro_step: int) -> Any:
-        return profiler.part(name, micro_step) if profiler is not None else nullcontext()
+        return profiler.phase(name, micro_step) if profiler is not None else nullcontext()
 
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(number))
     for micro_step, own in enumerate(torch.arange(8).view(2, 2, 2)[dist.get_rank()]):
@@ -206,13 +206,13 @@ def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
     """By stage and whether there are buckets, what the trace of two steps tells, on rank 0."""
     from pretrain.engine import engine as engine_module
     from pretrain.monitor.profiling import Profiler
-    from pretrain.run.place import Place
+    from pretrain.run.position import SharedPosition
 
     def trace(stage: int, place: Path) -> Overlap | None:
         engine, guard = build(stage)
-        profiler = Profiler(Place(), range(1, 3), place, print)
+        profiler = Profiler(SharedPosition(), range(1, 3), place, print)
         for number in range(4):
-            profiler.at(number)
+            profiler.start_step(number)
             step(engine, guard, number, profiler)
         return measure_overlap(read(next(place.iterdir()))) if dist.get_rank() == 0 else None
 

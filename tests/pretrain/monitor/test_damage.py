@@ -26,7 +26,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 def telling(folder: str, out: str, found: list[list[int]], max_bad: float) -> dict[str, Any]:
     """One rank, which has found some of the bad samples."""
     from data.loader.quarantine import Quarantine
-    from pretrain.monitor.damage import tell_all
+    from pretrain.monitor.damage import report_bad_images
     from pretrain.run.metrics import RunLog
 
     dist.init_process_group("gloo")
@@ -36,7 +36,7 @@ def telling(folder: str, out: str, found: list[list[int]], max_bad: float) -> di
         quarantine.add(sample, "cut")
     error = None
     try:
-        tell_all(quarantine, 50, RunLog(Path(out, "metrics.jsonl") if rank == 0 else None))
+        report_bad_images(quarantine, 50, RunLog(Path(out, "metrics.jsonl") if rank == 0 else None))
     except ValueError as raised:
         error = str(raised)
     dist.destroy_process_group()

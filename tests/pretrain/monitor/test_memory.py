@@ -1,4 +1,4 @@
-"""What is said of a GPU whose memory is too small, with a CPU's operators in a GPU's place; a job that ends so is in test_starts.py."""
+"""The error of a GPU whose memory is too small, with the operators of a CPU; a job that ends with it is in test_starts.py."""
 
 import pytest
 import timm
@@ -10,7 +10,7 @@ import pretrain.model.van  # noqa: F401  registers the family with timm
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine.precision import autocast
-from pretrain.monitor.memory import activation_bytes, explanation, largest_that_fits
+from pretrain.monitor.memory import activation_bytes, largest_that_fits, out_of_memory_message
 
 pytestmark = pytest.mark.slow
 
@@ -32,16 +32,16 @@ def test_largest_that_fits(fixed: int, sample: int, sizes: list[int], expected: 
     assert largest_that_fits(fixed, sample, 80 * GB, sizes) == expected
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_what_a_sample_keeps_is_what_a_real_forward_pass_keeps(precision: str) -> None:
+@pytest.mark.parametrize(("name", "precision"), [("van_b0", "bf16"), ("van_b0", "fp32"), ("resnet18", "fp32"), ("convnext_atto", "fp32")])
+def test_activation_bytes_are_those_of_a_real_forward_pass(name: str, precision: str) -> None:
     with torch.device("meta"):
-        shapes = timm.create_model("van_b0", num_classes=10, drop_path_rate=0.1)
-    model = timm.create_model("van_b0", num_classes=10, drop_path_rate=0.1)
-    really = really_kept(model, 4, precision) - really_kept(model, 2, precision)
-    assert 2 * activation_bytes(shapes, 64, precision, "cpu") == pytest.approx(really, rel=0.001)
+        shapes = timm.create_model(name, num_classes=10, drop_path_rate=0.1)
+    model = timm.create_model(name, num_classes=10, drop_path_rate=0.1)
+    measured = measure_kept(model, 4, precision) - measure_kept(model, 2, precision)
+    assert 2 * activation_bytes(shapes, 64, precision, "cpu") == pytest.approx(measured, rel=0.001)
 
 
-def really_kept(model: nn.Module, batch: int, precision: str) -> int:
+def measure_kept(model: nn.Module, batch: int, precision: str) -> int:
     storages = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,8 +50,8 @@ def really_kept(model: nn.Module, batch: int, precision: str) -> int:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), autocast(torch.device("cpu"), precision):
         model(torch.randn(batch, 3, 64, 64).to(memory_format=torch.channels_last))
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in own)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in weights)
 
 
 def job(**engine: object) -> Config:
@@ -63,20 +63,20 @@ def job(**engine: object) -> Config:
     )  # fmt: skip
 
 
-def test_what_is_said_of_a_job() -> None:
-    text = explanation(job(), 64, "cpu", state=GB, total=40 * GB)
+def test_the_error_names_the_micro_batch_that_fits() -> None:
+    text = out_of_memory_message(job(), 64, "cpu", state=GB, total=40 * GB)
     with torch.device("meta"):
         model = timm.create_model("van_b3", num_classes=21841, drop_path_rate=0.1)
     sample = activation_bytes(model, 224, "fp32", "cpu")
     fits = 64 if 1.3 * GB + 64 * sample < 36 * GB else 32
     assert text == (
         f"out of memory with engine.micro_batch=128: of 40.0 GB the model's state and gradients take 1.2, and each sample's activations "
-        f"{sample / GB:.2f}. engine.micro_batch={fits} should fit, by this estimate; the global batch stays 8192 either way. What helps: "
+        f"{sample / GB:.2f}. engine.micro_batch={fits} should fit, by this estimate; the global batch stays 8192 either way. Try "
         f"engine.micro_batch={fits}, or model.checkpoint_stages=[0,1,2,3], or engine.zero_stage=2"
     )
 
 
-def test_what_is_said_where_nothing_smaller_fits() -> None:
-    text = explanation(job(zero_stage=3, micro_batch=2), 64, "cpu", state=GB, total=2 * GB)
+def test_the_error_where_no_smaller_micro_batch_fits() -> None:
+    text = out_of_memory_message(job(zero_stage=3, micro_batch=2), 64, "cpu", state=GB, total=2 * GB)
     assert "No smaller engine.micro_batch should fit, by this estimate" in text
-    assert text.endswith("What helps: model.checkpoint_stages=[0,1,2,3]")
+    assert text.endswith("Try model.checkpoint_stages=[0,1,2,3]")

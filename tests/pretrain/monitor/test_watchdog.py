@@ -1,4 +1,4 @@
-"""Hangs: every rank writes its stacks, the one that is behind is named, and all end; what only takes long goes on."""
+"""Hangs: every rank writes its stacks, the hung one is named, and all end; a long evaluation or save goes on."""
 
 import ctypes
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.monitor.watchdog import behind
+from pretrain.monitor.watchdog import find_hung_rank
 from pretrain.run.attempts import heard
 from pretrain.run.exit_codes import EXIT_HUNG
-from pretrain.run.place import PARTS, Place, Where
+from pretrain.run.position import PAGE, PHASES, Position, SharedPosition, create_page
 from tests.support import REPOSITORY, jobs
 from tests.support.ranks import join, kill, start_training
 
@@ -25,16 +25,16 @@ ALONE = """
 import ctypes, time
 import torch.distributed as dist
 from pretrain.monitor import watchdog
-from pretrain.run.place import Place
+from pretrain.run.position import SharedPosition
 watchdog.POLL_S, watchdog.ANSWER_S = 0.1, 0.3
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-place = Place()
-dog = watchdog.Watchdog(place, ["n0"], 0.5, 1.5)
+position = SharedPosition()
+dog = watchdog.Watchdog(position, ["n0"], 0.5, 1.5)
 """
 
 
-def at(step: int, part: str, micro_step: int = 0) -> Where:
-    return Where(step, micro_step, PARTS.index(part))  # type: ignore[arg-type]
+def at(step: int, phase: str, micro_step: int = 0) -> Position:
+    return Position(step, micro_step, PHASES.index(phase))  # type: ignore[arg-type]
 
 
 def alone(code: str) -> tuple[int, str, str]:
@@ -44,28 +44,26 @@ def alone(code: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
-def test_who_is_behind() -> None:
+def test_the_hung_rank_is_silent_or_has_the_least_progress() -> None:
     hosts = ["n0", "n0", "n1", "n1"]
     waiting = at(7, "backward", 1)
-    assert behind({0: waiting, 1: waiting, 2: at(7, "data", 1), 3: waiting}, hosts)[0] == 2
-    assert behind({0: at(7, "forward"), 1: at(7, "backward"), 2: at(6, "save", 2), 3: at(7, "data")}, hosts)[0] == 2
-    rank, reason = behind({0: waiting, 1: at(7, "data"), 3: waiting}, hosts)
+    assert find_hung_rank({0: waiting, 1: waiting, 2: at(7, "data", 1), 3: waiting}, hosts)[0] == 2
+    assert find_hung_rank({0: at(7, "forward"), 1: at(7, "backward"), 2: at(6, "save", 2), 3: at(7, "data")}, hosts)[0] == 2
+    rank, reason = find_hung_rank({0: waiting, 1: at(7, "data"), 3: waiting}, hosts)
     assert (rank, reason) == (2, "rank 2 on n1 gives no answer, while others wait in step 7 (backward)")
-    assert "no rank is behind" in behind(dict.fromkeys(range(4), waiting), hosts)[1]
+    assert "no rank is behind" in find_hung_rank(dict.fromkeys(range(4), waiting), hosts)[1]
 
 
-def test_a_place_outlives_its_process() -> None:
-    from pretrain.run.place import PAGE, shared_page
-
-    page = shared_page()
-    code = "import os; from pretrain.run.place import Place; Place().at(12, 'optimizer', 3); os.abort()"
+def test_a_position_outlives_its_process() -> None:
+    page = create_page()
+    code = "import os; from pretrain.run.position import SharedPosition; SharedPosition().set(12, 'optimizer', 3); os.abort()"
     ended = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=os.environ | {PAGE: str(page)}, pass_fds=[page], timeout=60)
     assert ended.returncode < 0
-    assert Where.of(page) == at(12, "optimizer", 3)
+    assert Position.read(page) == at(12, "optimizer", 3)
     os.close(page)
-    place = Place()  # without a launcher
-    place.at(3, "data")
-    assert (place.now(), str(place.now()), place.now().computing) == (at(3, "data"), "step 3 (data)", 3)
+    position = SharedPosition()  # without a launcher
+    position.set(3, "data")
+    assert (position.get(), str(position.get()), position.get().computed_step) == (at(3, "data"), "step 3 (data)", 3)
 
 
 def hang_in_data(rank: int) -> None:
@@ -106,24 +104,24 @@ def test_a_rank_that_hangs_is_named_and_all_end(tmp_path: Path, drawn: Path) -> 
 
 
 @pytest.mark.long
-def test_what_takes_long_but_moves_goes_on() -> None:
+def test_a_long_start_evaluation_or_save_goes_on() -> None:
     code, output, _ = alone("""
 time.sleep(1)  # the start
 for step in range(8):
-    place.at(step, "data"); time.sleep(1 if step == 0 else 0.3)
-place.at(7, "save"); time.sleep(1)
-place.at(8, "evaluation"); time.sleep(1)
+    position.set(step, "data"); time.sleep(1 if step == 0 else 0.3)
+position.set(7, "save"); time.sleep(1)
+position.set(8, "evaluation"); time.sleep(1)
 dog.close(); time.sleep(2)
 print("done")""")
     assert (code, output) == (0, "done\n")
 
 
-@pytest.mark.parametrize("part", ["data", "save"])
-def test_a_step_over_its_limit_ends(part: str) -> None:
+@pytest.mark.parametrize("phase", ["data", "save"])
+def test_a_step_over_its_limit_ends(phase: str) -> None:
     began = time.monotonic()
-    code, output, errors = alone(f'place.at(0, "data"); place.at(1, "{part}"); time.sleep(100)')
+    code, output, errors = alone(f'position.set(0, "data"); position.set(1, "{phase}"); time.sleep(100)')
     assert code == EXIT_HUNG
-    assert f"in step 1 ({part})" in output
+    assert f"in step 1 ({phase})" in output
     assert "most recent call first" in errors
     assert time.monotonic() - began < 30
 
@@ -132,7 +130,7 @@ def test_stacks_are_written_in_one_piece() -> None:
     """Ranks that share a log write at the same moment, and would otherwise write between each other's words."""
     end, other_end = socket.socketpair(type=socket.SOCK_DGRAM)  # in which each write stays by itself
     end.settimeout(60)
-    code = ALONE + 'place.at(0, "data"); place.at(1, "data"); time.sleep(100)'
+    code = ALONE + 'position.set(0, "data"); position.set(1, "data"); time.sleep(100)'
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     with end, other_end, subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stderr=other_end) as process:
         while "has not finished" not in (told := end.recv(1 << 20).decode()):
@@ -141,9 +139,9 @@ def test_stacks_are_written_in_one_piece() -> None:
     assert re.search(r"it is in step 1 \(data\); its threads:\n(.|\n)*most recent call first(.|\n)* in <module>\n$", told)
 
 
-def test_who_holds_pythons_lock_for_good_is_ended_too() -> None:
+def test_a_process_that_never_releases_the_interpreters_lock_ends_too() -> None:
     assert ctypes.PyDLL(None).sleep  # calls without giving the lock up
-    code, output, errors = alone('place.at(0, "data"); time.sleep(0.3); ctypes.PyDLL(None).sleep(100)')
+    code, output, errors = alone('position.set(0, "data"); time.sleep(0.3); ctypes.PyDLL(None).sleep(100)')
     assert (code, output) == (1, "")
     assert "Timeout" in errors
     assert "most recent call first" in errors

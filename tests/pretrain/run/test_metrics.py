@@ -1,4 +1,4 @@
-"""What a person and a program see of a run."""
+"""Lines and records of a run."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ import pytest
 from pretrain.run.metrics import RunLog
 
 
-def test_one_rank_has_a_voice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     for log in (RunLog(path), RunLog(None), RunLog(path)):  # the third: the job started again
         log.line("hello")
@@ -24,7 +24,7 @@ def test_one_rank_has_a_voice(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert records[0]["time"] <= records[1]["time"]
 
 
-def test_on_a_full_disk_a_record_is_lost_and_that_is_said(
+def test_a_record_that_a_full_disk_refuses_is_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Whole jobs of two ranks: what a start leaves behind, what it refuses, a trace of some of its steps, memory that is too small."""
+"""Whole jobs of two ranks: the records of a start, settings that it refuses, a trace of some steps, memory that is too small."""
 
 import gzip
 import itertools
@@ -194,7 +194,7 @@ def too_small(steps: int) -> None:
         return loss(*arguments)  # type: ignore[arg-type]
 
     train.mixed_cross_entropy = out_of_memory  # type: ignore[assignment]
-    memory.room = lambda device: (30_000_000, 60_000_000)
+    memory.measure_memory = lambda device: (30_000_000, 60_000_000)
 
 
 def test_memory_that_is_too_small_for_the_first_step(dataset: Path, tmp_path: Path) -> None:

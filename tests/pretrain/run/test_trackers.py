@@ -28,7 +28,7 @@ def config(**run: Any) -> Config:
 
 
 def train(folder: Path, job: Config, first: int, last: int, loss: float) -> None:
-    """One start of a run, which goes on behind step `first` and records each step to `last`."""
+    """Makes a start of a run that resumes at step `first`, and records each step to `last`."""
     log = RunLog(folder / "metrics.jsonl")
     log.trackers.open(job, folder, first)
     for step in range(first + 1, last + 1):
@@ -65,7 +65,7 @@ def test_a_run_that_was_cut_short_has_one_curve(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Exception in thread:pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own
-def test_what_the_disk_refuses_is_lost_and_said(
+def test_a_record_that_the_disk_refuses_is_logged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the opening of the file, and in the midst of it; the next record is written again."""
@@ -73,14 +73,14 @@ def test_what_the_disk_refuses_is_lost_and_said(
     (tmp_path / "tensorboard").touch()
     log.trackers.open(config(), tmp_path, 0)
     log.record("train", step=1, loss=1.0)
-    said(capsys, "TensorBoard could not be written: ")
+    wait_for_output(capsys, "TensorBoard could not be written: ")
     (tmp_path / "tensorboard").unlink()
     log.record("train", step=2, loss=2.0)
     wait_for_curve(tmp_path, [(2, 2.0)])
     with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", refuse)
         log.record("train", step=3, loss=3.0)
-        said(capsys, "TensorBoard could not be written: disk full")
+        wait_for_output(capsys, "TensorBoard could not be written: disk full")
     time.sleep(1.1)  # as above
     log.record("train", step=4, loss=4.0)
     log.close()
@@ -92,7 +92,7 @@ def refuse(self: RecordWriter, data: bytes) -> None:
     raise OSError("disk full")
 
 
-def said(capsys: pytest.CaptureFixture[str], text: str) -> None:
+def wait_for_output(capsys: pytest.CaptureFixture[str], text: str) -> None:
     deadline, output = time.monotonic() + 20, ""
     while text not in output:
         assert time.monotonic() < deadline, output
@@ -107,10 +107,12 @@ def wait_for_curve(folder: Path, expected: list[tuple[int, float]]) -> None:
         time.sleep(0.05)
 
 
-def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_hangs_does_not_delay_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     answered = threading.Event()
     monkeypatch.setattr(trackers.TensorBoard, "write", lambda self, step, scalars: answered.wait(60))
-    monkeypatch.setattr(trackers, "LEAVE", 0.2)
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.2)
     log = RunLog(tmp_path / "metrics.jsonl")
     log.trackers.open(config(), tmp_path, 0)
     began = time.monotonic()
@@ -119,11 +121,11 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path: Path, capsys: pytest.Ca
     log.close()
     assert time.monotonic() - began < 10
     answered.set()
-    assert "TensorBoard: not all was written within 0 s; the rest is lost" in capsys.readouterr().out
+    assert "TensorBoard: not all records were written within 0 s; the others are lost" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("key", "module"), [("run.wandb", "wandb"), ("run.mlflow", "mlflow")])
-def test_what_is_not_installed_is_an_error_before_the_start(tmp_path: Path, drawn: Path, key: str, module: str) -> None:
+def test_a_tracker_that_is_not_installed_is_an_error_before_the_start(tmp_path: Path, drawn: Path, key: str, module: str) -> None:
     if find_spec(module):
         pytest.skip(f"{module} is installed")
     (tmp_path / "job.yaml").write_text("name: tiny\nglobal_batch: 4\nepochs: 1\nmodel: {name: van_b0, classes: 10}\noptim: {lr: 1e-3}\n")
@@ -136,7 +138,7 @@ def test_what_is_not_installed_is_an_error_before_the_start(tmp_path: Path, draw
 
 
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
-def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'store.db'}")
@@ -153,19 +155,19 @@ def test_mlflow_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(find_spec("mlflow") is None, reason="mlflow is not installed")
-def test_a_store_that_refuses_ends_a_first_start_alone(
+def test_a_store_that_refuses_ends_only_a_first_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
-    with pytest.raises(ValueError, match=r"^run.mlflow = van: .*nonsense.*; mend that, or train without it: run.mlflow=null"):
+    with pytest.raises(ValueError, match=r"^run.mlflow = van: .*nonsense.*; fix that, or train without it: run.mlflow=null"):
         RunLog(tmp_path / "metrics.jsonl").trackers.open(config(mlflow="van"), tmp_path, 0)
     train(tmp_path, config(mlflow="van"), 3, 4, loss=10.0)
-    assert "; going on without it" in capsys.readouterr().out
+    assert "; continuing without it" in capsys.readouterr().out
     assert curve(tmp_path, "train/loss") == [(4, 14.0)]
 
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
-def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     train(tmp_path, config(wandb="us/van"), 0, 3, loss=10.0)

@@ -1,0 +1,99 @@
+"""Reports an interval of training steps as a line of the log and as a record of metrics.jsonl.
+
+reporter = Reporter(log, schedule, steps_per_epoch=1733, global_batch=8192, …)
+reporter.report(step, steps, slowest, lr=4e-3, bad_images=0, seconds_until_save=300.0)
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.common.text import format_duration
+from pretrain.engine import distributed
+from pretrain.monitor.flops import mfu
+from pretrain.monitor.interval import Steps
+from pretrain.monitor.stragglers import SlowestRank
+from pretrain.run.metrics import RunLog
+from pretrain.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Computes the figures of an interval and writes them.
+
+    Args:
+        log: of the run.
+        schedule: of the job.
+        steps_per_epoch: optimizer steps.
+        global_batch: samples of an optimizer step.
+        ranks: of the job.
+        device: of this rank.
+        image_flops: floating-point operations of one image in training (monitor/flops.py).
+        peak_flops: FLOP/s of one GPU by its data sheet; None if unknown, then no MFU is reported.
+        has_graphs: whether the job runs CUDA graphs, which the advice on launch-bound steps depends on.
+    """
+
+    log: RunLog
+    schedule: Schedule
+    steps_per_epoch: int
+    global_batch: int
+    ranks: int
+    device: torch.device
+    image_flops: float
+    peak_flops: float | None
+    has_graphs: bool
+
+    def report(
+        self, step: int, steps: Steps, slowest: SlowestRank, *, lr: float, bad_images: int, is_evaluated: bool, seconds_until_save: float
+    ) -> None:
+        """Writes the line and the record of an interval.
+
+        Args:
+            step: number of steps done.
+            steps: of the interval, at least one.
+            slowest: rank of the interval.
+            lr: learning rate of the last step.
+            bad_images: known so far, of the whole run.
+            is_evaluated: whether an evaluation follows.
+            seconds_until_save: until the clock requests a save; infinite if it never does.
+        """
+        images_per_s = len(steps.numbers) * self.global_batch / steps.seconds
+        steps_per_s = images_per_s / self.global_batch
+        values: dict[str, float] = steps.means() | {
+            "images_per_s": images_per_s,
+            "data_wait": steps.data_seconds / steps.seconds,
+            "memory_gb": distributed.peak_memory_gb(self.device),
+            "left_s": (self.schedule.total - step) / steps_per_s,
+        }
+        if self.peak_flops is not None:
+            values["mfu"] = mfu(images_per_s / self.ranks, self.image_flops, self.peak_flops)
+        if steps.launch_bound is not None:
+            values["launch_bound"] = steps.launch_bound
+        counts = {name: count for name, count in (("skipped", int(steps.skipped.sum())), ("bad_images", bad_images)) if count}
+        epoch = step / self.steps_per_epoch
+        self.log.line(self._line(step, epoch, lr, values, counts) + steps.launch_bound_advice(self.has_graphs) + slowest.remark())
+        plan: dict[str, Any] = {
+            "total": self.schedule.total,
+            "next_save": self.schedule.next_save(step, seconds_until_save * steps_per_s),
+            "evaluates": is_evaluated,
+        }
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self.log.record("train", step=step, epoch=epoch, lr=lr, **finite, **counts, **plan, **slowest.record())
+
+    def _line(self, step: int, epoch: float, lr: float, values: dict[str, float], counts: dict[str, int]) -> str:
+        parts = [
+            f"step {step}/{self.schedule.total}",
+            f"epoch {epoch:.2f}",
+            f"loss {values['loss']:.4f}",
+            f"lr {lr:.2e}",
+            f"gradient norm {values['grad_norm']:.2f}",
+            f"{values['images_per_s']:.0f} images/s, {values['images_per_s'] / self.ranks:.0f} per rank",
+            f"waiting for data {values['data_wait']:.0%}",
+            f"{values['memory_gb']:.1f} GB",
+            f"MFU {values['mfu']:.0%}" if "mfu" in values else "",
+            f"{format_duration(values['left_s'])} left",
+            *(f"{name.replace('_', ' ')} {count}" for name, count in counts.items()),
+        ]
+        return "  ".join(filter(None, parts))
