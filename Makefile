@@ -6,6 +6,7 @@
 # make lint          format, lint, types, shell scripts
 # make setup         .venv with everything pinned; the others do it first
 # make slurm         Slurm from the distribution's packages, for the cluster tests (root or sudo)
+# make docs          docs/configuration.md anew from the settings' fields
 # make requirements  requirements.txt anew from pyproject.toml
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo test test-fast test-ci test-full lint slurm requirements
+.PHONY: setup demo test test-fast test-ci test-full lint slurm docs requirements
 
 setup: $(READY)
 
@@ -51,3 +52,7 @@ slurm:
 
 requirements: $(READY)
 	.venv/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-emit-index-url --no-header --quiet -o requirements.txt
+
+docs: $(READY)
+	$(RUN) -m pretrain config --markdown > docs/configuration.md.new
+	mv docs/configuration.md.new docs/configuration.md

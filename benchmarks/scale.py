@@ -113,7 +113,7 @@ def launches(model: nn.Module) -> dict[str, int]:
 
 def job(name: str) -> Job:
     """Returns the recipe of configs/NAME_in22k.yaml."""
-    config = settings.load(CONFIGS / f"{name}_in22k.yaml", unused=("data.train", "data.val"))
+    config = settings.load(CONFIGS / f"{name}_in22k.yaml", unchecked=("data.train", "data.val"))
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=config.model.classes, drop_path_rate=config.model.drop_path)
     return Job(

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from data.augment.recipe import Recipe
-from data.common.config_files import load
+from data.common.command_line import parse
 from data.dataset.index import open_index
 from data.inspect.parameters import format_slots, list_parameters
 from data.inspect.report import format_stats, write_report
@@ -28,7 +28,7 @@ from data.packing.labels import read_classes
 from data.packing.pack import MAX_REJECTED, pack
 from data.packing.plan import Settings
 from data.packing.verify import verify
-from data.settings import JobData, invalid_data
+from data.settings import load_job
 from data.synthetic.synthesize import SETS, synthesize
 
 
@@ -154,12 +154,7 @@ def _parse_steps(text: str) -> range:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
-    args, extra = parser.parse_known_args(arguments)
-    # argparse accepts key=value texts only in one place; a job's overrides may stand anywhere.
-    if extra and ("overrides" not in args or any(text.startswith("-") for text in extra)):
-        parser.error(f"unrecognized arguments: {' '.join(extra)}")
-    if extra:
-        args.overrides += extra
+    args = parse(parser, arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # keys may have bytes that are not UTF-8
     try:
         return args.run(args) or 0
@@ -223,12 +218,8 @@ def _stats(args: argparse.Namespace) -> None:
         write_report(index, args.out, seed=args.seed)
 
 
-def _load_job(args: argparse.Namespace) -> JobData:
-    return load(JobData, args.config, args.overrides, invalid_data, sections=["data"])
-
-
 def _order(args: argparse.Namespace) -> None:
-    job = _load_job(args)
+    job = load_job(args.config, args.overrides)
     index = open_index(job.data.train, job.data.cache)
     order, recipe = make_sample_order(index, job.data, seed=job.seed, global_batch=job.global_batch), Recipe(job.seed, job.data)
     for step in args.steps:
@@ -240,7 +231,7 @@ def _order(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace) -> None:
     from data.inspect.preview import write_preview  # imports torch and DALI
 
-    write_preview(_load_job(args), args.out, epoch=args.epoch, steps=args.steps, images=args.images)
+    write_preview(load_job(args.config, args.overrides), args.out, epoch=args.epoch, steps=args.steps, images=args.images)
 
 
 if __name__ == "__main__":

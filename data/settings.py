@@ -1,103 +1,167 @@
-"""What a job may choose of its data: the `data:` section of a configuration, and what the loaders take.
+"""The settings that decide a job's batches: `seed`, `global_batch`, the section `data:` and a part of `engine:`.
 
-`train` and `val` are packed datasets: folders, or URLs (s3://, gs://, https://) that are read through the cache. The defaults are
-those of the ImageNet-22K recipe, but for RandAugment and random erasing, which are off. JobData is all that decides a job's batches: what
-the data commands read of its configuration.
+JobData is the schema that the data commands read; a job's whole schema (pretrain/config.py) builds on it. Defaults are those of the
+ImageNet-22K recipe, but for RandAugment and random erasing, which are off.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from data.augment.randaugment import parse_policy
-from data.storage.remote import is_url
+from data.common import config_files
+from data.common.fields import MISSING, Check, above_0_to_1, at_least, below_1, from_0_to_1, must_be, positive, read_by, setting
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+@dataclass(frozen=True)
+class Policy:
+    """RandAugment: `layers` operators, each applied with a probability.
+
+    A magnitude is drawn with a standard deviation of magnitude_std (uniformly in [0, magnitude] where magnitude_std is infinite) and
+    clipped to [0, magnitude_max]. increasing: every operator becomes stronger with its magnitude.
+    """
+
+    magnitude: int = 10
+    layers: int = 2
+    probability: float = 0.5
+    magnitude_std: float = 0.0
+    magnitude_max: int = 10
+    increasing: bool = False
+
+
+def parse_policy(text: str) -> Policy:
+    """Returns the policy that a configuration string of timm names, such as rand-m9-mstd0.5-inc1.
+
+    Raises:
+        ValueError: another policy than RandAugment, or a section that timm does not know or that is not supported.
+    """
+    kind, *sections = text.split("-")
+    if kind != "rand":
+        raise ValueError("must be RandAugment, such as rand-m9-mstd0.5-inc1")
+    values = {}
+    for section in sections:
+        match = re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d+)?|inf)", section)
+        if match is None or ("." in match[2] and match[1] not in ("p", "mstd")):
+            raise ValueError(f"{section!r}: expected m, n, mmax or inc with a whole number, mstd or p with a number, as in m9")
+        values[match[1]] = float(match[2])
+    std = values.get("mstd", 0.0)
+    policy = Policy(
+        magnitude=int(values.get("m", 10)),
+        layers=int(values.get("n", 2)),
+        probability=values.get("p", 0.5),
+        magnitude_std=math.inf if std > 100 else std,
+        magnitude_max=int(values.get("mmax", 10)),
+        increasing=bool(values.get("inc", 0)),
+    )
+    if not 0 <= policy.probability <= 1 or policy.layers < 1:
+        raise ValueError("p must be a probability, 0 to 1, and n at least 1")
+    return policy
+
+
+def _dataset_problem(place: str) -> str | None:
+    from data.storage.remote import is_url  # imports asyncio, which commands that open no dataset do without
+
+    folder = Path(place)
+    if is_url(place) or (folder / "dataset.json").is_file():
+        return None
+    problem = "no dataset.json in it" if folder.is_dir() else "no such folder"
+    return f"{problem}; make it with: python -m data pack IMAGES {folder.parent} --split {folder.name}"
+
+
+dataset = Check("a folder or URL of packed shards", _dataset_problem)
+policy = read_by("RandAugment as timm writes it", parse_policy)
+shares_of_area = must_be("two shares of an area, the smaller first", lambda area: 0 < area[0] <= area[1] <= 1)
+above_0 = must_be("each more than 0", lambda numbers: min(numbers) > 0)
+ratios = must_be("more than 0, the smaller first", lambda ratio: 0 < ratio[0] <= ratio[1])
+
+
 @dataclass
 class DataConfig:
-    train: str = "???"  # folder or URL of packed shards (python -m data pack); has no default
-    val: str | None = None  # folder or URL of packed shards to evaluate on; none: no evaluation
-    val_except: list[str] = field(default_factory=list)  # classes of val whose images evaluation leaves out: those that the head lacks
-    cache: str | None = None  # folder for local copies of what lies at URLs; none: one in $SLURM_TMPDIR or $TMPDIR
-    cache_gb: float = 100.0  # of shards that it may hold, of each dataset (10^9 bytes)
-    check: Literal["sizes", "checksums"] = "sizes"  # of all shards at the start; checksums reads every byte of those in folders
-    max_bad: float = 0.001  # share of a dataset's images that may turn out bad before the job gives up
-    image_size: int = 224
-    crop_area: tuple[float, float] = (0.08, 1.0)  # random resized crop: share of the image's area
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # and its width to height
-    interpolation: Literal["bilinear", "bicubic", "random"] = "bicubic"  # of crops to their size, and of RandAugment's geometry
-    flip: float = 0.5  # probability of a horizontal flip
-    auto_augment: str | None = None  # RandAugment in timm's words, such as rand-m9-mstd0.5-inc1; none: off
-    color_jitter: float = 0.0  # of brightness, contrast and saturation; as in timm, off while auto_augment is on
-    random_erasing: float = 0.0  # probability that a box becomes noise, each pixel its own
-    erasing_count: int = 1  # boxes at most
-    repeats: int = 1  # times that a sample is in a global batch, each time augmented otherwise; an epoch has as many times more steps
-    mixup: float = 0.8  # alpha of mixup's Beta distribution; 0: off
-    cutmix: float = 1.0  # alpha of cutmix's; 0: off
-    mix_switch: float = 0.5  # probability of cutmix where both are on
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the normalisation, in units of full intensity
-    std: tuple[float, float, float] = IMAGENET_STD
-    eval_resize: Literal["crop", "squash"] = "crop"  # shorter side to size / eval_crop and a centre crop, or straight to the size
-    eval_crop: float = 0.875
-    lanes: int = 64  # streams of shards that one global batch mixes
-    window: int = 2048  # samples of a lane that are shuffled together
-    decode_threads: int = 4  # DALI's CPU threads, a rank
-    hw_decoder_load: float = 0.65  # share of JPEGs that a GPU's own decoder takes, where it has one; CUDA kernels take the others
-    read_threads: int = 4  # threads that read encoded images, a rank; each reads one micro-batch ahead of need
+    train: str = setting(MISSING, "Images to train on, packed by `python -m data pack`.", dataset, resume="free", on_node=True)
+    val: str | None = setting(None, "Images to evaluate on; null: no evaluation.", dataset, resume="free", on_node=True)
+    val_except: list[str] = setting(
+        [], "Classes of `data.val` whose images are not evaluated, such as those that the head lacks.", resume="free"
+    )
+    cache: str | None = setting(
+        None, "Folder for local copies of shards at URLs; null: a folder in `$SLURM_TMPDIR` or `$TMPDIR`.", resume="free"
+    )
+    cache_gb: float = setting(100.0, "Size of the cache of each dataset, in GB (10^9 bytes).", positive, resume="free")
+    check: Literal["sizes", "checksums"] = setting(
+        "sizes",
+        "Check of all shards at the start. sizes: of their sizes alone; checksums: also of every byte of those in folders.",
+        resume="free",
+    )
+    max_bad: float = setting(0.001, "Share of a dataset's images that can be bad before the job ends.", below_1, resume="free")
+    image_size: int = setting(224, "Height and width of the images that the model takes, in pixels.", positive)
+    crop_area: tuple[float, float] = setting(
+        (0.08, 1.0), "Random resized crop: smallest and largest share of the image's area.", shares_of_area
+    )
+    crop_ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "Random resized crop: smallest and largest ratio of width to height.", ratios)
+    interpolation: Literal["bilinear", "bicubic", "random"] = setting(
+        "bicubic", "Interpolation of crops and of RandAugment's geometric operators; random: one of the two for each image."
+    )
+    flip: float = setting(0.5, "Probability of a horizontal flip.", from_0_to_1)
+    auto_augment: str | None = setting(None, "RandAugment, such as `rand-m9-mstd0.5-inc1`; null: off.", policy)
+    color_jitter: float = setting(
+        0.0, "Strength of the changes of brightness, contrast and saturation. As in timm, off while RandAugment is on.", at_least(0)
+    )
+    random_erasing: float = setting(0.0, "Probability that boxes of an image are replaced by noise.", from_0_to_1)
+    erasing_count: int = setting(1, "Largest number of boxes that random erasing replaces.", positive)
+    repeats: int = setting(
+        1,
+        "Copies of a sample in a global batch, each augmented differently. An epoch has as many times more steps.",
+        positive,
+        resume="fixed",
+    )
+    mixup: float = setting(0.8, "Alpha of the Beta distribution of mixup; 0: off.", at_least(0))
+    cutmix: float = setting(1.0, "Alpha of the Beta distribution of cutmix; 0: off.", at_least(0))
+    mix_switch: float = setting(0.5, "Probability of cutmix where mixup and cutmix are both on.", from_0_to_1)
+    mean: tuple[float, float, float] = setting(IMAGENET_MEAN, "Mean of each color channel, from 0 to 1, for the normalization.")
+    std: tuple[float, float, float] = setting(IMAGENET_STD, "Standard deviation of each color channel, for the normalization.", above_0)
+    eval_resize: Literal["crop", "squash"] = setting(
+        "crop", "Evaluation. crop: the shorter side is resized to image_size / eval_crop, then a center crop; squash: resized to a square."
+    )
+    eval_crop: float = setting(0.875, "Evaluation: side of the center crop as a share of the resized shorter side.", above_0_to_1)
+    lanes: int = setting(64, "Streams of shards that a global batch mixes.", positive, resume="fixed")
+    window: int = setting(2048, "Samples of a lane that are shuffled together.", positive, resume="fixed")
+    decode_threads: int = setting(4, "CPU threads of DALI on each rank.", positive, resume="free")
+    hw_decoder_load: float = setting(
+        0.65, "Share of JPEGs for a GPU's hardware decoder where there is one; CUDA kernels decode the rest.", from_0_to_1, resume="free"
+    )
+    read_threads: int = setting(
+        4, "Threads on each rank that read encoded images; each reads one micro-batch ahead.", positive, resume="free"
+    )
 
 
 @dataclass
 class JobEngine:
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
-    micro_batch: int = 64  # samples a rank takes through the network at once
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Device to train on; auto: a GPU where there is one.", resume="free")
+    micro_batch: int = setting(64, "Samples that a rank computes at once; even where mixup or cutmix is on.", positive, resume="free")
 
 
 @dataclass
 class JobData:
-    seed: int = 0
-    global_batch: int = "???"  # type: ignore[assignment]  # samples in an optimizer step; has no default
+    seed: int = setting(0, "Seed of sample order, augmentation, weights and drop path.", resume="fixed")
+    global_batch: int = setting(MISSING, "Samples of an optimizer step, whatever the number of ranks.", positive, resume="fixed")
     data: DataConfig = field(default_factory=DataConfig)
     engine: JobEngine = field(default_factory=JobEngine)
 
 
-def invalid_data(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """(key, what is wrong) of the values, by dotted key of JobData, that have the right type but can't work. Keys may be absent."""
-    wrong: list[tuple[str, str]] = []
-    for key in ("data.train", "data.val"):
-        folder = values.get(key)
-        if folder is not None and not is_url(folder) and not (Path(folder) / "dataset.json").is_file():
-            what = "no such folder" if not Path(folder).is_dir() else "no dataset.json in it"
-            wrong.append((key, f"{what}; make it with: python -m data pack IMAGES {Path(folder).parent} --split {Path(folder).name}"))
-    positive = ["global_batch", "data.image_size", "data.lanes", "data.window", "data.decode_threads", "data.read_threads"]
-    positive += ["data.cache_gb", "data.erasing_count", "data.repeats", "engine.micro_batch"]
-    wrong += failing(values, positive, lambda value: 0 < value < math.inf, "must be more than 0 and finite")
-    at_least_0 = ["data.mixup", "data.cutmix", "data.color_jitter"]
-    wrong += failing(values, at_least_0, lambda value: 0 <= value < math.inf, "must be at least 0 and finite")
-    probabilities = ["data.flip", "data.mix_switch", "data.random_erasing"]
-    wrong += failing(values, probabilities, lambda value: 0 <= value <= 1, "must be a probability, 0 to 1")
-    wrong += failing(values, ["data.max_bad"], lambda value: 0 <= value < 1, "must be at least 0 and less than 1")
-    wrong += failing(values, ["data.hw_decoder_load"], lambda value: 0 <= value <= 1, "must be a share, 0 to 1")
-    if values.get("data.auto_augment") is not None:
-        try:
-            parse_policy(values["data.auto_augment"])
-        except ValueError as error:
-            wrong.append(("data.auto_augment", str(error)))
-    wrong += failing(values, ["data.eval_crop"], lambda value: 0 < value <= 1, "must be a share, more than 0 and at most 1")
-    shares = "must be two shares of an area, the smaller first"
-    wrong += failing(values, ["data.crop_area"], lambda area: 0 < area[0] <= area[1] <= 1, shares)
-    in_order = "must be more than 0, the smaller first"
-    wrong += failing(values, ["data.crop_ratio"], lambda ratio: 0 < ratio[0] <= ratio[1] < math.inf, in_order)
-    if values.get("data.mixup") or values.get("data.cutmix"):
-        even = "must be even: mixup and cutmix mix neighbours in pairs"
-        wrong += failing(values, ["engine.micro_batch"], lambda micro: micro % 2 == 0, even)
-    return wrong
+def data_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (key, problem) of values of JobData that can't work together. Keys may be absent."""
+    if (values.get("data.mixup") or values.get("data.cutmix")) and values.get("engine.micro_batch", 0) % 2:
+        yield "engine.micro_batch", "must be even: mixup and cutmix mix neighbors in pairs"
 
 
-def failing(values: dict[str, Any], keys: Sequence[str], holds: Callable[[Any], bool], text: str) -> list[tuple[str, str]]:
-    """(key, text) of the values that are set and for which it does not hold."""
-    return [(key, text) for key in keys if values.get(key) is not None and not holds(values[key])]
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobData:
+    """Reads what a job's settings say of its batches.
+
+    Raises:
+        ConfigError: lists every problem of these settings.
+    """
+    return config_files.build(JobData, config_files.resolve(JobData, path, overrides, data_conflicts, sections=["data"]))

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from data.common.command_line import job_words
 from launch import task
 from pretrain import config as settings
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
@@ -37,7 +38,7 @@ def main() -> int:
         return task.run(command)
     code = run_here(command, ranks_here())
     if code == 0 and job:
-        run = settings.load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run
+        run = settings.load(*job_words(sys.argv[1:])).run
         if run.export:
             from pretrain.weights.export import release
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+from data.common.command_line import job_words
 from data.common.config_files import ConfigError
 from pretrain import config as settings
 from pretrain.run import attempts
@@ -58,8 +59,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # for the ranks; what becomes of them is told here
     try:
         # Whether what they name is there is preflight's affair: it may be missing on this node alone.
-        overrides = [word for word in sys.argv[2:] if not word.startswith("--")]
-        config = settings.load(sys.argv[1], overrides, unused=settings.ON_A_NODE)
+        config = settings.load(*job_words(sys.argv[1:]), unchecked=settings.ON_A_NODE)
         run = Path(config.run.dir)
         this, history = begin(run)
         log = open(run / "logs" / f"{this.job}-{this.restart}.log", "ab")  # noqa: SIM115

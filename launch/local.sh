@@ -17,10 +17,11 @@ fi
 run=$(
     .venv/bin/python - "$@" << 'END'
 import sys
+from data.common.command_line import job_words
 from pretrain.config import ConfigError, load
 
 try:
-    print(load(sys.argv[1], [word for word in sys.argv[2:] if not word.startswith("--")]).run.dir)
+    print(load(*job_words(sys.argv[1:])).run.dir)
 except ConfigError as error:
     sys.exit(f"error: {error}")
 END

@@ -1,8 +1,10 @@
-"""One process of a job, or what a run made: train, status, evaluate, export, checkpoints.
+"""One process of a job, or what a run made: train, config, status, evaluate, export, checkpoints.
 
 python -m pretrain train CONFIG [--force-config] key=value …
     one rank of a job, with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set, or the only one, without them; `python -m launch`
     starts one for each GPU
+python -m pretrain config CONFIG key=value … | --list [PATTERN] | --markdown
+    the settings of a job, each with the place that set it; or all settings: type, default, meaning, rule on resume
 python -m pretrain status [RUN …] [--follow]
     how a run stands, or as a table all runs below runs/ or below the folders that are named; needs no GPU and no job of its own
 python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] [--probe N]
@@ -30,6 +32,7 @@ from pathlib import Path
 
 import data
 import pretrain
+from data.common.command_line import is_override, parse
 from pretrain.run.exit_codes import EXIT_CONFIG
 
 _EXPORTS = ("format", "out", "weights", "dtype", "features_only", "licence", "force")  # options of an export
@@ -42,12 +45,17 @@ def main() -> int:
     train_parser.add_argument("config", type=Path)
     train_parser.add_argument("overrides", nargs="*", metavar="key=value")
     train_parser.add_argument("--force-config", action="store_true", help="go on with a run though its settings have changed")
+    config_parser = commands.add_parser("config", help="the settings of a job, or all settings that there are")
+    config_parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG")
+    config_parser.add_argument("overrides", nargs="*", metavar="key=value")
+    config_parser.add_argument("--list", nargs="?", const="", metavar="PATTERN", help="all settings whose key or meaning contains PATTERN")
+    config_parser.add_argument("--markdown", action="store_true", help="docs/configuration.md")
     status_parser = commands.add_parser("status", help="how runs stand")
     status_parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN")
     status_parser.add_argument("--follow", action="store_true", help="go on showing until Ctrl-C")
     evaluate_parser = commands.add_parser("evaluate", help="accuracy of a run, a checkpoint or a weights file on data.val")
     evaluate_parser.add_argument("source", type=Path, metavar="SOURCE")
-    evaluate_parser.add_argument("settings", nargs="*", metavar="CONFIG key=value")
+    evaluate_parser.add_argument("overrides", nargs="*", metavar="CONFIG key=value")
     evaluate_parser.add_argument("--probe", type=int, metavar="N", help="of the features, by at most N images a class of data.train")
     export_parser = commands.add_parser("export", help="weights for other projects")
     export_parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
@@ -69,18 +77,17 @@ def main() -> int:
     wish.add_argument(
         "--prune", type=int, metavar="KEEP", help="keep so many of the newest, and those that the run's settings keep for good"
     )
-    args, behind = parser.parse_known_args()
-    # Of key=value texts argparse takes only those that stand before the first option.
-    if behind and ("overrides" not in args or any(text.startswith("-") for text in behind)):
-        parser.error(f"unrecognized arguments: {' '.join(behind)}")
-    if behind:
-        args.overrides += behind
+    args = parse(parser)
+    if args.command == "config" and (args.config is not None) + (args.list is not None) + args.markdown != 1:
+        config_parser.error("give CONFIG, --list or --markdown")
     if args.command == "export" and (args.format is None or args.out is None):
         alone = [f"--{name.replace('_', '-')}" for name in _EXPORTS if getattr(args, name) != export_parser.get_default(name)]
         if alone:
             parser.error(f"{', '.join(alone)}: to export with options takes --format and --out; without any, RUN's own formats are written")
     try:
-        run = {"train": _train, "status": _status, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints}[args.command]
+        run = {
+            "train": _train, "config": _config, "status": _status, "evaluate": _evaluate, "export": _export, "checkpoints": _checkpoints,
+        }[args.command]  # fmt: skip
         return run(args)
     except ValueError as error:
         if not raised_here(error):
@@ -137,6 +144,16 @@ def _train(args: argparse.Namespace) -> int:
     return code
 
 
+def _config(args: argparse.Namespace) -> int:
+    from pretrain.config_command import listing, markdown, resolved
+
+    if args.markdown:
+        print(markdown(), end="")
+    else:
+        print(*(listing(args.list) if args.list is not None else resolved(args.config, args.overrides)), sep="\n")
+    return 0
+
+
 def _status(args: argparse.Namespace) -> int:
     from pretrain.run.status import status
 
@@ -148,8 +165,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         from pretrain.engine import distributed
         from pretrain.evaluation.command import judge
 
-    config = Path(args.settings.pop(0)) if args.settings and "=" not in args.settings[0] else None
-    judge(args.source, config, args.settings, average=args.weights == "ema", probe=args.probe)
+    config = Path(args.overrides.pop(0)) if args.overrides and not is_override(args.overrides[0]) else None
+    judge(args.source, config, args.overrides, average=args.weights == "ema", probe=args.probe)
     distributed.stop()
     return 0
 

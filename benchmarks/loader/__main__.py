@@ -17,8 +17,8 @@ import torch
 
 from benchmarks import harness
 from benchmarks.loader import rates
-from data.common.config_files import load
-from data.settings import JobData, invalid_data
+from data.common.command_line import parse
+from data.settings import load_job
 
 MODULE = "benchmarks.loader"
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark that the arguments name; returns the exit code, 2 after a mistake of the user's."""
-    args = parser().parse_intermixed_args(arguments)
+    args = parse(parser(), arguments)
     try:
         run(args)
     except (ValueError, OSError) as error:
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the settings are wrong, the dataset lies at a URL, or --gpu-sweep has no GPU.
     """
-    job = load(JobData, args.config, args.overrides, invalid_data, sections=["data"])
+    job = load_job(args.config, args.overrides)
     batch = args.batch or job.engine.micro_batch
     compare = rates.gpu_sweep if args.gpu_sweep else rates.compare_with_timm
     measured = compare(job, images=args.images, batch=batch, rounds=args.rounds)

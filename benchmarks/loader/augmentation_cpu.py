@@ -23,8 +23,9 @@ from timm.data.auto_augment import rand_augment_transform
 
 from benchmarks.harness import command_line, in_turns, parser, report
 from data.augment.operators import CpuResizer, apply_layer, compute_operator_inputs, resize
-from data.augment.randaugment import Layer, Operator, draw_rand_augment, parse_policy
+from data.augment.randaugment import Layer, Operator, draw_rand_augment
 from data.augment.sampling import draw_crops
+from data.settings import parse_policy
 from data.synthetic.drawings import PHOTOGRAPH
 from data.synthetic.synthesize import draw_images
 

@@ -113,7 +113,7 @@ def _measure_steps(args: Namespace, model: str, device: torch.device, authors: A
 def _measure_feed(args: Namespace, device: torch.device) -> None:
     from benchmarks.training.feed import measure_feed
 
-    config = settings.load(Path(args.feed[0]), [*args.feed[1:], f"engine.device={device.type}"], unused=("data.val",))
+    config = settings.load(Path(args.feed[0]), [*args.feed[1:], f"engine.device={device.type}"], unchecked=("data.val",))
     rows = measure_feed(config, rounds=args.rounds, steps=args.steps)
     options = {"gpu": args.gpu, "cpu": args.cpu, "rounds": args.rounds, "steps": args.steps, "feed": args.feed}
     facts: dict[str, Any] = {"model": config.model.name, "kernels": config.model.kernels, "image_size": config.data.image_size}

@@ -8,13 +8,13 @@ Operators, magnitudes and their arguments are those of timm 1.0.31 (timm/data/au
 after "RandAugment" (arXiv 1909.13719). What an operator does to pixels is in operators.py.
 """
 
-import re
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
 from data.common.counter_rng import Draw, hash64, standard_normal, uniform
+from data.settings import Policy
 
 
 class Operator(IntEnum):
@@ -45,53 +45,12 @@ _JITTERED = np.array([Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR])
 JITTER_LAYERS = len(_JITTERED)
 
 
-@dataclass(frozen=True)
-class Policy:
-    """magnitude is drawn with a standard deviation of magnitude_std (uniformly in [0, magnitude] where that is infinite) and clipped to
-    [0, magnitude_max]; each of the layers is applied with a probability. increasing: all operators become stronger with it."""
-
-    magnitude: int = 10
-    layers: int = 2
-    probability: float = 0.5
-    magnitude_std: float = 0.0
-    magnitude_max: int = 10
-    increasing: bool = False
-
-
 @dataclass(frozen=True, eq=False)
 class Layer:
     """An operator and its argument for each of n samples: int32 (n,), float64 (n,)."""
 
     operator: np.ndarray
     argument: np.ndarray
-
-
-def parse_policy(text: str) -> Policy:
-    """The policy that timm's configuration strings name, such as rand-m9-mstd0.5-inc1.
-
-    Raises ValueError for other policies than RandAugment, and for sections that timm does not know or that are not supported.
-    """
-    kind, *sections = text.split("-")
-    if kind != "rand":
-        raise ValueError("must be RandAugment, such as rand-m9-mstd0.5-inc1")
-    values = {}
-    for section in sections:
-        found = re.fullmatch(r"(m|n|p|mstd|mmax|inc)(\d+(?:\.\d+)?|inf)", section)
-        if found is None or ("." in found[2] and found[1] not in ("p", "mstd")):
-            raise ValueError(f"{section!r}: expected m, n, mmax or inc with a whole number, mstd or p with a number, as in m9")
-        values[found[1]] = float(found[2])
-    std = values.get("mstd", 0.0)
-    policy = Policy(
-        magnitude=int(values.get("m", 10)),
-        layers=int(values.get("n", 2)),
-        probability=values.get("p", 0.5),
-        magnitude_std=np.inf if std > 100 else std,
-        magnitude_max=int(values.get("mmax", 10)),
-        increasing=bool(values.get("inc", 0)),
-    )
-    if not 0 <= policy.probability <= 1 or policy.layers < 1:
-        raise ValueError("p must be a probability, 0 to 1, and n at least 1")
-    return policy
 
 
 def draw_rand_augment(seed: int, epoch: int, ids: np.ndarray, policy: Policy) -> list[Layer]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.augment.randaugment import JITTER_LAYERS, Layer, draw_color_jitter, draw_rand_augment, parse_policy
+from data.augment.randaugment import JITTER_LAYERS, Layer, draw_color_jitter, draw_rand_augment
 from data.augment.sampling import Mix, draw_bilinear, draw_crops, draw_erased_boxes, draw_flips, draw_mix, draw_noise_starts
-from data.settings import DataConfig
+from data.settings import DataConfig, parse_policy
 
 _COPY_BITS = 48  # above those of sample ids
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data.common.command_line import parse
 from launch.__main__ import free_port, slurm_rank
 from launch.preflight.nodes import DATASETS, Here, Node, Problem
 from launch.preflight.roll_call import Lead, Task, follow
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", type=Path, metavar="CONFIG")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--force-config", action="store_true", help="as for training: a run may go on though its settings have changed")
-    args = parser.parse_intermixed_args(arguments)
+    args = parse(parser, arguments)
     position = find_position(os.environ)
     try:
         config, problems = read_settings(args.config, args.overrides, position.ranks)
@@ -98,7 +99,7 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
         problems = error.problems
         if not all(problem.partition(" ")[0] in settings.ON_A_NODE for problem in problems):
             raise
-        config = settings.load(path, overrides, unused=settings.ON_A_NODE)
+        config = settings.load(path, overrides, unchecked=settings.ON_A_NODE)
     try:
         settings.accumulation(config, ranks)
     except ConfigError as error:

@@ -26,7 +26,7 @@ from data.dataset.index import Index, open_index
 from data.loader.store import FetchedShards, ShardStore
 from data.storage.cache import Cache, choose_cache_root
 from launch.preflight.gpus import Gpu, read_gpus
-from pretrain.config import Config, as_dict, confirm, flat
+from pretrain.config import Config, confirm, flat
 
 PACKAGES = ("torch", "nvidia-nccl-cu13", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
 DATASETS = ("data.train", "data.val")
@@ -131,7 +131,7 @@ class Here:
 
     def _software(self) -> None:
         self.node.versions = {"commit": git_commit(), "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-        self.node.settings = {key: value for key, value in flat(as_dict(self.config)).items() if key not in OWN}
+        self.node.settings = {key: value for key, value in flat(self.config).items() if key not in OWN}
 
     def _gpus(self) -> None:
         if self.config.engine.device == "cpu":

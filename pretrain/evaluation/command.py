@@ -35,7 +35,7 @@ from pretrain.weights.initial import HEAD, misfits, read_source, variant
 from pretrain.weights.run_model import build_trained, is_run
 
 # Of CONFIG: what a job starts from doesn't matter here, and whether there is training data is asked when it is needed.
-_UNUSED = ("data.train", "model.init_from", "model.head_init")
+_UNCHECKED = ("data.train", "model.init_from")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def open_weights(source: Path, config: Path | None, overrides: list[str], *, ave
     Raises:
         ValueError: there are none, or they are of another model than the settings', or there are no settings.
     """
-    given = settings.load(config, overrides, _UNUSED) if config else None
+    given = settings.load(config, overrides, _UNCHECKED) if config else None
     if is_run(source):
         model, own, trainer = build_trained(source, average)
         used = given or settings.override(own, overrides)

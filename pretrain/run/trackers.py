@@ -194,7 +194,7 @@ class MLflow:
             existing = self._client.get_experiment_by_name(experiment)
             experiment_id = existing.experiment_id if existing else self._client.create_experiment(experiment)
             run_id = self._client.create_run(experiment_id, run_name=config.name).info.run_id
-            flat = settings.flat(settings.as_dict(config))
+            flat = settings.flat(config)
             self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flat.items()])
             _write_id(folder, "mlflow", run_id)
         else:

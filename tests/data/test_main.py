@@ -148,7 +148,7 @@ def test_all_mistakes_in_a_job_are_told(tmp_path: Path, capsys: pytest.CaptureFi
         "  data.flp = 1 (command line): unknown key; did you mean data.flip?\n"
         "  seed = x (command line): must be a whole number\n"
         f"  global_batch: no value; set it in {job} or as global_batch=…\n"
-        f"  data.train = {tmp_path / 'nowhere'} ({job}): no such folder; "
+        f"  data.train = {tmp_path / 'nowhere'} ({job}:4): no such folder; "
         f"make it with: python -m data pack IMAGES {tmp_path} --split nowhere\n"
     )
 

@@ -30,7 +30,7 @@ name: small
 global_batch: 24
 epochs: 1
 model: {name: van_b0, classes: 10}
-data: {train: "${oc.env:TRAIN}", val: "${oc.env:VAL}", image_size: 32}
+data: {train: "${env:TRAIN}", val: "${env:VAL}", image_size: 32}
 optim: {lr: 1e-3}
 engine: {device: cpu, micro_batch: 4}
 """
@@ -229,7 +229,7 @@ def test_another_version(ranks: Ranks) -> None:
 
 
 def test_other_settings(ranks: Ranks) -> None:
-    ended = ranks.run(2, "run.keep=${oc.env:KEEP}", own={0: {"KEEP": "3"}, 1: {"KEEP": "4"}})
+    ended = ranks.run(2, "run.keep=${env:KEEP}", own={0: {"KEEP": "3"}, 1: {"KEEP": "4"}})
     assert (ended.codes, ended.told) == ([2, 2], {})
     assert ended.errors == ["run.keep differs: 3 on n0; 4 on n1"]
 

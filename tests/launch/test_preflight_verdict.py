@@ -202,5 +202,5 @@ def test_checkpoints_are_as_large_as_the_models(tmp_path: Path) -> None:
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=7)
         (tmp_path / "job.yaml").write_text(f"name: x\nglobal_batch: 2\nepochs: 1\nmodel: {{name: {name}, classes: 7}}\noptim: {{lr: 1}}\n")
-        config = load(tmp_path / "job.yaml", ["data.train=x", "engine.ema_decay=0.9"], unused=["data.train"])
+        config = load(tmp_path / "job.yaml", ["data.train=x", "engine.ema_decay=0.9"], unchecked=["data.train"])
         assert checkpoint_bytes(config) == 4 * 4 * sum(p.numel() for p in model.parameters())

@@ -2,6 +2,7 @@
 one another are in tests/data/common/test_config_files.py."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
 
-from data.common.config_files import keys
-from data.settings import JobData
+from data.common.fields import settings_of
 from data.synthetic.synthesize import synthesize
 from pretrain import config as settings
 from pretrain.config import Config, ConfigError, accumulation, as_dict, from_dict, load, save
+from pretrain.config_command import listing, markdown, resolved
 from tests.support import REPOSITORY, config_errors
 from tests.support.config_errors import write
 
@@ -57,68 +58,63 @@ problems, the_problem = partial(config_errors.problems, load), partial(config_er
         ("model.weight_decay", "0.1", "unknown key; did you mean optim.weight_decay?"),
         ("modle.name", "van_b0", "unknown key; did you mean model.name?"),
         ("optim.mixpu", "0.1", "unknown key; did you mean data.mixup?"),
-        ("name.x", "1", "unknown key; did you mean name?"),
-        ("zebra", "1", "unknown key; see pretrain/config.py for all keys"),
+        ("zebra", "1", "unknown key; docs/configuration.md lists all keys"),
         # wrong types
         ("epochs", "abc", "must be a number"),
         ("epochs", "[1, 2]", "must be a number"),
-        ("epochs", "null", "must be a number"),
         ("global_batch", "1.5", "must be a whole number"),
         ("steps", "soon", "must be a whole number or null"),
         ("seed", "True", "must be a whole number"),
-        ("name", "null", "must be text"),
-        ("data.val", "[3]", "must be text or null"),
         ("data.val_except", "n04399382", "must be a list of texts"),
         ("data.mean", "0.5", "must be a list of 3 numbers"),
         ("data.mean", "[0.5, 0.5]", "must be a list of 3 numbers"),
-        ("optim.betas", "['a', 'b']", "must be a list of 2 numbers"),
-        ("engine", "3", "is a section; set one of engine.device, engine.zero_stage, "),
-        ("engine", "null", "is a section; set one of engine.device, engine.zero_stage, "),
-        ("data.train", "null", "must be text"),
+        ("optim.betas", "[a, b]", "must be a list of 2 numbers"),
+        ("engine", "3", "is a section; set one of engine.device, engine.micro_batch, "),
+        ("engine", "null", "is a section; set one of engine.device, engine.micro_batch, "),
         # not one of the choices
         ("engine.precision", "fp23", "must be one of bf16, fp16, fp32; did you mean fp32?"),
-        ("model.name", "vanb3", "must be one of van_b0, van_b1, van_b2, van_b3, van_b4, van_b5, van_b6; did you mean van_b3?"),
         ("engine.device", "tpu", "must be one of auto, cpu, cuda"),
         # of the right type, but they can't work
-        ("engine.zero_stage", "4", "must be 0, 1, 2 or 3"),
-        ("global_batch", "0", "must be more than 0 and finite"),
-        ("epochs", "inf", "must be more than 0 and finite"),
-        ("optim.lr", "nan", "must be more than 0 and finite"),
-        ("steps", "0", "must be more than 0 and finite"),
-        ("run.keep_every", "-1.0", "must be at least 0 and finite"),
-        ("run.export", "['timm', 'pth']", "must be of timm, official, mmseg, mmpretrain, hf"),
+        ("engine.zero_stage", "4", "must be one of 0, 1, 2, 3"),
+        ("global_batch", "0", "must be more than 0"),
+        ("epochs", "inf", "must be a number"),
+        ("optim.lr", "nan", "must be a number"),
+        ("steps", "0", "must be more than 0"),
+        ("run.keep_every", "-1.0", "must be at least 0"),
+        ("run.export", "[timm, pth]", "must be of timm, official, mmseg, mmpretrain, hf"),
         ("run.keep_best", "top1", "needs data.val to evaluate on"),
-        ("data.cutmix", "-1.0", "must be at least 0 and finite"),
+        ("data.cutmix", "-1.0", "must be at least 0"),
         ("optim.label_smoothing", "1.0", "must be at least 0 and less than 1"),
-        ("data.flip", "1.5", "must be a probability, 0 to 1"),
-        ("data.eval_crop", "0.0", "must be a share, more than 0 and at most 1"),
-        ("data.crop_area", "(1.0, 0.08)", "must be two shares of an area, the smaller first"),
-        ("data.crop_ratio", "(0.0, 1.0)", "must be more than 0, the smaller first"),
-        ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbours in pairs"),
+        ("data.flip", "1.5", "must be from 0 to 1"),
+        ("data.eval_crop", "0.0", "must be more than 0 and at most 1"),
+        ("data.crop_area", "[1.0, 0.08]", "must be two shares of an area, the smaller first"),
+        ("data.crop_ratio", "[0.0, 1.0]", "must be more than 0, the smaller first"),
+        ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbors in pairs"),
         ("model.init_from", "nowhere.pth", "no such file or run directory"),
-        ("profile", "7", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
-        ("profile", "1e3:2e3", 'must be START:STOP, two whole numbers of steps; in a file in quotes, "2:4"'),
+        ("profile", "7", "must be START:STOP, two whole numbers of steps"),
+        ("profile", "1e3:2e3", "must be START:STOP, two whole numbers of steps"),
         ("profile", "300:200", "holds no step: START must be less than STOP"),
     ],
 )
 @pytest.mark.parametrize("place", ["file", "command line"])
 def test_a_bad_value_is_named_with_where_it_was_set(tmp_path: Path, job: Path, key: str, value: str, problem: str, place: str) -> None:
-    as_yaml = value.replace("(", "[").replace(")", "]")
     if place == "file":
-        nested = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(key.split(".")))[:-1] + f" {as_yaml}\n"
-        source = str(write(tmp_path / "bad.yaml", f"base: job.yaml\n{nested}"))
-        found = the_problem(Path(source))
+        nested = "".join(f"{'  ' * depth}{part}:\n" for depth, part in enumerate(key.split(".")))[:-1] + f" {value}\n"
+        path = write(tmp_path / "bad.yaml", f"base: job.yaml\n{nested}")
+        source, problem_there = f"{path}:{len(key.split('.')) + 1}", the_problem(path)
     else:
-        source = "command line"
-        found = the_problem(job, f"{key}={as_yaml}")
-    assert found.startswith(f"{key} = {value} ({source}): {problem}")
+        source, problem_there = "command line", the_problem(job, f"{key}={value}")
+    assert problem_there.startswith(f"{key} = {value} ({source}): {problem}")
 
 
-def test_the_data_commands_read_of_a_job_what_training_reads() -> None:
-    own, whole = keys(JobData), keys(Config)
-    assert {key: whole[key] for key in own} == own
-    with_defaults = {key: OmegaConf.select(OmegaConf.structured(Config), key, throw_on_missing=False) for key in own}
-    assert with_defaults == {key: OmegaConf.select(OmegaConf.structured(JobData), key, throw_on_missing=False) for key in own}
+def test_text_is_no_list_and_no_mapping(tmp_path: Path, job: Path) -> None:
+    path = write(tmp_path / "bad.yaml", "base: job.yaml\nname: {x: 1}\ndata:\n  train: [a]\n  val: [3]\n")
+    assert problems(path, "profile.x=1") == [
+        f"name = {{x: 1}} ({path}:2): must be text",
+        f"data.train = [a] ({path}:4): must be text",
+        f"data.val = [3] ({path}:5): must be text or null",
+        "profile.x = 1 (command line): unknown key; did you mean profile?",
+    ]
 
 
 def test_what_only_works_without_mixing(job: Path) -> None:
@@ -127,7 +123,7 @@ def test_what_only_works_without_mixing(job: Path) -> None:
 
 def test_missing_values_say_where_to_set_them(tmp_path: Path) -> None:
     path = write(tmp_path / "job.yaml", "seed: 1\nmodel: {name: van_b0}\n")
-    keys = ["data.train", "epochs", "global_batch", "model.classes", "name", "optim.lr"]
+    keys = ["global_batch", "data.train", "name", "epochs", "model.classes", "optim.lr"]
     assert problems(path) == [f"{key}: no value; set it in {path} or as {key}=…" for key in keys]
 
 
@@ -153,41 +149,12 @@ def test_what_graphs_cannot_be_beside_is_named(job: Path) -> None:
     assert found.endswith("can't be beside engine.sync_bn, model.checkpoint_stages, engine.zero_stage 2 or 3")
 
 
-def test_all_problems_of_all_places_are_told_at_once(tmp_path: Path) -> None:
-    recipe = write(tmp_path / "recipe.yaml", "epochs: many\noptim: {lr: 1e-3, beta: 3}\n")
-    path = write(tmp_path / "job.yaml", "base: recipe.yaml\nname: tiny\nmodel: van_b0\ndata: {train: nowhere, flip: 2}\n")
-    assert problems(path, "epochs", "engine.micro_batch=x", "global_batch=64", "global_batch=none") == [
-        "'epochs' (command line): not of the form key=value",
-        f"epochs = many ({recipe}): must be a number",
-        f"optim.beta = 3 ({recipe}): unknown key; did you mean optim.betas?",
-        f"model = van_b0 ({path}): is a section; set one of model.name, model.classes, model.drop_path, model.init_from, model.head_init, "
-        "model.kernels, model.checkpoint_stages, model.compile, model.graphs",
-        "engine.micro_batch = x (command line): must be a whole number",
-        "global_batch = none (command line): must be a whole number",
-        f"model.classes: no value; set it in {path} or as model.classes=…",
-        f"model.name: no value; set it in {path} or as model.name=…",
-        f"data.train = nowhere ({path}): no such folder; make it with: python -m data pack IMAGES . --split nowhere",
-        f"data.flip = 2.0 ({path}): must be a probability, 0 to 1",
-    ]
-
-
-def test_override_of_settings_that_were_loaded(job: Path) -> None:
-    config = settings.override(load(job), ["data.val=elsewhere", "engine.micro_batch=8"])
-    assert (config.data.val, config.engine.micro_batch, config.epochs) == ("elsewhere", 8, 3)
-    with pytest.raises(ConfigError) as caught:
-        settings.override(config, ["engine.microbatch=8", "epochs=x", "y"])
-    assert caught.value.problems == [
-        "'y' (command line): not of the form key=value",
-        "engine.microbatch = 8 (command line): unknown key; did you mean engine.micro_batch?",
-        "epochs = x (command line): must be a number",
-    ]
-
-
 # ---------------------------------------------------------------- there and back
 
 
 def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Path) -> None:
-    overrides = [f"data.val={dataset / 'val'}", "steps=5", "optim.betas=[0.8,0.9]", "data.mean=[0.5,0.5,0.5]", "run.dir=here"]
+    overrides = [f"data.val={dataset / 'val'}", "steps=5", "optim.betas=[0.8,0.9]", "data.mean=[0.5,0.5,0.5]", "run.dir=here #${x}"]
+    overrides += ["name=010", "model.kwargs.drop_rate=0.1"]
     config = load(job, overrides)
     save(config, tmp_path / "saved.yaml")
     assert load(tmp_path / "saved.yaml") == config
@@ -196,37 +163,39 @@ def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Pat
 
 
 def test_steps_to_profile(job: Path) -> None:
-    """Steps below 60 too, of which YAML would make one number."""
     for text in ("2:4", "10:12", "200:205"):
         start, stop = map(int, text.split(":"))
         assert settings.profiled_steps(load(job, [f"profile={text}"]).profile) == range(start, stop)
-        in_file = write(job.parent / "quoted.yaml", f'base: job.yaml\nprofile: "{text}"\n')
+        in_file = write(job.parent / "more.yaml", f"base: job.yaml\nprofile: {text}\n")
         assert settings.profiled_steps(load(in_file).profile) == range(start, stop)
     assert len(settings.profiled_steps(load(job).profile)) == 0
 
 
-# ---------------------------------------------------------------- of a run that goes on
+# ---------------------------------------------------------------- resume with other settings
+
+ASKS = ", or add --force-config to resume with the changed settings"
+FIXED = ", which can start from these weights with model.init_from={}; {} can't change during a run"
 
 
 @pytest.mark.parametrize(
     ("override", "line", "advice"),
     [
-        ("optim.lr=2e-3", "optim.lr: 0.001 -> 0.002", ", or add --force-config to go on with what is changed"),
-        ("data.auto_augment=rand-m9", "data.auto_augment: null -> rand-m9", ", or add --force-config to go on with what is changed"),
-        ("optim.betas=[0.9,0.99]", "optim.betas: [0.9, 0.999] -> [0.9, 0.99]", ", or add --force-config to go on with what is changed"),
-        ("engine.precision=fp32", "engine.precision: bf16 -> fp32", ", or add --force-config to go on with what is changed"),
-        ("model.classes=5", "model.classes: 4 -> 5", "; model.classes can't change during a run"),
-        ("epochs=4", "epochs: 3.0 -> 4.0", "; epochs can't change during a run"),
-        ("name=other", "name: tiny -> other", ", or add --force-config to go on with what is changed"),
+        ("optim.lr=2e-3", "optim.lr: 0.001 -> 0.002", ASKS),
+        ("data.auto_augment=rand-m9", "data.auto_augment: null -> rand-m9", ASKS),
+        ("optim.betas=[0.9,0.99]", "optim.betas: [0.9, 0.999] -> [0.9, 0.99]", ASKS),
+        ("engine.sync_bn=yes", "engine.sync_bn: false -> true", ASKS),
+        ("model.kwargs.drop_rate=0.1", "model.kwargs: {} -> {drop_rate: 0.1}", ASKS),
+        ("name=other", "name: tiny -> other", ASKS),
+        ("model.classes=5", "model.classes: 4 -> 5", FIXED),
+        ("epochs=4", "epochs: 3.0 -> 4.0", FIXED),
     ],
 )
-def test_changed_settings_are_asked_about(tmp_path: Path, job: Path, override: str, line: str, advice: str) -> None:
+def test_changed_settings_are_confirmed(tmp_path: Path, job: Path, override: str, line: str, advice: str) -> None:
     save(load(job), tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=f"^{tmp_path} was trained with other settings:") as caught:
         settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=False)
-    changed, told = str(caught.value).splitlines()[1:]
-    assert changed == f"  {line}"
-    assert told == f"give this job a run.dir of its own{advice}"
+    advice = advice.format(tmp_path, override.partition("=")[0])
+    assert str(caught.value).splitlines()[1:] == [f"  {line}", f"give this job a run.dir of its own{advice}"]
     assert settings.confirm(load(job, [override]), tmp_path / "config.yaml", force=True) == [line]
 
 
@@ -239,18 +208,74 @@ def test_another_machine_or_another_place_is_not_asked_about(tmp_path: Path, job
 
 def test_a_setting_that_is_younger_than_the_run_had_its_default(tmp_path: Path, job: Path) -> None:
     save(load(job), tmp_path / "config.yaml")
-    old = OmegaConf.load(tmp_path / "config.yaml")
-    del old.data["flip"], old.optim["label_smoothing"]
-    old.optim["gone"] = 1
-    OmegaConf.save(old, tmp_path / "config.yaml")
+    old = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del old["data"]["flip"], old["optim"]["label_smoothing"]
+    old["optim"]["gone"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
     assert settings.confirm(load(job), tmp_path / "config.yaml", force=False) == []
     assert settings.confirm(load(job, ["data.flip=0"]), tmp_path / "config.yaml", force=True) == ["data.flip: 0.5 -> 0.0"]
 
 
-def test_the_keys_that_may_change_exist() -> None:
-    names = set(keys(Config))
-    assert [key for key in settings.FREE if key not in names and key not in ("run", "guard")] == []
-    assert set(settings.FIXED) <= names
+def test_every_rule_on_resume() -> None:
+    """The settings that a run may change, or never; a new setting asks unless this list is changed too."""
+    rules = {rule: {key for key, each in settings_of(Config).items() if each.resume == rule} for rule in ("free", "fixed")}
+    assert rules["fixed"] == {
+        "seed", "global_batch", "epochs", "steps", "samples", "model.name", "model.classes", "data.lanes", "data.window", "data.repeats",
+    }  # fmt: skip
+    assert {key for key in rules["free"] if key.partition(".")[0] not in ("run", "guard")} == {
+        "profile", "data.train", "data.val", "data.val_except", "data.cache", "data.cache_gb", "data.check", "data.max_bad",
+        "data.decode_threads", "data.hw_decoder_load", "data.read_threads", "model.kernels", "model.checkpoint_stages", "model.compile",
+        "model.graphs", "engine.device", "engine.zero_stage", "engine.offload", "engine.micro_batch",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- the config command
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    assert (REPOSITORY / "docs" / "configuration.md").read_text() == markdown(), "make docs"
+
+
+def test_every_setting_is_documented_by_a_sentence() -> None:
+    for key, each in settings_of(Config).items():
+        assert re.fullmatch(r"[A-Z$].*[.]", each.meaning, re.IGNORECASE), key
+        assert f"| `{key}` |" in markdown()
+
+
+def test_the_list_is_searched_by_key_and_meaning() -> None:
+    lines = listing("warm-up")
+    assert [line.partition(":")[0] for line in lines[::2]] == [f"optim.warmup_{end}" for end in ("lr", "epochs", "steps", "samples")]
+    assert listing("clip_grad")[0] == "optim.clip_grad: a number, at least 0; default 0.0; on resume: asks"
+    assert listing("optim.LR")[0] == "optim.lr: a number, more than 0; no default; on resume: asks"
+    assert len(listing()) == 2 * len(settings_of(Config))
+    with pytest.raises(ValueError, match="no setting has 'zebra'"):
+        listing("zebra")
+
+
+def test_resolved_settings_name_their_places(tmp_path: Path, job: Path) -> None:
+    path = write(tmp_path / "more.yaml", "base: job.yaml\n\ndata: {train: /not/on/this/node}\n")
+    lines = resolved(path, ["name=1.10", "data.val=null"])
+    assert len(lines) == len(settings_of(Config))
+    for line in (
+        "name = 1.10    (command line)", "run.dir = runs/1.10    (default)",
+        f"optim.lr = 0.001    ({job}:6)", "data.val = null    (command line)",
+        f"data.train = /not/on/this/node    ({path}:3)", "data.crop_area = [0.08, 1.0]    (default)",
+    ):  # fmt: skip
+        assert line in lines
+
+
+def test_the_config_command_imports_no_torch(job: Path) -> None:
+    write(job.parent / "broken" / "torch.py", "raise SystemExit('torch was imported')\n")
+    environment = os.environ | {"PYTHONPATH": str(job.parent / "broken")}
+    for arguments, line in (
+        (["--list", "clip"], "optim.clip_grad: "),
+        ([str(job), "seed=3"], "seed = 3    (command line)"),
+        (["--markdown"], "# Conf"),
+    ):
+        command = [sys.executable, "-m", "pretrain", "config", *arguments]
+        ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert line in ended.stdout
 
 
 # ---------------------------------------------------------------- batch sizes
@@ -311,8 +336,8 @@ def test_a_bad_key_ends_the_process_at_once(job: Path, rank: int) -> None:
     assert (ended.returncode, ended.stdout) == (2, "")
     message = (
         f"error: {job}: 2 problems\n"
-        "  bad.key = 1 (command line): unknown key; see pretrain/config.py for all keys\n"
-        "  engine.zero_stage = 9 (command line): must be 0, 1, 2 or 3\n"
+        "  bad.key = 1 (command line): unknown key; docs/configuration.md lists all keys\n"
+        "  engine.zero_stage = 9 (command line): must be one of 0, 1, 2, 3\n"
     )
     assert ended.stderr == (message if rank == 0 else "")
 
@@ -363,7 +388,7 @@ def test_a_job_file_holds_its_recipe(name: str, dataset: Path) -> None:
     assert (config.engine.micro_batch, accumulation(config, ranks)) == (micro_batch, steps)
     if "_ft_" in name:  # starts from what the pretraining job of the same variant leaves
         start = f"runs/{name.partition('_ft_')[0]}"
-        with pytest.raises(ConfigError, match=rf"model\.init_from = {start} \({path}\): no such file or run directory"):
+        with pytest.raises(ConfigError, match=rf"model\.init_from = {start} \({path}:\d+\): no such file or run directory"):
             load(path, places[:2])
 
 

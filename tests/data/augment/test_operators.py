@@ -6,7 +6,8 @@ from PIL import Image
 from timm.data import auto_augment as timm_augment
 
 from data.augment.operators import CpuResizer, apply_layer, compute_operator_inputs, resize
-from data.augment.randaugment import Layer, Operator, draw_color_jitter, draw_rand_augment, parse_policy
+from data.augment.randaugment import Layer, Operator, draw_color_jitter, draw_rand_augment
+from data.settings import parse_policy
 
 pytestmark = pytest.mark.slow
 

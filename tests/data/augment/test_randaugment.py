@@ -9,7 +9,8 @@ from scipy.stats import chi2_contingency, ks_2samp
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import ColorJitter
 
-from data.augment.randaugment import Layer, Operator, Policy, draw_color_jitter, draw_rand_augment, parse_policy
+from data.augment.randaugment import Layer, Operator, draw_color_jitter, draw_rand_augment
+from data.settings import Policy, parse_policy
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.augment.erasing import NoiseBank
 from data.augment.operators import Operator
-from data.augment.randaugment import Layer, draw_color_jitter, draw_rand_augment, parse_policy
+from data.augment.randaugment import Layer, draw_color_jitter, draw_rand_augment
 from data.augment.recipe import Erased
 from data.augment.sampling import draw_bilinear, draw_crops, draw_erased_boxes, draw_flips, draw_noise_starts
 from data.common.placement import Placement
@@ -19,7 +19,7 @@ from data.loader.loaders import TrainLoader
 from data.loader.order import SampleOrder
 from data.loader.pipeline import Batch
 from data.loader.store import ShardStore
-from data.settings import DataConfig
+from data.settings import DataConfig, parse_policy
 from tests.data.augment.test_operators import difference, in_timm
 
 pytestmark = pytest.mark.slow

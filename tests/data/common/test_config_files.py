@@ -1,16 +1,18 @@
-"""Settings files: how they build on one another, what is told of a bad one, and schemas that are a part of what the files hold."""
+"""Settings files: how they build on one another, text that stays as typed, the problems of a bad file, and schemas that are a part of
+the settings in the files."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from omegaconf import MISSING
 
 from data.common import config_files
 from data.common.config_files import ConfigError
-from data.settings import JobData, invalid_data
+from data.common.fields import MISSING, at_least, positive, setting
+from data.settings import load_job
 from data.synthetic.synthesize import synthesize
 from tests.support import config_errors
 from tests.support.config_errors import write
@@ -18,36 +20,45 @@ from tests.support.config_errors import write
 
 @dataclass
 class Optim:
-    lr: float = MISSING
-    decay: float = 0.05
-    betas: tuple[float, float] = (0.9, 0.999)
+    lr: float = setting(MISSING, "Learning rate.", positive)
+    decay: float = setting(0.05, "Weight decay.", at_least(0))
+    betas: tuple[float, float] = setting((0.9, 0.999), "Decay of the moments.")
 
 
 @dataclass
 class Job:
-    name: str = MISSING
-    seed: int = 0
-    epochs: float = MISSING
-    device: Literal["cpu", "cuda"] = "cpu"
-    dir: str = "runs/${name}"
+    name: str = setting(MISSING, "Name.")
+    seed: int = setting(0, "Seed.")
+    epochs: float = setting(MISSING, "Length.", positive)
+    device: Literal["cpu", "cuda"] = setting("cpu", "Device.")
+    stage: Literal[0, 1] = setting(0, "Stage.")
+    fast: bool = setting(False, "Speed.")
+    dir: str = setting("runs/${name}", "Folder.")
+    cache: str | None = setting(None, "Cache.")
+    labels: list[str] = setting([], "Labels.")
+    kwargs: dict[str, Any] = setting({}, "Arguments.")
     optim: Optim = field(default_factory=Optim)
 
 
-def negative(values: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(key, "must be more than 0") for key, value in values.items() if isinstance(value, float) and value <= 0]
+def conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if values.get("optim.decay", 0) > values.get("optim.lr", 1e9):
+        yield "optim.decay", "must be below optim.lr"
 
 
 def load(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> Job:
-    return config_files.load(Job, path, overrides, negative)
+    return config_files.build(Job, config_files.resolve(Job, path, overrides, conflicts))
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     """A file that loads."""
-    return write(tmp_path / "job.yaml", "name: tiny\nepochs: 3\noptim: {lr: 1e-3}\n")
+    return write(tmp_path / "job.yaml", "name: tiny\nepochs: 3\noptim: {lr: 1}\n")
 
 
 problems, the_problem = partial(config_errors.problems, load), partial(config_errors.the_problem, load)
+
+
+# ---------------------------------------------------------------- layers
 
 
 def test_later_files_win_and_the_command_line_wins_last(tmp_path: Path, job: Path) -> None:
@@ -55,17 +66,31 @@ def test_later_files_win_and_the_command_line_wins_last(tmp_path: Path, job: Pat
     write(tmp_path / "parts" / "middle.yaml", "base: ../basic.yaml\nseed: 1\nepochs: 5\ndevice: cuda\n")
     last = write(tmp_path / "last.yaml", "base: parts/middle.yaml\nseed: 2\noptim: {decay: 0.3}\n")
     config = load(last, ["optim.decay=0.4", "optim.betas=[0.5,0.6]", "optim.decay=0.5"])
-    assert config.optim.lr == 1e-3  # of the first
+    assert config.optim.lr == 1  # of the first
     assert (config.epochs, config.device) == (5, "cuda")  # of the second
     assert config.seed == 2  # of the third
-    assert config.optim == Optim(1e-3, 0.5, (0.5, 0.6))  # of the command line
+    assert config.optim == Optim(1, 0.5, (0.5, 0.6))  # of the command line
     assert config.dir == "runs/tiny"
+
+
+def test_each_value_has_the_place_that_set_it(tmp_path: Path, job: Path) -> None:
+    last = write(tmp_path / "last.yaml", "base: job.yaml\n\noptim:\n  decay: 0.3\n")
+    values = config_files.resolve(Job, last, ["seed=1"], conflicts)
+    places = {key: values[key].source for key in ("name", "optim.decay", "seed", "dir")}
+    assert places == {"name": f"{job}:1", "optim.decay": f"{last}:4", "seed": "command line", "dir": "default"}
+
+
+def test_mappings_are_merged_by_name(tmp_path: Path, job: Path) -> None:
+    last = write(tmp_path / "last.yaml", "base: job.yaml\nkwargs: {a: 1, b: {c: 1e-3}}\n")
+    config = load(last, ["kwargs.b=yes", "kwargs.d=[1_000, '1', x, null, true]", "kwargs.e=2026-12-01", "kwargs={f: {}}"])
+    assert config.kwargs == {"a": 1, "b": "yes", "d": [1000, "1", "x", None, True], "e": "2026-12-01", "f": {}}
+    assert load(last).kwargs == {"a": 1, "b": {"c": 0.001}}
 
 
 def test_circular_base(tmp_path: Path) -> None:
     one = write(tmp_path / "one.yaml", "base: two.yaml\n")
     write(tmp_path / "two.yaml", "base: ./one.yaml\n")
-    with pytest.raises(ConfigError, match=rf"{one}: 1 problem\n.*base: is circular, named again by .*two\.yaml"):
+    with pytest.raises(ConfigError, match=rf"{one}: 1 problem\n.*base: is circular, named by .*two\.yaml"):
         load(one)
 
 
@@ -84,49 +109,193 @@ def test_missing_base_is_named_with_who_named_it_and_the_nearest(tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("base: 3\n", "base = 3: must be the name of one file"),
-        ("base: [a.yaml, b.yaml]\n", "base = ['a.yaml', 'b.yaml']: must be the name of one file"),
-        ("epochs: 1\nepochs: 2\n", "duplicate key epochs"),
+        ("base: [a.yaml, b.yaml]\n", "base = [a.yaml, b.yaml] (PATH:1): must be the name of one file"),
+        ("base:\n", "base = null (PATH:1): must be the name of one file"),
+        ("epochs: 1\nepochs: 2\n", "duplicate key epochs (PATH:2)"),
+        ("optim: {lr: 1}\noptim: {decay: 2}\n", "duplicate key optim (PATH:2)"),
         ("a: b: c\n", "line 1, column 5"),
         ("- epochs\n", "not a mapping of keys to values"),
-        ("3\n", "not valid YAML"),
+        ("3\n", "not a mapping of keys to values"),
+        ("a: !!python/object/apply:os.getcwd []\n", "unknown key"),
     ],
 )
-def test_a_file_that_is_no_settings(tmp_path: Path, text: str, problem: str) -> None:
+def test_a_file_without_settings(tmp_path: Path, text: str, problem: str) -> None:
     path = write(tmp_path / "job.yaml", text)
     with pytest.raises(ConfigError, match=f"^{path}: ") as caught:
         load(path)
-    assert problem in caught.value.problems[0]
+    assert problem.replace("PATH", str(path)) in caught.value.problems[0]
 
 
-@pytest.mark.parametrize("text", ["epochs", "=3", "", "optim.lr=${x"])
+@pytest.mark.parametrize("text", ["epochs", "=3", "", "labels=[a", "kwargs.x={"])
 def test_a_text_that_is_no_override(job: Path, text: str) -> None:
     assert the_problem(job, text).startswith(f"{text!r} (command line): ")
 
 
-def test_references_between_keys(tmp_path: Path, job: Path) -> None:
-    path = write(tmp_path / "more.yaml", "base: job.yaml\ndir: 'out/${name}-${seed}'\n")
-    assert load(path, ["seed=7"]).dir == "out/tiny-7"
-    write(path, "base: job.yaml\ndir: 'out/${nam}'\n")
-    assert the_problem(path) == f"dir ({path}): Interpolation key 'nam' not found"
-
-
-def test_every_problem_is_told_once_with_its_place(tmp_path: Path) -> None:
-    recipe = write(tmp_path / "recipe.yaml", "epochs: many\noptim: {lr: -1, beta: 3}\n")
+def test_every_problem_is_reported_once_with_its_place(tmp_path: Path) -> None:
+    recipe = write(tmp_path / "recipe.yaml", "epochs: many\noptim:\n  lr: -1\n  beta: 3\nseed: []\n")
     path = write(tmp_path / "job.yaml", "base: recipe.yaml\nname: tiny\noptim: 3\ndevice: cud\n")
     assert problems(path, "epochs", "seed=x", "zebra=1") == [
         "'epochs' (command line): not of the form key=value",
-        f"epochs = many ({recipe}): must be a number",
-        f"optim.beta = 3 ({recipe}): unknown key; did you mean optim.betas?",
-        f"optim = 3 ({path}): is a section; set one of optim.lr, optim.decay, optim.betas",
-        f"device = cud ({path}): must be one of cpu, cuda; did you mean cuda?",
+        f"epochs = many ({recipe}:1): must be a number",
+        f"optim.beta = 3 ({recipe}:4): unknown key; did you mean optim.betas?",
         "seed = x (command line): must be a whole number",
-        "zebra = 1 (command line): unknown key; see tests/data/common/test_config_files.py for all keys",
-        f"optim.lr = -1.0 ({recipe}): must be more than 0",
+        f"optim = 3 ({path}:3): is a section; set one of optim.lr, optim.decay, optim.betas",
+        f"device = cud ({path}:4): must be one of cpu, cuda; did you mean cuda?",
+        "zebra = 1 (command line): unknown key; docs/configuration.md lists all keys",
+        f"optim.lr = -1 ({recipe}:3): must be more than 0",
     ]
 
 
-# ---------------------------------------------------------------- a part of what the files hold
+def test_values_that_can_not_work_together(job: Path) -> None:
+    assert problems(job, "optim.decay=3", "optim.lr=2") == ["optim.decay = 3 (command line): must be below optim.lr"]
+
+
+# ---------------------------------------------------------------- text as typed
+
+TYPED = ["2026_12", "010", "1.10", "1e3", "yes", "no", "on", "off", "0x1f", "0b11", "1:30", "12:30:45", ".5", "1_000", "2026-12-01"]
+TYPED += ["true", "~", "NULL", "+1", "-0", ".inf", "nan", "1.", "=", "<<"]
+TYPED += ["a b", "a=b=c", "C:\\new", "größe", "a'b", 'a"b', "a, b", "http://h:1/a?b=c#d"]
+ONLY_ON_THE_COMMAND_LINE = ["a #b", "#a", " a ", "[a", "{a}", "'a'", '"a"', "a: b", "&a", "*a", "!a", "%a", "@a", "`a", "- a", "? a"]
+ONLY_ON_THE_COMMAND_LINE += ["|", ">", "${nam}", "x${", "a\\${x}", "\t", "a\nb", "\x1b[1m"]
+
+
+@pytest.mark.parametrize("text", [*TYPED, *ONLY_ON_THE_COMMAND_LINE, "null"])
+@pytest.mark.parametrize("key", ["name", "dir", "cache"])
+def test_text_on_the_command_line_is_taken_as_typed(tmp_path: Path, job: Path, key: str, text: str) -> None:
+    config = load(job, [f"{key}={text}"])
+    assert getattr(config, key) == (None if (key, text) == ("cache", "null") else text)
+    assert load(write(tmp_path / "saved.yaml", config_files.to_yaml(config))) == config
+    assert config_files.from_dict(Job, asdict(config)) == config
+    assert config_files.override(config, []) == config
+
+
+@pytest.mark.parametrize("text", [*TYPED, "null"])
+def test_text_in_a_file_is_taken_as_typed(tmp_path: Path, job: Path, text: str) -> None:
+    is_null = text in ("null", "NULL", "~")
+    config = load(write(tmp_path / "more.yaml", f"base: job.yaml\ndir: {text}\ncache: {text}\nlabels:\n- {text}\n- x\n"))
+    assert (config.dir, config.cache, config.labels) == (text, None if is_null else text, [text, "x"])
+    if not {"'", "\\"} & set(text):
+        config = load(write(tmp_path / "more.yaml", f"base: job.yaml\ndir: '{text}'\ncache: '{text}'\n"))
+        assert (config.dir, config.cache) == (text, text)
+
+
+def test_text_of_lists_is_taken_as_typed(job: Path) -> None:
+    assert load(job, ["labels=[010, 1.10, yes, 'a, b', ~, n1:2]"]).labels == ["010", "1.10", "yes", "a, b", "~", "n1:2"]
+
+
+def test_yaml_has_the_first_word_in_a_file(tmp_path: Path, job: Path) -> None:
+    assert load(write(tmp_path / "more.yaml", "base: job.yaml\ndir: a #b\n")).dir == "a"
+    assert load(write(tmp_path / "more.yaml", 'base: job.yaml\ndir: "a #\\t"\n')).dir == "a #\t"
+
+
+def test_text_can_not_be_empty(tmp_path: Path, job: Path) -> None:
+    assert the_problem(job, "name=") == "name =  (command line): is empty"
+    assert the_problem(job, "cache=") == "cache =  (command line): is empty"
+    path = write(tmp_path / "more.yaml", "base: job.yaml\nname:\ncache:\n")
+    assert the_problem(path) == f"name = null ({path}:2): is empty"
+
+
+NO_WHOLE_NUMBERS = ["0x1f", "1e3", "1.0", "1:30", "yes", "", "null"]
+
+
+@pytest.mark.parametrize(("text", "value"), [("010", 10), ("1_000", 1000), ("-3", -3), *((text, None) for text in NO_WHOLE_NUMBERS)])
+def test_whole_numbers_are_decimal(tmp_path: Path, job: Path, text: str, value: int | None) -> None:
+    path = write(tmp_path / "more.yaml", f"base: job.yaml\nseed: {text}\n")
+    for arguments in ((job, [f"seed={text}"]), (path, [])):
+        if value is None:
+            assert the_problem(arguments[0], *arguments[1]).endswith(": must be a whole number")
+        else:
+            assert load(*arguments).seed == value
+
+
+NO_NUMBERS = ["inf", ".inf", "nan", "1:30", "null"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 0.001), (".5", 0.5), ("1_000", 1000), ("5", 5), *((text, None) for text in NO_NUMBERS)]
+)
+def test_numbers_are_decimal_and_finite(tmp_path: Path, job: Path, text: str, value: float | None) -> None:
+    path = write(tmp_path / "more.yaml", f"base: job.yaml\nepochs: {text}\n")
+    for arguments in ((job, [f"epochs={text}"]), (path, [])):
+        if value is None:
+            assert the_problem(arguments[0], *arguments[1]).endswith(": must be a number")
+        else:
+            assert load(*arguments).epochs == value
+
+
+def test_booleans_and_choices(job: Path) -> None:
+    assert [load(job, [f"fast={text}"]).fast for text in ("true", "Yes", "on", "1", "false", "NO", "off", "0")] == [True] * 4 + [False] * 4
+    assert the_problem(job, "fast=maybe") == "fast = maybe (command line): must be true or false"
+    assert load(job, ["stage=1"]).stage == 1
+    assert the_problem(job, "stage=2") == "stage = 2 (command line): must be one of 0, 1"
+
+
+# ---------------------------------------------------------------- references
+
+
+def test_references_between_settings(tmp_path: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH", "/scratch/${x}")
+    path = write(
+        tmp_path / "more.yaml", "base: job.yaml\ndir: out/${name}-${seed}\ncache: ${env:SCRATCH}/${dir}\noptim: {decay: '${optim.lr}'}\n"
+    )
+    config = load(path, ["seed=007", "name=${epochs}"])
+    assert (config.dir, config.cache, config.optim.decay) == ("out/3-007", "/scratch/${x}/out/3-007", 1)
+    assert load(path, ["dir=${name}/\\${name}/${nam}/\\${nam}"]).dir == "tiny/${name}/${nam}/\\${nam}"
+    assert load(write(path, "base: job.yaml\ndir: \\${nam}-\\${name}\n")).dir == "${nam}-${name}"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("out/${nam}", "${nam} names no setting; did you mean ${name}?"),
+        ("out/${zebra.x}", "${zebra.x} names no setting"),
+        ("out/${name", "${ names no setting"),
+        ("${dir}", "${dir} leads back to itself"),
+        ("${cache}", "${cache} leads back to itself"),
+        ("${env:NOWHERE}", "${env:NOWHERE}: there is no such environment variable"),
+    ],
+)
+def test_a_reference_that_leads_nowhere(tmp_path: Path, job: Path, text: str, problem: str) -> None:
+    path = write(tmp_path / "more.yaml", f"base: job.yaml\ncache: ~\ndir: '{text}'\n")
+    overrides = ["cache=${dir}"] if text == "${cache}" else []
+    assert f"dir = {text} ({path}:3): {problem}" in problems(path, *overrides)
+
+
+def test_a_reference_to_a_missing_setting_is_not_reported_twice(tmp_path: Path) -> None:
+    path = write(tmp_path / "job.yaml", "epochs: 3\noptim: {lr: 1}\ncache: ${name}\n")
+    assert problems(path) == [f"name: no value; set it in {path} or as name=…"]
+
+
+# ---------------------------------------------------------------- saved settings
+
+
+def test_settings_of_another_version(tmp_path: Path, job: Path) -> None:
+    values = asdict(load(job)) | {"gone": 1, "optim": {"lr": 2, "gone": {"deeper": 1}}}
+    del values["seed"]
+    config = config_files.from_dict(Job, values)
+    assert (config.seed, config.optim) == (0, Optim(lr=2))
+    path = write(tmp_path / "saved.yaml", config_files.to_yaml(values))
+    assert {key: config_files.read_saved(Job, path)[key] for key in ("seed", "optim.lr", "dir")} == {
+        "seed": 0,
+        "optim.lr": 2,
+        "dir": "runs/tiny",
+    }
+
+
+def test_override_checks_what_it_sets(job: Path) -> None:
+    config = config_files.override(load(job), ["seed=2", "kwargs.a=1"])
+    assert (config.seed, config.epochs, config.kwargs) == (2, 3, {"a": 1})
+    config.optim.lr = -1  # not set here, so not checked here
+    with pytest.raises(ConfigError) as caught:
+        config_files.override(config, ["sed=1", "epochs=-1", "y"])
+    assert caught.value.problems == [
+        "'y' (command line): not of the form key=value",
+        "sed = 1 (command line): unknown key; did you mean seed?",
+        "epochs = -1 (command line): must be more than 0",
+    ]
+
+
+# ---------------------------------------------------------------- a part of the settings in the files
 
 JOB = """
 name: tiny
@@ -145,33 +314,28 @@ def whole_job(tmp_path: Path) -> Path:
     return write(tmp_path / "job.yaml", f"{JOB}data: {{train: {tmp_path}/data/train, flip: 0.25}}\n")
 
 
-def load_data(path: Path, *overrides: str) -> JobData:
-    return config_files.load(JobData, path, overrides, invalid_data, sections=["data"])
-
-
-def test_keys_of_others_are_passed_over(whole_job: Path) -> None:
-    config = load_data(whole_job, "data.window=7")
+def test_keys_of_other_schemas_are_skipped(whole_job: Path) -> None:
+    config = load_job(whole_job, ["data.window=7"])
     assert (config.seed, config.global_batch, config.engine.micro_batch) == (3, 64, 8)
     assert (config.data.flip, config.data.window, config.data.mixup) == (0.25, 7, 0.8)
 
 
-def test_what_refers_to_a_key_of_others(whole_job: Path) -> None:
-    assert load_data(whole_job, "data.cache=/scratch/${name}-${model.classes}").data.cache == "/scratch/tiny-4"
+def test_references_to_keys_of_other_schemas(whole_job: Path) -> None:
+    assert load_job(whole_job, ["data.cache=/scratch/${name}-${model.classes}"]).data.cache == "/scratch/tiny-4"
 
 
-def test_mistakes_in_own_keys_are_told_as_ever(whole_job: Path) -> None:
+def test_problems_of_the_known_keys_are_all_reported(whole_job: Path) -> None:
     path = write(whole_job.parent / "bad.yaml", "base: job.yaml\ndata: {flp: 1, mixup: -1, val: nowhere}\nseed: x\nengine: 3\n")
-    with pytest.raises(ConfigError) as caught:
-        load_data(path, "engine.micro_batch=3", "data.lane=4", "global_batch.x=1", "optim.lr=1")
-    assert caught.value.problems == [
-        f"data.flp = 1 ({path}): unknown key; did you mean data.flip?",
-        f"seed = x ({path}): must be a whole number",
-        f"engine = 3 ({path}): is a section; set one of engine.device, engine.micro_batch",
+    overrides = ["engine.micro_batch=3", "data.lane=4", "global_batch.x=1", "optim.lr=1"]
+    assert config_errors.problems(load_job, path, *overrides) == [
+        f"seed = x ({path}:3): must be a whole number",
+        f"data.flp = 1 ({path}:2): unknown key; did you mean data.flip?",
+        f"engine = 3 ({path}:4): is a section; set one of engine.device, engine.micro_batch",
         "data.lane = 4 (command line): unknown key; did you mean data.lanes?",
         "global_batch.x = 1 (command line): unknown key; did you mean global_batch?",
-        # What the command itself is told must be for it.
-        "optim.lr = 1 (command line): unknown key; see data/settings.py for all keys",
-        f"data.val = nowhere ({path}): no such folder; make it with: python -m data pack IMAGES . --split nowhere",
-        f"data.mixup = -1.0 ({path}): must be at least 0 and finite",
-        "engine.micro_batch = 3 (command line): must be even: mixup and cutmix mix neighbours in pairs",
+        # A file may hold settings of training; the command line of a data command may not.
+        "optim.lr = 1 (command line): unknown key; docs/configuration.md lists all keys",
+        f"data.val = nowhere ({path}:2): no such folder; make it with: python -m data pack IMAGES . --split nowhere",
+        f"data.mixup = -1 ({path}:2): must be at least 0",
+        "engine.micro_batch = 3 (command line): must be even: mixup and cutmix mix neighbors in pairs",
     ]

@@ -294,7 +294,7 @@ def test_status_imports_nothing_slow(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "status", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60
     )
     assert "50 of 200 (25%)" in done.stdout
-    assert not {"torch", "deepspeed", "timm", "numpy", "omegaconf", "nvidia.dali"} & set(done.stderr.split())
+    assert not {"torch", "deepspeed", "timm", "numpy", "yaml", "nvidia.dali"} & set(done.stderr.split())
 
 
 # ---------------------------------------------------------------- --follow
