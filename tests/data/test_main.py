@@ -1,3 +1,5 @@
+"""The command line of the data package, run in this process and as a program."""
+
 import json
 import os
 import subprocess
@@ -16,8 +18,10 @@ from data.synthetic.synthesize import draw_images
 from tests.support import REPOSITORY
 from tests.support.foreign_shards import JPEGS, write_tar
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
-def test_pack_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_pack_verify_and_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, (encoded, label) in enumerate(draw_images(3, 30, 0, 0)):
         for split in ("train", "val"):
             folder = tmp_path / split / f"class{label}"
@@ -41,12 +45,13 @@ def test_pack_verify_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "toys-train-000001.tar is missing" in capsys.readouterr().out
 
 
-def test_pack_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_option_of_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "flat").mkdir()
+    labels = []
     for number, (encoded, label) in enumerate(draw_images(2, 20, 0, 0)):
-        (tmp_path / "flat").mkdir(exist_ok=True)
         (tmp_path / "flat" / f"{number:02d}.jpg").write_bytes(encoded if number else b"bad")
-        with (tmp_path / "labels.csv").open("a") as labels:
-            labels.write(f"{number:02d}.jpg,{'cat' if label else 'dog'}\n")
+        labels.append(f"{number:02d}.jpg,{'cat' if label else 'dog'}\n")
+    (tmp_path / "labels.csv").write_text("".join(labels))
     (tmp_path / "classes.txt").write_text("dog\ncat\n")
     command = ["pack", str(tmp_path / "flat"), str(tmp_path / "out"), "--workers", "1", "--labels", str(tmp_path / "labels.csv")]
     command += ["--classes", str(tmp_path / "classes.txt"), "--name", "pets", "--holdout", "0.3", "--seed", "7", "--resize-short", "64"]
@@ -69,17 +74,7 @@ def test_pack_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert expected.items() <= made.items()
 
 
-@pytest.mark.parametrize(
-    "option", [["--holdout", "1.0"], ["--holdout", "-1"], ["--max-rejected", "many"], ["--part", "2/2"], ["--part", "1"], ["--part", "x/y"]]
-)
-def test_pack_options_that_mean_nothing(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["pack", "source", "out", *option])
-    assert f"argument {option[0]}: " in capsys.readouterr().err
-
-
-def test_shards_of_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Keys that are not UTF-8 are printed all the same."""
+def test_foreign_shards_with_keys_that_are_not_utf8(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     shards, out = tmp_path / "shards", tmp_path / "report.html"
     shards.mkdir()
     write_tar(
@@ -90,7 +85,7 @@ def test_shards_of_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert "it has json, jpg, and no cls; --label FIELD takes labels from the .json" in capfd.readouterr().err
     assert main(["index", str(shards), "--label", "kind", "--classes", str(tmp_path / "classes.txt"), "--workers", "1"]) == 0
     assert "classes      2" in capfd.readouterr().out
-    assert main(["order", str(job_file(tmp_path, shards, "global_batch: 2"))]) == 0
+    assert main(["order", str(write_job(tmp_path, shards, "global_batch: 2"))]) == 0
     assert {line.split("  ")[3] for line in capfd.readouterr().out.splitlines()} == {"key=2", "key=\\udce9"}
     assert main(["stats", str(shards), "--out", str(out)]) == 0
     assert "tiger" in out.read_text()
@@ -98,26 +93,26 @@ def test_shards_of_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
     assert capfd.readouterr().out.splitlines()[-1].startswith(f"{shards}: 0 faults in 2 samples")
 
 
-def job_file(folder: Path, train: Path, text: str) -> Path:
-    """A training job's settings, with keys that are none of the data commands' business."""
+def write_job(folder: Path, train: Path, text: str) -> Path:
+    """Writes a job's settings, with keys that the data commands ignore."""
     path = folder / "job.yaml"
     path.write_text(f"name: job\noptim: {{lr: 1}}\n{text}\ndata: {{train: {train}}}\n")
     return path
 
 
-def test_order_prints_what_a_job_takes(dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Settings come from the file and from anywhere on the command line."""
-    job = job_file(tmp_path, dataset.folder, "seed: 3\nglobal_batch: 10")
+def test_order_prints_the_samples_of_a_job(dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Settings come from the file and from any place on the command line."""
+    job = write_job(tmp_path, dataset.folder, "seed: 3\nglobal_batch: 10")
     assert main(["order", str(job), "data.lanes=5", "--epoch", "2", "seed=5", "--steps", "3:6", "data.window=4"]) == 0
     order = SampleOrder(dataset.shard_start, seed=5, global_batch=10, lanes=5, window=4)
     expected = []
     for step in (3, 4, 5):
         ids = order.batch(2, step)
-        told = list_parameters(Recipe(5, DataConfig()), 2, ids, order.copies, dataset)
-        for slot, (sample_id, drawn) in enumerate(zip(ids.tolist(), told, strict=True)):
+        parameters = list_parameters(Recipe(5, DataConfig()), 2, ids, order.copies, dataset)
+        for slot, (sample_id, texts) in enumerate(zip(ids.tolist(), parameters, strict=True)):
             name = dataset.classes[sample_id % 10]
-            line = f"epoch=2  step={step}  slot={slot}  key={sample_id:09d}  class={name}  crop={drawn['crop']}  flip={drawn['flip']}"
-            expected.append(f"{line}  mix={drawn['mix']}")
+            line = f"epoch=2  step={step}  slot={slot}  key={sample_id:09d}  class={name}  crop={texts['crop']}  flip={texts['flip']}"
+            expected.append(f"{line}  mix={texts['mix']}")
     assert capsys.readouterr().out.splitlines() == expected
 
 
@@ -130,18 +125,18 @@ def test_order_prints_what_a_job_takes(dataset: Index, tmp_path: Path, capsys: p
         (["order", "{}", "--steps", "14:16"], "outside of an epoch of 15 steps"),
     ],
 )
-def test_errors_are_one_line(
+def test_an_error_is_one_line(
     dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    job = job_file(tmp_path, dataset.folder, "global_batch: 10")
+    job = write_job(tmp_path, dataset.folder, "global_batch: 10")
     assert main([argument.format(job) for argument in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
 
 
-def test_all_mistakes_in_a_job_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = job_file(tmp_path, tmp_path / "nowhere", "model: {name: any}")
+def test_all_problems_of_a_job_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = write_job(tmp_path, tmp_path / "nowhere", "model: {name: any}")
     assert main(["order", str(job), "data.flp=1", "--steps", "0:2", "seed=x"]) == 2
     assert capsys.readouterr().err == (
         f"python -m data order: {job}: 4 problems\n"
@@ -153,59 +148,53 @@ def test_all_mistakes_in_a_job_are_told(tmp_path: Path, capsys: pytest.CaptureFi
     )
 
 
-@pytest.mark.parametrize("steps", ["0", "3:3", ":3", "a:b", "2:1"])
-def test_steps_that_mean_nothing(steps: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["order", "job.yaml", "--steps", steps])
-    assert f"argument --steps: {steps}: expected A:B" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["order", "job.yaml", "--step", "0:1", "--speed"], ["stats", "folder", "seed=1"]])
-def test_arguments_that_mean_nothing(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["pack", "source", "out", "--holdout", "1.0"], "argument --holdout: "),
+        (["pack", "source", "out", "--holdout", "-1"], "argument --holdout: "),
+        (["pack", "source", "out", "--max-rejected", "many"], "argument --max-rejected: "),
+        (["pack", "source", "out", "--part", "2/2"], "argument --part: "),
+        (["pack", "source", "out", "--part", "1"], "argument --part: "),
+        (["pack", "source", "out", "--part", "x/y"], "argument --part: "),
+        *(
+            (["order", "job.yaml", "--steps", steps], f"argument --steps: {steps}: expected A:B")
+            for steps in ("0", "3:3", ":3", "a:b", "2:1")
+        ),
+        (["order", "job.yaml", "--step", "0:1", "--speed"], "unrecognized arguments: --speed"),
+        (["stats", "folder", "seed=1"], "unrecognized arguments: seed=1"),
+    ],
+)
+def test_invalid_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
-    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+def test_the_package_is_a_program(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "data", "synthesize", str(tmp_path / "out"), "--classes", "2", "--train", "4", "--val", "2"]
+    first = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
+    assert first.returncode == 0, first.stderr
+    assert "samples      4" in first.stdout
+    assert "drawing val: 2 of 2" in first.stderr
+    second = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
+    assert second.returncode == 2
+    assert second.stderr.count("\n") == 1
+    assert "is not empty" in second.stderr
 
 
-def test_as_a_program(tmp_path: Path) -> None:
-    program = [
-        sys.executable,
-        "-m",
-        "data",
-        "synthesize",
-        str(tmp_path / "out"),
-        "--classes",
-        "2",
-        "--train",
-        "4",
-        "--val",
-        "2",
-    ]
-    ran = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert ran.returncode == 0, ran.stderr
-    assert "samples      4" in ran.stdout
-    assert "drawing val: 2 of 2" in ran.stderr
-    again = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert again.returncode == 2
-    assert again.stderr.count("\n") == 1
-    assert "is not empty" in again.stderr
-
-
-def test_what_is_slow_to_import_is_only_where_it_is_needed() -> None:
+def test_slow_imports_happen_only_where_they_are_needed() -> None:
     modules = {
         "data": "__main__, settings",
         "data.common": "config_files, counter_rng, files, git, progress",
         "data.dataset": "index, shards, check",
         "data.augment": "recipe, randaugment, sampling",
         "data.loader": "order, store, read_ahead",
-        "data.packing": "adopt, images, sources, plan, pack, verify",
+        "data.packing": "adopt, images, labels, sources, plan, pack, verify",
         "data.inspect": "report, parameters",
         "data.synthetic": "drawings, synthesize",
     }
-    others = "{'torch', 'webdataset', 'scipy', 'nvidia.dali', 'matplotlib', 'pretrain', 'launch'}"
+    slow = "{'torch', 'webdataset', 'scipy', 'nvidia.dali', 'matplotlib', 'pretrain', 'launch'}"
     imports = [f"from {room} import {names}" for room, names in modules.items()]
-    code = "\n".join(["import sys", *imports, f"assert not {others} & sys.modules.keys()"])
+    code = "\n".join(["import sys", *imports, f"assert not {slow} & sys.modules.keys()"])
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT)

@@ -1,3 +1,5 @@
+"""Dataset statistics as text, and reports as a .png or .html."""
+
 import base64
 import io
 import re
@@ -17,15 +19,15 @@ from tests.support.foreign_shards import JPEGS
 pytestmark = pytest.mark.slow
 
 
-def test_stats(dataset: Index) -> None:
+def test_stats_of_few_classes(dataset: Index) -> None:
     text = format_stats(dataset)
     assert dataset.fingerprint in text
     assert "samples      150\n" in text
     assert "classes      10, samples per class 15 to 15, median 15" in text
     assert re.search(r"^ +stripes █{36} +15 +10.00%$", text, re.MULTILINE)
     shorter = np.minimum(dataset.samples["width"], dataset.samples["height"])
-    between = int(((shorter >= 96) & (shorter < 128)).sum())
-    assert re.search(rf"^ +96 to 127 [█▏▎▍▌▋▊▉]+ +{between} +{between / 150:.2%}$", text, re.MULTILINE)
+    count = int(((shorter >= 96) & (shorter < 128)).sum())
+    assert re.search(rf"^ +96 to 127 [█▏▎▍▌▋▊▉]+ +{count} +{count / 150:.2%}$", text, re.MULTILINE)
     assert max(map(len, text.splitlines()[1:])) <= 80
 
 
@@ -42,24 +44,24 @@ def test_stats_of_many_classes(tmp_path: Path) -> None:
     assert max(map(len, text.splitlines()[1:])) <= 80
 
 
-def test_bins_hold_every_value_once() -> None:
+def test_bins_count_every_value_once() -> None:
     values = np.array([0, 1, 2, 4, 5, 9, 9])
     assert count_bins(values, (0, 1, 2, 5, 10, 20))[0] == ["0", "1", "2 to 4", "5 to 9"]
     assert count_bins(values, (0, 1, 2, 5, 10, 20))[1].tolist() == [1, 1, 2, 3]
     assert count_bins(np.array([0.5, 7.0]), (0.0, 0.5, 3.0, np.inf))[0] == ["0.50 to 3.00", "3.00 and more"]
 
 
-def test_a_bar_of_little_is_seen() -> None:
-    lines = format_bars("title", ["much", "little", "nothing"], np.array([10_000, 1, 0]))
+def test_small_counts_have_a_visible_bar() -> None:
+    lines = format_bars("title", ["many", "one", "none"], np.array([10_000, 1, 0]))
     assert ["▏" in line or "█" in line for line in lines] == [False, False, True, True, False]
     assert len({len(line) for line in lines[2:]}) == 1
 
 
-def test_drawn_samples_are_spread_and_named(dataset: Index) -> None:
-    drawn = load_thumbnails(dataset, len(dataset.shards), seed=3)
-    numbers = [int(sample.key) for sample in drawn]
-    assert sorted(dataset.shard_of(number) for number in numbers) == list(range(len(dataset.shards))), "one of each shard"
-    for number, sample in zip(numbers, drawn, strict=True):
+def test_thumbnails_come_from_all_shards_and_are_labeled(dataset: Index) -> None:
+    thumbnails = load_thumbnails(dataset, len(dataset.shards), seed=3)
+    numbers = [int(thumbnail.key) for thumbnail in thumbnails]
+    assert sorted(dataset.shard_of(number) for number in numbers) == list(range(len(dataset.shards))), "one per shard"
+    for number, sample in zip(numbers, thumbnails, strict=True):
         row = dataset.samples[number]
         assert sample.class_name == dataset.classes[row["label"]]
         assert sample.size == f"{row['width']} x {row['height']}"
@@ -72,22 +74,22 @@ def test_drawn_samples_are_spread_and_named(dataset: Index) -> None:
 
 
 class Page(HTMLParser):
-    """The places that a page refers to, and its words."""
+    """The URLs and the text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.places: list[str] = []
-        self.words = ""
+        self.urls: list[str] = []
+        self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.places += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data") and value]
+        self.urls += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "data") and value]
 
     def handle_data(self, data: str) -> None:
-        self.words += data + "\n"
+        self.text += data + "\n"
 
 
-def test_a_page_holds_all_it_shows(tmp_path: Path) -> None:
+def test_html_report_is_self_contained_and_escaped(tmp_path: Path) -> None:
     odd = ["<script>alert(1)</script>", "a & b", "$x_1$", "漢字 " * 20]
     samples = [Sample(f"{number:03}", JPEGS[number % 20], number % 4) for number in range(30)]
     index = write_dataset(tmp_path, samples, odd, shard_bytes=50_000, name="x")
@@ -95,24 +97,24 @@ def test_a_page_holds_all_it_shows(tmp_path: Path) -> None:
     write_report(index, out)
     text = out.read_text()
     page = Page(text)
-    assert len(page.places) == 31, "a plot and 30 samples"
-    for place in page.places:
-        kind, _, data = place.partition(";base64,")
+    assert len(page.urls) == 31, "the plots and 30 samples"
+    for url in page.urls:
+        kind, _, data = url.partition(";base64,")
         with Image.open(io.BytesIO(base64.b64decode(data))) as image:
             image.load()
             assert kind == f"data:image/{image.format.lower()}"  # type: ignore[union-attr]
-    assert not re.search(r"//|url\(|@import", re.sub(r"base64,[^']*", "", text)), "nothing is fetched"
+    assert not re.search(r"//|url\(|@import", re.sub(r"base64,[^']*", "", text)), "nothing is loaded from a network"
     assert "<script" not in text
     for name in odd:
-        assert name in page.words
+        assert name in page.text
 
 
-def test_a_picture(tmp_path: Path, dataset: Index) -> None:
+def test_png_report_marks_images_that_can_not_be_decoded(tmp_path: Path, dataset: Index) -> None:
     copy = Path(shutil.copytree(dataset.folder, tmp_path / "copy"))
     with open(copy / "train-000000.tar", "r+b") as file:
         for row in dataset.samples[: dataset.shard_start[1]]:
             file.seek(int(row["offset"]))
-            file.write(bytes(100))  # these can't be decoded, which is shown
+            file.write(bytes(100))
     write_report(open_index(copy), tmp_path / "a.png", seed=1)
     with Image.open(tmp_path / "a.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
@@ -120,6 +122,6 @@ def test_a_picture(tmp_path: Path, dataset: Index) -> None:
     assert pixels.shape[1] > 1000
     red = (pixels[..., 0] > 200) & (pixels[..., 1:].max(axis=-1) < 60)
     assert red.any()
-    assert len(np.unique(pixels.reshape(-1, 3)[::7], axis=0)) > 2000, "photographs, not only lines"
+    assert len(np.unique(pixels.reshape(-1, 3)[::7], axis=0)) > 2000, "it contains images as well as lines"
     with pytest.raises(ValueError, match=r"a\.pdf: a report is a \.png or a \.html"):
         write_report(dataset, tmp_path / "a.pdf")

@@ -1,3 +1,5 @@
+"""Drawn datasets: repeatable, varied, and unchanged from version to version."""
+
 import io
 import itertools
 from pathlib import Path
@@ -14,7 +16,7 @@ from data.synthetic.synthesize import SETS, draw_images, synthesize
 pytestmark = pytest.mark.slow
 
 
-def test_synthesize(tmp_path: Path) -> None:
+def test_synthesize_repeats_with_the_seed(tmp_path: Path) -> None:
     train, val = synthesize(tmp_path / "out", classes=4, train=60, val=20, seed=1)
     assert (len(train), len(val)) == (60, 20)
     assert train.classes == val.classes == tuple(PATTERNS)[:4]
@@ -44,72 +46,72 @@ def test_images_are_varied(dataset: Index) -> None:
 
 
 @pytest.mark.parametrize(("draw", "classes"), [("patterns", 10), ("figures", 50), ("other-figures", 10)])
-def test_the_mean_colour_does_not_give_the_class_away(draw: str, classes: int) -> None:
-    """A nearest-centroid classifier on mean colours, of which chance would get 10 % or 2 % right."""
+def test_the_mean_color_does_not_reveal_the_class(draw: str, classes: int) -> None:
+    """A nearest-centroid classifier on mean colors stays near chance, which is 10 % or 2 %."""
     features, labels = [], []
     for encoded, label in itertools.chain(draw_images(classes, 600, 0, 0, draw=draw), draw_images(classes, 300, 0, 1, draw=draw)):
         pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"), np.float32).reshape(-1, 3)
         features.append(pixels.mean(axis=0))
         labels.append(label)
-    colour, truth = np.array(features), np.array(labels)
-    centroids = np.array([colour[:600][truth[:600] == number].mean(axis=0) for number in range(classes)])
-    nearest = np.linalg.norm(colour[600:, None] - centroids, axis=2).argmin(axis=1)
+    colors, truth = np.array(features), np.array(labels)
+    centroids = np.array([colors[:600][truth[:600] == number].mean(axis=0) for number in range(classes)])
+    nearest = np.linalg.norm(colors[600:, None] - centroids, axis=2).argmin(axis=1)
     assert (nearest == truth[600:]).mean() < 2.5 / classes
 
 
-# Width, height, and the mean of all and of the upper left quarter in grey. What the demo and other figures in the documents stand on
-# stays as it is; means, not bytes, as another machine's sine may differ in its last bit.
+# Width, height, and the gray mean of the image and of its upper left quarter. The results in the documentation depend on these images.
+# Means, not bytes, because another machine's sine may differ in its last bit.
 DRAWN = [
     (124, 181, 64.5, 74.5), (116, 135, 115.8, 111.4), (131, 220, 110.4, 117.7), (94, 170, 150.5, 144.7), (206, 136, 126.6, 128.2),
     (159, 97, 169.9, 163.1), (100, 149, 141.8, 137.2), (176, 170, 122.7, 135.5), (74, 166, 178.2, 174.8), (73, 191, 135.8, 132.2),
 ]  # fmt: skip
 
 
-def test_the_patterns_are_those_of_old() -> None:
+def test_patterns_do_not_change_between_versions() -> None:
     for (encoded, _), (width, height, mean, corner) in zip(draw_images(10, 10, 0, 0), DRAWN, strict=True):
         grey = np.asarray(Image.open(io.BytesIO(encoded)).convert("L"), np.float64)
         assert grey.shape == (height, width)
         assert [grey.mean(), grey[: height // 2, : width // 2].mean()] == pytest.approx([mean, corner], abs=0.1)
 
 
-def test_figures_are_all_combinations_each_in_one_set() -> None:
+def test_figure_sets_split_all_combinations() -> None:
     figures, others = set(SETS["figures"]), set(SETS["other-figures"])
     assert (len(figures), len(others)) == (50, 10)
     assert not figures & others
     assert figures | others == {f"{surface} {shape}" for shape in SHAPES for surface in SURFACES}
-    # The ten show each shape once and every surface, and the fifty all of both, so what is to be told apart was seen, and no class was.
+    # Both sets have every shape and every surface, the ten each shape once.
     assert sorted(name.split()[1] for name in others) == sorted(SHAPES)
     assert {name.split()[0] for name in others} == {name.split()[0] for name in figures} == set(SURFACES)
     assert {name.split()[1] for name in figures} == set(SHAPES)
 
 
-def test_a_figure_has_the_shape_and_the_surface_of_its_name() -> None:
-    """With the same random numbers: another shape moves the outline, another surface only what is within it."""
+def test_a_figure_has_the_shape_and_surface_of_its_name() -> None:
+    """With equal random numbers, another shape changes the outline, and another surface only its inside."""
 
-    def pixels(name: str) -> np.ndarray:
+    def draw(name: str) -> np.ndarray:
         return np.asarray((SETS["figures"] | SETS["other-figures"])[name](np.random.default_rng(5)).convert("RGB"), np.int16)
 
-    plain = pixels("solid disc")
-    inside = np.abs(pixels("solid cross") - plain).sum(axis=2) > 0  # the disc reaches beyond the cross, and the cross beyond the disc
+    plain = draw("solid disc")
+    inside = np.abs(draw("solid cross") - plain).sum(axis=2) > 0  # neither the disc nor the cross contains the other
     assert 0.1 < inside.mean() < 0.6
-    drawn = {surface: np.abs(pixels(f"{surface} disc") - plain).sum(axis=2) > 0 for surface in SURFACES if surface != "solid"}
+    drawn = {surface: np.abs(draw(f"{surface} disc") - plain).sum(axis=2) > 0 for surface in SURFACES if surface != "solid"}
     ground = ~np.logical_or.reduce([*drawn.values()])
     assert 0.2 < ground.mean() < 0.6
     assert len({marks.tobytes() for marks in drawn.values()}) == len(drawn)
 
 
-def test_figures_repeat_and_differ(tmp_path: Path) -> None:
+def test_figure_sets_repeat_and_differ(tmp_path: Path) -> None:
     first, again = (synthesize(tmp_path / name, draw="figures", train=50, val=10)[0] for name in "ab")
     assert first.classes == tuple(SETS["figures"])
     assert first.fingerprint == again.fingerprint
     others, others_val = synthesize(tmp_path / "c", draw="other-figures", train=50, val=10)
     sides = [list(zip(index.samples["width"].tolist(), index.samples["height"].tolist(), strict=True)) for index in (first, others)]
-    assert sides[0] != sides[1]  # sets have random numbers of their own
+    assert sides[0] != sides[1]  # each set has its own random numbers
     with ShardStore(others) as store, ShardStore(others_val) as val_store:
         assert len({store.read(n).tobytes() for n in range(50)} | {val_store.read(n).tobytes() for n in range(10)}) == 60
 
 
-def test_photographs_are_like_imagenet_s(tmp_path: Path) -> None:
+def test_photographs_have_the_size_of_imagenets(tmp_path: Path) -> None:
     train, _ = synthesize(tmp_path / "a", classes=4, train=12, val=2, photographs=True)
     again, _ = synthesize(tmp_path / "b", classes=4, train=12, val=2, photographs=True)
     assert train.fingerprint == again.fingerprint
