@@ -1,12 +1,12 @@
-"""Starts a job's processes: all of them on this machine, or one as a task of a Slurm step.
+"""Starts a job's processes: all ranks on this machine, or one rank as a task of a Slurm step.
 
     python -m launch configs/van_b3_in22k.yaml [--force-config] key=value …
-    python -m launch evaluate runs/van_b3_in22k data.val=datasets/in1k/val …       what follows is for `python -m pretrain evaluate`
+    python -m launch evaluate runs/van_b3_in22k data.val=datasets/in1k/val …       arguments as of `python -m pretrain evaluate`
 
-As a task of a Slurm step (srun, one task a GPU) it starts the rank that SLURM_PROCID says (launch/task.py). Elsewhere it starts one
-process for each GPU of this machine, or for each of RANKS (default 1 without a GPU), passes stop signals on to them, and ends them all
-when one fails. When training is complete it exports the weights (run.export).
-There the exit code is the job's: 0 complete, 2 settings that can't work, 85 stopped and saved, start again, 86 ended by RUN/STOP.
+As a task of a Slurm step (srun, one task per GPU) it starts the rank of number SLURM_PROCID (launch/task.py). Elsewhere it starts
+one process per GPU of this machine, or RANKS processes (default 1 without a GPU), forwards stop signals to them, ends all of them
+when one fails, and exports the weights of a complete training (run.export). Its exit code there:
+0 complete, 2 wrong settings, 85 stopped and saved (start again), 86 stopped by RUN/STOP.
 
 torchrun works too: torchrun --nproc-per-node=8 -m pretrain train CONFIG key=value …
 """
@@ -25,18 +25,17 @@ from launch import task
 from pretrain import config as settings
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
 
-# Seconds. A rank that was told to stop saves first; one that hangs instead is killed. When a rank fails, the others have a moment:
-# they may be about to fail of the same, and be the ones who say why.
-GRACE, LEAVE = 120, 5
+GRACE_S = 120  # for the other ranks to save after one was stopped; those that hang are killed then
+LEAVE_S = 5  # for the other ranks after one failed: a rank that is failing of the same cause can still report it
 
 
 def main() -> int:
     job = [] if sys.argv[1:2] == ["evaluate"] else ["train"]
     command = [sys.executable, "-m", "pretrain", *job, *sys.argv[1:]]
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ:
-        os.environ |= slurm_rank(dict(os.environ))
+        set_rank_from_slurm()
         return task.run(command)
-    code = run_here(command, ranks_here())
+    code = run_ranks(command, local_ranks())
     if code == 0 and job:
         run = settings.load(*job_words(sys.argv[1:])).run
         if run.export:
@@ -46,16 +45,13 @@ def main() -> int:
     return code
 
 
-def slurm_rank(environment: dict[str, str]) -> dict[str, str]:
-    """What torch.distributed wants to know, from what srun tells a task; MASTER_ADDR and MASTER_PORT come from launch/job.sh."""
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
-    }
+def set_rank_from_slurm() -> None:
+    """Sets the variables of torch.distributed from those of srun. launch/job.sh sets MASTER_ADDR and MASTER_PORT."""
+    for name, source in {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}.items():
+        os.environ[name] = os.environ[source]
 
 
-def ranks_here() -> int:
+def local_ranks() -> int:
     if "RANKS" in os.environ:
         return int(os.environ["RANKS"])
     import torch
@@ -63,51 +59,51 @@ def ranks_here() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def run_here(command: list[str], ranks: int) -> int:
+def run_ranks(command: list[str], ranks: int) -> int:
     """Runs `command` as every rank of a job on this machine; returns 0, or the exit code of the first rank that failed."""
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    processes: list[subprocess.Popen] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
             process.send_signal(number)
 
-    with task.usr1_waiting():
-        processes = [
-            subprocess.Popen(command, env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
+    with task.hold_usr1():
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, pass_on)
+            signal.signal(number, forward)
+        for rank in range(ranks):
+            environment = threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen(command, env=environment))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to the ranks itself
-    failed = wait(processes)
+    failed = wait_for_failure(processes)
     if failed is None:
         return 0
     code = failed.returncode
     if code not in (EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED):
-        print(f"rank {processes.index(failed)} {task.died(code)}", file=sys.stderr, flush=True)
-    let_end(processes, GRACE if code in (EXIT_AGAIN, EXIT_ENDED) else LEAVE)
+        print(f"rank {processes.index(failed)} {task.describe_end(code)}", file=sys.stderr, flush=True)
+    wait_for_ends(processes, GRACE_S if code in (EXIT_AGAIN, EXIT_ENDED) else LEAVE_S)
     for process in processes:
         process.terminate()
-    let_end(processes, LEAVE)
+    wait_for_ends(processes, LEAVE_S)
     for process in processes:
         process.kill()
         process.wait()
-    return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
+    return task.shell_code(code)
 
 
-def wait(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
-    """Waits until all have ended with 0 (returns None), or one has failed (returns it)."""
+def wait_for_failure(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
+    """Returns the first process that fails, or None once all have ended with code 0."""
     while True:
-        codes = [process.poll() for process in processes]  # all of them: one that runs must not hide one that failed
+        codes = [process.poll() for process in processes]  # polls all: one that runs must not hide one that failed
         failed = next((process for process, code in zip(processes, codes, strict=True) if code), None)
         if failed is not None or None not in codes:
             return failed
         time.sleep(0.1)
 
 
-def let_end(processes: list[subprocess.Popen], seconds: float) -> None:
-    """Returns when all have ended, or when the time is up."""
+def wait_for_ends(processes: list[subprocess.Popen], seconds: float) -> None:
+    """Returns once all processes have ended, or after `seconds`."""
     deadline = time.monotonic() + seconds
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.1)

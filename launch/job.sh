@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# What the job scripts have in common:
+# What the job scripts share:
 #
-#   job.sh CONFIG [key=value …]     trains; inside a Slurm job it is started again after stops and failures (launch/attempt.py decides)
-#   job.sh evaluate SOURCE …        what follows is for `python -m pretrain evaluate`
-#   job.sh export RUN …             weights of runs that are complete
-#   job.sh pack SOURCE OUT …        what follows is for `python -m data pack`; inside an array job each task packs a part
+#   job.sh CONFIG [key=value …]             trains; in a Slurm job, launch/supervisor.py decides whether to requeue it
+#   job.sh preflight CONFIG [key=value …]   checks the nodes of a Slurm allocation, or this machine
+#   job.sh evaluate SOURCE …                arguments as of `python -m pretrain evaluate`
+#   job.sh export RUN …                     exports the weights of complete runs
+#   job.sh pack SOURCE OUT …                arguments as of `python -m data pack`; each task of an array job packs a part
 #
-# Inside a Slurm job with one task a GPU on every node, elsewhere on this machine.
+# In a Slurm job it runs one task per GPU on every node, elsewhere all processes on this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# What a site may set in launch/site.env; launch/site.env.example tells of each.
+# ---------------------------------------------------------------- site
+
+# launch/site.env may set these; launch/site.env.example describes each.
 PYTHON=.venv/bin/python CONTAINER=() WRAP=() SETTINGS=()
 if [[ -f launch/site.env ]]; then
     # shellcheck source=/dev/null
@@ -21,28 +24,116 @@ if [[ $PYTHON == .venv/* && ! -x $PYTHON ]]; then
     echo "error: $PWD/.venv is missing; make it with: make setup" >&2
     exit 2
 fi
-
-# A step of one task a GPU: each has its part of the node's cores, and the memory beside them. A task that fails takes the step down at once.
-step() {
-    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$tasks" --cpus-per-task="$cores" --cpu-bind=cores --mem-bind=local \
-        --wait=300 "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" "$@"
-}
-
-# One process on this node, beside the step if there is one.
-alone=("${WRAP[@]}" "$PYTHON")
+# One process on this node; in a job with containers, in a step of its own beside others.
+python=("${WRAP[@]}" "$PYTHON")
 if [[ -n "${SLURM_JOB_ID:-}" && ${#CONTAINER[@]} != 0 ]]; then
-    alone=(srun --overlap --mem=0 --nodes=1 --ntasks=1 "${CONTAINER[@]}" "${alone[@]}")
+    python=(srun --overlap --mem=0 --nodes=1 --ntasks=1 "${CONTAINER[@]}" "${python[@]}")
 fi
 
-# Puts the job back into the queue:  requeue SECONDS [NODE,NODE]
+# ---------------------------------------------------------------- jobs of one process
+
+if [[ $1 == export ]]; then
+    for run in "${@:2}"; do
+        "${python[@]}" -m pretrain export "$run"
+    done
+    exit
+fi
+if [[ $1 == pack ]]; then
+    if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
+        exec "${python[@]}" -m data "$@"
+    fi
+    "${python[@]}" -m data "$@" --part "$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:?}))/$SLURM_ARRAY_TASK_COUNT" &
+    packing=$! code=0 stopped=
+    trap 'stopped=yes; kill $packing' USR1 # before the time limit
+    wait $packing || code=$?
+    if [[ $stopped ]]; then
+        echo "requeueing task $SLURM_ARRAY_TASK_ID of job $SLURM_ARRAY_JOB_ID before its time limit"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+    exit "$code"
+fi
+
+# ---------------------------------------------------------------- without Slurm
+
+kind=train
+if [[ $1 == evaluate || $1 == preflight ]]; then
+    kind=$1
+    shift
+fi
+if [[ $kind != evaluate ]]; then
+    set -- "$1" "${SETTINGS[@]}" "${@:2}" # the last value of a key counts
+fi
+if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    case $kind in
+        train) exec "${python[@]}" -m launch "$@" ;;
+        evaluate) exec "${python[@]}" -m launch evaluate "$@" ;;
+        preflight) exec "${python[@]}" -m launch.preflight "$@" ;;
+    esac
+fi
+
+# ---------------------------------------------------------------- steps of a Slurm job
+
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
+# Tasks per node. A job script does not set --ntasks-per-node: with a range of nodes, Slurm would then give it the fewest.
+tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+cpus=${SLURM_CPUS_ON_NODE:-1}
+RANKS=$((tasks * SLURM_JOB_NUM_NODES))
+# The first node's address as Slurm itself reaches it, and a port of this job alone, another one after each restart.
+MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
+MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
+OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > tasks ? cpus / tasks : 1))}
+export NODES RANKS MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
+
+# step TASKS_PER_NODE OPTIONS… -m MODULE …: a step on all nodes. Each task gets its part of the cores, and the memory near them.
+step() {
+    srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$1" --cpus-per-task=$((cpus > $1 ? cpus / $1 : 1)) \
+        --cpu-bind=cores --mem-bind=local "${@:2}"
+}
+
+# Prints an event (pretrain/run/events.py) with the exit code of a step.
+print_code() {
+    echo "@van-pretrain job.sh . {\"kind\": \"step\", \"code\": $1}"
+}
+
+# A Python process that reads the output of a step. Signals to the whole job must not end it.
+reader() {
+    (trap '' TERM USR1 && exec "${python[@]}" "$@")
+}
+
+# preflight nodes|network …: a step of preflight, whose reader judges it. Its tasks end by themselves; those that do not are ended a
+# minute after the first.
+preflight() {
+    local code=0 per_node=1
+    if [[ $1 == network ]]; then
+        per_node=$tasks
+    fi
+    {
+        step "$per_node" --kill-on-bad-exit=0 --wait=60 "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" -m launch.preflight.step "$@" || code=$?
+        print_code "$code"
+    } 2>&1 | reader -m launch.preflight --step "$@"
+}
+
+# The step that trains or evaluates. Its first task that fails ends it.
+run_ranks() {
+    step "$tasks" --kill-on-bad-exit=1 --wait=300 "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" -m launch "$@"
+}
+
+# Preflight and training; prints the exit code of the last step.
+attempt() {
+    local code=0
+    { preflight nodes "$@" && { ((RANKS == 1)) || preflight network "$@"; } && run_ranks "$@"; } || code=$?
+    print_code "$code"
+}
+
+# requeue SECONDS [NODE,NODE]: puts the job back into the queue, to start after this delay and without these nodes.
 requeue() {
     local excluded usable restarts
     restarts=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP ' Restarts=\K\d+')
     if [[ $ended || $restarts != "${SLURM_RESTART_COUNT:-0}" ]]; then
-        echo "Slurm itself ends the job or has started it again: it is not put into the queue from here"
+        echo "Slurm has ended or restarted this job: not requeueing it"
         exit 1
     fi
-    trap '' TERM # this script is ended by the next line; the others have to be said after it
+    trap '' TERM # `scontrol requeue` ends this script, which has more to do
     scontrol requeue "$SLURM_JOB_ID"
     if [[ -n "${2:-}" ]]; then
         excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP 'ExcNodeList=\K\S+' | grep -v '(null)' || true)
@@ -51,9 +142,9 @@ requeue() {
             sort -u | grep -cvxFf <(scontrol show hostnames "$excluded") || true)
         if ((usable >= SLURM_JOB_NUM_NODES)); then
             scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
-            echo "without $excluded from now on"
+            echo "excluding $excluded from now on"
         else
-            echo "without $2 the partition has $usable nodes for this job of $SLURM_JOB_NUM_NODES, so it may be given $2 again"
+            echo "not excluding $2: the partition would have $usable nodes left for this job of $SLURM_JOB_NUM_NODES"
         fi
     fi
     if (($1 > 0)); then
@@ -61,65 +152,27 @@ requeue() {
     fi
 }
 
-if [[ $1 == export ]]; then
-    for run in "${@:2}"; do
-        "${alone[@]}" -m pretrain export "$run"
-    done
+# ---------------------------------------------------------------- the job
+
+if [[ $kind == preflight ]]; then
+    preflight nodes "$@" && { ((RANKS == 1)) || preflight network "$@"; }
     exit
 fi
-if [[ $1 == pack ]]; then
-    if [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]]; then
-        exec "${alone[@]}" -m data "$@"
-    fi
-    "${alone[@]}" -m data "$@" --part "$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:?}))/$SLURM_ARRAY_TASK_COUNT" &
-    packing=$! code=0 stopped=
-    trap 'stopped=yes; kill $packing' USR1 # ahead of the time limit
-    wait $packing || code=$?
-    if [[ $stopped ]]; then
-        echo "task $SLURM_ARRAY_TASK_ID of job $SLURM_ARRAY_JOB_ID is short of time; it goes back to the queue"
-        scontrol requeue "$SLURM_JOB_ID"
-    fi
-    exit "$code"
+if [[ $kind == evaluate ]]; then
+    run_ranks evaluate "$@" 2>&1 | { grep --line-buffered -v '^@van-pretrain ' || true; }
+    exit
 fi
-job=("$@")
-if [[ $1 != evaluate ]]; then
-    job=("$1" "${SETTINGS[@]}" "${@:2}") # of two values for a key the later one counts
-fi
-if [[ -z "${SLURM_JOB_ID:-}" ]]; then
-    exec "${WRAP[@]}" "$PYTHON" -m launch "${job[@]}"
-fi
-
-# The first node's address as Slurm itself reaches it, and a port of this job's own, another one after each restart.
-NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
-MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
-MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
-# Of each node; a script that said it itself (--ntasks-per-node) would be given no more than the least of a range of nodes.
-tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
-cores=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))
-export NODES MASTER_ADDR MASTER_PORT OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cores}" RANKS=$((tasks * SLURM_JOB_NUM_NODES)) SLURM_KILL_BAD_EXIT=1
 ended=
-trap 'ended=yes' TERM # comes here when Slurm ends the whole job: cancelled, out of time or out of its nodes
-if [[ $1 == evaluate ]]; then
-    step -m launch "${job[@]}" 2>&1 | { grep --line-buffered -v '^@van-pretrain ' || true; }
-    exit
-fi
-
-exec 3>&1 # the job's output; what launch.attempt says on stderr is the verdict
-verdict=$(
-    {
-        code=0
-        # Tasks of preflight end by themselves, all with the same code, which srun would lose where it ended one.
-        SLURM_KILL_BAD_EXIT=0 step -m launch.preflight "${job[@]}" && step -m launch "${job[@]}" || code=$?
-        echo "@van-pretrain {\"kind\": \"step\", \"code\": $code}"
-    } 2>&1 | (trap '' TERM USR1 && "${alone[@]}" -m launch.attempt "${job[@]}") 2>&1 1>&3
-) || true
-read -r what value nodes <<< "$(grep -E '^(complete|again|end)' <<< "$verdict" | tail -n 1)"
-case $what in
+trap 'ended=yes' TERM # Slurm ends the whole job: it is cancelled, out of time or loses its nodes
+exec 3>&1             # the job's output; the supervisor prints its decision on stderr
+decision=$(attempt "$@" 2>&1 | reader -m launch.supervisor "$@" 2>&1 1>&3) || true
+read -r action value nodes <<< "$(grep -E '^(complete|requeue|end)' <<< "$decision" | tail -n 1)"
+case $action in
     complete) exit 0 ;;
-    again) requeue "$value" "$nodes" ;;
+    requeue) requeue "$value" "$nodes" ;;
     end) exit "$value" ;;
     *)
-        echo "$verdict" >&2
+        echo "$decision" >&2
         exit 1
         ;;
 esac

@@ -1,8 +1,8 @@
-"""One task of a Slurm step: starts its rank, passes its output on, and says how it ended.
+"""One task of a Slurm step: starts a rank, prints its output and reports how it ended.
 
-Where a rank fails, the job's log has its number and host, what it died of, the step it was in, and its last lines; `tell` says the same
-to launch/attempt.py. The task's exit code is 0 for a rank that ended as it should (training complete, or saved on request), so that
-nobody's is ended by Slurm while others still save; any other ends the step (srun --kill-on-bad-exit).
+When a rank fails, the job's log has its number, its node, the cause of its end, its current step and its last lines; an event carries
+the same to launch/supervisor.py. The task's exit code is 0 for a rank that completed or that saved on request: any other code makes
+srun end all tasks at once (--kill-on-bad-exit), also those that are still saving.
 """
 
 import os
@@ -15,25 +15,25 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from pretrain.run.attempts import tell
+from pretrain.run.events import emit_event
 from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
 from pretrain.run.position import PAGE, Position, create_page, host_name
 
 LAST_LINES = 20
-# What a rank says that failed because another was gone.
+# Errors of a rank that lost the connection to another rank: a consequence of that rank's end.
 LOST_PEER = re.compile(
     r"connection (was )?(closed|reset)|remote process exited|broken pipe|Dist(Backend|Network|Store)Error", re.IGNORECASE
 )
-HEARD_S = 1.0  # before a task ends: srun drops what reaches it behind the message that the last task has ended (seen with Slurm 22.05)
-LEAVE_S = 3.0  # before other ranks are ended: they may be about to fail of the same, and be the ones who say why
+FLUSH_S = 1.0  # srun drops output that reaches it after the message about the end of its last task (seen with Slurm 22.05)
+LEAVE_S = 3.0  # delay before srun ends the other ranks: a rank that is failing of the same cause can still report it
 
 
 def run(command: Sequence[str]) -> int:
-    """Runs a rank, whose number is in RANK; returns the task's exit code."""
+    """Runs the rank of number RANK; returns the task's exit code."""
     rank, node, page = int(os.environ["RANK"]), host_name(), create_page()
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # Slurm sends it to the rank too. Not SIG_IGN, which the rank would inherit
-    with usr1_waiting():
+        signal.signal(number, lambda *_: None)  # Slurm also signals the rank. Not SIG_IGN, which the rank would inherit
+    with hold_usr1():
         process = subprocess.Popen(
             command,
             env=os.environ | {PAGE: str(page)},
@@ -43,37 +43,44 @@ def run(command: Sequence[str]) -> int:
             stderr=subprocess.STDOUT,
         )
     assert process.stdout is not None
-    last: deque[str] = deque(maxlen=LAST_LINES)
+    last_lines: deque[str] = deque(maxlen=LAST_LINES)
     for line in process.stdout:
         sys.stdout.buffer.write(line)
         sys.stdout.buffer.flush()
-        last.append(line.decode(errors="replace").rstrip())
+        last_lines.append(line.decode(errors="replace").rstrip())
     code, position = process.wait(), Position.read(page)
-    said = next((line for line in reversed(last) if line.strip()), "")
-    cause = code != -signal.SIGTERM and LOST_PEER.search(said) is None  # or else the effect of another rank's failure
+    last_line = next((line for line in reversed(last_lines) if line.strip()), "")
+    is_cause = code != -signal.SIGTERM and LOST_PEER.search(last_line) is None
+    reason = f"{describe_end(code)} in {position}"
     if code not in (0, EXIT_AGAIN, EXIT_CONFIG, EXIT_HUNG, EXIT_ENDED):
-        lines = "; its last lines:" + "".join(f"\n  rank {rank} | {line}" for line in last) if cause else ""
-        print(f"rank {rank} on {node} {died(code)} in {position}{lines}", flush=True)
-    why = f"{died(code)} in {position}"
-    tell("rank", rank=rank, host=node, code=code, step=position.computed_step, why=why, said=said[:300], cause=cause)
-    time.sleep(LEAVE_S if code in (EXIT_CONFIG, 1) else HEARD_S)
-    if code in (0, EXIT_AGAIN, EXIT_ENDED):
-        return 0
-    return code if code > 0 else 128 - code  # killed by a signal: as a shell reports it
+        lines = "; its last lines:" + "".join(f"\n  rank {rank} | {line}" for line in last_lines) if is_cause else ""
+        print(f"rank {rank} on {node} {reason}{lines}", flush=True)
+    emit_event(
+        "rank", rank=rank, host=node, code=code, step=position.computed_step, reason=reason, last_line=last_line[:300], cause=is_cause
+    )
+    time.sleep(LEAVE_S if code in (EXIT_CONFIG, 1) else FLUSH_S)
+    return 0 if code in (EXIT_AGAIN, EXIT_ENDED) else shell_code(code)
 
 
 @contextmanager
-def usr1_waiting() -> Iterator[None]:
-    """What is started inside has USR1 held back, so that one in the moments before Python runs doesn't kill it: a rank takes it before its
-    first step (pretrain/monitor/faults.py). This process takes it at the end."""
+def hold_usr1() -> Iterator[None]:
+    """Blocks USR1 for processes started inside, which would be killed by it before their Python runs.
+
+    A rank unblocks it before its first step (pretrain/monitor/faults.py), this process at the end of the block.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     yield
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
-def died(code: int) -> str:
-    """What an exit code says, for people."""
+def describe_end(code: int) -> str:
+    """Returns a phrase for the exit code of a process, such as "was killed by SIGSEGV"."""
     if code >= 0:
         return f"ended with exit code {code}"
-    hint = " (out of the host's memory, perhaps)" if -code == signal.SIGKILL else ""
+    hint = " (possibly out of host memory)" if -code == signal.SIGKILL else ""
     return f"was killed by {signal.Signals(-code).name}{hint}"
+
+
+def shell_code(code: int) -> int:
+    """Returns a subprocess exit code as a shell reports it: 128 + N for a process killed by signal N."""
+    return code if code >= 0 else 128 - code

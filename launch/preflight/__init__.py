@@ -1,1 +1,1 @@
-"""Whether nodes can do a job, looked at before it starts."""
+"""Checks before a start of a job whether its nodes can run it."""

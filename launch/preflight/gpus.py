@@ -1,9 +1,6 @@
-"""A node's GPUs as NVIDIA's management library (NVML) sees them, and which of what it says makes one unfit.
+"""Reads the state of a node's GPUs from NVIDIA's management library (NVML) and lists their faults.
 
-    gpus = read_gpus()              # raises ValueError where there is no NVML, in words
-    problems = broken(gpus[0])      # pure
-
-NVML's own names and meanings: docs.nvidia.com/deploy/nvml-api. No GPU is initialised and no memory of one is taken.
+Names and meanings of the values: docs.nvidia.com/deploy/nvml-api. NVML neither initializes a GPU nor takes memory of one.
 """
 
 import os
@@ -15,9 +12,9 @@ import pynvml
 
 T = TypeVar("T")
 
-USED_SHARE = 0.05  # of a GPU's memory that may be taken before the job starts: the driver's own is less, what a job left behind is more
-# Clocks that the hardware itself holds down. A GPU that idles, as all do before a job, has no reason for any of them.
-_HELD = {
+USED_SHARE = 0.05  # of a GPU's memory that may be in use before a job: the driver takes less, a leftover process more
+# Reasons of the hardware to hold clocks down. An idle GPU, as all are before a job, has none of them.
+HARDWARE_SLOWDOWNS = {
     pynvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
     pynvml.nvmlClocksEventReasonHwThermalSlowdown: "hardware thermal slowdown",
     pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown: "power brake",
@@ -26,30 +23,24 @@ _HELD = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """`memory` and `used` in bytes; the rest is None or 0 where the card does not count such things. `clocks` is NVML's bit mask of
-    reasons why clocks are held down."""
-
     number: int
     name: str
-    memory: int
-    used: int
-    uncorrected: int | None = None  # ECC errors since the driver was loaded
+    memory: int  # bytes
+    used: int  # bytes
+    uncorrected: int | None = None  # ECC errors since the driver was loaded; None if the card does not count them
     repair_pending: bool = False  # rows to be remapped, or pages to be retired, at the next reset
     repair_failed: bool = False  # no spare row was left
-    clocks: int = 0
+    clocks: int = 0  # NVML's bit mask of reasons that hold clocks down
 
 
 def read_gpus() -> tuple[str, list[Gpu]]:
-    """The driver's version and the GPUs that CUDA_VISIBLE_DEVICES leaves, in its order.
-
-    Raises ValueError where NVML is missing or fails.
-    """
+    """Returns the driver's version and the GPUs of CUDA_VISIBLE_DEVICES in its order. Raises ValueError if NVML is missing or fails."""
     try:
         pynvml.nvmlInit()
         try:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = visible.split(",") if visible is not None else [str(number) for number in range(pynvml.nvmlDeviceGetCount())]
-            gpus = [_read(number, name.strip()) for number, name in enumerate(names) if name.strip()]
+            gpus = [_read_gpu(number, name.strip()) for number, name in enumerate(names) if name.strip()]
             return str(pynvml.nvmlSystemGetDriverVersion()), gpus
         finally:
             pynvml.nvmlShutdown()
@@ -57,12 +48,12 @@ def read_gpus() -> tuple[str, list[Gpu]]:
         raise ValueError(f"NVML: {error}") from error
 
 
-def _read(number: int, name: str) -> Gpu:
+def _read_gpu(number: int, name: str) -> Gpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(name)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    rows = _where_supported(lambda: pynvml.nvmlDeviceGetRemappedRows(handle))  # since Ampere; before it pages were retired
-    pages = _where_supported(lambda: pynvml.nvmlDeviceGetRetiredPagesPendingStatus(handle))
-    errors = _where_supported(
+    rows = _if_supported(lambda: pynvml.nvmlDeviceGetRemappedRows(handle))  # since Ampere; earlier cards retire pages
+    pages = _if_supported(lambda: pynvml.nvmlDeviceGetRetiredPagesPendingStatus(handle))
+    errors = _if_supported(
         lambda: pynvml.nvmlDeviceGetTotalEccErrors(handle, pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC)
     )
     return Gpu(
@@ -73,33 +64,33 @@ def _read(number: int, name: str) -> Gpu:
         uncorrected=errors,
         repair_pending=bool((rows and rows[2]) or pages),
         repair_failed=bool(rows and rows[3]),
-        clocks=_where_supported(lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)) or 0,
+        clocks=_if_supported(lambda: pynvml.nvmlDeviceGetCurrentClocksEventReasons(handle)) or 0,
     )
 
 
-def _where_supported(read: Callable[[], T]) -> T | None:
+def _if_supported(read: Callable[[], T]) -> T | None:
     try:
         return read()
     except pynvml.NVMLError_NotSupported:
         return None
 
 
-def broken(gpu: Gpu) -> list[str]:
-    """What makes this GPU unfit, in words."""
+def list_faults(gpu: Gpu) -> list[str]:
+    """Returns the faults that make a GPU unfit for a job."""
     faults = []
     if gpu.uncorrected:
         faults.append(f"{gpu.uncorrected} uncorrected ECC errors since the driver was loaded")
     if gpu.repair_pending:
-        faults.append("memory rows or pages wait for a reset to be replaced")
+        faults.append("memory repair is pending; reset the GPU")
     if gpu.repair_failed:
-        faults.append("a memory row could not be remapped")
-    if held := [name for bit, name in _HELD.items() if gpu.clocks & bit]:
-        faults.append(f"clocks held down by {', '.join(held)}")
+        faults.append("a memory row could not be remapped; replace the GPU")
+    if slowdowns := [name for bit, name in HARDWARE_SLOWDOWNS.items() if gpu.clocks & bit]:
+        faults.append(f"clocks are held down by {', '.join(slowdowns)}")
     if gpu.used > USED_SHARE * gpu.memory:
-        faults.append(f"{gpu.used / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB are in use by others")
+        faults.append(f"{gpu.used / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB are in use by other processes")
     return [f"GPU {gpu.number}: {fault}" for fault in faults]
 
 
-def hot(gpu: Gpu) -> bool:
-    """Whether the driver holds clocks down for the temperature: slow, not broken."""
+def is_hot(gpu: Gpu) -> bool:
+    """Returns whether the driver holds clocks down for the temperature: the GPU is slow but not faulty."""
     return bool(gpu.clocks & pynvml.nvmlClocksEventReasonSwThermalSlowdown)

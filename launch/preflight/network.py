@@ -1,75 +1,70 @@
-"""How fast the nodes' network is: an all-reduce over all ranks, and pairs of neighbours, by which a slow node is told from the others.
+"""Times the network: an all-reduce over all ranks, and exchanges between neighboring nodes, which show a slow node.
 
-    measure(Meeting(rank, ranks, firsts, device, address, port), doing)
+Every rank calls `time_network`. Uses NCCL on GPUs and gloo on CPUs.
 
-On GPUs by NCCL, on CPUs by gloo. An all-reduce takes as long on every rank, however fast its own node is; so the nodes, in a ring, also
-exchange with one neighbour at a time, and a node's figure is the better of its two.
+An all-reduce takes equally long on every rank, whichever node is slow. So the nodes form a ring and the first rank of each exchanges
+data with one neighbor at a time. The better of a node's two figures is its own: only a slow node has two bad ones.
 """
 
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}  # of a buffer; a few hundredths of a second on either
-TRIES = 3  # of which the quickest counts
-TIMEOUT = timedelta(seconds=10)  # less than rank 0 waits: a rank that waited in vain says so, and one that hangs is told from it
+BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}  # of a buffer; takes a few hundredths of a second on either
+TRIES = 3  # of which the fastest counts
+TIMEOUT_S = 10  # of a collective; less than the patience of a preflight step, so that a rank that waits for another reports it
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """`firsts` are the first rank of each node, which exchange with one another; `port` is free on the host of rank 0."""
+def time_network(device: str, join_s: float, report_progress: Callable[..., None]) -> dict[str, Any]:
+    """Times this rank's part of the network. Collective.
 
-    rank: int
-    ranks: int
-    firsts: Sequence[int]
-    device: str
-    local_rank: int
-    address: str
-    port: int
+    Args:
+        device: engine.device; "auto" uses GPUs if torch sees any.
+        join_s: seconds for all ranks to join.
+        report_progress: called with a phrase, and the seconds if not the usual, before each thing that can hang.
 
-
-def measure(meeting: Meeting, doing: Callable[[str], None]) -> tuple[float, dict[int, float]]:
-    """Seconds of an all-reduce of BYTES and, by the other's rank, of each exchange of BYTES, both ways, that this rank had a part in.
-    Collective."""
-    doing("joining the others")
-    cuda = meeting.device == "cuda"
-    if cuda:
-        torch.cuda.set_device(meeting.local_rank)
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # its watchdog would kill all that wait, and who was waited for stays unknown
-    store = dist.TCPStore(meeting.address, meeting.port, meeting.ranks, meeting.rank == 0, TIMEOUT)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=meeting.rank, world_size=meeting.ranks, timeout=TIMEOUT)
-    there, back = (torch.ones(BYTES[meeting.device] // 4, device=meeting.device) for _ in range(2))
-    doing("waiting in an all-reduce of all ranks")
-    reduced = _quickest(lambda: dist.all_reduce(there), cuda)
-    exchanged: dict[int, float] = {}
-    for pairs in rounds(len(meeting.firsts)):
-        # On the host, so that one round's traffic is over before the next one's begins.
-        dist.all_reduce(torch.zeros(1))
+    Returns:
+        `bytes`: the size of a buffer; `all_reduce_s`: seconds of an all-reduce over all ranks; `exchange_s`: (rank of the peer, seconds)
+        for each exchange of a buffer in both directions; `clock`: seconds since the epoch at a moment common to all ranks.
+    """
+    kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
+    rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    report_progress("waiting for all ranks to join", join_s + TIMEOUT_S)
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # NCCL's watchdog would end all ranks that wait, which hides the cause
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, rank == 0, timedelta(seconds=join_s))
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_S))
+    report_progress("all-reducing over all ranks")
+    outgoing, incoming = (torch.ones(BYTES[kind] // 4, device=kind) for _ in range(2))
+    all_reduce_s = _fastest(lambda: dist.all_reduce(outgoing), kind)
+    local_ranks = [torch.zeros(1, dtype=torch.int64) for _ in range(ranks)]
+    dist.all_gather(local_ranks, torch.tensor([local_rank]))
+    first_ranks = [other for other in range(ranks) if local_ranks[other] == 0]
+    exchange_s: list[tuple[int, float]] = []
+    for pairs in ring_rounds(len(first_ranks)):
+        dist.all_reduce(torch.zeros(1))  # on the host: separates the rounds
         for pair in pairs:
-            one, other = (meeting.firsts[node] for node in pair)
-            if meeting.rank in (one, other):
-                peer = one + other - meeting.rank
-                doing(f"exchanging with rank {peer}")
-
-                def exchange(peer: int = peer) -> None:
-                    sending = [dist.P2POp(dist.isend, there, peer), dist.P2POp(dist.irecv, back, peer)]
-                    for work in dist.batch_isend_irecv(sending):
-                        work.wait()
-
-                exchanged[peer] = _quickest(exchange, cuda)
-    dist.all_reduce(torch.zeros(1))  # rank 0 has the store: it leaves last
+            one, other = (first_ranks[node] for node in pair)
+            if rank in (one, other):
+                peer = one + other - rank
+                report_progress(f"exchanging data with rank {peer}")
+                exchange_s.append((peer, _fastest(lambda peer=peer: _exchange(outgoing, incoming, peer), kind)))  # type: ignore[misc]
+    dist.all_reduce(torch.zeros(1))
+    clock = time.time()
+    dist.all_reduce(torch.zeros(1))  # rank 0 has the store and must be the last to leave
     dist.destroy_process_group()
-    return reduced, exchanged
+    return {"bytes": BYTES[kind], "all_reduce_s": all_reduce_s, "exchange_s": exchange_s, "clock": clock}
 
 
-def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Neighbours in a ring of nodes, each with both of its neighbours once, and in one pair at a time: three rounds for an odd ring."""
+def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
+    """Returns rounds of pairs of nodes: each node meets both of its neighbors in a ring, in one pair at a time."""
     if nodes < 3:
         return [[(0, 1)]] if nodes == 2 else []
     ring = [(node, (node + 1) % nodes) for node in range(nodes)]
@@ -77,13 +72,18 @@ def rounds(nodes: int) -> list[list[tuple[int, int]]]:
     return [ring[::2], ring[1::2], *last]
 
 
-def _quickest(action: Callable[[], object], cuda: bool) -> float:
-    """Seconds; the first try, which sets up connections, doesn't count."""
+def _exchange(outgoing: torch.Tensor, incoming: torch.Tensor, peer: int) -> None:
+    for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, outgoing, peer), dist.P2POp(dist.irecv, incoming, peer)]):
+        work.wait()
+
+
+def _fastest(action: Callable[[], object], kind: str) -> float:
+    """Returns the seconds of the fastest try. A first one, which sets up connections, does not count."""
     times = []
     for _ in range(1 + TRIES):
         began = time.perf_counter()
         action()
-        if cuda:
+        if kind == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return min(times[1:])

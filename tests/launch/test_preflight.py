@@ -1,30 +1,33 @@
-"""What preflight finds on nodes: real ranks on loopback that say they are nodes."""
+"""Preflight on nodes: inspections of this machine under the names of several, and real tasks on loopback."""
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data.dataset.index import Index
 from launch.__main__ import free_port
-from pretrain.run.attempts import heard
+from launch.preflight.__main__ import main
+from launch.preflight.node import Inspection, Node, read_settings
+from launch.preflight.verdict import Verdict, judge_nodes, node_table
+from pretrain.config import ConfigError
 from tests.support import REPOSITORY
+from tests.support.events import event_line, read_events, without_events
 
 pytestmark = pytest.mark.slow
 
-DAMAGE = b"\xff" * 512  # where a tar header should be
+DAMAGE = b"\xff" * 512  # in the place of a tar header
 
-# Nothing here may differ between the nodes but what a test lets differ.
+# Nodes must differ in nothing but what a test changes.
 JOB = """
 name: small
 global_batch: 24
@@ -34,14 +37,169 @@ data: {train: "${env:TRAIN}", val: "${env:VAL}", image_size: 32}
 optim: {lr: 1e-3}
 engine: {device: cpu, micro_batch: 4}
 """
-# `here` may change something first, as a node's own trouble would. The patience is that of rank 0 and of the others.
-PREFLIGHT = """
+
+
+# ---------------------------------------------------------------- inspections
+
+
+@dataclass
+class Machine:
+    """This machine, as nodes of a job with a run directory."""
+
+    folder: Path
+    environment: Mapping[str, str]
+
+    def inspect(self, nodes: int, *overrides: str, force_config: bool = False, **changes: Mapping[str, str]) -> Verdict:
+        """Inspects nodes n0, n1, …; `changes` are variables of one node's environment."""
+        self.nodes: list[Node] = []
+        for number in range(nodes):
+            name = f"n{number}"
+            with pytest.MonkeyPatch.context() as patch:
+                for variable, value in {**self.environment, **changes.get(name, {})}.items():
+                    patch.setenv(variable, value)
+                config, problems = read_settings(self.folder / "job.yaml", [f"run.dir={self.folder / 'run'}", *overrides], 1)
+                self.nodes.append(Inspection(name, config, problems, force_config).run(number, nodes, lambda doing: None))
+        return judge_nodes(self.nodes, config.engine.device, 1)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, drawn: Path) -> Machine:
+    (tmp_path / "job.yaml").write_text(JOB)
+    return Machine(tmp_path, {"TRAIN": str(drawn / "train"), "VAL": str(drawn / "val"), "TMPDIR": str(tmp_path)})
+
+
+def test_shards_at_urls_are_read(machine: Machine, drawn: Path) -> None:
+    url = f"file://{drawn / 'train'}"
+    verdict = machine.inspect(1, f"data.cache={machine.folder / 'cache'}", "model.classes=11", n0={"TRAIN": url})
+    assert verdict.settings == [f"{url} has 10 classes, but model.classes=11; make them agree"]
+    assert machine.nodes[0].read_bytes > 100_000
+    assert "data.cache" in machine.nodes[0].free_bytes
+
+
+def test_data_missing_on_one_node(machine: Machine) -> None:
+    verdict = machine.inspect(2, "run.keep_best=top1", n1={"TRAIN": "/nowhere/train", "VAL": "/nowhere/val"})
+    assert (verdict.code, list(verdict.unfit)) == (3, ["n1"])
+    assert "data.train = /nowhere/train (" in verdict.unfit["n1"][0]
+    assert "no such folder; make it with" in verdict.unfit["n1"][0]
+
+
+def test_data_missing_everywhere(machine: Machine) -> None:
+    verdict = machine.inspect(2, "data.train=/nowhere/train")
+    assert (verdict.code, verdict.unfit, len(verdict.settings)) == (2, {}, 1)
+    assert verdict.settings[0].startswith("on every node: data.train = /nowhere/train (command line): no such folder")
+
+
+@pytest.mark.parametrize("hurt", [["n0"], ["n1", "n2"], ["n0", "n1", "n2"]])
+def test_a_damaged_shard(machine: Machine, drawn: Path, hurt: list[str]) -> None:
+    """Two of three nodes check each shard."""
+    copy = shutil.copytree(drawn / "train", machine.folder / "copy")
+    shard = sorted(copy.glob("*.tar"))[0]
+    samples = json.loads((copy / "dataset.json").read_text())["shards"][0]["samples"]
+    import numpy as np
+
+    offset_of_last = int(np.load(copy / "index.npy")[samples - 1]["offset"])
+    with shard.open("r+b") as file:
+        file.seek(offset_of_last - len(DAMAGE))
+        file.write(DAMAGE)
+    verdict = machine.inspect(3, **{name: {"TRAIN": str(copy)} for name in hurt})
+    if len(hurt) == 3:
+        assert (verdict.code, verdict.unfit, len(verdict.settings)) == (2, {}, 1)
+        assert f"{shard.name} has no image where the index says" in verdict.settings[0]
+    else:  # shard 0 is checked by n0 and n2
+        assert (verdict.code, list(verdict.unfit)) == (3, [hurt[-1]])
+        assert f"{shard.name} has no image where the index says" in verdict.unfit[hurt[-1]][0]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 5])
+def test_each_shard_is_checked_by_two_nodes(machine: Machine, dataset: Index, nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[list[int]] = []
+    monkeypatch.setattr("launch.preflight.node.find_damaged_shards", lambda index, shards, **options: checked.append(shards) or [])
+    machine.inspect(nodes, f"data.train={dataset.folder}", "data.val=null")
+    for shard in range(len(dataset.shards)):
+        assert sum(shard in shards for shards in checked) == min(nodes, 2)
+
+
+def test_another_commit_and_another_version(machine: Machine) -> None:
+    """Of three nodes two agree; of two nobody knows which is right."""
+    other = machine.folder / "other"
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(other)]
+    other.mkdir()
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True)
+    changed = {"GIT_DIR": str(other / ".git"), "GIT_WORK_TREE": str(other)}
+    verdict = machine.inspect(3, n1=changed)
+    assert (verdict.code, list(verdict.unfit)) == (3, ["n1"])
+    assert verdict.unfit["n1"][0].startswith("commit is ")
+    verdict = machine.inspect(2, n1=changed)
+    assert (verdict.code, verdict.unfit) == (2, {})
+    assert verdict.settings[0].startswith("commit differs: ")
+
+
+def test_settings_that_differ_between_nodes(machine: Machine) -> None:
+    verdict = machine.inspect(2, "run.keep=${env:KEEP}", n0={"KEEP": "3"}, n1={"KEEP": "4"})
+    assert (verdict.code, verdict.settings) == (2, ["run.keep differs: 3 on n0; 4 on n1"])
+
+
+def test_wrong_settings_are_listed_with_those_of_this_node(machine: Machine) -> None:
+    with pytest.raises(ConfigError) as wrong:
+        machine.inspect(1, "engine.micro_batch=5", "run.keep=0", "data.val=/nowhere/val")
+    for text in ("engine.micro_batch = 5 (command line): must be even", "run.keep = 0", "data.val = /nowhere/val"):
+        assert text in str(wrong.value)
+
+
+def test_a_disk_that_is_too_small(machine: Machine) -> None:
+    verdict = machine.inspect(1, "run.keep=9999999")
+    assert (verdict.code, len(verdict.settings)) == (2, 1)
+    assert "run.dir = " in verdict.settings[0]
+    assert "GB are needed for 10000000 more checkpoints of 0.0462 GB each; free space there" in verdict.settings[0]
+
+
+def test_a_run_directory_of_other_settings(machine: Machine) -> None:
+    run = machine.folder / "run"
+    (run / "checkpoints" / "step-000000001").mkdir(parents=True)
+    (run / "config.yaml").write_text(JOB.replace("1e-3", "2e-3"))
+    verdict = machine.inspect(1)
+    assert verdict.code == 2
+    assert "optim.lr: 0.002 -> 0.001" in verdict.settings[0]
+    assert machine.inspect(1, force_config=True).code == 0
+
+
+def test_a_node_without_gpus(machine: Machine) -> None:
+    verdict = machine.inspect(1, "engine.device=cuda", n0={"CUDA_VISIBLE_DEVICES": ""})
+    assert verdict.code == 2
+    assert "engine.device=cuda, but this node has no GPU (" in verdict.settings[0]
+    assert "--gpus-per-node" in verdict.settings[0]
+
+
+def test_a_report_arrives_as_it_was(machine: Machine) -> None:
+    machine.inspect(1, "data.val=/nowhere/val")
+    (node,) = machine.nodes
+    assert Node.from_json(json.loads(json.dumps(node.to_json()))) == node
+    assert "train " in node_table([node], "cpu")
+
+
+def test_this_machine_is_fit(machine: Machine) -> None:
+    """Nothing that takes long to import is imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "launch.preflight", "job.yaml", f"run.dir={machine.folder / 'run'}"]
+    environment = {**os.environ, **machine.environment, "PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(command, cwd=machine.folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("preflight: fit\n")
+    imported = {line.split("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
+    assert "omegaconf" in imported
+    assert not imported & {"torch", "deepspeed", "timm", "nvidia.dali"}
+    assert not (machine.folder / "run").exists()
+
+
+# ---------------------------------------------------------------- tasks
+
+# A task of a step; TROUBLE may change something first.
+TASK = """
 import os, signal, sys, time
-import launch.preflight.__main__ as preflight
-from launch.preflight.nodes import Here
-preflight.PATIENCE = float(os.environ["PATIENCE"])
+import launch.preflight.step as step
+step.FLUSH_S = 0
 exec(os.environ.get("TROUBLE", ""))
-code = preflight.main(sys.argv[1:])
+code = step.main(sys.argv[1:])
 sys.stdout.flush()
 os._exit(code)
 """
@@ -49,266 +207,98 @@ os._exit(code)
 
 @dataclass
 class Ended:
-    codes: list[int]
-    out: str  # of all ranks
+    code: int  # of the reader
+    out: list[str]  # lines without events
     err: str
-    seconds: float
-
-    @property
-    def told(self) -> dict[str, str]:
-        """The unfit nodes and why, as the batch script hears them."""
-        lines = [found for line in self.out.splitlines() if (found := heard(line))]
-        assert all(kind == "node" for kind, _ in lines)
-        return {values["host"]: values["why"] for _, values in lines}
-
-    @property
-    def errors(self) -> list[str]:
-        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
-
-
-class Ranks:
-    """Runs preflight as ranks of a job, one on each of nodes n0, n1, …; `own` are a node's own environment variables."""
-
-    def __init__(self, folder: Path, drawn: Path) -> None:
-        self.folder = folder
-        (folder / "job.yaml").write_text(JOB)
-        shared = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "PATIENCE": "20", "TMPDIR": str(folder)}
-        outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
-        self.environment = outside | shared | {"TRAIN": str(drawn / "train"), "VAL": str(drawn / "val")}
-
-    @contextmanager
-    def started(self, ranks: int, *arguments: str, own: Mapping[int, Mapping[str, str]], of: int | None = None) -> Iterator[list]:
-        port = str(free_port())
-        command = [sys.executable, "-c", PREFLIGHT, str(self.folder / "job.yaml"), f"run.dir={self.folder / 'run'}", *arguments]
-        processes = []
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "WORLD_SIZE": str(of or ranks), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = self.environment | place | {"SLURMD_NODENAME": f"n{rank}"} | dict(own.get(rank, {}))
-            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=environment, **pipes))
-        try:
-            yield processes
-        finally:
-            for process in processes:
-                process.kill()
-                process.communicate()
-
-    def run(self, ranks: int, *arguments: str, own: Mapping[int, Mapping[str, str]] = {}, of: int | None = None) -> Ended:
-        began = time.monotonic()
-        with self.started(ranks, *arguments, own=own, of=of) as processes:
-            outputs = [process.communicate(timeout=60) for process in processes]
-            codes = [process.returncode for process in processes]
-        ended = Ended(codes, "".join(out for out, _ in outputs), "".join(err for _, err in outputs), time.monotonic() - began)
-        assert "Traceback" not in ended.err, ended.err
-        return ended
+    unfit: dict[str, str]  # from the events to the supervisor
 
 
 @pytest.fixture
-def ranks(tmp_path: Path, drawn: Path) -> Ranks:
-    return Ranks(tmp_path, drawn)
+def run_step(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
+    """Returns a function that runs a step with one task on each of two nodes, and its reader."""
+
+    def run(step: str, *overrides: str, troubles: Mapping[int, str] = {}, code: int = 0) -> Ended:
+        job = [str(machine.folder / "job.yaml"), f"run.dir={machine.folder / 'run'}", *overrides]
+        shared = {"RANKS": "2", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "127.0.0.1"}
+        shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+        tasks = []
+        for rank in range(2):
+            place = {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(rank), "SLURMD_NODENAME": f"n{rank}"}
+            environment = {**os.environ, **machine.environment, **shared, **place, "TROUBLE": troubles.get(rank, "")}
+            pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            tasks.append(subprocess.Popen([sys.executable, "-c", TASK, step, *job], env=environment, **pipes))
+        output = "".join(task.communicate(timeout=100)[0] for task in tasks) + event_line("step", code=code)
+        for variable, value in {**machine.environment, "NODES": "n0 n1 ", "RANKS": "2"}.items():
+            monkeypatch.setenv(variable, value)
+        monkeypatch.setattr("sys.stdin", iter(output.splitlines(keepends=True)))
+        ended = main([*job, "--step", step])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err, out + err
+        unfit = {event.values["host"]: event.values["reason"] for event in read_events(out)}
+        return Ended(ended, without_events(out), err, unfit)
+
+    return run
 
 
-# ---------------------------------------------------------------- real ranks
-
-
-def test_a_machine_alone_is_fit(ranks: Ranks) -> None:
-    """Not one of the programs that take long to import is: they would double the time."""
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "launch.preflight",
-        str(ranks.folder / "job.yaml"),
-        f"run.dir={ranks.folder / 'run'}",
-    ]
-    environment = {key: value for key, value in ranks.environment.items() if key not in ("RANK", "WORLD_SIZE")}
-    ended = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("preflight: 1 rank on 1 node\n")
-    assert ended.stdout.endswith("preflight: fit\n")
-    imported = {line.split("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
-    assert "torch" in imported
-    assert not imported & {"deepspeed", "timm", "nvidia.dali"}
-    assert not (ranks.folder / "run").exists()
-
-
-def test_two_nodes_are_fit(ranks: Ranks, drawn: Path) -> None:
-    ended = ranks.run(2)
-    assert ended.codes == [0, 0], ended.err
-    assert ended.err == ""
-    lines = ended.out.splitlines()
-    assert lines[0] == "preflight: 2 ranks on 2 nodes"
-    assert "torch 2." in lines[1]
-    assert "settings " in lines[1]
+def test_two_nodes_are_inspected(run_step: Callable[..., Ended], drawn: Path) -> None:
+    ended = run_step("nodes")
+    assert (ended.code, ended.err, ended.unfit) == (0, "", {})
+    assert ended.out[0] == "preflight: 2 of 2 nodes inspected, for 1 ranks on each"
+    assert "torch 2." in ended.out[1]
+    assert "settings " in ended.out[1]
     fingerprint = json.loads((drawn / "train" / "dataset.json").read_text())["fingerprint"][:8]
-    for node, line in zip(("n0", "n1"), lines[3:5], strict=True):
+    for node, line in zip(("n0", "n1"), ended.out[3:5], strict=True):
         assert line.startswith(f"{node}  ")
         assert f"train {fingerprint}, val " in line
-        assert line.endswith("GB/s")
-    assert "all-reduce of 4 MB over 2 ranks: " in ended.out
-    assert lines[-1] == "preflight: fit"
+    assert ended.out[-1] == "preflight of the nodes: fit"
 
 
-def test_shards_at_urls_are_read(ranks: Ranks, drawn: Path) -> None:
-    url = {"TRAIN": f"file://{drawn / 'train'}"}
-    ended = ranks.run(1, f"data.cache={ranks.folder / 'cache'}", "model.classes=11", own={0: url})
-    assert ended.errors == [f"{url['TRAIN']} has 10 classes, but model.classes=11; make them agree"]
-    _, _, header, row, *_ = ended.out.splitlines()
-    assert "data.cache free" in header
-    assert re.search(r"train \w{8}, val \w{8}  0\.\d MB ", row)  # all of it, and too little for a rate
+def test_two_nodes_time_the_network(run_step: Callable[..., Ended]) -> None:
+    ended = run_step("network")
+    assert (ended.code, ended.err, ended.unfit) == (0, "", {})
+    header, *rows, all_reduce, conclusion = ended.out
+    assert header.split() == ["node", "clock", "network"]
+    assert [row.split()[0] for row in rows] == ["n0", "n1"]
+    assert all(row.endswith("GB/s") for row in rows)
+    assert all_reduce.startswith("all-reduce of 4 MB over 2 ranks: ")
+    assert conclusion == "preflight of the network: fit"
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_data_missing_on_one_node(ranks: Ranks, rank: int) -> None:
-    """As training says it, of rank 0's node too: there the others would wait for a rank that has read its settings and gone."""
-    ended = ranks.run(2, "run.keep_best=top1", own={rank: {"TRAIN": "/nowhere/train", "VAL": "/nowhere/val"}})
-    assert ended.codes == [3, 3]
-    assert list(ended.told) == [f"n{rank}"]
-    assert ended.errors[0].startswith(f"n{rank}: {ended.told[f'n{rank}']}")
-    assert "data.train = /nowhere/train (" in ended.errors[0]
-    assert "no such folder; make it with" in ended.errors[0]
+TROUBLES = {
+    "time.sleep(100)": "rank 1 stopped responding while checking its disks",
+    "os.kill(os.getpid(), signal.SIGKILL)": "rank 1 stopped responding while checking its disks",
+    "1 / 0": "rank 1 failed while checking its disks: ZeroDivisionError: division by zero (<string>, line 1)",
+}
 
 
-def test_data_missing_everywhere(ranks: Ranks) -> None:
-    ended = ranks.run(2, "data.train=/nowhere/train")
-    assert (ended.codes, ended.told) == ([2, 2], {})
-    assert len(ended.errors) == 1
-    assert ended.errors[0].startswith("on every node: data.train = /nowhere/train (command line): no such folder")
+def test_a_node_that_reports_nothing_is_named(run_step: Callable[..., Ended]) -> None:
+    ended = run_step("nodes", troubles={1: "os._exit(1)"})
+    assert (ended.code, ended.unfit) == (3, {"n1": "1 of its 1 tasks reported nothing"})
+    assert ended.out[0] == "preflight: 1 of 2 nodes inspected, for 1 ranks on each"
 
 
-def test_other_data_on_one_of_three_nodes(ranks: Ranks, drawn: Path) -> None:
-    ended = ranks.run(3, own={1: {"TRAIN": str(drawn / "val")}})
-    assert ended.codes == [3, 3, 3]
-    assert list(ended.told) == ["n1"]
-    assert ended.told["n1"].startswith("the data set of data.train is ")
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_a_node_that_hangs_or_fails_is_named(run_step: Callable[..., Ended], trouble: str) -> None:
+    began = time.monotonic()
+    patience = "step.report_progress.__defaults__ = (1,); " if "sleep" in trouble else ""
+    ended = run_step("nodes", troubles={1: f"{patience}step.Inspection._check_disks = lambda self: {trouble}"})
+    assert time.monotonic() - began < 60
+    assert (ended.code, ended.unfit) == (3, {"n1": TROUBLES[trouble]})
+    assert ended.out[-1] == "preflight of the nodes: unfit: n1"
 
 
-@pytest.mark.parametrize("everywhere", [False, True])
-def test_a_damaged_shard(ranks: Ranks, drawn: Path, everywhere: bool) -> None:
-    """Only one of the nodes looks at it at first; whether it is that node's trouble the others are asked."""
-    shutil.copytree(drawn, ranks.folder / "copy")
-    shard = sorted((ranks.folder / "copy" / "train").glob("*.tar"))[0]
-    samples = json.loads((shard.parent / "dataset.json").read_text())["shards"][0]["samples"]
-    import numpy as np
-
-    offset_of_last = int(np.load(shard.parent / "index.npy")[samples - 1]["offset"])
-    with shard.open("r+b") as file:
-        file.seek(offset_of_last - len(DAMAGE))
-        file.write(DAMAGE)
-    hurt = {"TRAIN": str(shard.parent)}
-    ended = ranks.run(2, own={0: hurt, 1: hurt} if everywhere else {0: hurt})
-    assert len(ended.errors) == 1
-    assert f"{shard.name} has no image where the index says" in ended.errors[0]
-    assert (ended.codes, list(ended.told)) == (([2, 2], []) if everywhere else ([3, 3], ["n0"]))
+def test_a_rank_that_dies_in_the_network_is_told_from_those_that_wait_for_it(run_step: Callable[..., Ended]) -> None:
+    trouble = "import launch.preflight.network as network; network._fastest = lambda *given: os.kill(os.getpid(), signal.SIGKILL)"
+    ended = run_step("network", troubles={1: trouble})
+    assert (ended.code, ended.unfit) == (3, {"n1": "rank 1 stopped responding while all-reducing over all ranks"})
 
 
-def test_another_commit(ranks: Ranks) -> None:
-    """With three nodes two agree; of two nobody knows which is right."""
-    other = ranks.folder / "other"
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(other)]
-    other.mkdir()
-    subprocess.run([*git, "init", "--quiet"], check=True)
-    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "-m", "x"], check=True)
-    own = {1: {"GIT_DIR": str(other / ".git"), "GIT_WORK_TREE": str(other)}}
-    ended = ranks.run(3, own=own)
-    assert (ended.codes, list(ended.told)) == ([3, 3, 3], ["n1"])
-    assert ended.told["n1"].startswith("commit is ")
-    ended = ranks.run(2, own=own)
-    assert (ended.codes, ended.told) == ([2, 2], {})
-    assert ended.errors[0].startswith("commit differs: ")
+def test_wrong_settings_are_reported_once(run_step: Callable[..., Ended]) -> None:
+    ended = run_step("nodes", "global_batch=9")
+    assert (ended.code, ended.out, ended.unfit) == (2, [], {})
+    assert ended.err.startswith("error: ")
+    assert "global_batch = 9 can't be divided over 2 ranks of engine.micro_batch = 4" in ended.err
 
 
-def test_another_version(ranks: Ranks) -> None:
-    info = ranks.folder / "site" / "timm-0.0.1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.0.1\n")
-    ended = ranks.run(3, own={2: {"PYTHONPATH": f"{info.parent}:{REPOSITORY}"}})
-    assert (ended.codes, list(ended.told)) == ([3, 3, 3], ["n2"])
-    assert ended.told["n2"].startswith("timm is 0.0.1, and ")
-
-
-def test_other_settings(ranks: Ranks) -> None:
-    ended = ranks.run(2, "run.keep=${env:KEEP}", own={0: {"KEEP": "3"}, 1: {"KEEP": "4"}})
-    assert (ended.codes, ended.told) == ([2, 2], {})
-    assert ended.errors == ["run.keep differs: 3 on n0; 4 on n1"]
-
-
-def test_settings_that_cannot_work_are_told_at_once(ranks: Ranks) -> None:
-    """By rank 0, before ranks look for each other: here the other never comes."""
-    arguments = ("engine.micro_batch=5", "run.keep=0", "data.val=/nowhere/val")
-    ended = ranks.run(1, *arguments, of=2)
-    assert ended.codes == [2]
-    for told in ("engine.micro_batch = 5 (command line): must be even", "run.keep = 0", "data.val = /nowhere/val"):
-        assert told in ended.err
-    assert ended.out == ""
-    assert ended.seconds < 10
-    silent = ranks.run(1, *arguments, own={0: {"RANK": "1"}}, of=2)
-    assert (silent.codes, silent.out, silent.err) == ([2], "", "")
-
-
-def test_batch_sizes_are_divided_over_the_ranks(ranks: Ranks) -> None:
-    ended = ranks.run(1, own={0: {"WORLD_SIZE": "5"}})
-    assert ended.codes == [2]
-    assert "global_batch = 24 can't be divided over 5 ranks of engine.micro_batch = 4" in ended.err
-
-
-def test_a_disk_that_is_too_small(ranks: Ranks) -> None:
-    ended = ranks.run(1, "run.keep=9999999")
-    assert (ended.codes, ended.told) == ([2], {})
-    assert "run.dir = " in ended.errors[0]
-    assert "GB are needed for 10000000 checkpoints more of 0.0462 GB each; free space there" in ended.errors[0]
-
-
-def test_a_run_directory_of_other_settings(ranks: Ranks) -> None:
-    run = ranks.folder / "run"
-    (run / "checkpoints" / "step-000000001").mkdir(parents=True)
-    (run / "config.yaml").write_text((ranks.folder / "job.yaml").read_text().replace("1e-3", "2e-3"))
-    ended = ranks.run(1)
-    assert ended.codes == [2]
-    assert "optim.lr: 0.002 -> 0.001" in ended.err
-    assert "optim.lr" not in ranks.run(1, "run.keep=9999999", "--force-config").err
-
-
-def test_a_node_without_gpus(ranks: Ranks) -> None:
-    ended = ranks.run(1, "engine.device=cuda", own={0: {"CUDA_VISIBLE_DEVICES": ""}})
-    assert ended.codes == [2]
-    assert "engine.device=cuda, and this node has no GPU (" in ended.errors[0]
-    assert "--gpus-per-node" in ended.errors[0]
-
-
-def test_a_rank_that_never_comes(ranks: Ranks) -> None:
-    """What can be looked at without it is looked at."""
-    ended = ranks.run(2, own={0: {"PATIENCE": "4"}, 1: {"TRAIN": "/nowhere/train"}}, of=3)
-    assert ended.codes == [3, 3]
-    assert ended.out.startswith("preflight: 2 of 3 ranks on 2 nodes\n")
-    assert "rank 2 did not come within 4 s" in ended.errors
-    assert list(ended.told) == ["n1"]
-
-
-def test_rank_0_never_comes(ranks: Ranks) -> None:
-    ended = ranks.run(1, own={0: {"RANK": "1", "PATIENCE": "1"}}, of=2)
-    assert ended.codes == [3]
-    assert "error on rank 1 on n0: rank 0 at 127.0.0.1:" in ended.err
-    assert "has not answered for 1 s" in ended.err
-
-
-@pytest.mark.parametrize(
-    ("trouble", "told"),
-    [
-        ("Here._spaces = lambda self: time.sleep(100)", "rank 1 has not answered for 4 s while looking at its disks"),
-        ("Here._spaces = lambda self: os.kill(os.getpid(), signal.SIGKILL)", "rank 1 ended while looking at its disks"),
-    ],
-)
-def test_a_rank_that_hangs_or_dies_is_named(ranks: Ranks, trouble: str, told: str) -> None:
-    ended = ranks.run(2, own={0: {"PATIENCE": "4"}, 1: {"TROUBLE": trouble}})
-    assert ended.told == {"n1": told}
-    assert ended.codes == [3, -signal.SIGKILL if "KILL" in trouble else 3]  # one whose work hangs ends all the same
-    assert ended.seconds < 20
-
-
-def test_a_rank_that_dies_in_the_network_is_told_from_those_that_wait_for_it(ranks: Ranks) -> None:
-    wait = "import launch.preflight.network as network; network.TIMEOUT /= 5"
-    die = "Rank = preflight.Rank; Rank.import_torch = lambda *given: None; Rank.meet = lambda *given: os.kill(os.getpid(), signal.SIGKILL)"
-    ended = ranks.run(2, own={0: {"TROUBLE": wait}, 1: {"TROUBLE": die}})
-    assert ended.told == {"n1": "rank 1 ended while timing the network"}
+def test_a_request_to_stop_is_passed_on(run_step: Callable[..., Ended]) -> None:
+    assert run_step("nodes", code=128 + signal.SIGUSR1, troubles={1: "os.kill(os.getpid(), signal.SIGUSR1)"}).code == 128 + signal.SIGUSR1

@@ -1,4 +1,4 @@
-"""What preflight concludes from what nodes have found, and what it takes to find it: judgements over plain data."""
+"""Verdicts of preflight over plain data, and the reading of GPUs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,84 +7,123 @@ from typing import Any
 import pynvml
 import pytest
 
-from launch.preflight.__main__ import counts, find_position, show
-from launch.preflight.gpus import Gpu, broken, hot, read_gpus
-from launch.preflight.network import rounds
-from launch.preflight.nodes import BACKBONES, Node, Problem, checkpoint_bytes
-from launch.preflight.roll_call import Silent, offset
-from launch.preflight.verdict import SKEW, Verdict, judge, judge_absent, judge_silent, pair_rate, read_rate, spans, table
+from launch.preflight.__main__ import show_verdict
+from launch.preflight.gpus import Gpu, is_hot, list_faults, read_gpus
+from launch.preflight.network import ring_rounds
+from launch.preflight.node import BACKBONES, Node, Problem, checkpoint_bytes
+from launch.preflight.verdict import (
+    MAX_SKEW_S,
+    Task,
+    Verdict,
+    exchange_rates,
+    judge_network,
+    judge_nodes,
+    judge_tasks,
+    node_table,
+    read_rate,
+)
 from pretrain.config import load
-from pretrain.run.attempts import heard
+from tests.support.events import read_events, without_events
 
 
 def fit(name: str, **changes: Any) -> Node:
-    node = Node(name, [0], versions={"torch": "2.13.0", "commit": "c"}, settings={"seed": 0}, fingerprints={"data.train": "f"})
+    node = Node(name, versions={"torch": "2.13.0", "commit": "c"}, settings={"seed": "0"}, fingerprints={"data.train": "f"})
     return replace(node, **changes)
 
 
-def test_problems_of_some_nodes_are_theirs_and_those_of_all_are_the_jobs() -> None:
+def judge(*nodes: Node, device: str = "cpu", tasks: int = 1) -> Verdict:
+    return judge_nodes(nodes, device, tasks)
+
+
+# ---------------------------------------------------------------- nodes
+
+
+def test_problems_of_some_nodes_make_them_unfit_and_those_of_all_end_the_job() -> None:
     problem = Problem("data.train", "gone")
-    verdict = judge([fit("a", problems=[problem]), fit("b"), fit("c")], "cpu")
+    verdict = judge(fit("a", problems=[problem]), fit("b"), fit("c"))
     assert (verdict.code, verdict.unfit, verdict.settings) == (3, {"a": ["gone"]}, [])
-    verdict = judge([fit("a", problems=[problem]), fit("b", problems=[problem, Problem("disk", "full")])], "cpu")
+    verdict = judge(fit("a", problems=[problem]), fit("b", problems=[problem, Problem("disk", "full")]))
     assert (verdict.code, verdict.settings) == (2, ["on every node: gone"])
     assert verdict.unfit == {"b": ["full"]}
-    own = Problem("GPU", "broken", own=True)
-    assert judge([fit("a", problems=[own]), fit("b", problems=[own])], "cpu").unfit == {"a": ["broken"], "b": ["broken"]}
-    assert judge([fit("a", problems=[problem])], "cpu").settings == ["gone"]
-    assert judge([fit("a"), fit("b")], "cpu").code == 0
+    defect = Problem("GPU", "broken", is_defect=True)
+    assert judge(fit("a", problems=[defect]), fit("b", problems=[defect])).unfit == {"a": ["broken"], "b": ["broken"]}
+    assert judge(fit("a", problems=[problem])).settings == ["gone"]
+    assert judge(fit("a"), fit("b")).code == 0
 
 
-def test_a_commit_that_a_node_cannot_tell_is_no_difference() -> None:
-    unknown = fit("b", versions={"torch": "2.13.0", "commit": "unknown"})
-    assert judge([fit("a"), unknown], "cpu").code == 0
-    assert judge([fit("a"), fit("b", versions={"torch": "2.13.0", "commit": "c-dirty"})], "cpu").code == 2
+def test_a_problem_that_two_nodes_check_for_ends_the_job_if_both_have_it() -> None:
+    problem = Problem("shard 7", "damaged", checkers=2)
+    assert judge(fit("a", problems=[problem]), fit("b"), fit("c")).unfit == {"a": ["damaged"]}
+    assert judge(fit("a", problems=[problem]), fit("b", problems=[problem]), fit("c")).settings == ["on every node: damaged"]
 
 
-GOOD = Gpu(0, "H", memory=80 << 30, used=1 << 29, uncorrected=0)
+def test_a_node_unlike_most_is_unfit_and_without_a_majority_the_job_ends() -> None:
+    for changes in ({"versions": {"torch": "2.12.0"}}, {"settings": {"seed": "1"}}, {"fingerprints": {"data.train": "g"}}):
+        verdict = judge(fit("a"), fit("b", **changes), fit("c"))
+        assert (verdict.code, list(verdict.unfit)) == (3, ["b"])
+        verdict = judge(fit("a"), fit("b", **changes))
+        assert (verdict.code, len(verdict.settings)) == (2, 1)
+    assert judge(fit("a"), fit("b", versions={"torch": "2.13.0", "commit": "unknown"})).code == 0  # git may be missing on a node
+
+
+def test_slow_disks() -> None:
+    def node(name: str, seconds: float) -> Node:
+        return fit(name, read_bytes=64 << 20, read_seconds=seconds)
+
+    fast = [node(name, 1.0) for name in "abc"]
+    assert judge(*fast).warnings == []
+    (warning,) = judge(*fast, node("d", 3.0)).warnings
+    assert warning.startswith("d: reads data.train at 22.4 MB/s, the others at 67.1 MB/s")
+    assert judge(*fast, fit("d", read_bytes=1 << 20, read_seconds=9.0)).warnings == []  # too little for a rate
+    assert (read_rate(fast[0]), read_rate(fit("a"))) == (64 << 20, None)
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+SOUND = Gpu(0, "H", memory=80 << 30, used=1 << 29, uncorrected=0)
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "fault"),
     [
         ({"uncorrected": 3}, "3 uncorrected ECC errors"),
-        ({"repair_pending": True}, "wait for a reset"),
+        ({"repair_pending": True}, "repair is pending"),
         ({"repair_failed": True}, "could not be remapped"),
         ({"clocks": pynvml.nvmlClocksEventReasonHwThermalSlowdown | 1}, "held down by hardware thermal slowdown"),
         ({"clocks": pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown}, "power brake"),
-        ({"used": 9 << 30}, "9.7 of 85.9 GB are in use by others"),
+        ({"used": 9 << 30}, "9.7 of 85.9 GB are in use by other processes"),
     ],
 )
-def test_broken_gpus(changes: dict[str, Any], told: str) -> None:
-    bad = replace(GOOD, **changes)
-    assert told in broken(bad)[0]
-    assert judge([fit("a", gpus=[bad]), fit("b", gpus=[GOOD])], "auto").unfit == {"a": broken(bad)}
-    assert judge([fit("a", gpus=[bad])], "cpu").code == 0  # of a job that wants none nobody asks
+def test_faulty_gpus(changes: dict[str, Any], fault: str) -> None:
+    faulty = replace(SOUND, **changes)
+    assert fault in list_faults(faulty)[0]
+    assert judge(fit("a", gpus=[faulty]), fit("b", gpus=[SOUND]), device="auto").unfit == {"a": list_faults(faulty)}
+    assert judge(fit("a", gpus=[faulty])).code == 0  # a job on CPUs
 
 
-def test_gpus_that_are_well() -> None:
-    idle = replace(GOOD, clocks=pynvml.nvmlClocksEventReasonGpuIdle | pynvml.nvmlClocksEventReasonSwPowerCap, uncorrected=None)
-    assert broken(idle) == []
-    assert not hot(idle)
-    warm = replace(GOOD, clocks=pynvml.nvmlClocksEventReasonSwThermalSlowdown)
-    verdict = judge([fit("a", gpus=[warm])], "cuda")
+def test_sound_gpus() -> None:
+    idle = replace(SOUND, clocks=pynvml.nvmlClocksEventReasonGpuIdle | pynvml.nvmlClocksEventReasonSwPowerCap, uncorrected=None)
+    assert list_faults(idle) == []
+    assert not is_hot(idle)
+    warm = replace(SOUND, clocks=pynvml.nvmlClocksEventReasonSwThermalSlowdown)
+    verdict = judge(fit("a", gpus=[warm]), device="cuda")
     assert (verdict.code, verdict.warnings) == (0, ["a: GPU 0 is hot, and its clocks are held down"])
 
 
 def test_too_few_gpus() -> None:
     lacking = fit("a", no_gpus="NVML: Driver Not Loaded")
-    both = [lacking, fit("b", gpus=[GOOD])]
     for device in ("auto", "cuda"):
-        assert "this node has no GPU (NVML: Driver Not Loaded)" in judge(both, device).unfit["a"][0]
-    assert judge([lacking], "cuda").code == 2
-    assert judge([lacking], "auto").code == 0
-    assert "1 GPUs for 2 ranks" in judge([fit("a", gpus=[GOOD], ranks=[0, 1])], "cuda").settings[0]
-    shown = table([fit("a", gpus=[GOOD, replace(GOOD, number=1, repair_failed=True)])], "cuda")
-    assert "2 x H 86 GB, 0.5 GB used at most, 1 broken" in shown
+        assert "this node has no GPU (NVML: Driver Not Loaded)" in judge(lacking, fit("b", gpus=[SOUND]), device=device).unfit["a"][0]
+    assert judge(lacking, device="cuda").code == 2
+    assert judge(lacking, device="auto").code == 0
+    assert "1 GPUs for 2 ranks" in judge(fit("a", gpus=[SOUND]), device="cuda", tasks=2).settings[0]
+    table = node_table([fit("a", gpus=[SOUND, replace(SOUND, number=1, repair_failed=True)])], "cuda")
+    assert "2 x H 86 GB, at most 0.5 GB used, 1 faulty" in table
 
 
 def test_reading_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the order and with the choice of CUDA_VISIBLE_DEVICES, from a card that counts no errors."""
+    """CUDA_VISIBLE_DEVICES selects and orders the GPUs; this card does not count errors."""
 
     def unsupported(*given: object) -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
@@ -108,86 +147,88 @@ def test_reading_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus[0] == Gpu(0, "card 2", memory=80, used=2, uncorrected=None, repair_pending=True, repair_failed=False, clocks=8)
 
 
+# ---------------------------------------------------------------- tasks and network
+
+
+def task(rank: int, host: str, **changes: Any) -> Task:
+    return Task(rank, host, **{"steps": 3, "result": {}, **changes})
+
+
+def test_all_tasks_without_a_result_are_named() -> None:
+    tasks = [task(0, "a"), task(1, "b", result=None, doing="reading"), task(2, "c", result=None, error="KeyError: 3")]
+    verdict = judge_tasks(tasks, ["a", "b", "c", "d"], 1, collective=False)
+    assert verdict.unfit == {
+        "b": ["rank 1 stopped responding while reading"],
+        "c": ["rank 2 failed while starting: KeyError: 3"],
+        "d": ["1 of its 1 tasks reported nothing"],
+    }
+    assert judge_tasks(tasks[:1], ["a"], 1, collective=False).code == 0
+
+
+def test_the_cause_is_told_from_tasks_that_wait_for_it() -> None:
+    failed, silent, early = {"result": None, "error": "timeout"}, {"result": None, "steps": 3}, {"result": None, "steps": 2}
+
+    def unfit(*changes: dict[str, Any], present: int = 4) -> dict[str, list[str]]:
+        tasks = [task(rank, "ab"[rank // 2], **values) for rank, values in enumerate(changes)]
+        return judge_tasks(tasks[:present], ["a", "b"], 2, collective=True).unfit
+
+    assert unfit({}, {}, {}, {}) == {}
+    assert list(unfit(failed, failed, failed, silent)) == ["b"]
+    assert list(unfit(silent, silent, early, silent)) == ["b"]
+    assert list(unfit(failed, failed, failed, {}, present=3)) == ["b"]
+    assert unfit({}, failed, {}, {}) == {"a": ["rank 1 failed while starting: timeout"]}
+
+
+def test_a_failure_of_every_node_names_none() -> None:
+    tasks = [task(rank, name, result=None, error="timeout") for rank, name in enumerate("ab")]
+    verdict = judge_tasks(tasks, ["a", "b"], 1, collective=True)
+    assert (verdict.code, verdict.unfit, verdict.unattributed) == (3, {}, ["on every node: rank 0 failed while starting: timeout"])
+    assert judge_tasks(tasks[:1], ["a"], 1, collective=True).unfit  # a single node is
+
+
 def test_clocks() -> None:
-    assert offset([(10.0, 15.0, 10.5), (20.0, 23.1, 20.2), (30.0, 99.0, 40.0)]) == pytest.approx(3.0)
-    verdict = judge([fit("a"), fit("b", clock=-SKEW - 0.5), fit("c", clock=SKEW - 0.1)], "cpu")
-    assert verdict.code == 0
-    assert [warning.partition(":")[0] for warning in verdict.warnings] == ["b"]
-    assert "-1.5 s off a's" in verdict.warnings[0]
+    results = {"a": {"clock": 100.0}, "b": {"clock": 98.5}, "c": {"clock": 100.0 + MAX_SKEW_S - 0.1}}
+    (warning,) = judge_network(results, {}).warnings
+    assert warning.startswith("b: its clock is -1.5 s off the clock of a")
 
 
-def test_slow_nodes() -> None:
-    def node(name: str, read: float, pair: float) -> Node:
-        return fit(name, read_bytes=64 << 20, read_seconds=read, pair_bytes=1 << 20, pair_seconds=pair)
+def test_a_slow_network() -> None:
+    """The better of a node's two exchanges counts, and of each exchange the slower side's time."""
+    seconds = {(0, 1): 1.0, (1, 2): 4.0, (2, 0): 4.0}  # a and b are fast, c is slow
 
-    quick = [node(name, 1.0, 0.1) for name in "abc"]
-    assert judge(quick, "cpu").warnings == []
-    warnings = judge([*quick, node("d", 3.0, 0.1), node("e", 1.0, 0.3)], "cpu").warnings
-    assert [warning.split(" at ")[0] for warning in warnings] == ["d: reads data.train", "e: exchanges with its neighbours"]
-    assert judge([*quick, fit("d", read_bytes=1 << 20, read_seconds=9.0)], "cpu").warnings == []  # of a megabyte nobody can tell
-    two = judge([node("a", 1.0, 0.1), node("b", 2.5, 0.9)], "cpu").warnings
-    assert [warning.split(" at ")[0] for warning in two] == ["b: reads data.train"]
-    assert (read_rate(quick[0]), pair_rate(fit("a"))) == (64 << 20, None)
+    def result(rank: int) -> dict[str, Any]:
+        exchanges = [(sum(pair) - rank, time) for pair, time in seconds.items() if rank in pair]
+        return {"bytes": 8, "clock": 0.0, "exchange_s": exchanges}
+
+    tasks = [task(rank, name, result=result(rank)) for rank, name in enumerate("abc")]
+    rates = exchange_rates(tasks)
+    assert rates == {"a": 8.0, "b": 8.0, "c": 2.0}
+    (warning,) = judge_network({"a": {"clock": 0.0}}, rates).warnings
+    assert warning.startswith("c: exchanges data with its neighbors at ")
+    assert judge_network({"a": {"clock": 0.0}}, {"a": 8.0, "b": 2.0}).warnings == []  # of two nodes, each has the other's figure
+    assert exchange_rates([task(0, "a", result={"exchange_s": []})]) == {}
 
 
 @pytest.mark.parametrize("nodes", range(1, 10))
-def test_pairs_tell_one_slow_node_from_its_neighbours(nodes: int) -> None:
-    found = rounds(nodes)
-    for pairs in found:
+def test_pairs_tell_one_slow_node_from_its_neighbors(nodes: int) -> None:
+    rounds = ring_rounds(nodes)
+    for pairs in rounds:
         busy = [node for pair in pairs for node in pair]
         assert len(busy) == len(set(busy))
     for slow in range(nodes if nodes > 2 else 0):
-        best = [min(9 if slow in pair else 1 for pairs in found for pair in pairs if node in pair) for node in range(nodes)]
+        best = [min(9 if slow in pair else 1 for pairs in rounds for pair in pairs if node in pair) for node in range(nodes)]
         assert [node for node in range(nodes) if best[node] == 9] == [slow]
 
 
-def test_silent_ranks() -> None:
-    nodes = [fit("a", ranks=[0, 1]), fit("b", ranks=[2, 3])]
-    failed, hung, ended = (Silent(kind, kind) for kind in ("failed", "hung", "ended"))  # type: ignore[arg-type]
-    assert judge_silent({}, nodes).code == 0
-    assert judge_silent({0: failed, 1: failed, 2: failed, 3: hung}, nodes).unfit == {"b": ["rank 3 hung"]}
-    assert judge_silent({0: hung, 1: failed, 2: ended}, nodes).unfit == {"b": ["rank 2 ended"]}
-    assert judge_silent({0: hung, 3: hung}, nodes).nameless == ["on every node: rank 0 hung"]
-    assert judge_silent({0: failed}, nodes[:1]).code == 3
-    assert judge_silent({0: hung}, nodes[:1]).code == 3
+# ---------------------------------------------------------------- output
 
 
-def test_ranks_that_do_not_come_are_missed_where_slurm_put_them() -> None:
-    verdict = judge_absent([2, 3], {"a": 2}, {"a": 2, "b": 2}, 20)
-    assert verdict.unfit == {"b": ["2 of its 2 ranks did not come within 20 s (of all, ranks 2-3)"]}
-    assert judge_absent([], {"a": 2}, {"a": 2}, 20).code == 0
-    assert judge_absent([1], {"a": 1}, {}, 20).nameless == ["rank 1 did not come within 20 s"]
-
-
-def test_texts() -> None:
-    assert counts("8(x2),4,1(x3)") == [8, 8, 4, 1, 1, 1]
-    assert spans([9, 0, 1, 2, 4]) == "0-2, 4, 9"
-
-
-def test_the_batch_script_is_told_in_short(capsys: pytest.CaptureFixture[str]) -> None:
-    """Slurm passes on lines of over 1,000 bytes in pieces; JSON takes six for a letter that is not ASCII."""
-    reason = "é" * 1000
-    show(Verdict(unfit={"node" * 15: [reason, "more"]}), "")
+def test_unfit_nodes_are_printed_and_emitted(capsys: pytest.CaptureFixture[str]) -> None:
+    show_verdict(Verdict(unfit={"n1": ["one", "two"]}), None)
     out, err = capsys.readouterr()
-    told = [line for line in out.splitlines() if heard(line)]
-    assert len(told) == 1
-    assert len(told[0].encode()) < 1000
-    assert f"{reason}\n" in err
-    assert out.splitlines()[-1] == f"preflight: unfit: {'node' * 15}"
-
-
-def test_where_a_rank_is() -> None:
-    task = {"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURMD_NODENAME": "n1"}
-    position = find_position(task | {"MASTER_ADDR": "n0", "MASTER_PORT": "12345"})
-    assert (position.rank, position.ranks, position.local_rank, position.node, position.address, position.port) == (
-        9,
-        16,
-        1,
-        "n1",
-        "n0",
-        12345,
-    )
-    assert (find_position({}).rank, find_position({}).ranks) == (0, 1)
+    assert [event.values for event in read_events(out)] == [{"host": "n1", "reason": "one; two"}]
+    assert err == "error: n1: one\nerror: n1: two\n"
+    assert without_events(out) == ["preflight: unfit: n1"]
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def test_a_node_that_preflight_names_is_left_out(jobs: Jobs, cluster: Cluster) -
     assert (end.outcome, end.excluded, end.again) == ("unfit", ("n1",), True)
     cluster.skip_requeue_wait(job)
     output = jobs.complete(job)
-    assert "without n1 from now on" in output
+    assert "excluding n1 from now on" in output
     assert [attempt.nodes for attempt in jobs.attempts(job)] == [("n0", "n1"), ("n0", "n2")]
     assert cluster.job(job)["ExcNodeList"] == "n1"
 

@@ -67,7 +67,7 @@ def test_an_array_of_tasks_packs_stops_and_goes_on(cluster: Cluster, source: Pat
     wait_for(lambda: all(map(packed, range(3))))
     tasks = ids_of_tasks(cluster, job)
     cluster.signal(tasks[0], "USR1", batch=True)  # as --signal does ahead of the time limit
-    wait_for(lambda: "it goes back to the queue" in (tmp_path / "0.out").read_text())
+    wait_for(lambda: "requeueing task 0 of job" in (tmp_path / "0.out").read_text())
     for pid in processes(cluster.config):  # another is killed, as when a node fails
         with contextlib.suppress(OSError):  # it ended meanwhile
             environment = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.monitor.watchdog import find_hung_rank
-from pretrain.run.attempts import heard
 from pretrain.run.exit_codes import EXIT_HUNG
 from pretrain.run.position import PAGE, PHASES, Position, SharedPosition, create_page
 from tests.support import REPOSITORY, jobs
+from tests.support.events import read_events
 from tests.support.ranks import join, kill, start_training
 
 pytestmark = pytest.mark.slow
@@ -94,9 +94,8 @@ def test_a_rank_that_hangs_is_named_and_all_end(tmp_path: Path, drawn: Path) -> 
     finally:
         kill(processes)
     log = (tmp_path / "log").read_text()
-    told = [found for line in log.splitlines() if (found := heard(line))]
-    assert [kind for kind, _ in told] == ["hang"]
-    assert (told[0][1]["rank"], told[0][1]["step"]) == (1, 5)
+    (event,) = read_events(log)
+    assert (event.kind, event.values["rank"], event.values["step"]) == ("hang", 1, 5)
     assert re.search(r"HANG: rank 1 on \S+ is behind: it is in step 5 \(data\), while others wait in step 5 \((backward|log)\)", log)
     for rank in range(2):
         assert re.search(rf"rank {rank} on \S+ has not finished a step for 2 s; it is in step 5", log)
