@@ -1,4 +1,4 @@
-"""From an index and an order to batches on the device: the graphs of training and evaluation, and what feeds them.
+"""Data loaders for training and evaluation: from an index and a sample order to batches on the device.
 
     settings = DataConfig(image_size=224)
     placement = Placement(device, micro_batch=64, rank=rank, ranks=ranks)
@@ -8,10 +8,10 @@
 
     with EvalLoader(index, settings, placement) as loader:
         for batch in loader: …                     # every sample once over all ranks; the last batch may be smaller
-        for batch in loader: …                     # and again, with the same pipeline
+        for batch in loader: …                     # all samples again, with the same pipeline
 
-DALI decodes only the crop, resizes, applies the operators of RandAugment or colour jitter, and normalises. The graph is the same on a
-CPU and on a GPU, where JPEG bytes cross to the device and pixels never cross back; pipeline.py runs it.
+DALI decodes the crop, resizes, applies the operators of RandAugment or color jitter, and normalizes. The graph is the same on a CPU and
+on a GPU, to which encoded bytes are copied; pixels are never copied back. pipeline.py runs the graph.
 """
 
 import itertools
@@ -46,10 +46,17 @@ from data.settings import DataConfig
 
 
 class TrainLoader(Loader):
-    """One rank's micro-batches of the steps `start` to `end` - 1 but for those that it skips, in slot order.
+    """Loads one rank's micro-batches of a range of training steps, in slot order.
 
-    With mixup and cutmix both off, batches come with mix None. Ranks and micro-batch must divide the global batch. The ranks of a node
-    share the cache of a dataset at a URL. Without a `quarantine` it begins with an empty one.
+    Args:
+        index: the dataset.
+        order: the sample order of the job; ranks and micro-batch must divide its global batch.
+        settings: the augmentation and the threads.
+        placement: this rank. The ranks of a node share the cache of a dataset at a URL.
+        start: the first step, counted from the start of training.
+        end: the step after the last one.
+        is_skipped: returns whether a step has no batches.
+        quarantine: the known bad samples; without it, none are known.
     """
 
     def __init__(
@@ -81,19 +88,22 @@ class TrainLoader(Loader):
         index, order = self.index, self.order
         if not index.remote:
             return ShardStore(index)
-        at_once = compute_peak_bytes(order, index.shard_bytes, self.placement.ranks, self.start, self.end)
+        peak_bytes = compute_peak_bytes(order, index.shard_bytes, self.placement.ranks, self.start, self.end)
         uses = plan_shard_uses(order, self.slots, self.start, self.end)
-        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node)
+        return FetchedShards(
+            index, uses, peak_bytes=peak_bytes, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node
+        )
 
-    def _work(self) -> Iterator[Slots]:
+    def _list_slots(self) -> Iterator[Slots]:
         copies = self.order.copies[self.slots].reshape(-1, self.placement.micro_batch)
         for step in itertools.filterfalse(self.is_skipped, range(self.start, self.end)):
             epoch, step_in_epoch = self.order.locate(step)
-            own = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.placement.micro_batch)
-            for number, ids in enumerate(own):
-                yield Slots(ids, copies[number], epoch, step, done=step + (number + 1 == len(own)))
+            micro_batches = self.order.batch(epoch, step_in_epoch)[self.slots].reshape(-1, self.placement.micro_batch)
+            for number, ids in enumerate(micro_batches):
+                is_last = number + 1 == len(micro_batches)
+                yield Slots(ids, copies[number], epoch, step, done=step + is_last)
 
-    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
         drawn, image_size = self.recipe.draw(epoch, ids, copies, self.index.samples[ids]), self.settings.image_size
         corner, shape = np.ascontiguousarray(drawn.crops[:, :2]), np.ascontiguousarray(drawn.crops[:, 2:])
         size = np.full((len(ids), 2), image_size, np.int32)
@@ -104,11 +114,11 @@ class TrainLoader(Loader):
         assert self._noise is not None
         self._noise.erase(images, erased)
 
-    def _mix(self, slots: Slots) -> Mix | None:
-        """Of the samples that the order has, not of those that take their place: a bad one changes nothing for its partner."""
+    def _draw_mix(self, slots: Slots) -> Mix | None:
+        """Draws the mix for the samples of the order, not for replacements: a bad sample does not change its partner's mix."""
         return self.recipe.mix(slots.epoch, slots.ids, slots.copies)
 
-    def _graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
+    def _define_graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
         crops = fn.decoders.image_slice(
             encoded,
             start=start,
@@ -116,11 +126,11 @@ class TrainLoader(Loader):
             axis_names="HW",
             device="mixed" if self.device.type == "cuda" else "cpu",
             output_type=DALIImageType.RGB,
-            adjust_orientation=False,  # the index, and so the crop, speaks of the image as it is stored
+            adjust_orientation=False,  # the sizes in the index, and so the crops, are those before EXIF orientation
             hw_decoder_load=self.settings.hw_decoder_load,
         )
         images = resize(crops, size, linear, self._resizer)
-        fill = [float(round(255 * mean)) for mean in self.settings.mean]  # as timm fills what geometry leaves empty
+        fill = [float(round(255 * mean)) for mean in self.settings.mean]  # timm's fill color
         for first in range(0, len(layers), 3):
             group, matrix, value = layers[first : first + 3]
             images = apply_layer(images, group, matrix, value, fill)
@@ -128,14 +138,17 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """One rank's samples, each once, in micro-batches of which the last may be smaller; steps count from 0. Every iteration is a pass
-    over all of them, with the pipeline of the first.
+    """Loads one rank's samples, each once an iteration, in micro-batches of which the last may be smaller; steps count from 0.
 
-    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop,
-    then the central square of image_size; with eval_resize "squash" straight to image_size x image_size. A rank without samples
-    yields nothing. Bad samples are left out.
+    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop, then the
+    central square of image_size; with eval_resize "squash" directly to image_size x image_size. Bad samples are skipped.
 
-    `samples` are the ids to take, int64 and ascending; without them, those of `evaluated`.
+    Args:
+        index: the dataset.
+        settings: sizes and threads.
+        placement: this rank.
+        quarantine: the known bad samples, which must not be replaced; without it, none are known.
+        samples: ids, int64 and ascending; without them, those of select_evaluated.
     """
 
     def __init__(
@@ -149,7 +162,7 @@ class EvalLoader(Loader):
     ) -> None:
         self.placement = placement
         self.samples = select_evaluated(index, settings) if samples is None else samples
-        self.own = self.samples[select_evaluation_ids(len(self.samples), placement.rank, placement.ranks)]
+        self.rank_samples = self.samples[select_evaluation_ids(len(self.samples), placement.rank, placement.ranks)]
         size = linear = corner = DALIDataType.INT32
         quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
         super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=placement.micro_batch, device=placement.device)
@@ -159,53 +172,61 @@ class EvalLoader(Loader):
         if not index.remote:
             return ShardStore(index)
         uses = plan_evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.placement.micro_batch, self.placement.ranks)
-        at_once = compute_evaluation_peak_bytes(uses, index.shard_bytes)
-        return FetchedShards(index, uses, at_once=at_once, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node)
+        peak_bytes = compute_evaluation_peak_bytes(uses, index.shard_bytes)
+        return FetchedShards(
+            index, uses, peak_bytes=peak_bytes, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node
+        )
 
-    def _work(self) -> Iterator[Slots]:
+    def _list_slots(self) -> Iterator[Slots]:
         micro_batch = self.placement.micro_batch
-        for step, start in enumerate(range(0, len(self.own), micro_batch)):
-            ids = self.own[start : start + micro_batch]
+        for step, start in enumerate(range(0, len(self.rank_samples), micro_batch)):
+            ids = self.rank_samples[start : start + micro_batch]
             yield Slots(ids, np.zeros_like(ids), epoch=0, step=step, done=step + 1)
 
-    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
         samples = self.index.samples[ids]
         size = compute_resized_shape(samples["width"], samples["height"], self.settings)
         corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
         return (size.astype(np.int32), np.zeros(len(ids), np.int32), corner), None
 
-    def _graph(self, encoded: Any, size: Any, linear: Any, corner: Any) -> tuple[Any, Any]:
+    def _define_graph(self, encoded: Any, size: Any, linear: Any, corner: Any) -> tuple[Any, Any]:
         images = fn.decoders.image(
             encoded,
             device="mixed" if self.device.type == "cuda" else "cpu",
             output_type=DALIImageType.RGB,
             adjust_orientation=False,
             hw_decoder_load=self.settings.hw_decoder_load,
-            jpeg_fancy_upsampling=True,  # on a GPU: upsample chroma as libjpeg does, which Pillow and the CPU graph use
+            jpeg_fancy_upsampling=True,  # on a GPU, upsamples chroma as libjpeg does, which Pillow and the CPU graph use
         )
         resized = resize(images, size, linear, self._resizer)
         return fn.slice(resized, start=corner, shape=[self.settings.image_size] * 2, axis_names="HW"), 0
 
 
 def select_evaluated(index: Index, settings: DataConfig) -> np.ndarray:
-    """The ids of the samples of data.val that are evaluated, int64, ascending: all but those of the classes in data.val_except.
+    """Returns the ids of the samples to evaluate, int64 and ascending: all but those of the classes in data.val_except.
 
-    Raises ValueError for a name there that is no class's.
+    Raises ValueError for a name in data.val_except that is not a class.
     """
     unknown = [name for name in settings.val_except if name not in index.classes]
     if unknown:
-        raise ValueError(
-            f"data.val_except names {', '.join(unknown)}, which {index.place} has not among its classes; take it out of the list"
-        )
+        raise ValueError(f"data.val_except contains {', '.join(unknown)}, which is not a class of {index.place}; remove it")
     labels = [index.classes.index(name) for name in settings.val_except]
     return np.flatnonzero(~np.isin(index.samples["label"], labels))
 
 
 def compute_resized_shape(widths: np.ndarray, heights: np.ndarray, settings: DataConfig) -> np.ndarray:
-    """(height, width) after the resize of evaluation, int64 (n, 2).
+    """Computes (height, width) after the resize of evaluation.
 
-    As in timm: the shorter side becomes floor(image_size / eval_crop), 256 for 224 and 0.875, and the longer one, as in
-    torchvision's Resize, int(shorter * long / short).
+    The shorter side becomes floor(image_size / eval_crop), as in timm: 256 for 224 and 0.875. The longer side becomes
+    int(shorter * long / short), as in torchvision's Resize.
+
+    Args:
+        widths: pixels, (n,).
+        heights: pixels, (n,).
+        settings: image_size, eval_crop and eval_resize.
+
+    Returns:
+        int64 (n, 2).
     """
     sides = np.stack([heights, widths], axis=1).astype(np.int64)
     if settings.eval_resize == "squash":

@@ -1,12 +1,11 @@
-"""Runs a DALI graph over micro-batches that are read ahead: what training and evaluation share (loader.py has the two).
+"""The base of the data loaders: runs a DALI graph over micro-batches that are read ahead. loaders.py has the two loaders.
 
-A Loader says which samples its micro-batches have (`_work`), what is done to each (`_parameters`), and how (`_graph`). Threads read
-encoded images ahead and compute what is done to them (reader.py); labels and ids travel beside DALI, never through it. One pipeline
-serves all passes; epochs end without a rebuild.
+A loader lists the samples of its micro-batches (`_list_slots`), computes the parameters of each (`_compute_parameters`) and defines
+the graph (`_define_graph`). Threads read encoded images ahead and compute the parameters (read_ahead.py); labels and ids bypass DALI.
+One pipeline serves all epochs.
 
-A bad image is put into quarantine (quarantine.py) and another takes its place, or in evaluation none. It is found by the threads,
-when it can't be read or its header is wrong, or by DALI: then each image that DALI holds is decoded alone, and a new pipeline is
-given all of them again.
+A bad image goes into quarantine (quarantine.py) and is replaced, or skipped in evaluation. The threads find it when it can't be read or
+its header is wrong. Otherwise DALI fails on it: then each image inside DALI is decoded alone, and a new pipeline gets the good ones.
 """
 
 from collections import deque
@@ -36,9 +35,13 @@ from data.settings import DataConfig
 class Batch:
     """A micro-batch of B samples on the device.
 
-    images (B, 3, H, W) float32, normalised, channels-last in memory; labels (B,) int64; ids int64 (B,), on the host: the samples
-    that are really used; mix: how to mix neighbouring samples, None where nothing is mixed; epoch, and step counted from 0 at the
-    start of training.
+    Attributes:
+        images: float32 (B, 3, H, W), normalized, channels-last in memory.
+        labels: int64 (B,).
+        ids: int64 (B,), on the host: the samples that are used, replacements included.
+        mix: how to mix neighboring samples; None without mixup and cutmix.
+        epoch: counted from 0.
+        step: counted from 0 at the start of training.
     """
 
     images: torch.Tensor
@@ -51,8 +54,15 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Slots:
-    """The samples that a micro-batch should have, and which copy of its sample each slot holds, int64 (B,). Once they are read, so is all
-    that steps before `done` take."""
+    """The slots of a micro-batch in the sample order.
+
+    Attributes:
+        ids: int64 (B,), before replacements.
+        copies: int64 (B,): which copy of its sample each slot holds.
+        epoch: counted from 0.
+        step: counted from 0 at the start of training.
+        done: once this micro-batch is read, all steps before `done` are read.
+    """
 
     ids: np.ndarray
     copies: np.ndarray
@@ -63,8 +73,16 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """What DALI is given: the samples that are really used, their encoded images and, in `parameters`, the graph's other inputs, one row
-    a sample; and what is done to images that came out."""
+    """The input of the graph for a micro-batch.
+
+    Attributes:
+        slots: the slots in the sample order.
+        ids: int64 (B,): the samples that are used.
+        encoded: their images, uint8 (bytes,) each.
+        parameters: the graph's other inputs, a row for each sample.
+        erased: boxes that are erased after the graph.
+        mix: passed on in the Batch.
+    """
 
     slots: Slots
     ids: np.ndarray
@@ -74,39 +92,45 @@ class MicroBatch:
     mix: Mix | None
 
 
-# Whether DALI can decode an encoded image: of (epoch, sample, copy, encoded image).
-Decodes = Callable[[int, int, int, np.ndarray], bool]
+# From (epoch, sample, copy, encoded image) to whether DALI can decode the image.
+CanDecode = Callable[[int, int, int, np.ndarray], bool]
 
 
 class Loader:
-    """Runs a graph over micro-batches of at most `max_batch` samples, in order.
+    """Runs a graph over micro-batches, in order. Subclasses implement the methods of the first part.
 
-    What differs between training and evaluation are the methods of the first part. `dtypes` are those of the parameters.
+    Args:
+        index: the dataset.
+        settings: sizes and threads.
+        quarantine: the known bad samples.
+        dtypes: DALI's types of the parameters.
+        max_batch: the most samples of a micro-batch.
+        device: receives the batches.
     """
 
     def _open_store(self) -> ShardStore:
-        """For one pass over the work."""
+        """Opens a store for one pass over the slots."""
         raise NotImplementedError
 
-    def _work(self) -> Iterator[Slots]:
+    def _list_slots(self) -> Iterator[Slots]:
+        """Yields the slots of all micro-batches, in order."""
         raise NotImplementedError
 
-    def _parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
-        """What is done to samples, one row each, and what is erased: functions of the samples that are really used."""
+    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+        """Computes the graph's parameters, a row for each sample that is used, and the boxes to erase."""
         raise NotImplementedError
 
     def _erase(self, images: torch.Tensor, erased: Erased) -> None:
-        """In place, on the device."""
+        """Erases boxes of images in place, on the device."""
         raise NotImplementedError
 
-    def _mix(self, slots: Slots) -> Mix | None:
+    def _draw_mix(self, slots: Slots) -> Mix | None:
+        """Draws how the samples of neighboring slots are mixed."""
         return None
 
-    def _graph(self, encoded: Any, *parameters: Any) -> tuple[Any, Any]:
-        """From the nodes of encoded images and parameters to uint8 images and the mirror flags."""
+    def _define_graph(self, encoded: Any, *parameters: Any) -> tuple[Any, Any]:
+        """Defines the graph: from nodes of encoded images and parameters to nodes of uint8 images and mirror flags."""
         raise NotImplementedError
-
-    # ---------------------------------------------------------------- what they share
 
     def __init__(
         self,
@@ -122,8 +146,8 @@ class Loader:
         self._dtypes, self._max_batch = dtypes, max_batch
         self._store: ShardStore | None = None
         self._reader: ReadAhead[Slots, MicroBatch] | None = None
-        self._inside: deque[MicroBatch] = deque()  # given to DALI, not yet come out
-        self._again: deque[MicroBatch] = deque()  # to be given to DALI before what the reader has
+        self._inside: deque[MicroBatch] = deque()  # inside DALI
+        self._retried: deque[MicroBatch] = deque()  # to be passed to DALI before those of the reader
         self._pipeline: Pipeline | None = None
         self._resizer = CpuResizer(settings.decode_threads)
         self._closed = False
@@ -131,17 +155,17 @@ class Loader:
     def _start(self) -> None:
         self._store = self._open_store()
         threads = self.settings.read_threads
-        self._reader = ReadAhead(self._work(), self._read, threads=threads, depth=threads + 2)
+        self._reader = ReadAhead(self._list_slots(), self._read, threads=threads, depth=threads + 2)
 
     def _stop(self) -> None:
         if self._reader is not None:
             assert self._store is not None
-            self._store.close()  # first, as the reader's threads may be waiting for it
+            self._store.close()  # first, because the reader's threads may wait for it
             self._reader.close()
             self._reader = None
 
-    def _build(self, max_batch: int, feed: Callable[[], list[Any]], prefetch: int) -> Pipeline:
-        # With the dynamic executor every output owns its memory (the others reuse theirs), so batches need no copy.
+    def _build_pipeline(self, max_batch: int, feed: Callable[[], list[Any]], prefetch: int) -> Pipeline:
+        # Outputs of the dynamic executor own their memory, which the other executors reuse, so batches need no copy.
         @pipeline_def(  # type: ignore[call-overload]  # its stub lacks exec_dynamic
             batch_size=max_batch,
             num_threads=self.settings.decode_threads,
@@ -152,7 +176,7 @@ class Loader:
         )
         def graph() -> Any:
             dtypes = [DALIDataType.UINT8, *self._dtypes]
-            images, mirror = self._graph(*fn.external_source(feed, num_outputs=len(dtypes), batch=True, dtype=dtypes))
+            images, mirror = self._define_graph(*fn.external_source(feed, num_outputs=len(dtypes), batch=True, dtype=dtypes))
             return fn.crop_mirror_normalize(
                 images,
                 mirror=mirror,
@@ -166,25 +190,31 @@ class Loader:
         pipeline.build()
         return pipeline
 
-    def _read(self, slots: Slots, decodes: Decodes | None = None) -> MicroBatch:
-        """What DALI is to be given for these slots. With `decodes` (see Alone) all images are tried, and shards may no longer be held.
-        Runs in the reading threads."""
-        epoch = slots.epoch
-        found = [self._image(*slot, epoch, decodes) for slot in zip(slots.ids.tolist(), slots.copies.tolist(), strict=True)]
-        used = [image for image in found if image is not None]
-        ids = np.array([sample for sample, _ in used], np.int64)
-        copies = slots.copies[[image is not None for image in found]]
-        return MicroBatch(slots, ids, [encoded for _, encoded in used], *self._parameters(epoch, ids, copies), self._mix(slots))
+    def _read(self, slots: Slots, can_decode: CanDecode | None = None) -> MicroBatch:
+        """Reads the images of slots, or of their replacements, and computes the parameters. Runs in the reading threads.
 
-    def _image(self, slot: int, copy: int, epoch: int, decodes: Decodes | None) -> tuple[int, np.ndarray] | None:
-        """The first good one of a slot's sample and its stand-ins, encoded; those before it go into quarantine."""
+        Args:
+            slots: the slots in the sample order.
+            can_decode: rejects images that DALI can't decode (SingleImageDecoder). With it, shards may no longer be booked.
+        """
+        epoch = slots.epoch
+        images = [self._read_image(*slot, epoch, can_decode) for slot in zip(slots.ids.tolist(), slots.copies.tolist(), strict=True)]
+        used = [image for image in images if image is not None]
+        ids = np.array([sample for sample, _ in used], np.int64)
+        copies = slots.copies[[image is not None for image in images]]
+        return MicroBatch(
+            slots, ids, [encoded for _, encoded in used], *self._compute_parameters(epoch, ids, copies), self._draw_mix(slots)
+        )
+
+    def _read_image(self, slot: int, copy: int, epoch: int, can_decode: CanDecode | None) -> tuple[int, np.ndarray] | None:
+        """Reads the first good image among a slot's sample and its replacements; bad ones go into quarantine."""
         assert self._store is not None
         while (sample := self.quarantine.find_replacement(slot)) is not None:
             row = self.index.samples[sample]
             try:
-                encoded = self._store.read(sample, planned=sample == slot and decodes is None)
+                encoded = self._store.read(sample, planned=sample == slot and can_decode is None)
                 check_header(encoded, int(row["width"]), int(row["height"]))
-                if decodes is None or decodes(epoch, sample, copy, encoded):
+                if can_decode is None or can_decode(epoch, sample, copy, encoded):
                     return sample, encoded
                 self.quarantine.add(sample, "DALI can't decode it")
             except (OSError, BadImage) as error:
@@ -192,26 +222,29 @@ class Loader:
         return None
 
     def _feed(self) -> list[Any]:
-        """What DALI is to be given next. A batch of which nothing is left is passed over."""
+        """Returns the next input of the graph. A micro-batch without a good sample is skipped."""
         assert self._store is not None
         assert self._reader is not None
         while True:
-            batch = self._again.popleft() if self._again else next(self._reader)
+            batch = self._retried.popleft() if self._retried else next(self._reader)
             self._store.advance(batch.slots.done)
             if len(batch.ids):
                 self._inside.append(batch)
                 return [batch.encoded, *batch.parameters]
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches. Raises ValueError where more than data.max_bad of the images are bad, where a shard can't be fetched, and where
-        DALI fails for another reason than a bad image."""
+        """Yields the batches.
+
+        Raises:
+            ValueError: more than data.max_bad of the images are bad, a shard can't be fetched, or DALI fails without a bad image.
+        """
         if self._reader is None and not self._closed:
             self._start()
         try:
             while not self._closed:
                 if self._pipeline is None:
-                    self._pipeline = self._build(self._max_batch, self._feed, prefetch=2)
-                # Bound to the stream of the consumer, outputs are ready and are freed in that stream's order: nobody waits.
+                    self._pipeline = self._build_pipeline(self._max_batch, self._feed, prefetch=2)
+                # On the consumer's stream, outputs are ready and are freed in that stream's order, without synchronization.
                 stream = (torch.cuda.current_stream(self.device),) if self.device.type == "cuda" else ()
                 try:
                     (output,) = self._pipeline.run(*stream)
@@ -219,7 +252,7 @@ class Loader:
                     self._pipeline.reset()
                     return
                 except RuntimeError as error:
-                    self._take_out_bad(error)
+                    self._remove_bad(error)
                     continue
                 batch = self._inside.popleft()
                 labels = torch.from_numpy(self.index.samples["label"][batch.ids].astype(np.int64))
@@ -231,40 +264,39 @@ class Loader:
                 yield Batch(images, labels, batch.ids, batch.mix, batch.slots.epoch, batch.slots.step)
         finally:
             self._stop()
-            if self._inside:  # not all came out: what this pipeline holds is not of the next pass
+            if self._inside:  # the consumer stopped early: this pipeline still holds batches of this pass
                 self._drop_pipeline()
 
     def _drop_pipeline(self) -> None:
         self._pipeline = None
         self._inside.clear()
-        self._again.clear()
+        self._retried.clear()
 
-    def _take_out_bad(self, error: RuntimeError) -> None:
-        """After DALI failed: takes what it can't decode out of all that it holds. A pipeline that raised can't be used again, so
-        another is to be given the rest.
+    def _remove_bad(self, error: RuntimeError) -> None:
+        """Replaces the images that DALI can't decode in the micro-batches inside it. They go to a new pipeline, as the old one is broken.
 
-        Raises ValueError where DALI can decode everything.
+        Raises ValueError if DALI can decode every image alone.
         """
-        held = list(self._inside)
-        alone = SingleImageDecoder(self)
-        mended = [self._read(batch.slots, alone.decodes) for batch in held]
-        if all(np.array_equal(new.ids, old.ids) for new, old in zip(mended, held, strict=True)):
-            ids = np.concatenate([batch.ids for batch in held])
+        failed = list(self._inside)
+        decoder = SingleImageDecoder(self)
+        repaired = [self._read(batch.slots, decoder.can_decode) for batch in failed]
+        if all(np.array_equal(new.ids, old.ids) for new, old in zip(repaired, failed, strict=True)):
+            ids = np.concatenate([batch.ids for batch in failed])
             raise ValueError(
                 f"{self.index.place}: DALI failed on samples {ids.min()} to {ids.max()}, each of which it can decode alone: {error}"
             ) from error
         self._pipeline = None
         self._inside.clear()
-        self._again.extendleft(reversed(mended))
+        self._retried.extendleft(reversed(repaired))
 
     @property
     def waited_for_shards_s(self) -> float:
-        """Seconds that reading threads, all of them together, have waited for shards to be fetched."""
+        """Seconds that all reading threads together have waited for shards to be fetched."""
         assert self._store is not None
         return self._store.waited_s
 
     def close(self) -> None:
-        """Ends all threads. Batches given out stay valid."""
+        """Ends all threads. Batches that were returned stay valid."""
         self._closed = True
         self._stop()
         self._drop_pipeline()
@@ -278,19 +310,20 @@ class Loader:
 
 
 class SingleImageDecoder:
-    """Decodes images one at a time, as a loader does with its batches."""
+    """CanDecode images one at a time, with the graph of a loader."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
         self._pipeline: Pipeline | None = None
         self._inputs: list[Any] = []
 
-    def decodes(self, epoch: int, sample: int, copy: int, encoded: np.ndarray) -> bool:
-        parameters, _ = self._loader._parameters(epoch, np.array([sample]), np.array([copy]))
+    def can_decode(self, epoch: int, sample: int, copy: int, encoded: np.ndarray) -> bool:
+        """Returns whether DALI can decode an encoded image, uint8 (bytes,), with the crop of this epoch."""
+        parameters, _ = self._loader._compute_parameters(epoch, np.array([sample]), np.array([copy]))
         self._inputs[:] = [[encoded], *parameters]
         if self._pipeline is None:
-            inputs = self._inputs  # not self, or a cycle would keep the pipeline's threads until a collection
-            self._pipeline = self._loader._build(1, lambda: inputs, prefetch=1)
+            inputs = self._inputs  # a reference to self would be a cycle, which keeps the pipeline's threads until a garbage collection
+            self._pipeline = self._loader._build_pipeline(1, lambda: inputs, prefetch=1)
         try:
             self._pipeline.run()
         except RuntimeError:

@@ -1,16 +1,16 @@
-"""Reads encoded images from a dataset's shards, from as many threads as one likes.
+"""Stores of encoded images: read a dataset's shards from any number of threads.
 
-    with ShardStore(index) as store:                                     # of a folder
+    with ShardStore(index) as store:                                     # for a folder
         encoded = store.read(sample_id)
 
-    with FetchedShards(index, uses, at_once=…, cache_gb=100) as store:   # of a URL: through a cache of whole shards (cache.py)
-        encoded = store.read(sample_id)                                  # waits for the shard if it is not there yet
-        store.advance(step)                                              # steps before this one are read: their shards may go
+    with FetchedShards(index, uses, peak_bytes=…, cache_gb=100) as store:    # for a URL, through a cache of whole shards (cache.py)
+        encoded = store.read(sample_id)                                  # waits until the shard is fetched
+        store.advance(step)                                              # releases the shards of earlier steps
 
-A read that fails is tried again, with growing pauses: what is left after that is an OSError, of a single image. A shard at a URL that
-can't be fetched is another matter: an outage, told by a ValueError.
+A read that fails is tried again, with growing pauses. If all tries fail, one image is bad: an OSError. A shard that can't be fetched
+from a URL is an outage: a ValueError.
 
-Threads of its own fetch the shards of `uses` (order.py) in that order, as far ahead as this process's part of the cache allows.
+Threads of FetchedShards fetch the shards of `uses` (order.py) in that order, as far ahead as this process's part of the cache allows.
 """
 
 import errno
@@ -37,14 +37,16 @@ from data.storage.cache import Cache, release
 from data.storage.remote import Stopped
 
 READ_TRIES = 6
-FIRST_PAUSE = 0.25  # seconds; each pause is twice the one before, the last of five 4: eight seconds in all
-FETCH_THREADS = 4  # downloads at a time, a process
-_CLOSE_SECONDS = 1.0  # to wait for a download to notice; one that is stalled ends by itself
+FIRST_PAUSE = 0.25  # seconds; each of the five pauses is twice the one before, eight seconds in total
+FETCH_THREADS = 4  # parallel downloads of a process
+_CLOSE_SECONDS = 1.0  # to wait for a download to stop; a stalled one ends later
 
 
 class _OpenShard:
-    """A file descriptor that closes when the last thread that uses it lets go. Closing it on eviction instead would let the
-    number be reused by another file under a thread that is about to read."""
+    """A file descriptor that is closed when the last thread drops it.
+
+    If it were closed on eviction, another file could get its number while a thread is about to read.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -60,37 +62,46 @@ class _OpenShard:
 
 
 class _PinnedShard(_OpenShard):
+    """An open shard that is released from the cache when the last thread drops it."""
+
     def __del__(self) -> None:
         release(self.descriptor)
 
 
 class ShardStore:
-    """Local shard files, read by position (os.pread). At most `max_open` stay open, the most recently used ones."""
+    """Reads local shards by position (os.pread). The `max_open` most recently used files stay open."""
 
-    waited_s = 0.0  # seconds that readers, all of them together, have waited for shards to be fetched
+    waited_s = 0.0  # seconds that all readers together have waited for shards to be fetched
 
     def __init__(self, index: Index, max_open: int = 256) -> None:
         self.index = index
         self.max_open = max_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
-        self._failed: set[int] = set()  # shards of which the last read failed
+        self._failed: set[int] = set()  # shards whose last read failed
         self._stop = threading.Event()
 
     def read(self, sample_id: int, *, planned: bool = True) -> np.ndarray:
-        """The encoded image of a sample, uint8 (bytes,). `planned` is for shards that are fetched (FetchedShards).
+        """Reads the encoded image of a sample: uint8 (bytes,).
 
-        Raises OSError, naming the shard, when no try gave the whole image.
+        Args:
+            sample_id: the sample.
+            planned: whether its shard is among the uses of FetchedShards, and no step that needs it is done.
+
+        Raises:
+            OSError: every try failed; the message names the shard.
+            ValueError: the shard can't be fetched.
+            Stopped: the store was closed.
         """
         shard = self.index.shard_of(sample_id)
         row = self.index.samples[sample_id]
         size, offset = int(row["size"]), int(row["offset"])
         for tried in itertools.count(1):
             try:
-                data = self._bytes(shard, size, offset, planned)
+                data = self._read_bytes(shard, size, offset, planned)
                 break
             except OSError as error:
-                # Once all tries have failed in a shard its other images get one: a shard that is gone would cost hours of pauses.
+                # After a read failed for good, other images of the shard get one try: a lost shard would cost hours of pauses.
                 if shard in self._failed or tried == READ_TRIES:
                     self._failed.add(shard)
                     name, tries = self.index.shards[shard].name, "1 try" if tried == 1 else f"{tried} tries"
@@ -100,13 +111,13 @@ class ShardStore:
         self._failed.discard(shard)
         return np.frombuffer(data, np.uint8)
 
-    def _bytes(self, shard: int, size: int, offset: int, planned: bool) -> bytes:
+    def _read_bytes(self, shard: int, size: int, offset: int, planned: bool) -> bytes:
         file = self._shard(shard)
         try:
             return file.read(size, offset)
         except OSError:
             with self._lock:
-                self._open.pop(shard, None)  # where a file was replaced another descriptor may work
+                self._open.pop(shard, None)  # if the file was replaced, a new descriptor may work
             raise
 
     def _shard(self, shard: int) -> _OpenShard:
@@ -120,13 +131,13 @@ class ShardStore:
             return file
 
     def advance(self, step: int) -> None:
-        """All that steps before this one take has been read."""
+        """Releases shards that only steps before this one need; the images of those steps must have been read."""
 
     def close(self) -> None:
-        """Closes all files; ends the reads that wait."""
+        """Closes all files and ends waiting reads."""
         self._stop.set()
         with self._lock:
-            self.max_open = 0  # also for a read that is going on
+            self.max_open = 0  # also for reads in progress
             self._open.clear()
 
     def __enter__(self) -> Self:
@@ -137,44 +148,49 @@ class ShardStore:
 
 
 @dataclass
-class _Held:
-    """A shard that is wanted: how many uses want it, and what came of fetching it, when that has ended."""
+class _BookedShard:
+    """A booked shard: the number of its booked uses, and the result of fetching it once that has ended."""
 
     uses: int
     result: _PinnedShard | Exception | None = None
 
 
 class FetchedShards(ShardStore):
-    """The shards of a dataset at a URL. `uses` are those that will be read, in the order of first need, and `at_once` the most
-    bytes of them that are in use in the same step.
+    """Reads the shards of a dataset at a URL through the local cache.
 
-    A shard is held from the moment in which a use of it is booked until the last step of its booked uses has been read. What
-    is held stays within what this process has reserved of the cache, half of the bound shared by the ranks of the node: the
-    shards in use and, with what that leaves, those that come next. The other half keeps shards that are done, for the next
-    epoch, and has room for another job. As uses are booked in the order of need, and all that one step takes fits, a step
-    never waits for a later one.
+    A shard is pinned from the booking of its first use until the last step of its booked uses is read. Pinned shards fit into this
+    process's reservation: half of the bound, divided by the ranks of the node. The other half keeps shards for the next epoch, and has
+    room for another job. Uses are booked in the order of need, and all shards of one step fit, so no step waits for a later one.
 
-    Raises ValueError when `cache_gb`, or its disk, is too small.
+    Args:
+        index: the dataset.
+        uses: the uses of shards, in the order of first need.
+        peak_bytes: the most bytes of shards that are in use in the same step.
+        cache_gb: the bound of the cache, in 10^9 bytes.
+        ranks_on_node: processes that share the cache.
+
+    Raises:
+        ValueError: `cache_gb` or the disk is too small.
     """
 
-    def __init__(self, index: Index, uses: Iterable[ShardUse], *, at_once: int, cache_gb: float, ranks_on_node: int = 1) -> None:
+    def __init__(self, index: Index, uses: Iterable[ShardUse], *, peak_bytes: int, cache_gb: float, ranks_on_node: int = 1) -> None:
         super().__init__(index)
-        needed, bound = at_once * ranks_on_node, round(cache_gb * 1e9)
+        needed, bound = peak_bytes * ranks_on_node, round(cache_gb * 1e9)
         if needed > bound:
             raise ValueError(
                 f"{index.place}: data.cache_gb={cache_gb:g} is too small: the shards that the ranks of a node ({ranks_on_node}) need at "
-                f"the same time take {_round_up(needed / 1e9)} GB. Set it to that or more, better twice that: what is left is fetched ahead"
+                f"the same time take {_round_up(needed / 1e9)} GB. Set it to at least that; with twice that, shards are fetched ahead"
             )
         self._cache = Cache(index.folder, bound)
         self._cache.check_disk(sum(shard.bytes for shard in index.shards))
         self._exit = ExitStack()
-        self._reserved = self._exit.enter_context(self._cache.reserve(at_once, max(at_once, bound // (2 * ranks_on_node))))
+        self._reserved = self._exit.enter_context(self._cache.reserve(peak_bytes, max(peak_bytes, bound // (2 * ranks_on_node))))
         self._uses = iter(uses)
-        self._next_lock = threading.Lock()  # for `_uses`
-        self._changed = threading.Condition()  # guards what follows
-        self._held: dict[int, _Held] = {}
-        self._booked: list[ShardUse] = []
-        self._held_bytes = 0
+        self._next_lock = threading.Lock()  # guards `_uses`
+        self._changed = threading.Condition()  # guards the attributes below
+        self._booked_shards: dict[int, _BookedShard] = {}
+        self._booked_uses: list[ShardUse] = []
+        self._booked_bytes = 0
         self._threads = [threading.Thread(target=self._run, name=f"fetch-{number}", daemon=True) for number in range(FETCH_THREADS)]
         for thread in self._threads:
             thread.start()
@@ -184,114 +200,113 @@ class FetchedShards(ShardStore):
             pass
 
     def _fetch_next(self) -> bool:
-        """Fetches a shard; False when there is none left to fetch.
+        """Fetches the next shard; returns False when there is none.
 
-        Refers to no shard itself: a library that keeps the exception of a failed try in a cycle keeps this frame too, until a
-        collection, and what a frame refers to stays pinned.
+        This frame must hold no reference to a shard. A library that keeps an exception in a reference cycle keeps the exception's
+        frames until a garbage collection, and with them any shard, which would stay pinned.
         """
         shard = self._book()
         if shard is None:
             return False
         try:
-            self._give(shard, _PinnedShard(fetch_shard(self._cache, self.index, shard, self._stop)))
+            self._set_result(shard, _PinnedShard(fetch_shard(self._cache, self.index, shard, self._stop)))
         except Stopped:
             return False
-        except Exception as error:  # is raised when the shard is read
-            self._give(shard, error)
+        except Exception as error:  # raised when the shard is read
+            self._set_result(shard, error)
         return True
 
-    def _give(self, shard: int, result: _PinnedShard | Exception) -> None:
+    def _set_result(self, shard: int, result: _PinnedShard | Exception) -> None:
         with self._changed:
-            if shard in self._held:
-                self._held[shard].result = result
+            if shard in self._booked_shards:
+                self._booked_shards[shard].result = result
             self._changed.notify_all()
 
     def _book(self) -> int | None:
-        """Books uses, each as soon as there is room for it, until one is of a shard that is not held: that is to be fetched.
-        None when there are no more."""
+        """Books uses, each as soon as there is room, up to the first whose shard must be fetched; returns the shard, None at the end."""
         with self._next_lock:
             for use in self._uses:
                 with self._changed:
                     size = self.index.shards[use.shard].bytes
-                    while use.shard not in self._held and self._held_bytes + size > self._reserved and not self._stop.is_set():
+                    while use.shard not in self._booked_shards and self._booked_bytes + size > self._reserved and not self._stop.is_set():
                         self._changed.wait()
                     if self._stop.is_set():
                         return None
-                    self._booked.append(use)
-                    if use.shard in self._held:
-                        self._held[use.shard].uses += 1
+                    self._booked_uses.append(use)
+                    if use.shard in self._booked_shards:
+                        self._booked_shards[use.shard].uses += 1
                         continue
-                    self._held[use.shard] = _Held(uses=1)
-                    self._held_bytes += size
+                    self._booked_shards[use.shard] = _BookedShard(uses=1)
+                    self._booked_bytes += size
                     return use.shard
         return None
 
-    def _bytes(self, shard: int, size: int, offset: int, planned: bool) -> bytes:
-        """`planned`: the shard is among the uses, and none of the steps that need it is done. Of any other shard that is not held
-        the bytes are read from the URL, past the cache: it has no room for what was not booked."""
-        file = self._held_file(shard, planned)
-        if file is None:
+    def _read_bytes(self, shard: int, size: int, offset: int, planned: bool) -> bytes:
+        file = self._wait_for(shard, planned)
+        if file is None:  # the cache has no room for shards that were not booked
             assert self.index.remote is not None
             return self.index.remote.read_part(self.index.shards[shard].name, offset, size, self._stop)
         return file.read(size, offset)
 
-    def _held_file(self, shard: int, planned: bool) -> _OpenShard | None:
-        def decided() -> bool:
-            held = self._held.get(shard)
-            return self._stop.is_set() or (held.result is not None if held else not planned)
+    def _wait_for(self, shard: int, planned: bool) -> _OpenShard | None:
+        """Waits until a shard is fetched, and before that, if `planned`, until it is booked; returns None for one that is not booked."""
+
+        def is_decided() -> bool:
+            booked = self._booked_shards.get(shard)
+            return self._stop.is_set() or (booked.result is not None if booked else not planned)
 
         with self._changed:
             began = time.monotonic()
-            self._changed.wait_for(decided)
+            self._changed.wait_for(is_decided)
             self.waited_s += time.monotonic() - began
             if self._stop.is_set():
                 raise Stopped
-            result = self._held[shard].result if shard in self._held else None
+            result = self._booked_shards[shard].result if shard in self._booked_shards else None
         if isinstance(result, Exception):
-            raise ValueError(str(result)) from result  # which names the shard's URL, or its file in the cache
+            raise ValueError(str(result)) from result  # it names the shard's URL, or its file in the cache
         return result
 
     def advance(self, step: int) -> None:
         with self._changed:
-            for use in [use for use in self._booked if use.last < step]:
-                self._booked.remove(use)
-                self._held[use.shard].uses -= 1
-                if not self._held[use.shard].uses:
-                    del self._held[use.shard]  # and so the shard is released
-                    self._held_bytes -= self.index.shards[use.shard].bytes
+            for use in [use for use in self._booked_uses if use.last < step]:
+                self._booked_uses.remove(use)
+                self._booked_shards[use.shard].uses -= 1
+                if not self._booked_shards[use.shard].uses:
+                    del self._booked_shards[use.shard]  # which releases the shard
+                    self._booked_bytes -= self.index.shards[use.shard].bytes
             self._changed.notify_all()
 
     def close(self) -> None:
         with self._changed:
             self._stop.set()
-            self._held.clear()
-            self._booked.clear()
+            self._booked_shards.clear()
+            self._booked_uses.clear()
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(_CLOSE_SECONDS)
-        self._exit.close()  # gives the reservation back
+        self._exit.close()  # ends the reservation
 
 
 def fetch_shard(cache: Cache, index: Index, shard: int, stop: threading.Event | None = None) -> int:
-    """A descriptor of a shard's copy in the cache, which is there until it is released (cache.release)."""
-    remote, wanted = index.remote, index.shards[shard]
+    """Fetches a shard into the cache unless it is there; returns a descriptor, to be released (cache.release)."""
+    remote, expected = index.remote, index.shards[shard]
     assert remote is not None
 
     def check(part: Path) -> None:
-        if part.stat().st_size != wanted.bytes:
-            raise ValueError(f"{part.stat().st_size} bytes instead of {wanted.bytes}")
-        if hash_file(part) != wanted.xxh3_128:
-            raise ValueError("other bytes than were packed, by their checksum; if this stays so, copy the shard again")
+        if part.stat().st_size != expected.bytes:
+            raise ValueError(f"{part.stat().st_size} bytes instead of {expected.bytes}")
+        if hash_file(part) != expected.xxh3_128:
+            raise ValueError("the checksum differs from that of the packed shard; if this happens again, copy the shard again")
 
     def write(part: Path) -> None:
-        remote.download(wanted.name, part, check=check, limit=wanted.bytes, stop=stop)
+        remote.download(expected.name, part, check=check, limit=expected.bytes, stop=stop)
 
-    return cache.pin(wanted.name, wanted.bytes, write, stop)
+    return cache.pin(expected.name, expected.bytes, write, stop)
 
 
 @contextmanager
 def open_whole_shard(index: Index, shard: int) -> Iterator[Path]:
-    """The path of a shard, with its .idx beside it; of a dataset at a URL, of its copy in the cache, fetched and checked."""
+    """Yields the path of a shard with its .idx beside it; for a dataset at a URL, of its checked copy in the cache."""
     path = index.folder / index.shards[shard].name
     if index.remote is None:
         yield path
@@ -308,6 +323,6 @@ def open_whole_shard(index: Index, shard: int) -> Iterator[Path]:
 
 
 def _round_up(gb: float) -> str:
-    """To three digits."""
+    """Rounds up to three digits."""
     unit = 10.0 ** (math.floor(math.log10(gb)) - 2)
     return f"{math.ceil(gb / unit) * unit:.3g}"

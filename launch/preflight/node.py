@@ -231,7 +231,7 @@ def _version(package: str) -> str:
 
 def _open_store(index: Index, cache_gb: float) -> ShardStore:
     """Returns a store that bypasses the cache for URLs: the cache only has room for samples that a job has planned."""
-    return ShardStore(index) if index.remote is None else FetchedShards(index, [], at_once=0, cache_gb=cache_gb)
+    return ShardStore(index) if index.remote is None else FetchedShards(index, [], peak_bytes=0, cache_gb=cache_gb)
 
 
 def _random_samples(index: Index, number: int, nodes: int) -> Iterator[int]:

@@ -319,8 +319,8 @@ def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
 def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also after a pass that was broken off; and between passes no thread reads."""
     built = []
-    build = EvalLoader._build
-    monkeypatch.setattr(EvalLoader, "_build", lambda self, *args, **options: built.append(1) or build(self, *args, **options))
+    build = EvalLoader._build_pipeline
+    monkeypatch.setattr(EvalLoader, "_build_pipeline", lambda self, *args, **options: built.append(1) or build(self, *args, **options))
     expected = list(evaluation(dataset, image_size=32))
     built.clear()
     before = threads()
@@ -394,9 +394,9 @@ def test_a_loader_closes_while_it_waits_for_a_shard(s3: Proxy, many_shards: Inde
 def test_a_step_is_done_with_its_last_micro_batch(dataset: Index, order: SampleOrder) -> None:
     settings = DataConfig(image_size=8, decode_threads=1)
     with TrainLoader(dataset, order, settings, Placement(CPU, micro_batch=8), start=7, end=9) as loader:
-        assert [(slots.step, slots.done) for slots in loader._work()] == [(7, 7), (7, 8), (8, 8), (8, 9)]
+        assert [(slots.step, slots.done) for slots in loader._list_slots()] == [(7, 7), (7, 8), (8, 8), (8, 9)]
     with EvalLoader(dataset, settings, Placement(CPU, micro_batch=50)) as evaluating:
-        assert [(slots.step, slots.done) for slots in evaluating._work()] == [(0, 1), (1, 2), (2, 3)]
+        assert [(slots.step, slots.done) for slots in evaluating._list_slots()] == [(0, 1), (1, 2), (2, 3)]
 
 
 def threads_named(name: str) -> list[str]:

@@ -208,20 +208,20 @@ def test_a_pipeline_that_raised_is_not_used_again(
     def give_up(self: Loader, error: RuntimeError) -> None:
         raise error
 
-    monkeypatch.setattr(Loader, "_take_out_bad", give_up)
+    monkeypatch.setattr(Loader, "_remove_bad", give_up)
     with pytest.raises(RuntimeError, match="Failed to decode"):
         list(train(index, order))
 
 
 def test_another_failure_of_dali_is_told_as_such(clean: Index, order: SampleOrder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Crops that lie outside of their image for whole batches only."""
-    parameters = TrainLoader._parameters
+    parameters = TrainLoader._compute_parameters
 
     def broken(self: TrainLoader, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Any:
         (start, *others), erased = parameters(self, epoch, ids, copies)
         return (start + (100_000 if len(ids) > 1 else 0), *others), erased
 
-    monkeypatch.setattr(TrainLoader, "_parameters", broken)
+    monkeypatch.setattr(TrainLoader, "_compute_parameters", broken)
     before = threads()
     with pytest.raises(ValueError, match=r"DALI failed on samples \d+ to \d+, each of which it can decode alone: "):
         list(train(clean, order))
@@ -373,7 +373,7 @@ def test_a_cut_jpeg_decodes_or_not_as_the_crop_has_it(clean: Index, order: Sampl
     hurt = np.frombuffer(KINDS["cut"](encoded), np.uint8)
     with loader_of(clean, order, crop_area=(0.05, 0.1)) as loader:
         alone = SingleImageDecoder(loader)
-        assert {alone.decodes(epoch, 3, 0, hurt) for epoch in range(30)} == {True, False}
+        assert {alone.can_decode(epoch, 3, 0, hurt) for epoch in range(30)} == {True, False}
     with pytest.raises(BadImage, match="cut short"):
         check_header(hurt, int(row["width"]), int(row["height"]))
 
@@ -397,14 +397,14 @@ def test_what_passes_is_good_or_bad_whatever_the_crop(clean: Index, order: Sampl
 
 
 def decodes(loader: TrainLoader, encoded: np.ndarray, y: int, x: int, height: int, width: int) -> bool:
-    parameters = TrainLoader._parameters
+    parameters = TrainLoader._compute_parameters
 
     def cropped(epoch: int, ids: np.ndarray, copies: np.ndarray) -> Any:
         (_, _, *others), erased = parameters(loader, epoch, ids, copies)
         return (np.array([[y, x]], np.int32), np.array([[height, width]], np.int32), *others), erased
 
-    loader._parameters = cropped  # type: ignore[method-assign]
-    return SingleImageDecoder(loader).decodes(0, 0, 0, encoded)
+    loader._compute_parameters = cropped  # type: ignore[method-assign]
+    return SingleImageDecoder(loader).can_decode(0, 0, 0, encoded)
 
 
 def test_the_end_of_a_thumbnail_is_not_that_of_the_image(clean: Index) -> None:

@@ -52,7 +52,7 @@ def sequence(index: Index, micro_batch: int = 1) -> tuple[list[ShardUse], int]:
 def store_of(index: Index, *, shards: float, **options: Any) -> FetchedShards:
     """A store with room for so many shards of the largest size, of which it may hold half."""
     uses, at_once = sequence(index)
-    options = {"at_once": at_once, "cache_gb": shards * index.shard_bytes.max() / 1e9} | options
+    options = {"peak_bytes": at_once, "cache_gb": shards * index.shard_bytes.max() / 1e9} | options
     return FetchedShards(index, options.pop("uses", uses), **options)
 
 
@@ -130,7 +130,7 @@ def test_all_samples_in_order_with_a_small_cache(s3: Proxy, remote: Index, many_
 def test_a_cache_of_just_what_is_needed_at_once_is_enough(remote: Index, many_shards: Index, micro_batch: int) -> None:
     uses, at_once = sequence(remote, micro_batch)
     expected = whole(many_shards)
-    with FetchedShards(remote, uses, at_once=at_once, cache_gb=at_once / 1e9) as store:
+    with FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=at_once / 1e9) as store:
         for step in range(0, 100, micro_batch):
             assert [store.read(step + i).tobytes() for i in range(micro_batch)] == expected[step : step + micro_batch]
             store.advance(step // micro_batch + 1)
@@ -232,7 +232,7 @@ def test_a_stall_is_given_up(s3: Proxy, tmp_path: Path, many_shards: Index, monk
     ("fault", "reason", "tries"),
     [
         ("500", r"OSError: .*injected", "6 tries"),
-        ("corrupt", "other bytes than were packed, .*", "6 tries"),
+        ("corrupt", "the checksum differs from that of the packed shard, .*", "6 tries"),
         ("403", "PermissionError: .*", r"1 try\); credentials are found"),
     ],
 )
@@ -289,14 +289,14 @@ def test_a_cache_that_is_too_small_says_what_is_needed(remote: Index) -> None:
     uses, at_once = sequence(remote, micro_batch=8)
     message = r"data\.cache_gb=0\.0001 is too small: the shards that the ranks of a node \(8\) need at the same time take (\S+) GB"
     with pytest.raises(ValueError, match=message) as caught:
-        FetchedShards(remote, uses, at_once=at_once, cache_gb=0.0001, ranks_on_node=8)
+        FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=0.0001, ranks_on_node=8)
     enough = float(re.search(message, str(caught.value))[1])  # type: ignore[index]
     assert 8 * at_once <= enough * 1e9 <= 8 * at_once * 1.01
     with ExitStack() as stack:
         for _ in range(8):
-            stack.enter_context(FetchedShards(remote, uses, at_once=at_once, cache_gb=enough, ranks_on_node=8))
+            stack.enter_context(FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=enough, ranks_on_node=8))
         with pytest.raises(ValueError, match="other processes on this node have reserved"):
-            FetchedShards(remote, uses, at_once=at_once, cache_gb=enough, ranks_on_node=1)
+            FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=enough, ranks_on_node=1)
 
 
 READER = """
@@ -310,7 +310,7 @@ index = open_index(url, cache)
 uses = plan_evaluation_uses(index.shard_start, 1, 1)
 at_once = compute_evaluation_peak_bytes(uses, index.shard_bytes)
 digest = hashlib.sha256()
-with data.loader.store.FetchedShards(index, uses, at_once=at_once, cache_gb=gb, ranks_on_node=ranks) as store:
+with data.loader.store.FetchedShards(index, uses, peak_bytes=at_once, cache_gb=gb, ranks_on_node=ranks) as store:
     for sample_id in range(len(index)):
         digest.update(store.read(sample_id))
         store.advance(sample_id + 1)
@@ -494,7 +494,7 @@ def test_stats_order_and_verify_of_a_url(
     s3.fail(many_shards.shards[2].name, "ever-corrupt")
     assert main(["verify", TRAIN, "--cache", str(tmp_path), "--workers", "1"]) == 1
     line, _ = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{TRAIN}/{many_shards.shards[2].name}: other bytes than were packed")
+    assert line.startswith(f"{TRAIN}/{many_shards.shards[2].name}: the checksum differs from that of the packed shard")
     s3.clear()
     assert verify(TRAIN, str(tmp_path), deep=True) == 0
     assert s3.shards() == {many_shards.shards[2].name: 1}
