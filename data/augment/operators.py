@@ -1,17 +1,16 @@
-"""What is done to decoded images, as nodes of a DALI graph: resizing, and the operators of RandAugment and colour jitter.
+"""Image operators as nodes of a DALI graph: the resize, and the operators of RandAugment and color jitter.
 
     images = resize(images, size, linear, resizer)              # inside a pipeline_def with enable_conditionals
-    inputs = compute_operator_inputs(layer, mirrored, linear, 224)      # NumPy: what the graph is fed for one layer
-    images = apply_layer(images, group, matrix, value, fill)
+    inputs = compute_operator_inputs(layer, mirrored, linear, 224)      # NumPy arrays, the graph's inputs for one layer
+    images = apply_layer(images, branch, matrix, value, fill)
 
-All is the same on a CPU and on a GPU but the resize: on a CPU DALI's takes as long as all else together, and torch's, which works on
-uint8 with vector instructions and gives Pillow's pixels, less than a third of that (`python -m benchmarks.loader.augmentation_cpu`).
+Only the resize differs between CPU and GPU. On a CPU, DALI's takes as long as the rest of the graph. torch's resize works on uint8 with
+vector instructions, gives Pillow's pixels and takes less than a third of that (`python -m benchmarks.loader.augmentation_cpu`).
 
-DALI's own auto_aug lacks some of timm's operators and its noise on magnitudes, and draws by itself; on a CPU it spends most of its
-time in warp_affine. Here each sample takes the one branch that its operator needs. Operators that are the same arithmetic share a
-branch: all geometry is one homography, sharpness one 3 x 3 filter, saturation one matrix over the channels. Pixels come out as from
-Pillow, through which timm works, but for rounding and, in geometry, the kernel of the bicubic interpolation
-(tests/data/augment/test_operators.py tells by how much).
+DALI's auto_aug lacks some of timm's operators and its noise on magnitudes, has its own random numbers, and on a CPU spends most of its time
+in warp_affine. Here each sample takes the one branch of its operator. Operators of the same arithmetic share a branch: all geometry is
+one homography, sharpness one 3 x 3 filter, saturation one matrix over the channels. Pixels equal those of Pillow, which timm uses, except
+for rounding and, in geometry, the kernel of the bicubic interpolation (tests/data/augment/test_operators.py has the tolerances).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -27,24 +26,24 @@ from data.augment.randaugment import Layer, Operator
 
 
 class Branch:
-    """A branch of the graph, with what `matrix` and `value` are to it. (Plain numbers: DALI compares nodes with no others.)"""
+    """The branches of the graph, with the meaning of `matrix` and `value`. Plain integers, because DALI compares nodes only with those."""
 
     NONE = 0
     WARP_CUBIC = 1  # matrix: homography, from pixels of the result to those of the image
     WARP_LINEAR = 2
     SCALE = 3  # value: brightness
     INVERT = 4
-    SOLARIZE = 5  # value: intensity from which on it is inverted, at most 255
-    SOLARIZE_ADD = 6  # value: what is added to intensities below 128, at most 128
+    SOLARIZE = 5  # value: lowest intensity that is inverted, at most 255
+    SOLARIZE_ADD = 6  # value: is added to intensities below 128; at most 128
     POSTERIZE = 7  # value: mask of the bits that are kept
-    FILTER = 8  # matrix: weights of a pixel and its neighbours
+    FILTER = 8  # matrix: weights of a pixel and its neighbors
     COLOR = 9  # matrix: from channels to channels
     CONTRAST = 10  # value: contrast
     AUTO_CONTRAST = 11
     EQUALIZE = 12
 
 
-_GROUP = {
+_BRANCH = {
     Operator.NONE: Branch.NONE,
     Operator.AUTO_CONTRAST: Branch.AUTO_CONTRAST,
     Operator.EQUALIZE: Branch.EQUALIZE,
@@ -57,39 +56,46 @@ _GROUP = {
     Operator.BRIGHTNESS: Branch.SCALE,
     Operator.SHARPNESS: Branch.FILTER,
 }
-_GROUPS = np.array([_GROUP.get(operator, Branch.WARP_CUBIC) for operator in Operator], np.int32)
+_BRANCHES = np.array([_BRANCH.get(operator, Branch.WARP_CUBIC) for operator in Operator], np.int32)
 
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow's convert("L")
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's ImageFilter.SMOOTH
-_CENTRE = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
-# Pillow truncates what DALI rounds. A little less than a half, as sums that should be whole come out a little below.
+_CENTER = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+# Pillow truncates where DALI rounds. A little less than a half, because sums that should be integers are a little smaller.
 _TRUNCATE = 0.499
 _ALL_BITS = Constant(np.uint8(255))
 
 
 class CpuResizer:
-    """Resizes the images of a batch on threads of its own, with antialiasing, as Pillow does to within 1 of 255."""
+    """Resizes the images of a batch in a thread pool, with antialiasing, as Pillow does to within 1 of 255."""
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def __call__(self, images: list[np.ndarray], sizes: list[np.ndarray], linear: list[np.ndarray]) -> list[np.ndarray]:
-        """Images are uint8 (H, W, 3), a size is (height, width), and linear is not 0 for bilinear interpolation, else bicubic."""
-        return list(self._pool.map(_resized, images, sizes, linear))
+        """Resizes images, uint8 (H, W, 3), to (height, width); `linear` is 1 for bilinear interpolation, 0 for bicubic."""
+        return list(self._pool.map(_resize_one, images, sizes, linear))
 
     def close(self) -> None:
+        """Ends the threads."""
         self._pool.shutdown()
 
 
-def _resized(image: np.ndarray, size: np.ndarray, linear: np.ndarray) -> np.ndarray:
+def _resize_one(image: np.ndarray, size: np.ndarray, linear: np.ndarray) -> np.ndarray:
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
     mode = "bilinear" if linear else "bicubic"
     return F.interpolate(pixels, tuple(size.tolist()), mode=mode, antialias=True, align_corners=False)[0].permute(1, 2, 0).numpy()
 
 
 def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
-    """Images resized with antialiasing to `size`, a node of (height, width) as int32; `linear` is 1 for bilinear interpolation, else
-    it is bicubic."""
+    """Adds the resize to the graph, with antialiasing.
+
+    Args:
+        images: node of uint8 HWC images.
+        size: node of int32 (height, width).
+        linear: node of 1 for bilinear interpolation, 0 for bicubic.
+        on_cpu: resizes images on a CPU.
+    """
     if images.device == "cpu":
         return fn.python_function(images, size, linear, function=on_cpu, batch_processing=True, output_layouts="HWC")
     size = fn.cast(size, dtype=DALIDataType.FLOAT)
@@ -103,73 +109,87 @@ def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
 def compute_operator_inputs(
     layer: Layer, mirrored: np.ndarray, linear: np.ndarray, image_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Group int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,) of each sample.
+    """Computes the graph's inputs for one layer.
 
-    Geometry is that of the mirrored image where `mirrored`, since the graph mirrors last, and interpolated bilinearly where `linear`;
-    both bool (n,).
+    Args:
+        layer: operators and arguments of n samples.
+        mirrored: bool (n,). Geometry is that of the mirrored image, because the graph mirrors last.
+        linear: bool (n,), whether geometry is interpolated bilinearly.
+        image_size: pixels of a side.
+
+    Returns:
+        Branch int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,).
     """
     operator, argument = layer.operator, layer.argument
-    group = _GROUPS[operator]
-    warped = group == Branch.WARP_CUBIC
+    branch = _BRANCHES[operator]
+    warped = branch == Branch.WARP_CUBIC
     matrix = np.zeros((len(operator), 3, 3), np.float32)
-    matrix[warped] = _homography(operator[warped], argument[warped], mirrored[warped], image_size)
+    matrix[warped] = _compute_homography(operator[warped], argument[warped], mirrored[warped], image_size)
     factor = argument[:, None, None]
-    for one, identity, degenerate in ((Operator.COLOR, np.eye(3), np.tile(_LUMA, (3, 1))), (Operator.SHARPNESS, _CENTRE, _SMOOTH)):
-        own = operator == one
-        matrix[own] = factor[own] * identity + (1 - factor[own]) * degenerate
+    for one, identity, degenerate in ((Operator.COLOR, np.eye(3), np.tile(_LUMA, (3, 1))), (Operator.SHARPNESS, _CENTER, _SMOOTH)):
+        selected = operator == one
+        matrix[selected] = factor[selected] * identity + (1 - factor[selected]) * degenerate
     value = np.where(operator == Operator.POSTERIZE, 256 - 2 ** np.clip(8 - argument, 0, 8), argument).astype(np.float32)
-    group = np.where(warped & linear, Branch.WARP_LINEAR, group)
+    branch = np.where(warped & linear, Branch.WARP_LINEAR, branch)
     unchanged = ((operator == Operator.POSTERIZE) & (argument >= 8)) | ((operator == Operator.SOLARIZE) & (argument > 255))
-    return np.where(unchanged, Branch.NONE, group).astype(np.int32), matrix, value
+    return np.where(unchanged, Branch.NONE, branch).astype(np.int32), matrix, value
 
 
-def _homography(operator: np.ndarray, argument: np.ndarray, mirrored: np.ndarray, size: int) -> np.ndarray:
-    """From pixels of the result to those of the image, float64 (n, 3, 3), with the origin at the corner, as Pillow's AFFINE."""
+def _compute_homography(operator: np.ndarray, argument: np.ndarray, mirrored: np.ndarray, size: int) -> np.ndarray:
+    """Computes matrices from result pixels to image pixels, float64 (n, 3, 3); the origin is the corner, as in Pillow's AFFINE."""
     matrix = np.tile(np.eye(3), (len(operator), 1, 1))
     rotated = operator == Operator.ROTATE
-    angle, centre = np.deg2rad(argument[rotated]), size / 2
+    angle, center = np.deg2rad(argument[rotated]), size / 2
     cos, sin = np.cos(angle), np.sin(angle)
-    matrix[rotated, 0] = np.stack([cos, -sin, centre * (1 - cos + sin)], axis=1)
-    matrix[rotated, 1] = np.stack([sin, cos, centre * (1 - cos - sin)], axis=1)
+    matrix[rotated, 0] = np.stack([cos, -sin, center * (1 - cos + sin)], axis=1)
+    matrix[rotated, 1] = np.stack([sin, cos, center * (1 - cos - sin)], axis=1)
     for one, row, column, unit in (
         (Operator.SHEAR_X, 0, 1, 1),
         (Operator.SHEAR_Y, 1, 0, 1),
         (Operator.TRANSLATE_X, 0, 2, size),
         (Operator.TRANSLATE_Y, 1, 2, size),
     ):
-        own = operator == one
-        matrix[own, row, column] = argument[own] * unit
+        selected = operator == one
+        matrix[selected, row, column] = argument[selected] * unit
     mirror = np.array([[-1, 0, size], [0, 1, 0], [0, 0, 1]])
     matrix[mirrored] = mirror @ matrix[mirrored] @ mirror
     return matrix
 
 
-def apply_layer(images: Any, group: Any, matrix: Any, value: Any, fill: list[float]) -> Any:
-    """One layer over uint8 HWC images; `fill` is the colour of what comes from outside of the image, 0 to 255."""
-    if group == Branch.NONE:
+def apply_layer(images: Any, branch: Any, matrix: Any, value: Any, fill: list[float]) -> Any:
+    """Adds one layer to the graph.
+
+    Args:
+        images: node of uint8 HWC images.
+        branch: node of the Branch of each sample.
+        matrix: node of float32 (3, 3).
+        value: node of float32.
+        fill: color of pixels from outside of the image, 0 to 255.
+    """
+    if branch == Branch.NONE:
         result = images
-    elif group == Branch.WARP_CUBIC:
+    elif branch == Branch.WARP_CUBIC:
         result = _warp(images, matrix, fill, DALIInterpType.INTERP_CUBIC)
-    elif group == Branch.WARP_LINEAR:
+    elif branch == Branch.WARP_LINEAR:
         result = _warp(images, matrix, fill, DALIInterpType.INTERP_LINEAR)
-    elif group == Branch.SCALE:
+    elif branch == Branch.SCALE:
         result = fn.brightness_contrast(images, brightness=value, brightness_shift=-_TRUNCATE / 255)
-    elif group == Branch.INVERT:
+    elif branch == Branch.INVERT:
         result = images ^ _ALL_BITS
-    elif group == Branch.SOLARIZE:
+    elif branch == Branch.SOLARIZE:
         result = images ^ (_ALL_BITS * (images >= fn.cast(value, dtype=DALIDataType.UINT8)))
-    elif group == Branch.SOLARIZE_ADD:
+    elif branch == Branch.SOLARIZE_ADD:
         result = images + fn.cast(value, dtype=DALIDataType.UINT8) * (images < Constant(np.uint8(128)))  # at most 127 + 128
-    elif group == Branch.POSTERIZE:
+    elif branch == Branch.POSTERIZE:
         result = images & fn.cast(value, dtype=DALIDataType.UINT8)
-    elif group == Branch.FILTER:
-        weights = matrix.gpu() if images.device == "gpu" else matrix  # an input of the operator, where others take an argument
+    elif branch == Branch.FILTER:
+        weights = matrix.gpu() if images.device == "gpu" else matrix  # an input of this operator, an argument of others
         result = fn.filter(images, weights, border="clamp")
-    elif group == Branch.COLOR:
+    elif branch == Branch.COLOR:
         result = fn.coord_transform(images, M=matrix, T=-_TRUNCATE, dtype=DALIDataType.UINT8)
-    elif group == Branch.CONTRAST:
+    elif branch == Branch.CONTRAST:
         result = _contrast(images, value)
-    elif group == Branch.AUTO_CONTRAST:
+    elif branch == Branch.AUTO_CONTRAST:
         result = _auto_contrast(images)
     else:
         result = _equalize(images)
@@ -182,13 +202,13 @@ def _warp(images: Any, matrix: Any, fill: list[float], interpolation: DALIInterp
 
 
 def _contrast(images: Any, factor: Any) -> Any:
-    grey = fn.color_space_conversion(images, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY)
-    mean = fn.reductions.mean(grey, axes=[0, 1], keep_dims=True)
+    gray = fn.color_space_conversion(images, image_type=DALIImageType.RGB, output_type=DALIImageType.GRAY)
+    mean = fn.reductions.mean(gray, axes=[0, 1], keep_dims=True)
     return fn.cast(images * factor + (mean * (1.0 - factor) - _TRUNCATE), dtype=DALIDataType.UINT8)
 
 
 def _auto_contrast(images: Any) -> Any:
-    """Each channel is stretched from its least and greatest value to 0 and 255, unless they are equal."""
+    """Scales each channel so that its least and greatest values become 0 and 255, unless they are equal."""
     low = fn.cast(fn.reductions.min(images, axes=[0, 1], keep_dims=True), dtype=DALIDataType.FLOAT)
     high = fn.cast(fn.reductions.max(images, axes=[0, 1], keep_dims=True), dtype=DALIDataType.FLOAT)
     flat = high == low
@@ -197,6 +217,6 @@ def _auto_contrast(images: Any) -> Any:
 
 
 def _equalize(images: Any) -> Any:
-    # Pillow's table of sums of the histogram begins with 0; OpenCV's, which is DALI's, with the count of the least value. Of the
-    # negative they agree.
+    # Pillow's cumulative histogram begins with 0; that of OpenCV, which DALI uses, with the count of the least value. On the negative
+    # image the two agree.
     return fn.equalize(images ^ _ALL_BITS) ^ _ALL_BITS

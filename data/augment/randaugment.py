@@ -1,11 +1,11 @@
-"""RandAugment as timm has it: which operator is applied to each sample, how strongly, as a pure function of (seed, epoch, sample id).
+"""RandAugment as in timm: draws operators and magnitudes as pure functions of (seed, epoch, sample id).
 
     policy = parse_policy("rand-m9-mstd0.5-inc1")
-    for layer in draw_rand_augment(seed, epoch, ids, policy): …      # layer.operator, layer.argument: one of each a sample
-    for layer in draw_color_jitter(seed, epoch, ids, 0.4): …         # torchvision's ColorJitter, in the same terms
+    for layer in draw_rand_augment(seed, epoch, ids, policy): …      # layer.operator, layer.argument: arrays over samples
+    for layer in draw_color_jitter(seed, epoch, ids, 0.4): …         # torchvision's ColorJitter, as layers of the same kind
 
 Operators, magnitudes and their arguments are those of timm 1.0.31 (timm/data/auto_augment.py: LEVEL_TO_ARG, AugmentOp, RandAugment),
-after "RandAugment" (arXiv 1909.13719). What an operator does to pixels is in operators.py.
+after "RandAugment" (arXiv 1909.13719). operators.py applies the operators to pixels.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,7 @@ from data.settings import Policy
 
 
 class Operator(IntEnum):
-    """What can be done to an image, with the meaning of the argument. From AUTO_CONTRAST on, these are RandAugment's, in the order in
-    which timm lists them."""
+    """Operators on an image, with the meaning of the argument. From AUTO_CONTRAST on, they have the order of timm's list."""
 
     NONE = 0
     AUTO_CONTRAST = 1
@@ -27,14 +26,14 @@ class Operator(IntEnum):
     INVERT = 3
     ROTATE = 4  # degrees, counter-clockwise
     POSTERIZE = 5  # bits that are kept
-    SOLARIZE = 6  # intensity from which on it is inverted
-    SOLARIZE_ADD = 7  # what is added to intensities below 128
-    COLOR = 8  # saturation: 0 grey, 1 unchanged
-    CONTRAST = 9  # 0 the mean grey, 1 unchanged
+    SOLARIZE = 6  # lowest intensity that is inverted
+    SOLARIZE_ADD = 7  # is added to intensities below 128
+    COLOR = 8  # saturation: 0 gray, 1 unchanged
+    CONTRAST = 9  # 0 the mean gray, 1 unchanged
     BRIGHTNESS = 10  # 0 black, 1 unchanged
     SHARPNESS = 11  # 0 smoothed, 1 unchanged
-    SHEAR_X = 12  # pixels a row
-    SHEAR_Y = 13  # pixels a column
+    SHEAR_X = 12  # pixels per row
+    SHEAR_Y = 13  # pixels per column
     TRANSLATE_X = 14  # share of the width
     TRANSLATE_Y = 15  # share of the height
 
@@ -54,7 +53,7 @@ class Layer:
 
 
 def draw_rand_augment(seed: int, epoch: int, ids: np.ndarray, policy: Policy) -> list[Layer]:
-    """The layers of RandAugment for each sample, in the order of application; an operator may come twice."""
+    """Draws the layers of RandAugment for each sample, in the order of application; an operator may come twice."""
     layers = []
     for number in range(policy.layers):
         drawn = 1 + hash64(seed, Draw.OPERATOR, epoch, ids, number) % np.uint64(len(Operator) - 1)
@@ -66,12 +65,12 @@ def draw_rand_augment(seed: int, epoch: int, ids: np.ndarray, policy: Policy) ->
             magnitude = policy.magnitude + policy.magnitude_std * standard_normal(seed, Draw.MAGNITUDE, epoch, ids, number)
         level = np.clip(magnitude, 0, policy.magnitude_max) / 10
         sign = np.where(uniform(seed, Draw.MAGNITUDE_SIGN, epoch, ids, number) < 0.5, 1.0, -1.0)
-        layers.append(Layer(operator, _argument(operator, level, sign, policy.increasing)))
+        layers.append(Layer(operator, _compute_argument(operator, level, sign, policy.increasing)))
     return layers
 
 
-def _argument(operator: np.ndarray, level: np.ndarray, sign: np.ndarray, increasing: bool) -> np.ndarray:
-    """The arguments at a level, 1 for a magnitude of 10."""
+def _compute_argument(operator: np.ndarray, level: np.ndarray, sign: np.ndarray, increasing: bool) -> np.ndarray:
+    """Computes the arguments of operators at a level, which is 1 for a magnitude of 10."""
     posterize, solarize = np.floor(4 * level), np.minimum(256, np.floor(256 * level))
     enhance = np.maximum(0.1, 1 + 0.9 * sign * level) if increasing else 0.1 + 1.8 * level
     by_operator = {
@@ -87,8 +86,11 @@ def _argument(operator: np.ndarray, level: np.ndarray, sign: np.ndarray, increas
 
 
 def draw_color_jitter(seed: int, epoch: int, ids: np.ndarray, strength: float) -> list[Layer]:
-    """Brightness, contrast and saturation, each by a factor uniform in [max(0, 1 - strength), 1 + strength], in a random order
-    (torchvision.transforms.ColorJitter; timm gives it one number for the three and no hue)."""
+    """Draws the layers of color jitter: brightness, contrast and saturation in a random order.
+
+    Factors are uniform in [max(0, 1 - strength), 1 + strength], as in torchvision.transforms.ColorJitter, which timm uses with one strength
+    and without hue.
+    """
     rank = hash64(seed, Draw.JITTER_ORDER, epoch, ids[:, None], np.arange(JITTER_LAYERS)).argsort(axis=1)
     low, high = max(0.0, 1 - strength), 1 + strength
     factor = low + (high - low) * uniform(seed, Draw.JITTER_FACTOR, epoch, ids[:, None], np.arange(JITTER_LAYERS))

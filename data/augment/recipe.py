@@ -1,11 +1,11 @@
-"""Draws all augmentation parameters of a job's samples, for the loader, `data order` and `data preview`.
+"""The augmentation of a job: draws all parameters of its samples, for the loader, `data order` and `data preview`.
 
     recipe = Recipe(seed, settings)
     drawn = recipe.draw(epoch, ids, copies, index.samples[ids])
-    mix = recipe.mix(epoch, ids, copies)         # of pairs of neighbours; None where nothing is mixed
+    mix = recipe.draw_mix(epoch, ids, copies)    # for pairs of neighbors; None without mixup and cutmix
 
-Pure functions of (seed, epoch, sample id, copy). Copies are those of repeated augmentation, 0 where a sample isn't repeated; each is
-drawn for on its own, the first one like a sample without repeats.
+The parameters are pure functions of (seed, epoch, sample id, copy). Copies are those of repeated augmentation; copy 0 has the parameters
+of a sample that is not repeated.
 """
 
 from dataclasses import dataclass
@@ -20,31 +20,39 @@ _COPY_BITS = 48  # above those of sample ids
 
 
 @dataclass(frozen=True, eq=False)
-class Erased:
-    """Boxes of n samples, int32 (n, count, 4): y, x, height, width, those of no height being none; and where the noise of each begins in
-    the bank (erasing.py), int64 (n, count)."""
+class ErasedBoxes:
+    """The boxes that are erased in n samples.
+
+    Attributes:
+        boxes: int32 (n, count, 4), y, x, height, width; a height of 0 stands for no box.
+        starts: int64 (n, count), where the noise of each box begins in the bank (erasing.py).
+    """
 
     boxes: np.ndarray
     starts: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """What is done to n samples, in this order.
+class AugmentParameters:
+    """The augmentation parameters of n samples, in the order of their application.
 
-    crops int32 (n, 4): y, x, height, width in pixels of the image as stored; bilinear bool (n,): how they are resized; mirrored bool
-    (n,); layers, each with whether its geometry is bilinear, bool (n,); what is erased, None where nothing ever is.
+    Attributes:
+        crops: int32 (n, 4), y, x, height, width in pixels of the image as stored.
+        bilinear: bool (n,), whether crops are resized bilinearly.
+        mirrored: bool (n,).
+        layers: the operators, each with bool (n,): whether its geometry is bilinear.
+        erased: the boxes; None without random erasing.
     """
 
     crops: np.ndarray
     bilinear: np.ndarray
     mirrored: np.ndarray
     layers: list[tuple[Layer, np.ndarray]]
-    erased: Erased | None
+    erased: ErasedBoxes | None
 
 
 class Recipe:
-    """Raises ValueError for an auto_augment that can't be read."""
+    """Draws the parameters that a job's settings require. Raises ValueError for an invalid auto_augment."""
 
     def __init__(self, seed: int, settings: DataConfig) -> None:
         self.seed, self.settings = seed, settings
@@ -52,11 +60,11 @@ class Recipe:
 
     @property
     def layers(self) -> int:
-        """How many layers of operators there are. As in timm, colour jitter is off while there is RandAugment."""
+        """The number of layers of operators. As in timm, RandAugment turns color jitter off."""
         return self._policy.layers if self._policy else JITTER_LAYERS if self.settings.color_jitter else 0
 
-    def draw(self, epoch: int, ids: np.ndarray, copies: np.ndarray, rows: np.ndarray) -> Drawn:
-        """For samples with these ids and copies, int64 (n,), and rows of the index."""
+    def draw(self, epoch: int, ids: np.ndarray, copies: np.ndarray, rows: np.ndarray) -> AugmentParameters:
+        """Draws the parameters of samples with these ids and copies, int64 (n,), and rows of the index."""
         settings, keys = self.settings, (self.seed, epoch, _draw_ids(ids, copies))
         layers: list[Layer] = []
         if self._policy:
@@ -67,8 +75,8 @@ class Recipe:
         if settings.random_erasing:
             probability, count = settings.random_erasing, settings.erasing_count
             boxes = draw_erased_boxes(*keys, image_size=settings.image_size, probability=probability, count=count)
-            erased = Erased(boxes, draw_noise_starts(*keys, count))
-        return Drawn(
+            erased = ErasedBoxes(boxes, draw_noise_starts(*keys, count))
+        return AugmentParameters(
             crops=draw_crops(*keys, rows["width"], rows["height"], scale=settings.crop_area, ratio=settings.crop_ratio),
             bilinear=draw_bilinear(*keys, settings.interpolation, 0),
             mirrored=draw_flips(*keys, settings.flip),
@@ -76,8 +84,8 @@ class Recipe:
             erased=erased,
         )
 
-    def mix(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Mix | None:
-        """How pairs of neighbours are mixed; `ids` and `copies` are those of slots from an even one on."""
+    def draw_mix(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Mix | None:
+        """Draws how pairs of neighbors are mixed; the first of the `ids` and `copies` is that of an even slot."""
         settings = self.settings
         if not (settings.mixup or settings.cutmix):
             return None

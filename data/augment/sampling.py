@@ -1,13 +1,13 @@
-"""What can be drawn for each sample: pure functions of (seed, epoch, sample id), as arrays over a batch.
+"""Random augmentation parameters: pure functions of (seed, epoch, sample id), as arrays over a batch.
 
     crops = draw_crops(seed, epoch, ids, widths, heights)
     mirror = draw_flips(seed, epoch, ids)
     boxes = draw_erased_boxes(seed, epoch, ids, image_size=224, probability=0.25)
     mix = draw_mix(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
 
-RandAugment and colour jitter are in randaugment.py; recipe.py draws all that a job's settings ask for. Nothing depends on how samples
-are spread over micro-batches, ranks or restarts. The mix belongs to a pair of neighbouring slots (2i, 2i + 1) of the global batch
-and is a function of the even slot's sample.
+RandAugment and color jitter are in randaugment.py; recipe.py draws all parameters that a job's settings require. They do not depend on
+micro-batches, ranks or restarts. A mix belongs to a pair of neighboring slots (2i, 2i + 1) of the global batch and is a function of the
+even slot's sample.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from data.common.counter_rng import Draw, hash64, uniform
 _TRIES = 10
 _ERASED_AREA = (0.02, 1 / 3)  # timm's RandomErasing: share of the image's area, and
 _ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
-NOISE_STARTS = 1 << 20  # places in the bank of numbers (erasing.py) at which the noise of a box can begin
+NOISE_STARTS = 1 << 20  # positions in the bank of numbers (erasing.py) at which the noise of a box can begin
 _BETA_TRIES = 16
 
 
@@ -33,18 +33,29 @@ def draw_crops(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Crop windows in pixels, int32 (n, 4): y, x, height, width.
+    """Draws random resized crops, with the algorithm of torchvision's RandomResizedCrop.get_params, which timm shares.
 
-    The algorithm is that of torchvision's RandomResizedCrop.get_params (timm's is the same): up to ten tries of an area,
-    uniform in `scale` times the image's, and an aspect ratio (width / height), log-uniform in `ratio`; the first window that
-    fits is put at a uniform place. Where none fits, the central window of the nearest ratio that is allowed.
+    Up to ten tries draw an area and an aspect ratio; the first window that fits gets a uniform position. If no window fits, the result
+    is the central window of the nearest ratio that is allowed.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        ids: of the samples, (n,).
+        widths: of the images in pixels, (n,).
+        heights: of the images in pixels, (n,).
+        scale: range of the crop's share of the image's area, which is uniform.
+        ratio: range of width / height, which is log-uniform.
+
+    Returns:
+        int32 (n, 4) in pixels: y, x, height, width.
     """
     ids, widths, heights = ids[:, None], widths[:, None].astype(np.int64), heights[:, None].astype(np.int64)
     tries = np.arange(_TRIES)
     area = widths * heights * (scale[0] + (scale[1] - scale[0]) * uniform(seed, Draw.CROP_AREA, epoch, ids, tries))
     low, high = np.log(ratio)
     aspect = np.exp(low + (high - low) * uniform(seed, Draw.CROP_RATIO, epoch, ids, tries))
-    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # rint rounds halves to even, as Python's round does
+    w = np.rint(np.sqrt(area * aspect)).astype(np.int64)  # rint rounds halves to even, as round() in Python
     h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (w > 0) & (w <= widths) & (h > 0) & (h <= heights)
     first = fits.argmax(axis=1)[:, None]
@@ -60,24 +71,44 @@ def draw_crops(
 
 
 def draw_flips(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5) -> np.ndarray:
-    """Which samples are mirrored left to right, bool (n,)."""
+    """Draws which samples are mirrored left to right: bool (n,)."""
     return uniform(seed, Draw.FLIP, epoch, ids) < probability
 
 
 def draw_bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: int) -> np.ndarray:
-    """Which samples are interpolated bilinearly rather than bicubically, bool (n,); `interpolation` is bilinear, bicubic or random. Each
-    use of it for a sample (the resize, layers of operators) has a number of its own."""
+    """Draws which samples are interpolated bilinearly rather than bicubically.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        ids: of the samples, (n,).
+        interpolation: bilinear, bicubic or random.
+        use: 0 for the resize, from 1 on for the layers of operators.
+
+    Returns:
+        bool (n,).
+    """
     if interpolation == "random":
         return uniform(seed, Draw.INTERPOLATION, epoch, ids, use) < 0.5
     return np.full(len(ids), interpolation == "bilinear")
 
 
 def draw_erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, probability: float, count: int = 1) -> np.ndarray:
-    """Boxes in pixels that are erased, int32 (n, count, 4): y, x, height, width, all 0 where there is none.
+    """Draws the boxes of random erasing, with the algorithm of timm's RandomErasing (arXiv 1708.04896).
 
-    The algorithm of timm's RandomErasing, after "Random Erasing Data Augmentation" (arXiv 1708.04896): with `probability` an image has
-    1 to `count` boxes; each has up to ten tries of an area, uniform between 2 % and a third of the image's and shared by the boxes,
-    and a log-uniform ratio of height to width; the first that is smaller than the image is put at a uniform place.
+    Each box has up to ten tries of an area, uniform between 2 % and a third of the image's and divided by the number of boxes, and a
+    log-uniform ratio of height to width. The first box that is smaller than the image gets a uniform position.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        ids: of the samples, (n,).
+        image_size: pixels of a side.
+        probability: of any boxes in an image.
+        count: the most boxes of an image.
+
+    Returns:
+        int32 (n, count, 4) in pixels: y, x, height, width; all 0 without a box.
     """
     ids = ids[:, None, None]
     boxes, tries = np.arange(count)[:, None], np.arange(_TRIES)
@@ -92,23 +123,24 @@ def draw_erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int
     h, w = np.take_along_axis(h, first, 2), np.take_along_axis(w, first, 2)
     y = np.floor(uniform(seed, Draw.ERASED_Y, epoch, ids, boxes) * (image_size - h + 1)).astype(np.int64)
     x = np.floor(uniform(seed, Draw.ERASED_X, epoch, ids, boxes) * (image_size - w + 1)).astype(np.int64)
-    chosen = uniform(seed, Draw.ERASED, epoch, ids) < probability
-    there = chosen & (boxes < number) & fits.any(axis=2)[..., None]
-    return np.where(there, np.concatenate([y, x, h, w], axis=2), 0).astype(np.int32)
+    is_erased = uniform(seed, Draw.ERASED, epoch, ids) < probability
+    has_box = is_erased & (boxes < number) & fits.any(axis=2)[..., None]
+    return np.where(has_box, np.concatenate([y, x, h, w], axis=2), 0).astype(np.int32)
 
 
 def draw_noise_starts(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
-    """Where in the bank of numbers the noise of each of a sample's `count` boxes begins, int64 (n, count)."""
+    """Draws where the noise of each of a sample's `count` boxes begins in the bank of numbers: int64 (n, count)."""
     return (hash64(seed, Draw.ERASED_NOISE, epoch, ids[:, None], np.arange(count)) % np.uint64(NOISE_STARTS)).astype(np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """How the two samples of each pair are mixed with each other.
+    """How the two samples of each pair are mixed.
 
-    `box` is int32 (pairs, 4): y0, y1, x0, x1 in pixels, the part that is swapped (cutmix); an empty box means a weighted mean
-    of the whole images (mixup). `lam` is float32 (pairs,): the weight of a sample's own label, and in mixup of its own
-    pixels.
+    Attributes:
+        box: int32 (pairs, 4), y0, y1, x0, x1 in pixels: the part that is swapped (cutmix). An empty box stands for a weighted mean of the
+            whole images (mixup).
+        lam: float32 (pairs,): the weight of a sample's label, and in mixup of its pixels; 1 - lam is its partner's.
     """
 
     box: np.ndarray
@@ -116,11 +148,19 @@ class Mix:
 
 
 def draw_mix(seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mixup: float, cutmix: float, switch: float = 0.5) -> Mix:
-    """The mix of each pair, from the ids of the pairs' even slots. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha).
+    """Draws the mix of each pair.
 
-    With both above 0 a pair is cut with probability `switch`, else blended; with one of them, always that one. The box is
-    that of timm's rand_bbox: sides sqrt(1 - lam) of the image's, a uniform centre, clipped at the borders, after which lam is
-    corrected to the area that is left of a sample's own pixels.
+    The box is that of timm's rand_bbox: sides of sqrt(1 - lam) times the image's, a uniform center, clipped at the borders. Then lam is
+    corrected to the share of a sample's remaining pixels.
+
+    Args:
+        seed: of the run.
+        epoch: counted from 0.
+        even_ids: ids of the samples in even slots, (pairs,).
+        image_size: pixels of a side.
+        mixup: alpha of mixup's Beta(alpha, alpha); 0: off.
+        cutmix: alpha of cutmix's; 0: off.
+        switch: probability of cutmix if both are on.
     """
     share_cut = switch if mixup > 0 and cutmix > 0 else float(cutmix > 0)
     cut = uniform(seed, Draw.MIX_KIND, epoch, even_ids) < share_cut
@@ -133,19 +173,29 @@ def draw_mix(seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mi
     side = np.where(cut, image_size * np.sqrt(1 - lam), 0).astype(np.int64)
     bounds = []
     for draw in (Draw.CUTMIX_Y, Draw.CUTMIX_X):
-        centre = np.floor(uniform(seed, draw, epoch, even_ids) * image_size).astype(np.int64)
-        bounds += [np.clip(centre - side // 2, 0, image_size), np.clip(centre + (side + 1) // 2, 0, image_size)]
+        center = np.floor(uniform(seed, draw, epoch, even_ids) * image_size).astype(np.int64)
+        bounds += [np.clip(center - side // 2, 0, image_size), np.clip(center + (side + 1) // 2, 0, image_size)]
     box = np.where(cut[:, None], np.stack(bounds, axis=1), 0).astype(np.int32)
-    own = 1 - (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / image_size**2
-    return Mix(box=box, lam=np.where(cut, own, lam).astype(np.float32))
+    remaining = 1 - (box[:, 1] - box[:, 0]) * (box[:, 3] - box[:, 2]) / image_size**2
+    return Mix(box=box, lam=np.where(cut, remaining, lam).astype(np.float32))
 
 
 def draw_symmetric_beta(alpha: float, seed: int, draw: Draw, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """One number a sample from Beta(alpha, alpha), float64 (n,), for an alpha of at most a few.
+    """Draws a number for each sample from Beta(alpha, alpha), for small alphas.
 
-    Jöhnk's algorithm (Jöhnk 1964; Devroye, "Non-Uniform Random Variate Generation", 1986, IX.3.2): of uniform u, v take
-    x = u^(1/alpha) and y = v^(1/alpha) until x + y <= 1; x / (x + y) is the number. Computed with logarithms, as the powers
-    underflow for small alphas. Tries are made in blocks; a sample takes its own first success, whatever the others need.
+    Jöhnk's algorithm (Jöhnk 1964; Devroye, "Non-Uniform Random Variate Generation", 1986, IX.3.2): draw uniform u and v until
+    x + y <= 1 for x = u^(1/alpha) and y = v^(1/alpha); the number is x / (x + y). Logarithms avoid the underflow of the powers.
+    Tries are drawn in blocks, and each sample takes its first success.
+
+    Args:
+        alpha: the parameter of the distribution.
+        seed: of the run.
+        draw: the purpose of the numbers.
+        epoch: counted from 0.
+        ids: of the samples, (n,).
+
+    Returns:
+        float64 (n,).
     """
     result = np.empty(len(ids))
     pending = np.arange(len(ids))

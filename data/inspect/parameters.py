@@ -34,7 +34,7 @@ def list_parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndar
         columns["operators"] = [_format_operators([layer for layer, _ in drawn.layers], number) for number in range(len(ids))]
     if drawn.erased is not None:
         columns["erased"] = [", ".join(_format_box(*box) for box in boxes if box[2]) or "no" for boxes in drawn.erased.boxes.tolist()]
-    mix = recipe.mix(epoch, ids, copies)
+    mix = recipe.draw_mix(epoch, ids, copies)
     if mix is not None:
         columns["mix"] = np.repeat(_format_mixes(mix), 2)[: len(ids)].tolist()
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

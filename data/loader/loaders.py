@@ -26,7 +26,7 @@ from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data.augment.erasing import NoiseBank
 from data.augment.operators import apply_layer, compute_operator_inputs, resize
-from data.augment.recipe import Erased, Recipe
+from data.augment.recipe import ErasedBoxes, Recipe
 from data.augment.sampling import Mix
 from data.common.placement import Placement
 from data.dataset.index import Index
@@ -77,9 +77,9 @@ class TrainLoader(Loader):
         self.start, self.end = start, end
         self.recipe = Recipe(order.seed, settings)
         self._noise = NoiseBank(settings.image_size, placement.device) if settings.random_erasing else None
-        crop_start = crop_shape = size = linear = mirror = group = DALIDataType.INT32
+        crop_start = crop_shape = size = linear = mirror = branch = DALIDataType.INT32
         matrix = value = DALIDataType.FLOAT
-        dtypes = (crop_start, crop_shape, size, linear, mirror, *(group, matrix, value) * self.recipe.layers)
+        dtypes = (crop_start, crop_shape, size, linear, mirror, *(branch, matrix, value) * self.recipe.layers)
         quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
         super().__init__(index, settings, quarantine, dtypes, max_batch=placement.micro_batch, device=placement.device)
         self._start()
@@ -103,20 +103,20 @@ class TrainLoader(Loader):
                 is_last = number + 1 == len(micro_batches)
                 yield Slots(ids, copies[number], epoch, step, done=step + is_last)
 
-    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], ErasedBoxes | None]:
         drawn, image_size = self.recipe.draw(epoch, ids, copies, self.index.samples[ids]), self.settings.image_size
         corner, shape = np.ascontiguousarray(drawn.crops[:, :2]), np.ascontiguousarray(drawn.crops[:, 2:])
         size = np.full((len(ids), 2), image_size, np.int32)
         layers = [part for layer, linear in drawn.layers for part in compute_operator_inputs(layer, drawn.mirrored, linear, image_size)]
         return (corner, shape, size, drawn.bilinear.astype(np.int32), drawn.mirrored.astype(np.int32), *layers), drawn.erased
 
-    def _erase(self, images: torch.Tensor, erased: Erased) -> None:
+    def _erase(self, images: torch.Tensor, erased: ErasedBoxes) -> None:
         assert self._noise is not None
         self._noise.erase(images, erased)
 
     def _draw_mix(self, slots: Slots) -> Mix | None:
         """Draws the mix for the samples of the order, not for replacements: a bad sample does not change its partner's mix."""
-        return self.recipe.mix(slots.epoch, slots.ids, slots.copies)
+        return self.recipe.draw_mix(slots.epoch, slots.ids, slots.copies)
 
     def _define_graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
         crops = fn.decoders.image_slice(
@@ -132,8 +132,8 @@ class TrainLoader(Loader):
         images = resize(crops, size, linear, self._resizer)
         fill = [float(round(255 * mean)) for mean in self.settings.mean]  # timm's fill color
         for first in range(0, len(layers), 3):
-            group, matrix, value = layers[first : first + 3]
-            images = apply_layer(images, group, matrix, value, fill)
+            branch, matrix, value = layers[first : first + 3]
+            images = apply_layer(images, branch, matrix, value, fill)
         return images, mirror
 
 
@@ -183,7 +183,7 @@ class EvalLoader(Loader):
             ids = self.rank_samples[start : start + micro_batch]
             yield Slots(ids, np.zeros_like(ids), epoch=0, step=step, done=step + 1)
 
-    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], ErasedBoxes | None]:
         samples = self.index.samples[ids]
         size = compute_resized_shape(samples["width"], samples["height"], self.settings)
         corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even

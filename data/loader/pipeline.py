@@ -21,7 +21,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
 from data.augment.operators import CpuResizer
-from data.augment.recipe import Erased
+from data.augment.recipe import ErasedBoxes
 from data.augment.sampling import Mix
 from data.dataset.headers import BadImage, check_header
 from data.dataset.index import Index
@@ -88,7 +88,7 @@ class MicroBatch:
     ids: np.ndarray
     encoded: list[np.ndarray]
     parameters: tuple[np.ndarray, ...]
-    erased: Erased | None
+    erased: ErasedBoxes | None
     mix: Mix | None
 
 
@@ -116,11 +116,11 @@ class Loader:
         """Yields the slots of all micro-batches, in order."""
         raise NotImplementedError
 
-    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], Erased | None]:
+    def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], ErasedBoxes | None]:
         """Computes the graph's parameters, a row for each sample that is used, and the boxes to erase."""
         raise NotImplementedError
 
-    def _erase(self, images: torch.Tensor, erased: Erased) -> None:
+    def _erase(self, images: torch.Tensor, erased: ErasedBoxes) -> None:
         """Erases boxes of images in place, on the device."""
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ from scipy.stats import chi2_contingency, ks_2samp, kstest
 from timm.data.random_erasing import RandomErasing
 
 from data.augment.erasing import NoiseBank
-from data.augment.recipe import Erased
+from data.augment.recipe import ErasedBoxes
 from data.augment.sampling import draw_erased_boxes, draw_noise_starts
 
 DRAWS, SIZE = 100_000, 64
@@ -83,7 +83,7 @@ def test_boxes_become_noise_and_nothing_else_changes() -> None:
     boxes, starts = draw_erased_boxes(0, 0, ids, image_size=SIZE, probability=0.5, count=2), draw_noise_starts(0, 0, ids, 2)
     images = torch.full((40, 3, SIZE, SIZE), 9.0).to(memory_format=torch.channels_last)
     memory = images.data_ptr()
-    NoiseBank(SIZE, torch.device("cpu")).erase(images, Erased(boxes, starts))
+    NoiseBank(SIZE, torch.device("cpu")).erase(images, ErasedBoxes(boxes, starts))
     assert images.data_ptr() == memory
     assert images.is_contiguous(memory_format=torch.channels_last)
     inside = np.zeros((40, SIZE, SIZE), bool)

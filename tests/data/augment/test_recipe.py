@@ -11,7 +11,7 @@ from PIL import Image
 from data.augment.erasing import NoiseBank
 from data.augment.operators import Operator
 from data.augment.randaugment import Layer, draw_color_jitter, draw_rand_augment
-from data.augment.recipe import Erased
+from data.augment.recipe import ErasedBoxes
 from data.augment.sampling import draw_bilinear, draw_crops, draw_erased_boxes, draw_flips, draw_noise_starts
 from data.common.placement import Placement
 from data.dataset.index import Index
@@ -88,7 +88,7 @@ def test_a_batch_is_what_timm_would_make_of_it(dataset: Index, recipe: str) -> N
 
     if probability:
         expected = batch.images.clone()
-        NoiseBank(SIZE, torch.device("cpu")).erase(expected, Erased(boxes, draw_noise_starts(SEED, 0, batch.ids, count)))
+        NoiseBank(SIZE, torch.device("cpu")).erase(expected, ErasedBoxes(boxes, draw_noise_starts(SEED, 0, batch.ids, count)))
         assert (boxes[..., 2] > 0).any()
         assert torch.equal(batch.images, expected)  # the noise is there already
 

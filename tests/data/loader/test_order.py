@@ -74,7 +74,7 @@ def test_the_check_above_finds_a_broken_order(monkeypatch: pytest.MonkeyPatch) -
     def whole_windows(seed: int, epoch: int, lanes: int, window: int, length: int) -> np.ndarray:
         return permutation(length + 1, seed, Draw.WINDOW, epoch, np.arange(lanes), window)[:, :length] % length
 
-    monkeypatch.setattr(data.loader.order, "_window_permutations", whole_windows)
+    monkeypatch.setattr(data.loader.order, "_permute_windows", whole_windows)
     with pytest.raises(AssertionError, match="samples repeat"):
         test_every_sample_once_an_epoch_over_all_ranks()
 
@@ -158,7 +158,7 @@ def test_ranks_own_consecutive_slots_and_whole_lanes() -> None:
             assert (np.concatenate(parts) == whole).all()
     used = {rank: np.concatenate([order.batch(0, step)[select_rank_slots(16, rank, 4)] for step in range(20)]) for rank in range(4)}
     lane_length = order.steps_per_epoch * 2
-    shards, starts, offset = data.loader.order._epoch_layout(order, 0)
+    shards, starts, offset = data.loader.order._lay_out_epoch(order, 0)
     for rank, ids in used.items():
         shard = np.searchsorted(order.shard_start, ids, side="right") - 1
         place = {number: slot for slot, number in enumerate(shards)}
@@ -186,8 +186,8 @@ def test_cost_does_not_depend_on_the_step(monkeypatch: pytest.MonkeyPatch) -> No
     assert order.steps_per_epoch == 1733
     for epoch, step in ((0, 0), (0, 1200), (50, 7), (89, 1731)):
         work.clear()
-        data.loader.order._window_permutations.cache_clear()
-        data.loader.order._epoch_layout.cache_clear()
+        data.loader.order._permute_windows.cache_clear()
+        data.loader.order._lay_out_epoch.cache_clear()
         ids = order.batch(epoch, step)
         assert len(np.unique(ids)) == 8192
         assert sum(work) <= 4096 + 64 * 2048
