@@ -7,9 +7,12 @@ from tests.support import REPOSITORY
 
 # Packages, and the rooms (folders and modules) of data and pretrain. Each may import itself and those before it in this list.
 ORDER = (
-    *(f"data.{room}" for room in "common storage dataset settings augment loader packing synthetic inspect __main__".split()),
-    *(f"pretrain.{room}" for room in "model loss config schedule config_command run engine".split()),
-    *(f"pretrain.{room}" for room in "checkpoint weights monitor evaluation train __main__".split()),
+    *(
+        f"data.{room}"
+        for room in ["common", "storage", "dataset", "settings", "augment", "loader", "packing", "synthetic", "inspect", "__main__"]
+    ),
+    *(f"pretrain.{room}" for room in ["model", "loss", "config", "schedule", "config_command", "run", "engine"]),
+    *(f"pretrain.{room}" for room in ["checkpoint", "weights", "monitor", "evaluation", "train", "__main__"]),
     "launch",
     "benchmarks",
     "examples",
