@@ -79,7 +79,7 @@ def test_shards_at_urls_are_read(machine: Machine, drawn: Path) -> None:
 def test_data_missing_on_one_node(machine: Machine) -> None:
     verdict = machine.inspect(2, "run.keep_best=top1", n1={"TRAIN": "/nowhere/train", "VAL": "/nowhere/val"})
     assert (verdict.code, list(verdict.unfit)) == (3, ["n1"])
-    assert "data.train = /nowhere/train (" in verdict.unfit["n1"][0]
+    assert verdict.unfit["n1"][0].startswith("data.train = ")
     assert "no such folder; make it with" in verdict.unfit["n1"][0]
 
 
@@ -186,7 +186,7 @@ def test_this_machine_is_fit(machine: Machine) -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("preflight: fit\n")
     imported = {line.split("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")}
-    assert "omegaconf" in imported
+    assert "numpy" in imported
     assert not imported & {"torch", "deepspeed", "timm", "nvidia.dali"}
     assert not (machine.folder / "run").exists()
 
