@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
@@ -201,7 +202,7 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.engine.guard import Guard
     from pretrain.loss import mixed_cross_entropy
 
-    device = distributed.start(config.engine)
+    device = distributed.rank_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
     engine: Any = build_engine(config, model, 1)
     dtype = DTYPES[usable_precision(device, config.engine.precision)]
     use_kernels(model, config.model.kernels, device, config.data.image_size, dtype, config.engine.zero_stage)
