@@ -39,9 +39,9 @@ def main() -> int:
     if code == 0 and job:
         run = settings.load(*job_words(sys.argv[1:])).run
         if run.export:
-            from pretrain.weights.export import release
+            from pretrain.weights.export import export_run
 
-            release(Path(run.dir))
+            export_run(Path(run.dir))
     return code
 
 

@@ -174,10 +174,10 @@ def _lost_node(report: Report) -> str | None:
 
 def export_weights(run: Path, end: End) -> End:
     """Exports the weights of a complete run; returns its end, which becomes a failure if the export fails."""
-    from pretrain.weights.export import release
+    from pretrain.weights.export import export_run
 
     try:
-        release(run)
+        export_run(run)
     except Exception as error:  # of any kind: the run itself is safe, and the next attempt only exports
         return replace(end, outcome="crashed", reason=f"training is complete, but the export failed: {type(error).__name__}: {error}")
     return end

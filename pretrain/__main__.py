@@ -14,7 +14,7 @@ python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] 
 python -m pretrain export RUN
     a finished run's weights to RUN/weights, in the formats of run.export
 python -m pretrain export RUN_OR_CHECKPOINT --format official|timm|mmpretrain|mmseg|hf --out PATH
-    [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--licence TEXT] [--force]
+    [--weights raw|ema] [--dtype fp32|bf16|fp16] [--features-only] [--license TEXT] [--force]
 python -m pretrain checkpoints RUN [--verify | --compare A B | --prune KEEP]
     lists a run's checkpoints; reads every byte; compares two bit by bit; removes those that need not stay
 """
@@ -35,7 +35,7 @@ import pretrain
 from data.common.command_line import is_override, parse
 from pretrain.run.exit_codes import EXIT_CONFIG
 
-_EXPORTS = ("format", "out", "weights", "dtype", "features_only", "licence", "force")  # options of an export
+_EXPORTS = ("format", "out", "weights", "dtype", "features_only", "license", "force")  # options of an export
 
 
 def main() -> int:
@@ -63,7 +63,7 @@ def main() -> int:
     export_parser.add_argument("--out", type=Path)
     export_parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     export_parser.add_argument("--features-only", action="store_true", help="without the head")
-    export_parser.add_argument("--licence", default="not stated", help="for the model card")
+    export_parser.add_argument("--license", default="not stated", help="for the model card")
     export_parser.add_argument("--force", action="store_true", help="replace what is there")
     for sub in (evaluate_parser, export_parser):
         sub.add_argument("--weights", choices=("raw", "ema"), default="raw", help="the weights, or their moving average")
@@ -163,22 +163,22 @@ def _status(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace) -> int:
     with lasting_imports():
         from pretrain.engine import distributed
-        from pretrain.evaluation.command import judge
+        from pretrain.evaluation.command import print_evaluation
 
     config = Path(args.overrides.pop(0)) if args.overrides and not is_override(args.overrides[0]) else None
-    judge(args.source, config, args.overrides, average=args.weights == "ema", probe=args.probe)
+    print_evaluation(args.source, config, args.overrides, average=args.weights == "ema", probe=args.probe)
     distributed.stop()
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
     with lasting_imports():
-        from pretrain.weights.export import export, release
+        from pretrain.weights.export import export, export_run
 
     if args.format is None:
-        release(args.source)
+        export_run(args.source)
         return 0
-    options = {"dtype": args.dtype, "features_only": args.features_only, "licence": args.licence, "force": args.force}
+    options = {"dtype": args.dtype, "features_only": args.features_only, "license": args.license, "force": args.force}
     print(export(args.source, args.format, args.out, average=args.weights == "ema", **options))
     return 0
 

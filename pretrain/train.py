@@ -34,7 +34,7 @@ from pretrain.engine.engine import build_engine
 from pretrain.engine.guard import Guard
 from pretrain.engine.optim import learning_rate, set_learning_rate
 from pretrain.engine.precision import DTYPES, usable_precision
-from pretrain.evaluation.accuracy import restriction
+from pretrain.evaluation.accuracy import describe_restriction
 from pretrain.evaluation.in_training import Evaluator
 from pretrain.loss import mixed_cross_entropy
 from pretrain.model.build import build_model
@@ -225,7 +225,7 @@ class Trainer:
                 f"{data.train} has {len(self.index.classes)} classes, but model.classes={config.model.classes}; make them agree"
             )
         self.val = open_index(data.val, data.cache) if data.val is not None else None
-        if self.val is not None and (restricted := restriction(self.index.classes, self.val, data.val_except)):
+        if self.val is not None and (restricted := describe_restriction(self.index.classes, self.val, data.val_except)):
             self.log.line(f"evaluation: {restricted}")
         check_shards([self.index, self.val] if self.val else [self.index], checksums=data.check == "checksums")
         self.quarantine = Quarantine(self.index, data.max_bad, self.folder / "quarantine.jsonl")

@@ -1,7 +1,7 @@
-"""Accuracy of weights on a packed data set, each image counted once whatever the number of ranks.
+"""Measures top-1, top-5 and loss of a model on a packed dataset. Each image counts once, whatever the number of ranks.
 
-Classes are matched by name. Where those of the data are a part of the head's, its other outputs take no part in top-k and loss: so
-weights for ImageNet-22K are judged on ImageNet-1K, while they are trained and afterwards (judge.py).
+Classes are matched by name. If the data has only some of the head's classes, the other outputs take no part in top-k and loss: so
+weights for ImageNet-22K are evaluated on ImageNet-1K, during training and by `python -m pretrain evaluate`.
 """
 
 from collections.abc import Sequence
@@ -18,75 +18,93 @@ from data.loader.loaders import EvalLoader
 from pretrain.engine.precision import autocast
 from pretrain.model.formats import some
 
-_NAMED = 20  # classes that an error offers to leave out
+_MAX_EXCEPT = 20  # classes that an error proposes for data.val_except
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: EvalLoader, head: Sequence[str], precision: str) -> dict[str, Any]:
-    """Top-1 and top-5 accuracy (0 to 1) and mean cross-entropy among the classes of the data, their number, the number of images and of
-    bad ones that were left out. `head` names the classes of the model's outputs. Collective.
+    """Evaluates a model among the classes of the data. Collective.
+
+    Args:
+        model: its outputs are the logits of `head`.
+        loader: this rank's images.
+        head: class names of the outputs.
+        precision: as engine.precision.
+
+    Returns:
+        top1 and top5 (0 to 1), loss (mean cross-entropy), images, left_out (bad images), classes (of the data).
 
     Raises:
         ValueError: the head lacks classes of the data, or no image can be used.
     """
     model.eval()
-    rows, targets = (torch.from_numpy(part).to(loader.device) for part in matched(head, loader.index, loader.settings.val_except))
-    totals = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, right, right among five, sum of losses
+    outputs, targets = (torch.from_numpy(part).to(loader.device) for part in match_classes(head, loader.index, loader.settings.val_except))
+    totals = torch.zeros(4, dtype=torch.float64, device=loader.device)  # images, correct, correct among five, sum of losses
     for batch in loader:
         with autocast(loader.device, precision):
-            logits = model(batch.images).float()[:, rows]
+            logits = model(batch.images).float()[:, outputs]
         labels = targets[batch.labels]
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        totals += torch.stack([torch.ones_like(loss) * len(labels), *hits(logits, labels), loss]).double()
+        totals += torch.stack([torch.ones_like(loss) * len(labels), *count_correct(logits, labels), loss]).double()
     dist.all_reduce(totals)
     images, top1, top5, loss_sum = totals.tolist()
     if not images:
-        raise ValueError(none_left(loader))
+        raise ValueError(no_usable_image(loader))
     left_out = len(loader.samples) - int(images)
     accuracy = {"top1": top1 / images, "top5": top5 / images, "loss": loss_sum / images}
-    return {"images": int(images), "left_out": left_out, "classes": len(rows), **accuracy}
+    return {"images": int(images), "left_out": left_out, "classes": len(outputs), **accuracy}
 
 
-def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many of these labels, int64 (n,), have the highest of their scores (n, classes), and how many one of the five highest; (2,). A
-    score of -inf or NaN is never right."""
+def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
+    """Counts the labels, int64 (n,), with the highest of their scores, (n, classes), and with one of the five highest; returns (2,).
+
+    A score of -inf or NaN is never correct.
+    """
     best = scores.topk(min(5, scores.shape[1]), dim=1)
-    right = (best.indices == labels[:, None]) & (best.values > -torch.inf)
-    return torch.stack([right[:, 0].sum(), right.sum()])
+    correct = (best.indices == labels[:, None]) & (best.values > -torch.inf)
+    return torch.stack([correct[:, 0].sum(), correct.sum()])
 
 
-def matched(names: Sequence[str], index: Index, without: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the classes of a data set, but for those `without`, are among `names`: their places there, int64 (k,), in the data set's
-    order; and the place in that of each of its labels, int64 (classes,).
+def match_classes(names: Sequence[str], index: Index, without: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the classes of a dataset among `names`.
+
+    Args:
+        names: classes of a head, or of another dataset.
+        index: the dataset.
+        without: classes of the dataset to leave out.
+
+    Returns:
+        The positions in `names`, int64 (k,), in the order of the dataset's classes; and for each label of the dataset its position among
+        these k, int64 (classes,).
 
     Raises:
-        ValueError: some are not there.
+        ValueError: classes are missing in `names`.
     """
-    place = {name: number for number, name in enumerate(names)}
-    judged = [name for name in index.classes if name not in without]
-    lacking = [name for name in judged if name not in place]
-    if lacking:
-        if len(lacking) <= _NAMED:
-            mend = f"leave their images out: data.val_except=[{','.join([*without, *lacking])}]"
+    position = {name: number for number, name in enumerate(names)}
+    kept = [name for name in index.classes if name not in without]
+    missing = [name for name in kept if name not in position]
+    if missing:
+        if len(missing) <= _MAX_EXCEPT:
+            remedy = f"leave their images out: data.val_except=[{','.join([*without, *missing])}]"
         else:
-            mend = f"classes are matched by name, and the others are {some(list(names))}"
+            remedy = f"classes are matched by name, and the others are {some(list(names))}"
         raise ValueError(
-            f"{index.place}: {len(lacking):,} of {len(index.classes):,} classes are not among the {len(names):,} that the weights are for: "
-            f"{some(lacking)}; {mend}"
+            f"{index.place}: {len(missing):,} of {len(index.classes):,} classes are not among the {len(names):,} that the weights are for: "
+            f"{some(missing)}; {remedy}"
         )
     targets = np.cumsum([name not in without for name in index.classes]) - 1
-    return np.array([place[name] for name in judged], np.int64), targets.astype(np.int64)
+    return np.array([position[name] for name in kept], np.int64), targets.astype(np.int64)
 
 
-def restriction(head: Sequence[str], index: Index, without: Sequence[str]) -> str | None:
-    """What is to be said where not all classes of a head take part. Raises ValueError as `matched`."""
-    rows, _ = matched(head, index, without)
-    if len(rows) == len(head):
+def describe_restriction(head: Sequence[str], index: Index, without: Sequence[str]) -> str | None:
+    """Returns a line for the log if only some classes of a head take part, otherwise None. Raises ValueError as `match_classes`."""
+    outputs, _ = match_classes(head, index, without)
+    if len(outputs) == len(head):
         return None
     left_out = f", without {some(without)}" if without else ""
-    return f"head of {len(head):,} classes restricted to the {len(rows):,} of {index.place}{left_out}"
+    return f"head of {len(head):,} classes restricted to the {len(outputs):,} of {index.place}{left_out}"
 
 
-def none_left(loader: EvalLoader) -> str:
+def no_usable_image(loader: EvalLoader) -> str:
     place = loader.index.place
-    return f"{place}: none of {len(loader.samples)} images can be used; `python -m data verify --deep {place}` says why"
+    return f"{place}: none of {len(loader.samples)} images can be used; `python -m data verify --deep {place}` lists the reasons"

@@ -1,20 +1,21 @@
-"""Weights out of a run, in the formats other projects load.
+"""Exports the weights of a run in the formats that other projects load.
 
-    python -m pretrain export runs/van_b3_in22k                                             all of run.export, to RUN/weights
-    python -m pretrain export runs/van_b3_in22k --format official --out van_b3_in22k.pth    one, of a run or a checkpoint
+    python -m pretrain export runs/van_b3_in22k                                             the formats of run.export, to RUN/weights
+    python -m pretrain export runs/van_b3_in22k --format official --out van_b3_in22k.pth    one format, of a run or a checkpoint
 
-official, mmpretrain and mmseg (which has no head) are files, {"state_dict": …, "classes": names}; timm and hf are folders with
-config.json and model.safetensors. LOADED_BY says how each is loaded.
+timm exists for every model, the other formats for some model classes (`formats_of`). official, mmpretrain and mmseg (which has no head) are
+files, {"state_dict": …, "arch": name, "classes": names}; timm and hf are folders with config.json and model.safetensors.
 
-One process does it, on a CPU, without DeepSpeed. What was written is read back and compared before it gets its name. Beside a file stand
-its model card, PATH.md, and its checksum, PATH.sha256; in a folder they are README.md and SHA256SUMS.
+Export runs in one process, on a CPU, without DeepSpeed. The weights are read back and compared before the export gets its name. A model
+card and a checksum go with them: PATH.md and PATH.sha256 beside a file, README.md and SHA256SUMS in a folder.
 """
 
 import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,75 +23,144 @@ from typing import Any
 import timm.models
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from data.common.files import publish, sync
 from pretrain.config import Config, from_dict
 from pretrain.model.formats import some, to_format
 from pretrain.run.directory import MANIFEST
-from pretrain.weights.initial import read_source
 from pretrain.weights.run_model import build_trained, open_run
+from pretrain.weights.source import architecture, formats_of, read_source
 
 FOLDERS = ("timm", "hf")
-WEIGHTS, LIST = "weights", "weights.json"  # of a run: their folder, and the list in it of what was written, from which step
+WEIGHTS, LIST = "weights", "weights.json"  # the folder in a run directory, and in it the step and checksum of each export
 SUFFIXES = {"official": ".pth", "mmseg": "_mmseg.pth", "mmpretrain": "_mmpretrain.pth", "timm": "_timm", "hf": "_hf"}
 LOADED_BY = {
     "official": '`model.load_state_dict(torch.load(PATH)["state_dict"])` in the authors\' VAN-Classification',
     "mmseg": "`pretrained=PATH` of the backbone in the authors' VAN-Segmentation, VAN-Detection and their ports",
     "mmpretrain": "`load_from = PATH` in a config of OpenMMLab's mmpretrain",
-    "timm": '`import pretrain.model.van; timm.create_model("local-dir:PATH", pretrained=True)`',
+    "timm": '`timm.create_model("local-dir:PATH", pretrained=True)`',
     "hf": "`VanForImageClassification.from_pretrained(PATH)` of transformers, with VAN up to 4.30",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def release(run: Path, log: Callable[[str], None] = print) -> list[Path]:
-    """Writes a finished run's weights, or their moving average where one is kept, to RUN/weights in the formats of run.export: NAME.pth
-    for the authors' code, NAME_FORMAT.pth or the folder NAME_FORMAT for others. Returns where they are.
+@dataclass(frozen=True)
+class Export:
+    """One export: format, destination and options."""
 
-    What is there already, whole and of the same step, stays; what an earlier try left is replaced.
+    fmt: str
+    out: Path
+    average: bool = False  # the moving average in place of the weights
+    dtype: str = "fp32"  # one of DTYPES
+    features_only: bool = False  # without the head
+    license: str = "not stated"  # for the model card
+
+    @property
+    def is_folder(self) -> bool:
+        return self.fmt in FOLDERS
+
+    @property
+    def has_head(self) -> bool:
+        return not self.features_only and self.fmt != "mmseg"
+
+    def files(self, out: Path) -> tuple[Path, Path, Path]:
+        """Returns the paths of weights, model card and checksum of an export to `out`."""
+        if self.is_folder:
+            return out / "model.safetensors", out / "README.md", out / "SHA256SUMS"
+        return out, Path(f"{out}.md"), Path(f"{out}.sha256")
+
+
+def check_formats(model: nn.Module, formats: Sequence[str], setting: str) -> None:
+    """Raises ValueError if a model can't be exported in one of the formats.
 
     Args:
-        log: gets a line for each.
+        setting: the setting or option that named the formats, for the message.
+    """
+    missing = [fmt for fmt in formats if fmt not in formats_of(model)]
+    if missing:
+        raise ValueError(f"{setting}: {type(model).__name__} has no format {', '.join(missing)}, only {', '.join(formats_of(model))}")
+
+
+def export(
+    source: Path, fmt: str, out: Path, *, average: bool = False, dtype: str = "fp32", features_only: bool = False,
+    license: str = "not stated", force: bool = False,
+) -> str:  # fmt: skip
+    """Writes the weights of a run or a checkpoint; returns a line that describes the export.
+
+    Args:
+        source: a run directory, whose newest complete checkpoint is taken, or a checkpoint.
+        fmt: one of the model's formats.
+        out: the file or folder to write.
+        average: the moving average in place of the weights.
+        dtype: one of DTYPES.
+        features_only: without the head. mmseg never has one.
+        license: for the model card.
+        force: replace an export that exists.
 
     Raises:
-        ValueError: the run is not finished, has no whole checkpoint, or RUN/weights can't be written.
+        ValueError: there is no complete checkpoint or no average in it, the model has no such format, or `out` can't be written, has the
+            suffix of another format, or exists and `force` is off or it is no export.
+    """
+    job = Export(fmt, out, average, dtype, features_only, license)
+    _check_destination([out] if job.is_folder else list(job.files(out)), force)
+    if not job.is_folder and out.suffix == ".safetensors":
+        raise ValueError(f"{out}: format {fmt} is a file of torch.save; call it {out.with_suffix('.pth')}")
+    model, config, trainer = build_trained(source, average)
+    check_formats(model, [fmt], "--format")
+    return _write(job, model, config, trainer)[0]
+
+
+def export_run(run: Path, log: Callable[[str], None] = print) -> list[Path]:
+    """Exports a finished run to RUN/weights in the formats of run.export, the moving average if there is one; returns the paths.
+
+    They are called NAME.pth for official, NAME_FORMAT.pth or NAME_FORMAT for the others. A complete export of the same step stays; an
+    incomplete or older one is replaced.
+
+    Args:
+        run: the run directory.
+        log: is called with one line for each export.
+
+    Raises:
+        ValueError: the run is not finished, has no complete checkpoint, or RUN/weights can't be written.
     """
     if (run / MANIFEST).is_file():
         raise ValueError(f"{run} is a checkpoint: give --format and --out")
     checkpoint, trainer = open_run(run)
     step, total, config = trainer["step"], trainer["identity"]["steps"], from_dict(trainer["config"])
     if step < total:
-        raise ValueError(f"{run} is not finished: step {step} of {total}; with --format and --out its weights are exported as they are")
+        raise ValueError(f"{run} is not finished: step {step} of {total}; use --format and --out to export its weights as they are")
     average = bool(config.engine.ema_decay)
-    state = {"step": step, "weights": "ema" if average else "raw"}
-    listed = _listed(run / WEIGHTS)
-    outs = {fmt: run / WEIGHTS / f"{config.name}{SUFFIXES[fmt]}" for fmt in config.run.export}
-    missing = {fmt: out for fmt, out in outs.items() if not _stands(fmt, out, state, listed)}
-    for fmt, out in outs.items():
-        if fmt not in missing:
-            log(f"{out}: there already, of step {step}")
+    jobs = [Export(fmt, run / WEIGHTS / f"{config.name}{SUFFIXES[fmt]}", average) for fmt in config.run.export]
+    listed, entry = _read_list(run / WEIGHTS), {"step": step, "weights": "ema" if average else "raw"}
+    missing = []
+    for job in jobs:
+        if _is_complete(job, entry, listed):
+            log(f"{job.out}: there already, of step {step}")
+        else:
+            missing.append(job)
     if missing:
         model, config, trainer = build_trained(checkpoint, average)
-    for fmt, out in missing.items():
-        _check_place([out], force=True)
-        written, digest = _write(copy.deepcopy(model), config, trainer, fmt, out, average=average)
-        listed[out.name] = state | {"sha256": digest}
-        _list(run / WEIGHTS, listed)
-        log(written)
-    return list(outs.values())
+        check_formats(model, [job.fmt for job in missing], "run.export")
+    for job in missing:
+        _check_destination([job.out], force=True)
+        line, digest = _write(job, copy.deepcopy(model), config, trainer)
+        listed[job.out.name] = entry | {"sha256": digest}
+        _write_list(run / WEIGHTS, listed)
+        log(line)
+    return [job.out for job in jobs]
 
 
-def _listed(folder: Path) -> dict[str, Any]:
-    """What is in a run's folder of weights, by name; nothing where that can't be read, so that all is written anew."""
+def _read_list(folder: Path) -> dict[str, Any]:
+    """Returns the entries of weights.json by name; none if the file can't be read, so that all is exported again."""
     try:
-        found = json.loads((folder / LIST).read_bytes())
+        listed = json.loads((folder / LIST).read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return listed if isinstance(listed, dict) else {}
 
 
-def _list(folder: Path, listed: dict[str, Any]) -> None:
+def _write_list(folder: Path, listed: dict[str, Any]) -> None:
     try:
         with (folder / f".{LIST}").open("w") as file:
             json.dump(listed, file, indent=1)
@@ -99,137 +169,101 @@ def _list(folder: Path, listed: dict[str, Any]) -> None:
         raise ValueError(f"{folder / LIST} can't be written: {error}") from error
 
 
-def _stands(fmt: str, out: Path, state: dict[str, Any], listed: dict[str, Any]) -> bool:
-    """Whether an export is there, as it was written."""
-    weights, *beside = _files(fmt, out)
-    if not all(path.is_file() for path in (weights, *beside)):
-        return False
-    return listed.get(out.name) == state | {"sha256": _sha256(weights)}
+def _is_complete(job: Export, entry: dict[str, Any], listed: dict[str, Any]) -> bool:
+    files = job.files(job.out)
+    return all(path.is_file() for path in files) and listed.get(job.out.name) == entry | {"sha256": _sha256(files[0])}
 
 
-def export(
-    source: Path, fmt: str, out: Path, *, average: bool = False, dtype: str = "fp32", features_only: bool = False,
-    licence: str = "not stated", force: bool = False,
-) -> str:  # fmt: skip
-    """Writes a run's weights; returns a line that says what was written.
-
-    Args:
-        source: a run directory, whose newest whole checkpoint is taken, or a checkpoint.
-        average: the moving average instead of the weights.
-        dtype: one of DTYPES.
-        features_only: leave the head out. mmseg never has one.
-
-    Raises:
-        ValueError: no whole checkpoint to read, no average in it, `out` can't be written, has a name of another format, or exists and
-            `force` is off or it is no export.
-    """
-    _check_place([out] if fmt in FOLDERS else _files(fmt, out), force)
-    if fmt not in FOLDERS and out.suffix == ".safetensors":
-        raise ValueError(f"{out}: format {fmt} is a file of torch.save; call it {out.with_suffix('.pth')}")
-    model, config, trainer = build_trained(source, average)
-    written, _ = _write(model, config, trainer, fmt, out, average=average, dtype=dtype, features_only=features_only, licence=licence)
-    return written
-
-
-def _write(
-    model: nn.Module, config: Config, trainer: dict[str, Any], fmt: str, out: Path, *, average: bool, dtype: str = "fp32",
-    features_only: bool = False, licence: str = "not stated",
-) -> tuple[str, str]:  # fmt: skip
-    """Writes a model, which may be changed by that; what was there is replaced once all is written. Returns a line and the weights'
-    SHA-256."""
-    headless = features_only or fmt == "mmseg"
-    if headless:
-        model.reset_classifier(0)  # type: ignore[operator]
-    model.to(DTYPES[dtype])
-    partial = out.with_name(f".partial-{out.name}")
-    _remove(partial)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _WRITERS[fmt](partial, fmt, model, config, trainer)
-        _compare(read_source(partial).weights, model.state_dict())
-
-        digest = _sha256(_files(fmt, partial)[0])
-        card = model_card(config, trainer, fmt, average=average, dtype=dtype, headless=headless, digest=digest, licence=licence)
-        weights, *beside = _files(fmt, out)
-        _put(partial, fmt, out, (card, f"{digest}  {weights.name}\n"))
-    except OSError as error:
-        raise ValueError(f"{out} can't be written: {error}") from error
-    finally:
-        _remove(partial)
-    told = f"{config.model.name}, {'moving average' if average else 'weights'} of step {trainer['step']}, {dtype}, format {fmt}"
-    return f"{out}: {told}; model card {beside[0]}, checksum {beside[1]}", digest
-
-
-def _put(partial: Path, fmt: str, out: Path, texts: tuple[str, str]) -> None:
-    """Gives what was written its name, with model card and checksum, in the place of what has that name. Whenever this is cut short, there
-    is a whole export or none, and no card or checksum of another."""
-    weights, *beside = _files(fmt, out)
-    if fmt in FOLDERS:
-        shutil.copymode(partial / "config.json", partial / weights.name)  # safetensors lets nobody else read what it writes
-        for path, text in zip(beside, texts, strict=True):
-            (partial / path.name).write_text(text)
-        for path in partial.iterdir():
-            sync(path)
-    sync(partial)
-    removed = out.with_name(f".removed-{out.name}")
-    _remove(removed)
-    if out.is_dir() or (fmt in FOLDERS and out.exists()):
-        out.rename(removed)
-    if fmt not in FOLDERS:
-        for path in beside:
-            path.unlink(missing_ok=True)
-    partial.rename(out)
-    if fmt not in FOLDERS:
-        for path, text in zip(beside, texts, strict=True):
-            path.write_text(text)
-    sync(out.parent)
-    _remove(removed)
-
-
-def _files(fmt: str, out: Path) -> list[Path]:
-    """Of an export: the weights, their model card and their checksum."""
-    if fmt in FOLDERS:
-        return [out / "model.safetensors", out / "README.md", out / "SHA256SUMS"]
-    return [out, Path(f"{out}.md"), Path(f"{out}.sha256")]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_place(written: list[Path], force: bool) -> None:
-    """Raises ValueError where something stands that was not asked to be replaced, or that is no export."""
-    taken = [path for path in written if path.exists()]
-    if taken and not force:
-        raise ValueError(f"{taken[0]} exists; give another --out, or --force to replace it")
-    for folder in (path for path in taken if path.is_dir()):
+def _check_destination(paths: list[Path], force: bool) -> None:
+    """Raises ValueError if a path exists and may not be replaced, or is a folder that is no export."""
+    existing = [path for path in paths if path.exists()]
+    if existing and not force:
+        raise ValueError(f"{existing[0]} exists; give another --out, or --force to replace it")
+    for folder in (path for path in existing if path.is_dir()):
         others = sorted({path.name for path in folder.iterdir()} - {"config.json", "model.safetensors", "README.md", "SHA256SUMS"})
         if others:
             raise ValueError(f"{folder} is not replaced: it holds more than an export, {some(others)}; give another --out")
 
 
+# ---------------------------------------------------------------- write
+
+
+def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any]) -> tuple[str, str]:
+    """Writes an export, in place of an earlier one; returns a line that describes it and the SHA-256 of the weights.
+
+    Args:
+        model: changed by this: its head is removed and its type converted, as the job says.
+        config, trainer: as `build_trained` returns them.
+    """
+    if not job.has_head:
+        model.reset_classifier(0)  # type: ignore[operator]
+    model.to(DTYPES[job.dtype])
+    partial = job.out.with_name(f".partial-{job.out.name}")
+    _remove(partial)
+    try:
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        _WRITERS[job.fmt](partial, job.fmt, model, config, trainer)
+        _compare(partial, model)
+        weights, card, checksum = job.files(job.out)
+        digest = _sha256(job.files(partial)[0])
+        _publish(job, partial, model_card(job, model, config, trainer, digest), f"{digest}  {weights.name}\n")
+    except OSError as error:
+        raise ValueError(f"{job.out} can't be written: {error}") from error
+    finally:
+        _remove(partial)
+    kind = "moving average" if job.average else "weights"
+    line = f"{job.out}: {config.model.name}, {kind} of step {trainer['step']}, {job.dtype}, format {job.fmt}"
+    return f"{line}; model card {card}, checksum {checksum}", digest
+
+
+def _publish(job: Export, partial: Path, card: str, checksum: str) -> None:
+    """Renames a written export to its name and adds model card and checksum, in place of an earlier export.
+
+    If the process dies in between, there is a complete export or none, and no card or checksum of another export.
+    """
+    out, texts = job.out, dict(zip(job.files(job.out)[1:], (card, checksum), strict=True))
+    removed = out.with_name(f".removed-{out.name}")
+    _remove(removed)
+    if job.is_folder:
+        shutil.copymode(partial / "config.json", partial / "model.safetensors")  # safetensors writes files that only their owner may read
+        for path, text in texts.items():
+            (partial / path.name).write_text(text)
+        for path in partial.iterdir():
+            sync(path)
+    sync(partial)
+    if out.is_dir() or (job.is_folder and out.exists()):
+        out.rename(removed)
+    if not job.is_folder:
+        for path in texts:
+            path.unlink(missing_ok=True)
+    partial.rename(out)
+    if not job.is_folder:
+        for path, text in texts.items():
+            path.write_text(text)
+    sync(out.parent)
+    _remove(removed)
+
+
 def _write_file(path: Path, fmt: str, model: nn.Module, config: Config, trainer: dict[str, Any]) -> None:
-    # The classes tell whoever starts from the file which row of the head is whose.
-    contents = {"state_dict": to_format(model.state_dict(), fmt), "classes": trainer["classes"]}
-    with path.open("wb") as file:  # given a path, torch.save puts its stem into the file and refuses one without
+    contents = {"state_dict": to_format(model.state_dict(), fmt), "arch": architecture(model), "classes": trainer["classes"]}
+    with path.open("wb") as file:  # given a path, torch.save stores the path's stem and rejects an empty one
         torch.save(contents, file)
 
 
 def _write_timm(path: Path, fmt: str, model: nn.Module, config: Config, trainer: dict[str, Any]) -> None:
-    # The normalisation and the evaluation's resize go along, so that timm builds the right input transform.
-    squash = config.data.eval_resize == "squash"  # straight to the size: nothing is cropped
-    settings = {
+    squash = config.data.eval_resize == "squash"  # straight to the size, without a crop
+    transform = {
         "input_size": [3, config.data.image_size, config.data.image_size],
         "mean": list(config.data.mean), "std": list(config.data.std),
         "crop_pct": 1.0 if squash else config.data.eval_crop, "crop_mode": "squash" if squash else "center",
     }  # fmt: skip
-    model.pretrained_cfg = {**model.pretrained_cfg, **settings}  # type: ignore[dict-item,assignment]
+    model.pretrained_cfg = {**model.pretrained_cfg, **transform}  # type: ignore[dict-item,assignment]
     labels = {"label_names": trainer["classes"]} if model.num_classes else {}
     timm.models.save_for_hf(model, str(path), model_config=labels, safe_serialization=True)
 
 
 def _write_hf(path: Path, fmt: str, model: nn.Module, config: Config, trainer: dict[str, Any]) -> None:
+    """Writes a VAN for transformers: config.json as its VanConfig, model.safetensors."""
     stages: Any = model.stages
     widths = [info["num_chs"] for info in model.feature_info]  # type: ignore[union-attr]
     classes = trainer["classes"]
@@ -244,7 +278,7 @@ def _write_hf(path: Path, fmt: str, model: nn.Module, config: Config, trainer: d
     }  # fmt: skip
     path.mkdir()
     (path / "config.json").write_text(json.dumps(settings, indent=1))
-    # Its VanModel holds a last LayerNorm that its forward pass never uses, and warns when a file lacks it.
+    # VanModel holds a last LayerNorm that its forward pass never uses, and warns if a file lacks it.
     unused = {"van.layernorm.weight": torch.ones(widths[-1]), "van.layernorm.bias": torch.zeros(widths[-1])}
     save_file(to_format(model.state_dict(), fmt) | unused, path / "model.safetensors", metadata={"format": "pt"})
 
@@ -252,48 +286,18 @@ def _write_hf(path: Path, fmt: str, model: nn.Module, config: Config, trainer: d
 _WRITERS = {"official": _write_file, "mmseg": _write_file, "mmpretrain": _write_file, "timm": _write_timm, "hf": _write_hf}
 
 
-def model_card(
-    config: Config, trainer: dict[str, Any], fmt: str, *, average: bool, dtype: str, headless: bool, digest: str, licence: str
-) -> str:
-    """What the weights are and how they were made, as Markdown."""
-    evaluation = trainer.get("evaluation")
-    measured = "not measured"
-    if evaluation:
-        accuracy = evaluation["ema" if average else "weight"]
-        measured = f"top-1 {accuracy['top1']:.2%}, top-5 {accuracy['top5']:.2%} on {accuracy['images']} images of {config.data.val}"
-        measured += f", at step {evaluation['step']}"
-    data, optim = config.data, config.optim
-    rows = {
-        "model": f"{config.model.name}, {'without head' if headless else f'{config.model.classes} classes'}, {dtype}",
-        "weights": f"{'moving average, decay ' + str(config.engine.ema_decay) if average else 'as trained'}, of step {trainer['step']}, "
-        f"epoch {trainer.get('epoch', 0):.2f}",
-        "accuracy": measured,
-        "data": f"{data.train}, fingerprint {trainer['identity'].get('data')}",
-        "recipe": f"AdamW, learning rate {optim.lr} to {optim.min_lr}, {optim.warmup_epochs} epochs of warm-up, {config.epochs} epochs, "
-        f"global batch {config.global_batch}, weight decay {optim.weight_decay}, drop path {config.model.drop_path}, mixup {data.mixup}, "
-        f"cutmix {data.cutmix}, label smoothing {optim.label_smoothing}, {data.image_size} px, seed {config.seed}",
-        "input": f"RGB, {data.image_size} x {data.image_size}, mean {list(data.mean)}, standard deviation {list(data.std)}, bicubic, "
-        f"{'resized straight to the size' if data.eval_resize == 'squash' else f'centre crop of {data.eval_crop}'}",
-        "started from": config.model.init_from or "random weights",
-        "command": f"`{trainer.get('command', 'not recorded')}`",
-        "commit": trainer.get("commit", "not recorded"),
-        "versions": ", ".join(f"{name} {number}" for name, number in trainer.get("versions", {}).items()) or "not recorded",
-        "exported with": f"torch {torch.__version__}, timm {version('timm')}, format {fmt}",
-        "load with": LOADED_BY[fmt],
-        "SHA-256": digest,
-        "licence": licence,
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"# {config.name}\n\nVisual Attention Network (arXiv 2202.09741), trained with van-pretrain.\n\n| | |\n|---|---|\n{table}\n"
+def _compare(partial: Path, model: nn.Module) -> None:
+    """Raises RuntimeError if the written weights are not those of the model."""
+    written, expected = read_source(partial, model).weights, model.state_dict()
+    same = {name for name in written.keys() & expected.keys() if torch.equal(written[name], expected[name])}
+    different = (written.keys() | expected.keys()) - same
+    if different:
+        raise RuntimeError(f"the export reads back differently: {some(sorted(different))}; is the disk sound? Nothing was exported")
 
 
-def _compare(read_back: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    names = read_back.keys() | expected.keys()
-    same = {name for name in read_back.keys() & expected.keys() if torch.equal(read_back[name], expected[name])}
-    if names != same:
-        raise RuntimeError(
-            f"what was written reads back differently: {some(sorted(names - same))}; is the disk sound? Nothing was exported"
-        )
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _remove(path: Path) -> None:
@@ -301,3 +305,58 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists():
         path.unlink()
+
+
+# ---------------------------------------------------------------- model card
+
+
+def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any], digest: str) -> str:
+    """Returns the model card of an export as Markdown: the weights, the training and how to load them.
+
+    Args:
+        job: the export.
+        model: the exported model.
+        config: the settings of the run.
+        trainer: trainer.json of its checkpoint.
+        digest: SHA-256 of the weights file.
+    """
+    data, optim = config.data, config.optim
+    settings: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    rows = {
+        "model": f"{config.model.name}, {f'{config.model.classes} classes' if job.has_head else 'without head'}, {job.dtype}",
+        "weights": f"{f'moving average, decay {config.engine.ema_decay}' if job.average else 'as trained'}, of step {trainer['step']}, "
+        f"epoch {trainer.get('epoch', 0):.2f}",
+        "accuracy": _accuracy(trainer.get("evaluation"), config, job.average),
+        "data": f"{data.train}, fingerprint {trainer['identity'].get('data')}",
+        "recipe": f"AdamW, learning rate {optim.lr} to {optim.min_lr}, {optim.warmup_epochs} epochs of warm-up, {config.epochs} epochs, "
+        f"global batch {config.global_batch}, weight decay {optim.weight_decay}, drop path {config.model.drop_path}, mixup {data.mixup}, "
+        f"cutmix {data.cutmix}, label smoothing {optim.label_smoothing}, {data.image_size} px, seed {config.seed}",
+        "input": f"RGB, {data.image_size} x {data.image_size}, mean {list(data.mean)}, standard deviation {list(data.std)}, bicubic, "
+        f"{'resized straight to the size' if data.eval_resize == 'squash' else f'center crop of {data.eval_crop}'}",
+        "started from": config.model.init_from or "random weights",
+        "command": f"`{trainer.get('command', 'not recorded')}`",
+        "commit": trainer.get("commit", "not recorded"),
+        "versions": ", ".join(f"{name} {number}" for name, number in trainer.get("versions", {}).items()) or "not recorded",
+        "exported with": f"torch {torch.__version__}, timm {version('timm')}, format {job.fmt}",
+        "load with": load_command(model, job.fmt),
+        "SHA-256": digest,
+        "license": job.license,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    paper = f"{settings['paper_name']} ({settings['paper_ids']}), t" if settings.get("paper_name") else "T"
+    return f"# {config.name}\n\n{paper}rained with van-pretrain.\n\n| | |\n|---|---|\n{table}\n"
+
+
+def load_command(model: nn.Module, fmt: str) -> str:
+    """Returns how to load an export, with PATH for its place. A model that is not timm's own has to be imported first."""
+    module = type(model).__module__
+    first = f"`import {module}` and " if fmt == "timm" and not module.startswith("timm.") else ""
+    return first + LOADED_BY[fmt]
+
+
+def _accuracy(evaluation: dict[str, Any] | None, config: Config, average: bool) -> str:
+    if not evaluation:
+        return "not measured"
+    result = evaluation["ema" if average else "weight"]
+    scores = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}"
+    return f"{scores} on {result['images']} images of {config.data.val}, at step {evaluation['step']}"

@@ -1,4 +1,4 @@
-"""The model of a run or a checkpoint, in one process, without DeepSpeed: for evaluation, export and fine-tuning."""
+"""Builds the model of a run or a checkpoint in one process, without DeepSpeed: for evaluation, export and fine-tuning."""
 
 import json
 from collections.abc import Mapping
@@ -11,51 +11,56 @@ from torch import Tensor, nn
 from pretrain import checkpoint
 from pretrain.config import Config, from_dict
 from pretrain.model.build import build_model
+from pretrain.run.directory import CHECKPOINTS, MANIFEST, TRAINER
 
 
 def is_run(source: Path) -> bool:
-    """Whether it is a run directory or a checkpoint, rather than a file or a folder of weights."""
-    return (source / "checkpoints").is_dir() or (source / checkpoint.MANIFEST).is_file()
+    """Returns whether `source` is a run directory or a checkpoint, rather than a file or folder of weights."""
+    return (source / CHECKPOINTS).is_dir() or (source / MANIFEST).is_file()
+
+
+def open_run(source: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns a checkpoint and its trainer.json.
+
+    Args:
+        source: the checkpoint, or a run directory, whose newest complete checkpoint is taken.
+
+    Raises:
+        ValueError: there is no checkpoint, or it is damaged.
+    """
+    if (source / MANIFEST).is_file():
+        path: Path | None = source
+        if faults := checkpoint.verify(source):
+            raise ValueError(f"checkpoint {source} is damaged: {'; '.join(faults)}")
+    else:
+        path = checkpoint.newest_whole(source / CHECKPOINTS, print)
+    if path is None:
+        raise ValueError(f"{source} is neither a checkpoint nor a run directory with one in {CHECKPOINTS}/")
+    return path, json.loads((path / TRAINER).read_text())
 
 
 def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
-    """The model of a run or checkpoint, with its weights or with their moving average; its settings and trainer.json.
+    """Returns the model of a run or checkpoint in eval mode, its settings and its trainer.json.
+
+    Args:
+        source: as for `open_run`.
+        average: load the exponential moving average in place of the weights.
 
     Raises:
-        ValueError: no whole checkpoint, or an average is asked for and none was kept.
+        ValueError: there is no complete checkpoint, or no average in it.
     """
     path, trainer = open_run(source)
     config = from_dict(trainer["config"])
     if average and not config.engine.ema_decay:
-        raise ValueError(f"{source} keeps no moving average of its weights (engine.ema_decay was 0); take the weights: --weights raw")
+        raise ValueError(f"{source} keeps no moving average of its weights (engine.ema_decay was 0); use --weights raw")
     kinds = ("ema", "buffer", "buffer_ema") if average else ("weight", "buffer")
-    tensors = checkpoint.read(path, kinds)
-    by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition("/")
-        by_kind[kind][rest] = tensor
+    tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
+    for key, tensor in checkpoint.read(path, kinds).items():
+        kind, _, name = key.partition("/")
+        tensors[kind][name] = tensor
     model = build_model(config)
-    copy_weights(model, by_kind[kinds[0]], by_kind["buffer"] | by_kind.get("buffer_ema", {}))
+    copy_weights(model, tensors[kinds[0]], tensors["buffer"] | tensors.get("buffer_ema", {}))
     return model.eval(), config, trainer
-
-
-def open_run(source: Path) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint that a run directory (its newest whole one) or a checkpoint directory stands for, and its trainer.json.
-
-    Raises:
-        ValueError: there is none, or it is damaged.
-    """
-    if (source / checkpoint.MANIFEST).is_file():
-        faults = checkpoint.verify(source)
-        if faults:
-            raise ValueError(f"checkpoint {source} is damaged: {'; '.join(faults)}")
-        path = source
-    else:
-        newest = checkpoint.newest_whole(source / "checkpoints", print)
-        if newest is None:
-            raise ValueError(f"{source} is neither a checkpoint nor a run directory with one in checkpoints/")
-        path = newest
-    return path, json.loads((path / checkpoint.TRAINER).read_text())
 
 
 @torch.no_grad()

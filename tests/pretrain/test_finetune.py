@@ -12,9 +12,10 @@ from data.packing.plan import Settings
 from data.synthetic.drawings import PATTERNS, draw_pattern
 from pretrain import checkpoint
 from pretrain.weights.export import export
-from pretrain.weights.initial import read_source
 from pretrain.weights.run_model import build_trained
+from pretrain.weights.source import read_source
 from tests.support import jobs
+from tests.support.tiny_runs import new_model
 
 pytestmark = pytest.mark.slow
 
@@ -54,11 +55,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
 def test_a_job_starts_from_weights_for_other_classes(sources: Path, others: Path, drawn: Path, tmp_path: Path, name: str) -> None:
     source = sources / name
     output = jobs.run(tmp_path, others, *SETTINGS, *UNMOVED, f"model.init_from={source}", ranks=2)
-    expected = read_source(source)
+    expected = read_source(source, new_model())
     assert expected.classes == tuple(PATTERNS)
     backbone = [key for key in expected.weights if not key.startswith("head.")]
     assert f"starting from {source}: all {len(backbone)} tensors of the backbone loaded\n" in output
-    assert "  head.weight, head.bias: 3 of 4 rows taken by class name; zeros for moons; dropped there: 7 rows\n" in output
+    assert "  head.weight, head.bias: 3 of 4 rows copied by class name; zeros for moons; 7 rows of the source dropped\n" in output
 
     first, last = (build_trained(path, average=False)[0] for path in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"))
     began, ended = first.state_dict(), last.state_dict()

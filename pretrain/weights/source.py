@@ -1,0 +1,125 @@
+"""Reads weights from a run, a checkpoint, or a file or folder in any format that exists for the model.
+
+    source = read_source(Path("van_b3.pth"), model)     native names, whatever the format of the file
+    formats_of(model)                                   ("timm", …)
+
+timm, the native names, exists for every model. Further formats exist for some model classes (pretrain/model/formats.py).
+"""
+
+import argparse
+import json
+import pickle
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pretrain.model.formats import FORMATS, WITHOUT_USE, bare, from_format, some
+from pretrain.model.van import VAN
+from pretrain.weights.run_model import build_trained, is_run
+
+_FORMATS_BY_CLASS: dict[type[nn.Module], tuple[str, ...]] = {VAN: FORMATS}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights by native name.
+
+    Args:
+        classes: names of the head's classes; None if unknown.
+        architecture: the model's name in timm, without a tag; None if unknown.
+        unused: keys in the file that no model uses.
+    """
+
+    weights: dict[str, Tensor]
+    classes: tuple[str, ...] | None
+    architecture: str | None
+    unused: tuple[str, ...] = ()
+
+
+def formats_of(model: nn.Module) -> tuple[str, ...]:
+    """Returns the names of the weight formats that exist for a model."""
+    return next((formats for kind, formats in _FORMATS_BY_CLASS.items() if isinstance(model, kind)), ("timm",))
+
+
+def architecture(model: nn.Module) -> str:
+    """Returns the name under which timm built a model, without a tag: `resnet50` of `resnet50.a1_in1k`."""
+    return model.pretrained_cfg["architecture"]  # type: ignore[index,return-value]
+
+
+def head_keys(model: nn.Module) -> tuple[str, ...]:
+    """Returns the state-dict keys of a timm model's classifier; none if it was built without one."""
+    classifier = model.get_classifier()  # type: ignore[operator]
+    layers = classifier if isinstance(classifier, tuple) else (classifier,)
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if any(module is layer for layer in layers))
+    return tuple(key for key in model.state_dict() if key.startswith(prefixes))
+
+
+def misfits(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:
+    """Returns one text for each tensor that is missing, unexpected or of another shape than in `shapes`.
+
+    Args:
+        shapes: the expected shapes by name.
+        optional: names that may be among the weights without being expected.
+    """
+    actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [f"{name} has shape {actual[name]} instead of {shape}" for name, shape in shapes.items() if actual.get(name, shape) != shape]
+    wrong += [f"{name} is missing" for name in shapes if name not in actual]
+    return wrong + [f"{name} is not in the model" for name in actual if name not in shapes and name not in optional]
+
+
+def read_source(path: Path, model: nn.Module) -> Source:
+    """Reads weights for a model; whether they fit it is not checked.
+
+    Args:
+        path: a run directory, a checkpoint, a file of torch.save or safetensors, or a folder as timm and transformers write it.
+        model: decides the formats that the file may have.
+
+    Raises:
+        ValueError: `path` is none of these, is damaged, or holds no tensors under names of any format of the model.
+    """
+    if is_run(path):
+        trained, _, trainer = build_trained(path, average=False)
+        return Source(trained.state_dict(), tuple(trainer["classes"]), architecture(trained))
+    contents = _read(path)
+    try:
+        weights = from_format(contents) if len(formats_of(model)) > 1 else bare(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    others = [f"{name} is a {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(f"{path} holds other things than tensors: {some(others, '; ')}")
+    classes, name = _describe(path, contents)
+    return Source(weights, classes, name, tuple(key for key in WITHOUT_USE if key in bare(contents) and key not in weights))
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    file = path
+    if path.is_dir():  # the last versions of transformers with VAN write pytorch_model.bin
+        file = next((path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()), path)
+    try:
+        # Checkpoints of timm's CheckpointSaver, which the authors use, hold the training script's arguments too.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's message is a page long and advises to execute the file's code
+        raise ValueError(f"{file} can't be read as weights: not a file of torch.save, or one with more in it than tensors") from error
+    except Exception as error:  # torch and safetensors raise many types for damaged files
+        raise ValueError(f"{file} can't be read as weights: {str(error) or 'it is empty'}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{file} holds a {type(contents).__name__} instead of a dictionary of weights")
+    return contents
+
+
+def _describe(path: Path, contents: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str | None]:
+    """Returns the class names and the architecture, as config.json of a folder, `export` or timm's CheckpointSaver has them."""
+    classes, name = contents.get("classes"), contents.get("arch")
+    if path.is_dir():
+        settings = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+        by_id = settings.get("id2label")
+        classes = [by_id[str(i)] for i in range(len(by_id))] if by_id else settings.get("label_names")
+        name = settings.get("architecture")
+    return tuple(classes) if classes else None, name if isinstance(name, str) else None
