@@ -1,4 +1,4 @@
-"""Imports what takes seconds to import, for the process that ranks of tests are forked from."""
+"""Imports the modules that take seconds to import, for the server process that forks the ranks of tests."""
 
 from pretrain.__main__ import lasting_imports
 

@@ -1,4 +1,4 @@
-"""Runs a real training job in tests: its ranks, DALI, DeepSpeed, checkpoints; small, on the CPU of this machine."""
+"""Runs a small training job on the CPU of this machine, with DALI, DeepSpeed and checkpoints."""
 
 import json
 import multiprocessing
@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.support.ranks import Prepare, join, start_training
 
-# Everything of the recipe that has randomness or state in it is on. 120 images and a global batch of 16: 7 steps an epoch.
+# Every part of a recipe that has randomness or state is on. 120 images and a global batch of 16 make 7 steps an epoch.
 SMALL = """
 name: small
 seed: 5
@@ -22,7 +22,7 @@ run: {log_every: 1, save_every: 4}
 
 
 def start(folder: Path, dataset: Path, *overrides: str, ranks: int, prepare: Prepare | None = None) -> list[multiprocessing.Process]:
-    """Starts a job whose run directory is `folder`/run; output goes to `folder`/log, appended. For `prepare` see start_training."""
+    """Starts a job in the run directory FOLDER/run; its output is appended to FOLDER/log. `prepare` is that of start_training."""
     config = folder / "small.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     config.write_text(SMALL)
@@ -31,11 +31,11 @@ def start(folder: Path, dataset: Path, *overrides: str, ranks: int, prepare: Pre
 
 
 def run(folder: Path, dataset: Path, *overrides: str, ranks: int, code: int = 0, prepare: Prepare | None = None) -> str:
-    """Runs a job to its end, which must be with this exit code; returns its output."""
+    """Runs a job to its end; returns its output. Raises AssertionError for another exit code than `code`."""
     before = len((folder / "log").read_text()) if (folder / "log").exists() else 0
-    found = join(start(folder, dataset, *overrides, ranks=ranks, prepare=prepare)).first
+    exit_code = join(start(folder, dataset, *overrides, ranks=ranks, prepare=prepare)).first
     output = (folder / "log").read_text()[before:]
-    assert found == code, f"exit code {found}, expected {code}:\n{output[-4000:]}"
+    assert exit_code == code, f"exit code {exit_code}, expected {code}:\n{output[-4000:]}"
     return output
 
 

@@ -1,13 +1,13 @@
-"""Runs a function as every rank of a job on this machine, in processes of their own, for tests of what needs several ranks.
+"""Runs a function, or a training job, on several ranks: one process each on this machine.
 
     results = run_on_ranks(2, session, folder=str(tmp_path), stage=1)
 
-The function is one of a test module's, takes keyword arguments and returns something that can be pickled; results are in rank
-order. The processes are forked from one that has imported what takes seconds to import.
+The function belongs to a module, takes keyword arguments and returns a picklable value; results are in rank order. The processes are
+forked from a server process that has imported the slow modules (tests/support/heavy.py).
 
     codes = join(start_training(2, tmp_path / "log", ["job.yaml", "steps=2"])).codes
 
-makes such processes a training job, each of them `python -m pretrain train`.
+starts such processes as the ranks of a training job, each `python -m pretrain train`.
 """
 
 import atexit
@@ -32,8 +32,13 @@ Prepare = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job's ranks ended: exit codes (negative: killed by that signal), that of the first rank that failed, which is the launcher's,
-    and whether the job had to be ended, as a rank was stopped."""
+    """The end of a job.
+
+    Args:
+        codes: exit codes by rank; negative: the signal that killed the rank.
+        first: exit code of the first rank that failed, which a launcher would return.
+        stopped: whether the job was killed because one of its ranks was stopped (SIGSTOP).
+    """
 
     codes: list[int | None]
     first: int
@@ -41,7 +46,7 @@ class Ended:
 
 
 def run_on_ranks(ranks: int, function: Callable[..., Any], **kwargs: Any) -> list[Any]:
-    """Raises AssertionError with the tracebacks of the ranks that failed."""
+    """Returns the results of all ranks; raises AssertionError with the tracebacks of the ranks that failed."""
     context = _context()
     processes, ends = [], []
     for environment in _environments(ranks):
@@ -50,13 +55,13 @@ def run_on_ranks(ranks: int, function: Callable[..., Any], **kwargs: Any) -> lis
         processes[-1].start()
         ends.append(end)
     try:
-        # A rank that fails leaves the others waiting for it: whoever speaks first is heard first.
+        # The ranks wait for one that fails, so results are taken in the order in which they come.
         outcomes: dict[int, tuple[bool, Any]] = {}
         while len(outcomes) < ranks and all(succeeded for succeeded, _ in outcomes.values()):
-            silent = {end: rank for rank, end in enumerate(ends) if rank not in outcomes}
-            spoken = multiprocessing.connection.wait(list(silent), timeout=300)
-            assert spoken, f"ranks {sorted(silent.values())} did not end"
-            outcomes |= {silent[end]: end.recv() for end in spoken}  # type: ignore[index,union-attr]
+            pending = {end: rank for rank, end in enumerate(ends) if rank not in outcomes}
+            ready = multiprocessing.connection.wait(list(pending), timeout=300)
+            assert ready, f"ranks {sorted(pending.values())} did not end"
+            outcomes |= {pending[end]: end.recv() for end in ready}  # type: ignore[index,union-attr]
     finally:
         for process in processes:
             process.terminate()
@@ -77,14 +82,18 @@ def _be_rank(end: Connection, environment: dict[str, str], function: Callable[..
 def start_training(
     ranks: int, log: Path, arguments: Sequence[str], *, environment: Mapping[str, str] | None = None, prepare: Prepare | None = None
 ) -> list[multiprocessing.Process]:
-    """Starts a job with the arguments of `pretrain train`; output goes to `log`, appended.
+    """Starts the ranks of a job; returns their processes.
 
     Args:
-        prepare: is called in every rank's process, with the rank, before anything else: to switch something off, or to break it.
+        ranks: number of ranks.
+        log: file that their output is appended to.
+        arguments: those of `pretrain train`.
+        environment: further environment variables.
+        prepare: is called with the rank in its process before anything else, to break or replace something.
     """
     processes = []
-    for own in _environments(ranks):
-        process = _context().Process(target=_train, args=(log, list(arguments), own | dict(environment or {}), prepare), daemon=True)
+    for variables in _environments(ranks):
+        process = _context().Process(target=_train, args=(log, list(arguments), variables | dict(environment or {}), prepare), daemon=True)
         process.start()
         processes.append(process)
     return processes  # type: ignore[return-value]
@@ -103,11 +112,11 @@ def _train(log: Path, arguments: list[str], environment: dict[str, str], prepare
     try:
         sys.exit(main())
     finally:
-        atexit._run_exitfuncs()  # multiprocessing's processes leave them out
+        atexit._run_exitfuncs()  # processes of multiprocessing skip them
 
 
 def join(processes: list[multiprocessing.Process]) -> Ended:
-    """Waits as launch/ does: when a rank fails, the others have a moment to end. A job of which a rank is stopped is killed."""
+    """Waits for a job as a launcher does: LEAVE_S after a rank has failed the others are killed. If a rank is stopped, all are."""
     deadline = time.monotonic() + PATIENCE_S
     leave: float | None = None
     first, stopped = 0, False
@@ -117,7 +126,7 @@ def join(processes: list[multiprocessing.Process]) -> Ended:
         if failed and leave is None:
             first, leave = failed[0], time.monotonic() + LEAVE_S
         if not stopped and any(_is_stopped(process) for process in processes):
-            time.sleep(1)  # the others must not go on without it
+            time.sleep(1)  # the others must wait for it
             assert all(process.exitcode is None for process in processes)
             stopped, leave = True, time.monotonic()
         if leave is not None and time.monotonic() >= leave:

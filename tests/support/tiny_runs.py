@@ -1,4 +1,4 @@
-"""Two runs of two steps, made once for the tests of what comes out of a run and what a run starts from; the fixture is `runs`."""
+"""Makes two runs of two steps, for tests of exports, evaluation and initial weights. The fixture is `runs`."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from torch import nn
 CLASSES = [f"class {number}" for number in range(7)]
 
 
-def worker(folder: str) -> None:
-    """One rank: runs of two steps, FOLDER/averaged with a moving average and FOLDER/plain without; FOLDER/….pt is what they hold."""
+def make_runs(folder: str) -> None:
+    """Writes the runs FOLDER/averaged, with a moving average, and FOLDER/plain, and their weights to FOLDER/….pt. Runs on one rank."""
     from pretrain import config as settings
     from pretrain.checkpoint import Checkpoints, Retention, hold
     from pretrain.engine import distributed
@@ -51,8 +51,8 @@ def worker(folder: str) -> None:
     distributed.stop()
 
 
-def held(runs: Path, kind: str) -> dict[str, torch.Tensor]:
-    """The native state dict as it was in the training process; the average as its formula has it."""
+def trained_weights(runs: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Returns the state dict of RUNS/averaged in the training process: kind `raw`, or `ema`, computed here by its formula."""
     return torch.load(runs / "averaged.pt")[kind]
 
 
@@ -66,9 +66,9 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def assert_held(actual: dict[str, Any], runs: Path, kind: str) -> None:
-    """The weights to the bit, their average but for rounding."""
+def assert_trained(actual: dict[str, Any], runs: Path, kind: str) -> None:
+    """Raises AssertionError unless weights are equal bit by bit, or averages but for rounding."""
     if kind == "raw":
-        assert_same(actual, held(runs, "raw"))
+        assert_same(actual, trained_weights(runs, "raw"))
     else:
-        torch.testing.assert_close(actual, held(runs, "ema"), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(actual, trained_weights(runs, "ema"), rtol=1e-5, atol=1e-6)

@@ -22,7 +22,7 @@ from pretrain.weights.export import DTYPES, FOLDERS, LOADED_BY, SUFFIXES, Export
 from pretrain.weights.run_model import build_trained, open_run
 from pretrain.weights.source import read_source
 from tests.support import REFERENCE as REFERENCE_FOLDER
-from tests.support.tiny_runs import CLASSES, assert_held, assert_same, held, new_model
+from tests.support.tiny_runs import CLASSES, assert_same, assert_trained, new_model, trained_weights
 
 pytestmark = pytest.mark.slow
 
@@ -39,14 +39,14 @@ def test_exported_weights_are_the_trained_ones(runs: Path, tmp_path: Path, fmt: 
     kind = "ema" if average else "raw"
     if fmt == "mmseg":
         assert not [name for name in weights if name.startswith("head.")]
-        weights |= {name: held(runs, kind)[name] for name in ("head.weight", "head.bias")}
-    assert_held(weights, runs, kind)
+        weights |= {name: trained_weights(runs, kind)[name] for name in ("head.weight", "head.bias")}
+    assert_trained(weights, runs, kind)
     beside = ["weights"] if fmt in FOLDERS else ["weights", "weights.md", "weights.sha256"]
     assert sorted(path.name for path in out.parent.iterdir()) == beside
 
 
 def test_weights_and_average_differ(runs: Path) -> None:
-    raw, ema = held(runs, "raw"), held(runs, "ema")
+    raw, ema = trained_weights(runs, "raw"), trained_weights(runs, "ema")
     for name in ("head.weight", "stages.0.blocks.0.norm1.running_mean"):
         assert not torch.allclose(raw[name], ema[name], rtol=1e-4, atol=1e-5)
 
@@ -56,7 +56,7 @@ def test_timm_builds_the_model_from_its_folder(runs: Path, tmp_path: Path) -> No
     model = timm.create_model(f"local-dir:{tmp_path / 'van'}", pretrained=True).eval()
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     trained = new_model().eval()
-    trained.load_state_dict(held(runs, "raw"))
+    trained.load_state_dict(trained_weights(runs, "raw"))
     with torch.no_grad():
         assert torch.equal(model(images), trained(images))
     transform = timm.data.resolve_model_data_config(model)
@@ -79,7 +79,7 @@ def test_an_export_is_replaced_only_with_force(runs: Path, tmp_path: Path, fmt: 
     assert out.read_text() == "precious"
     for other in ("official", "timm", fmt):  # a file by a folder, a folder by a file
         export(runs / "averaged", other, out, force=True)
-        assert_same(read_source(out, new_model()).weights, held(runs, "raw"))
+        assert_same(read_source(out, new_model()).weights, trained_weights(runs, "raw"))
         assert not leftover.exists()
 
 
@@ -160,7 +160,7 @@ def test_the_command(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     assert main() == 0
     assert capsys.readouterr().out.startswith(f"{out}: van_b0, moving average of step 2, fp32, format official; ")
-    assert_held(read_source(out, new_model()).weights, runs, "ema")
+    assert_trained(read_source(out, new_model()).weights, runs, "ema")
     assert main() == 2
     assert capsys.readouterr().err == f"error: {out} exists; give another --out, or --force to replace it\n"
 
@@ -168,7 +168,7 @@ def test_the_command(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("fmt", "dtype"), [*((fmt, "bf16") for fmt in FORMATS), ("official", "fp16")])
 def test_other_dtypes_without_a_head(runs: Path, tmp_path: Path, fmt: str, dtype: str) -> None:
     export(runs / "averaged", fmt, tmp_path / "weights", dtype=dtype, features_only=True)
-    expected = {name: tensor for name, tensor in held(runs, "raw").items() if not name.startswith("head.")}
+    expected = {name: tensor for name, tensor in trained_weights(runs, "raw").items() if not name.startswith("head.")}
     floats = {name: tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor for name, tensor in expected.items()}
     assert_same(read_source(tmp_path / "weights", new_model()).weights, floats)
 
@@ -259,7 +259,7 @@ def test_a_finished_run_is_exported_once(runs: Path, run: Path) -> None:
     logged: list[str] = []
     assert export_run(run, logged.append) == [run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"]
     for path, line in zip((run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"), logged, strict=True):
-        assert_held(read_source(path, new_model()).weights, runs, "ema")
+        assert_trained(read_source(path, new_model()).weights, runs, "ema")
         assert line.startswith(f"{path}: van_b0, moving average of step 2, fp32, format ")
     names = ["tiny.pth", "tiny.pth.md", "tiny.pth.sha256", "tiny_timm", "weights.json"]
     before = inodes(run / "weights")
@@ -282,8 +282,8 @@ def test_every_format_of_run_export(runs: Path, run: Path, monkeypatch: pytest.M
     for path in paths:
         weights = read_source(path, new_model()).weights
         if path.name == "tiny_mmseg.pth":  # removing its head must not change the others
-            weights |= {name: held(runs, "ema")[name] for name in ("head.weight", "head.bias")}
-        assert_held(weights, runs, "ema")
+            weights |= {name: trained_weights(runs, "ema")[name] for name in ("head.weight", "head.bias")}
+        assert_trained(weights, runs, "ema")
 
 
 def test_no_format_in_run_export(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +320,7 @@ def test_damaged_and_older_exports_are_written_again(
     export_run(run, logged.append)
     assert [Path(line.split(": ")[0]).name for line in logged if "there already" not in line] == again
     for path in (run / "weights" / "tiny.pth", run / "weights" / "tiny_timm"):
-        assert_held(read_source(path, new_model()).weights, runs, "ema")
+        assert_trained(read_source(path, new_model()).weights, runs, "ema")
 
 
 @pytest.mark.parametrize("fmt", ["official", "timm"])
@@ -402,4 +402,4 @@ def test_the_command_for_a_finished_run(run: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(SystemExit, match="2"):
             main()
         named = ", ".join(option for option in options if option.startswith("--"))
-        assert f"error: {named}: to export with options takes --format and --out" in capsys.readouterr().err
+        assert f"error: {named}: options need both --format and --out" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from torch import nn
 from pretrain.model.formats import FORMATS, to_format
 from pretrain.weights.export import FOLDERS, export
 from pretrain.weights.initial import start_from
-from tests.support.tiny_runs import CLASSES, assert_same, held, new_model
+from tests.support.tiny_runs import CLASSES, assert_same, new_model, trained_weights
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +25,7 @@ def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     for fmt in FORMATS:
         export(runs / "averaged", fmt, folder / (fmt if fmt in FOLDERS else f"{fmt}.pth"))
-    state = held(runs, "raw")
+    state = trained_weights(runs, "raw")
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, folder / "wrapped.pth")
     # As transformers 4.30 saves a model.
     (folder / "bin").mkdir()
@@ -64,7 +64,7 @@ def started(model: nn.Module, source: Path, head_init: str, classes: list[str]) 
 def test_head_kept(written: Path, runs: Path, name: str) -> None:
     model = new_model()
     assert started(model, place(written, runs, name), "keep", CLASSES) == ["  head.weight, head.bias: kept"]
-    assert_same(dict(model.state_dict()), held(runs, "raw"))
+    assert_same(dict(model.state_dict()), trained_weights(runs, "raw"))
 
 
 @pytest.mark.parametrize("name", [*NAMED, *NAMELESS, "mmseg.pth"])
@@ -73,7 +73,7 @@ def test_head_of_zeros(written: Path, runs: Path, name: str) -> None:
     theirs = "missing" if name == "mmseg.pth" else "dropped"
     lines = started(model, place(written, runs, name), "zero", [str(n) for n in range(9)])
     assert lines == [f"  head.weight, head.bias: new, all zeros; {theirs} in the source: head.weight, head.bias"]
-    expected = held(runs, "raw") | {"head.weight": torch.zeros(9, 256), "head.bias": torch.zeros(9)}
+    expected = trained_weights(runs, "raw") | {"head.weight": torch.zeros(9, 256), "head.bias": torch.zeros(9)}
     assert_same(dict(model.state_dict()), expected)
 
 
@@ -82,7 +82,7 @@ def test_head_mapped_by_class_name(written: Path, runs: Path, name: str) -> None
     model = new_model(len(OTHERS))
     (line,) = started(model, place(written, runs, name), "map", OTHERS)
     assert line == "  head.weight, head.bias: 5 of 6 rows copied by class name; zeros for new; 2 rows of the source dropped"
-    theirs = held(runs, "raw")
+    theirs = trained_weights(runs, "raw")
     for row, class_name in enumerate(OTHERS):
         known = class_name in CLASSES
         weight, bias = (theirs[f"head.{kind}"][CLASSES.index(class_name)] if known else torch.tensor(0.0) for kind in ("weight", "bias"))
