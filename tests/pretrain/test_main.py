@@ -63,7 +63,7 @@ def test_a_stop_signal_during_the_start_takes_effect_after_the_first_step(tmp_pa
     finally:
         rank.kill()
     assert rank.returncode == 85
-    assert "stopped at step 2 of 10000 and saved" in output
+    assert "stopped at step 1 of 10000 and saved" in output
 
 
 def blocks(pid: int, number: signal.Signals) -> bool:
