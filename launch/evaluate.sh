@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Evaluates weights:  sbatch launch/evaluate.sh RUN|CHECKPOINT|WEIGHTS [CONFIG] [key=value …] [--weights ema] [--probe N]
-# On the machine at hand, without Slurm:  bash launch/evaluate.sh …
+# On this machine, without Slurm:  bash launch/evaluate.sh …
 #SBATCH --job-name=van_evaluate
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes finished runs' weights to RUN/weights, in the formats of run.export:  sbatch launch/export.sh RUN …   (from the repository's root)
-# What is there already, whole and of the last step, is left as it is. On the machine at hand, without Slurm:  bash launch/export.sh RUN …
+# Exports the weights of complete runs to RUN/weights, in the formats of run.export:  sbatch launch/export.sh RUN …   (from the repository's root)
+# Keeps files that are complete and of the last step. On this machine, without Slurm:  bash launch/export.sh RUN …
 #SBATCH --job-name=van_export
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fine-tunes pretrained weights on ImageNet-1K:  sbatch launch/finetune_in1k.sh configs/van_b3_in22k_ft_in1k_224.yaml [key=value …]
-# On the machine at hand, without Slurm:  bash launch/finetune_in1k.sh CONFIG [key=value …]
+# On this machine, without Slurm:  bash launch/finetune_in1k.sh CONFIG [key=value …]
 #SBATCH --job-name=van_finetune_in1k
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8

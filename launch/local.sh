@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Trains without Slurm, by torchrun:  bash launch/local.sh CONFIG [key=value …]
 #
-# One process for each GPU of this machine, or for each of RANKS (1 without a GPU). With several machines, on each of them:
+# Starts one process per GPU of this machine, or RANKS processes (default 1 without a GPU). With several machines, run on each of them
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 MASTER_PORT=29500 bash launch/local.sh CONFIG [key=value …]
 #
-# with its own NODE_RANK, and the first one's address. Nothing is started again by itself: whatever fails ends the job, and the same
-# command goes on from the newest checkpoint. TERM, USR1 and Ctrl-C stop and save, for which there are two minutes. When training is complete
-# the first machine exports the weights (run.export). torchrun makes 1 of every exit code but 0; settings that can't work end with 2.
+# with its own NODE_RANK and the address of the first. A failure ends the job; the same command again resumes from the newest checkpoint.
+# TERM, USR1 and Ctrl-C stop the job, which has two minutes to save. The first machine exports the weights of a complete training (run.export).
+# Exit codes: 0 complete, 2 wrong settings, 1 anything else, because torchrun reports every other code as 1.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ! -x .venv/bin/python ]]; then
@@ -40,7 +40,7 @@ training=$!
 trap 'kill -TERM $training' TERM USR1 INT
 code=0
 wait $training || code=$?
-while kill -0 $training 2> /dev/null; do # a signal ended the waiting
+while kill -0 $training 2> /dev/null; do # a signal interrupts `wait`
     code=0
     wait $training || code=$?
 done

@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
-# VAN-B3 from ImageNet-22K to weights for other projects, a chain of jobs submitted by one command on a login node:
+# Submits a chain of jobs that pretrains VAN-B3 on ImageNet-22K, fine-tunes it, evaluates it and exports its weights:
 #
-#   bash launch/van_b3_full.sh [WORD …]      as a job that submits the others:  sbatch launch/van_b3_full.sh [WORD …]
+#   bash launch/van_b3_full.sh [WORD …]      on a login node; or as a job:  sbatch launch/van_b3_full.sh [WORD …]
 #
 #   pretrain ─┬─ fine-tune at 224 px ── evaluate ── export
 #             └─ fine-tune at 384 px ── evaluate ── export
 #
-# Both fine-tunings start from the pretrained weights, as the recipes have it, so neither waits for the other. A job starts when the one
-# before it has succeeded, however often Slurm requeued that (it keeps its id), and is cancelled where that failed. The same command
-# again goes on where the chain broke: what is complete ends at once.
+# Both fine-tunings start from the pretrained weights. A job starts when the one before it has succeeded, however often that is requeued,
+# and is cancelled when that fails. The same command again resumes a broken chain: jobs of complete runs end at once.
 #
-# A WORD is key=value, a setting of the three trainings, or --option=value, one of sbatch for every job. With pretrain., finetune.,
-# evaluate. or export. in front it is for these jobs alone:
+# A WORD is key=value, a setting of the three trainings, or --option=value, an option of sbatch for every job. The prefixes pretrain.,
+# finetune., evaluate. and export. restrict a word to these jobs:
 #
 #   bash launch/van_b3_full.sh model.kernels=auto --account=vision pretrain.--nodes=4 pretrain.data.train=/data/in22k/train
 #
-# NAME=trial in front of it all names the runs: runs/trial_in22k, runs/trial_in22k_ft_in1k_224, runs/trial_in22k_ft_in1k_384 (without
-# it van_b3).
+# NAME=trial before the command names the runs runs/trial_in22k, runs/trial_in22k_ft_in1k_224 and runs/trial_in22k_ft_in1k_384
+# (default van_b3).
 #SBATCH --job-name=van_b3_full
 #SBATCH --ntasks=1
 #SBATCH --time=10
@@ -26,7 +25,7 @@ if ! cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch" || ! cd ..; then
     echo "error: submit this from the repository's root: cd REPOSITORY && sbatch launch/van_b3_full.sh …" >&2
     exit 2
 fi
-for variable in "${!SLURM_@}"; do # of this job, which the others would take for theirs
+for variable in "${!SLURM_@}"; do # variables of this job, which sbatch would take as options of the others
     [[ $variable == SLURM_CONF ]] || unset "$variable"
 done
 WORDS=("$@") PRETRAINED=${NAME:-van_b3}_in22k
@@ -36,7 +35,7 @@ for word in "$@"; do
     key=$word
     case $word in pretrain.* | finetune.* | evaluate.* | export.*) key=${word#*.} ;; esac
     case $key in
-        name=* | run.dir=* | model.init_from=*) problem="the chain sets that; NAME=… in front of the command names its runs" ;;
+        name=* | run.dir=* | model.init_from=*) problem="the chain sets this; name its runs with NAME=… before the command" ;;
         --*) continue ;;
         *=*)
             [[ $word == export.* ]] || continue
@@ -48,7 +47,7 @@ for word in "$@"; do
     exit 2
 done
 
-# Sorts the WORDS that are for one part of the chain into `options` and `settings`.
+# sort_words PART: sorts the WORDS of one part of the chain into `options` and `settings`.
 sort_words() {
     local part=$1 word
     options=() settings=()
@@ -63,7 +62,7 @@ sort_words() {
     done
 }
 
-# submit PART AFTER SCRIPT ARGUMENT …: submits a job that waits for job AFTER, if that is given; leaves its id in `job`.
+# submit PART AFTER SCRIPT ARGUMENT …: submits a job that waits for job AFTER, if given; sets `job` to its id.
 submit() {
     local part=$1 after=$2 script=$3 dependency=()
     shift 3
@@ -72,7 +71,7 @@ submit() {
         dependency=("--dependency=afterok:$after" --kill-on-invalid-dep=yes)
     fi
     job=$(sbatch --parsable "${dependency[@]}" "${options[@]}" "launch/$script" "$@" "${settings[@]}")
-    job=${job%%;*} # behind it may stand the cluster's name
+    job=${job%%;*} # the cluster's name may follow
     jobs+=("$job")
     printf '%-10s %-9s %s%s\n' "$job" "$part" "$run" "${after:+, after $after}"
 }

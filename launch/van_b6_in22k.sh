@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Pretrains VAN-B6 on ImageNet-22K:  sbatch launch/van_b6_in22k.sh [key=value …]   (from the repository's root)
-# On the machine at hand, without Slurm:  bash launch/van_b6_in22k.sh [key=value …]
+# On this machine, without Slurm:  bash launch/van_b6_in22k.sh [key=value …]
 #SBATCH --job-name=van_b6_in22k
 #SBATCH --nodes=8
 #SBATCH --gpus-per-node=8

@@ -40,8 +40,6 @@ from pretrain.run.events import EventReader, emit_event, is_event
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 from pretrain.run.position import host_name
 
-EXIT_USR1 = 128 + signal.SIGUSR1  # a request to stop that came before a task could handle it
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.preflight", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -50,29 +48,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force-config", action="store_true", help="as for training: resume a run with changed settings")
     parser.add_argument("--step", choices=["nodes", "network"], help="judge the output of this step of srun, read from stdin")
     args = parse(parser, arguments)
-    # The step is read to its end in any case: srun must not lose the reader of its output.
-    tasks, code = read_tasks(sys.stdin) if args.step else ([], 0)
+    if args.step:  # read to its end in any case: srun must not lose the reader of its output
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        tasks, code = read_tasks(sys.stdin)
     ranks = int(os.environ.get("RANKS", 1))
     try:
         config, problems = read_settings(args.config, args.overrides, ranks)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
-    if code == EXIT_USR1:
-        return EXIT_USR1
     if not args.step:
         node = Inspection(host_name(), config, problems, args.force_config).run(0, 1, lambda doing: None)
         verdict = report_nodes([node], 1, ranks, config)
+    elif code == 128 + signal.SIGUSR1:  # a request to stop that came before a task could handle it
+        return code
     else:
-        nodes = os.environ["NODES"].split()
-        per_node = ranks // len(nodes)
-        verdict = judge_tasks(tasks, nodes, per_node if args.step == "network" else 1, collective=args.step == "network")
-        if args.step == "nodes":
-            verdict.add(report_nodes([Node.from_json(task.result) for task in tasks if task.result], len(nodes), per_node, config))
-        elif verdict.code == 0:
-            verdict.add(report_network(tasks))
+        verdict = judge_step(args.step, tasks, ranks, config)
     show_verdict(verdict, args.step)
     return verdict.code
+
+
+def judge_step(step: str, tasks: Sequence[Task], ranks: int, config: Config) -> Verdict:
+    """Prints the results of a step's tasks; returns the verdict about the nodes of the job.
+
+    Args:
+        step: "nodes" or "network".
+        ranks: of the job.
+    """
+    nodes = os.environ["NODES"].split()
+    per_node = ranks // len(nodes)
+    if step == "nodes":
+        verdict = judge_tasks(tasks, nodes, 1, collective=False)
+        inspected = [Node.from_json(task.result) for task in tasks if task.result]
+        verdict.add(report_nodes(inspected, len(nodes), per_node, config))
+        return verdict
+    verdict = judge_tasks(tasks, nodes, per_node, collective=True)
+    return verdict if verdict.code else report_network(tasks)
 
 
 def read_tasks(lines: Iterable[str]) -> tuple[list[Task], int]:

@@ -191,6 +191,14 @@ def test_scripts_pass_shellcheck(script: Path) -> None:
     assert subprocess.run([shellcheck, script], capture_output=True, text=True, check=False).stdout == ""
 
 
+@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name not in ("job.sh", "local.sh")], ids=lambda path: path.name)
+def test_submission_from_another_folder_says_what_to_do(script: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    done = subprocess.run(["bash", script, "a=1"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"error: submit this from the repository's root: cd REPOSITORY && sbatch launch/{script.name}" in done.stderr
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("van_*.yaml")), ids=lambda path: path.stem)
 def test_the_tasks_of_a_script_divide_the_global_batch(path: Path, tmp_path: Path) -> None:
     script = (REPOSITORY / "launch" / ("finetune_in1k.sh" if "_ft_" in path.stem else f"{path.stem}.sh")).read_text()

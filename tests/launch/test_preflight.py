@@ -1,5 +1,6 @@
 """Preflight on nodes: inspections of this machine under the names of several, and real tasks on loopback."""
 
+import io
 import json
 import os
 import shutil
@@ -230,7 +231,7 @@ def run_step(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         output = "".join(task.communicate(timeout=100)[0] for task in tasks) + event_line("step", code=code)
         for variable, value in {**machine.environment, "NODES": "n0 n1 ", "RANKS": "2"}.items():
             monkeypatch.setenv(variable, value)
-        monkeypatch.setattr("sys.stdin", iter(output.splitlines(keepends=True)))
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(output.encode())))
         ended = main([*job, "--step", step])
         out, err = capsys.readouterr()
         assert "Traceback" not in out + err, out + err

@@ -98,14 +98,6 @@ def test_a_chain_that_can_t_be_submitted_whole_leaves_nothing(cluster: Cluster, 
     assert [cluster.wait(job, timeout=30) for job in jobs] == ["CANCELLED"] * 2
 
 
-@pytest.mark.parametrize("script", ["van_b3_full.sh", "export.sh"])
-def test_submission_from_another_folder_says_what_to_do(cluster: Cluster, tmp_path: Path, script: str) -> None:
-    job = cluster.sbatch(REPOSITORY / "launch" / script, "a=1", cwd=tmp_path, options=["--cpus-per-task=1"])
-    assert cluster.wait(job, timeout=30) == "FAILED"
-    assert cluster.job(job)["ExitCode"] == "2:0"
-    assert f"error: submit this from the repository's root: cd REPOSITORY && sbatch launch/{script}" in cluster.output(job)
-
-
 @pytest.mark.full
 def test_from_pretraining_to_weights_in_every_format(cluster: Cluster, submitted: list[int], drawn: Path, tmp_path: Path) -> None:
     name = f"chain-{os.getpid()}"
@@ -137,7 +129,7 @@ def test_from_pretraining_to_weights_in_every_format(cluster: Cluster, submitted
 @pytest.mark.parametrize(
     ("word", "problem"),
     [
-        ("finetune.run.dir=x", "the chain sets that; NAME="), ("name=x", "the chain sets that; NAME="),
+        ("finetune.run.dir=x", "the chain sets this; name its runs"), ("name=x", "the chain sets this; name its runs"),
         ("4", "neither key=value nor --option=value"), ("export.steps=3", "an export has no settings"),
     ],
 )  # fmt: skip

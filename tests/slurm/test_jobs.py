@@ -64,14 +64,6 @@ def test_wrong_setting_ends_the_job_with_one_message(jobs: Jobs, cluster: Cluste
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (REPOSITORY / "launch").glob("[!p]*_in*.sh")))
-def test_submission_from_another_folder_says_what_to_do(jobs: Jobs, cluster: Cluster, script: str, tmp_path: Path) -> None:
-    job = jobs.submit(script, cwd=tmp_path)
-    assert cluster.wait(job, timeout=30) == "FAILED"
-    assert cluster.job(job)["ExitCode"] == "2:0"
-    assert f"error: submit this from the repository's root: cd REPOSITORY && sbatch launch/{script}" in cluster.output(job)
-
-
 @pytest.mark.long
 def test_a_site_has_its_own_ways(jobs: Jobs, tmp_path: Path) -> None:
     """launch/site.env: options of srun, as for a container by pyxis, a command in front of Python, as for Apptainer, and settings."""

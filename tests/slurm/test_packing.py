@@ -87,13 +87,6 @@ def test_an_array_of_tasks_packs_stops_and_goes_on(cluster: Cluster, source: Pat
     assert sorted(path.name for path in out.iterdir()) == ["train", "val"]
 
 
-def test_submission_from_another_folder_says_what_to_do(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.sbatch(SCRIPT, "a", "b", cwd=tmp_path, options=["--array=0-0", "--cpus-per-task=1"])
-    wait_for(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}"), timeout=30)
-    assert cluster.job(job)["ExitCode"] == "2:0"
-    assert "error: submit this from the repository's root: cd REPOSITORY && sbatch launch/pack_in22k.sh" in cluster.output(job)
-
-
 def test_without_slurm_it_packs_on_this_machine(source: Path, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     command = ["bash", str(SCRIPT), str(source), str(tmp_path / "out"), "--shard-mb", "1"]
