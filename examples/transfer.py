@@ -103,7 +103,7 @@ def draw_curves(curves: dict[str, list[Curve]], path: Path) -> None:
         steps = [step for step, _ in runs[0]]
         top1 = [mean(accuracy for _, accuracy in points) for points in zip(*runs, strict=True)]
         axes.plot(steps, top1, color=color, linewidth=2.5, label=start)
-    axes.axhline(1 / CLASSES, color="grey", linestyle=":", label="chance")
+    axes.axhline(1 / CLASSES, color="gray", linestyle=":", label="chance")
     axes.set(xlabel=f"step on {CLASSES * IMAGES} images", ylabel="top-1", ylim=(0, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.spines[["top", "right"]].set_visible(False)

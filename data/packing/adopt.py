@@ -62,7 +62,7 @@ def index_shards(
                 f"To drop images that can't be used, pack the shards: `python -m data pack {folder} OUT`"
             )
         shards, rows, classes = _combine(folder, [results / f"{path.name}.npz" for path in paths], classes)
-        earlier = _read_description(folder)
+        earlier = read_description(folder)
         is_same = (earlier.get("fingerprint"), earlier.get("classes")) == (compute_fingerprint(np.concatenate(rows), shards), list(classes))
         if (folder / "dataset.json").exists() and not (is_same or force):
             raise ValueError(f"{folder} already is a dataset of other shards, labels or classes; --force replaces it")
@@ -156,7 +156,7 @@ def _combine(folder: Path, saved: Sequence[Path], classes: Sequence[str] | None)
     return shards, list(rows), names
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> dict[str, Any]:
     """Reads dataset.json, with the class names added; returns an empty dict without a readable one."""
     try:
         names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))

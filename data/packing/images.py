@@ -272,7 +272,7 @@ def _decode_other(encoded: bytes, rules: ImageRules) -> _Decoded:
                 undecoded.verify()
         image.load()
         return _Decoded(
-            _to_8_bits(image),
+            _convert_to_8_bits(image),
             _FORMATS[image.format],
             _read_orientation(image.info.get("exif", b"")),  # Pillow has already rotated a TIFF
             [image.format.lower()],
@@ -281,7 +281,7 @@ def _decode_other(encoded: bytes, rules: ImageRules) -> _Decoded:
         )
 
 
-def _to_8_bits(image: Image.Image) -> np.ndarray:
+def _convert_to_8_bits(image: Image.Image) -> np.ndarray:
     """Returns an image's pixels as uint8, gray (H, W) or RGB (H, W, 3)."""
     if image.mode.startswith("I;16"):
         return ((np.asarray(image).astype(np.uint32) * 255 + 32_767) // 65_535).astype(np.uint8)  # convert() would clip at 255

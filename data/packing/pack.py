@@ -77,12 +77,7 @@ def pack(
             a failure to read or write. Finished work is kept.
     """
     source = source.absolute()
-    if settings.holdout is not None and settings.split == HOLDOUT_SPLIT:
-        raise ValueError(f"--holdout writes the split {HOLDOUT_SPLIT}; give another --split, or no --holdout")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{out} lies inside {source}; give an OUT elsewhere")
-    if settings.classes is None and settings.split != "train":
-        settings = replace(settings, classes=_read_train_classes(out))
+    settings = _check_settings(source, out, settings)
     made = _describe_settings(source, settings)
     folder, work = out / settings.split, out / f"{settings.split}.packing"
     try:
@@ -90,8 +85,20 @@ def pack(
             earlier = json.loads((folder / "dataset.json").read_text(encoding="utf-8")).get("made", {})
             _check_same(folder, earlier, made | {"versions": earlier.get("versions")}, f"remove {folder}")
             _log(f"{folder} is already packed")
-        elif not _pack_and_merge(source, out, settings, made, max_rejected, workers, part, merge_only=merge_only):
-            return []
+        else:
+            with start_workers(workers, preload=["webdataset"]) as run:
+                plan = _open_or_write_plan(source, out, settings, made, run, is_new=not merge_only)
+                _check_same(work, plan.made, made, f"remove {work} and {folder}")
+                if not merge_only:
+                    _pack_shards(plan, out, work, part, max_rejected, run)
+            missing = sum(not _result_path(work, number).is_file() for number in range(len(plan.shards)))
+            if not missing:
+                _merge(plan, out, work, settings.splits, max_rejected)
+            elif not _is_packed(folder):  # otherwise another process has merged and is removing the work folder
+                if merge_only:
+                    raise ValueError(f"{work}: {missing} of {len(plan.shards)} shards are not packed yet")
+                _log(f"part {part[0]}/{part[1]} is packed; {missing} of {len(plan.shards)} shards remain for other parts")
+                return []
     except FileNotFoundError:
         if not _is_packed(folder):  # otherwise another process has merged and removed the work folder
             raise
@@ -107,33 +114,15 @@ def pack(
     return [open_index(out / split) for split in settings.splits]
 
 
-def _pack_and_merge(
-    source: Path,
-    out: Path,
-    settings: Settings,
-    made: dict[str, Any],
-    max_rejected: int | float,
-    workers: int,
-    part: tuple[int, int],
-    *,
-    merge_only: bool,
-) -> bool:
-    """Packs a part, and merges if all parts are packed; returns whether the dataset is finished."""
-    folder, work = out / settings.split, out / f"{settings.split}.packing"
-    with start_workers(workers, preload=["webdataset"]) as run:
-        plan = _open_or_write_plan(source, out, settings, made, run, is_new=not merge_only)
-        _check_same(work, plan.made, made, f"remove {work} and {folder}")
-        if not merge_only:
-            _pack_shards(plan, out, work, part, max_rejected, run)
-    missing = sum(not _result_path(work, number).is_file() for number in range(len(plan.shards)))
-    if not missing:
-        _merge(plan, out, work, settings.splits, max_rejected)
-    elif not _is_packed(folder):  # otherwise another process has merged and is removing the work folder
-        if merge_only:
-            raise ValueError(f"{work}: {missing} of {len(plan.shards)} shards are not packed yet")
-        _log(f"part {part[0]}/{part[1]} is packed; {missing} of {len(plan.shards)} shards remain for other parts")
-        return False
-    return True
+def _check_settings(source: Path, out: Path, settings: Settings) -> Settings:
+    """Checks the settings; returns them with the classes of OUT/train, if the split takes those."""
+    if settings.holdout is not None and settings.split == HOLDOUT_SPLIT:
+        raise ValueError(f"--holdout writes the split {HOLDOUT_SPLIT}; give another --split, or no --holdout")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies inside {source}; give an OUT elsewhere")
+    if settings.classes is None and settings.split != "train":
+        return replace(settings, classes=_read_train_classes(out))
+    return settings
 
 
 def _is_packed(folder: Path) -> bool:

@@ -6,11 +6,9 @@
 Prints one line per fault, and a summary.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +18,7 @@ from data.dataset.headers import BadImage
 from data.dataset.index import Index, compute_fingerprint, open_index
 from data.dataset.shards import Describe, Member, find_image, read_label, read_shard
 from data.loader.store import open_whole_shard
-from data.packing.adopt import Labels
+from data.packing.adopt import Labels, read_description
 from data.packing.images import DALI_PIXELS, ImageRules, convert_image
 from data.packing.workers import start_workers
 
@@ -75,7 +73,7 @@ def _check_files(index: Index) -> Iterator[str]:
     """Yields the faults of the files beside the shards."""
     if compute_fingerprint(index.samples, index.shards) != index.fingerprint:
         yield "index.npy, or a shard's name or checksum in dataset.json, differs from the packed dataset"
-    if hash_file(index.folder / "classes.json") != _read_description(index.folder).get("classes_xxh3_128"):
+    if hash_file(index.folder / "classes.json") != read_description(index.folder).get("classes_xxh3_128"):
         yield "classes.json differs from the packed dataset"
     highest = index.samples["label"].max(initial=0)
     if highest >= len(index.classes):
@@ -93,10 +91,6 @@ def _check_files(index: Index) -> Iterator[str]:
 @lru_cache(maxsize=1)  # a worker checks many shards of one dataset
 def _open_index(place: str | Path, cache: str | None) -> Index:
     return open_index(place, cache, sizes=False)
-
-
-def _read_description(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
 
 
 def _check_shard(place: str | Path, cache: str | None, deep: bool, number: int) -> list[str]:
@@ -144,7 +138,7 @@ def _check_shard_file(path: Path, index: Index, number: int, deep: bool) -> list
 
 def _make_deep_check(index: Index) -> Describe:
     """Returns a Describe that decodes each image as strictly as packing does."""
-    labels = Labels(_read_description(index.folder).get("made", {}).get("label_field"), index.classes)
+    labels = Labels(read_description(index.folder).get("made", {}).get("label_field"), index.classes)
 
     def describe(sample: list[Member]) -> tuple[int, int, int]:
         try:

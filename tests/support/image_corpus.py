@@ -119,7 +119,7 @@ def _list_jpegs() -> Iterator[Case]:
     for chroma in ("444", "422", "420", "440", "411"):
         yield Case(f"chroma {chroma}.jpeg", simplejpeg.encode_jpeg(rgb, 90, "RGB", chroma), pixels=rgb)
     yield Case("restarts.JPEG", encode(rgb, restart_marker_blocks=2), pixels=rgb)
-    yield Case("own tables.jpg", encode(rgb, optimize=True), pixels=rgb)
+    yield Case("optimized tables.jpg", encode(rgb, optimize=True), pixels=rgb)
     yield Case("coarse.jpg", encode(rgb, quality=1))
     yield Case("fine.jpg", encode(rgb, quality=100), pixels=rgb)
     yield Case("1x1.jpg", encode(rgb[:1, :1]), pixels=rgb[:1, :1])

@@ -29,7 +29,7 @@ def make_command(source: Path, out: Path, *options: str) -> list[str]:
 
 
 def start_packing(source: Path, out: Path, *options: str) -> subprocess.Popen:
-    """Starts the command line in its own process group."""
+    """Starts the command line in a new process group."""
     command = make_command(source, out, *options)
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
 

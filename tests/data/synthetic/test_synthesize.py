@@ -69,9 +69,9 @@ DRAWN = [
 
 def test_patterns_do_not_change_between_versions() -> None:
     for (encoded, _), (width, height, mean, corner) in zip(draw_images(10, 10, 0, 0), DRAWN, strict=True):
-        grey = np.asarray(Image.open(io.BytesIO(encoded)).convert("L"), np.float64)
-        assert grey.shape == (height, width)
-        assert [grey.mean(), grey[: height // 2, : width // 2].mean()] == pytest.approx([mean, corner], abs=0.1)
+        gray = np.asarray(Image.open(io.BytesIO(encoded)).convert("L"), np.float64)
+        assert gray.shape == (height, width)
+        assert [gray.mean(), gray[: height // 2, : width // 2].mean()] == pytest.approx([mean, corner], abs=0.1)
 
 
 def test_figure_sets_split_all_combinations() -> None:
@@ -106,7 +106,7 @@ def test_figure_sets_repeat_and_differ(tmp_path: Path) -> None:
     assert first.fingerprint == again.fingerprint
     others, others_val = synthesize(tmp_path / "c", draw="other-figures", train=50, val=10)
     sides = [list(zip(index.samples["width"].tolist(), index.samples["height"].tolist(), strict=True)) for index in (first, others)]
-    assert sides[0] != sides[1]  # each set has its own random numbers
+    assert sides[0] != sides[1]  # the sets have different random numbers
     with ShardStore(others) as store, ShardStore(others_val) as val_store:
         assert len({store.read(n).tobytes() for n in range(50)} | {val_store.read(n).tobytes() for n in range(10)}) == 60
 
