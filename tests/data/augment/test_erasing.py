@@ -66,18 +66,6 @@ def test_the_comparison_finds_other_boxes(change: dict[str, Any], told: str) -> 
         check_against_timm(draw_erased_boxes(0, 0, np.arange(DRAWS), **options), timms_boxes(0.25, 1, DRAWS))
 
 
-def test_a_function_of_seed_epoch_and_id_alone() -> None:
-    ids = np.arange(50)
-    whole, starts = draw_erased_boxes(1, 2, ids, image_size=SIZE, probability=0.5, count=2), draw_noise_starts(1, 2, ids, 2)
-    for place in range(50):
-        part = ids[place : place + 1]
-        assert (draw_erased_boxes(1, 2, part, image_size=SIZE, probability=0.5, count=2) == whole[place]).all()
-        assert (draw_noise_starts(1, 2, part, 2) == starts[place]).all()
-    for seed, epoch in ((2, 2), (1, 3)):
-        assert (draw_erased_boxes(seed, epoch, ids, image_size=SIZE, probability=0.5, count=2) != whole).any()
-        assert (draw_noise_starts(seed, epoch, ids, 2) != starts).all()
-
-
 def test_boxes_become_noise_and_nothing_else_changes() -> None:
     ids = np.arange(40)
     boxes, starts = draw_erased_boxes(0, 0, ids, image_size=SIZE, probability=0.5, count=2), draw_noise_starts(0, 0, ids, 2)

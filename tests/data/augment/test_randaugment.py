@@ -116,18 +116,6 @@ def test_the_comparison_finds_another_policy(change: dict[str, Any], told: str) 
         check_against_timm(ours(draw_rand_augment(3, 1, np.arange(DRAWS), policy)), timms(RECIPE, DRAWS))
 
 
-def test_a_function_of_seed_epoch_and_id_alone() -> None:
-    ids, policy = np.array([5, 900, 17, 3, 14_000_000]), parse_policy(RECIPE)
-    whole = draw_rand_augment(1, 2, ids, policy) + draw_color_jitter(1, 2, ids, 0.4)
-    for place in range(len(ids)):
-        part = ids[place : place + 1]
-        for one, other in zip(whole, draw_rand_augment(1, 2, part, policy) + draw_color_jitter(1, 2, part, 0.4), strict=True):
-            assert (one.operator[place], one.argument[place]) == (other.operator[0], other.argument[0])
-    many = np.arange(1000)
-    for seed, epoch in ((2, 2), (1, 3)):
-        assert (draw_rand_augment(seed, epoch, many, policy)[0].operator != draw_rand_augment(1, 2, many, policy)[0].operator).mean() > 0.3
-
-
 def test_layers_are_independent_of_one_another() -> None:
     first, second = draw_rand_augment(0, 0, np.arange(DRAWS), parse_policy("rand-m9-p1-mstd0.5"))
     assert chi2_contingency(np.histogram2d(first.operator, second.operator, bins=15)[0]).pvalue > UNLIKELY

@@ -7,8 +7,10 @@ from scipy.stats import ks_2samp
 from timm.data.mixup import cutmix_bbox_and_lam
 from timm.data.transforms import RandomResizedCropAndInterpolation
 
-from data.augment.sampling import draw_crops, draw_flips, draw_mix, draw_symmetric_beta
+from data.augment.randaugment import draw_color_jitter, draw_rand_augment
+from data.augment.sampling import draw_bilinear, draw_crops, draw_erased_boxes, draw_flips, draw_mix, draw_noise_starts, draw_symmetric_beta
 from data.common.counter_rng import Draw
+from data.settings import parse_policy
 
 QUANTILES = np.linspace(0.05, 0.95, 19)
 
@@ -61,21 +63,30 @@ def test_where_no_crop_fits_the_central_one_is_taken() -> None:
     assert (crops(80, 80, 5, scale=(1.0, 1.0), ratio=(1.0, 1.0)) == (0, 0, 80, 80)).all()
 
 
+def draw_everything(seed: int, epoch: int, ids: np.ndarray) -> list[np.ndarray]:
+    """Draws all kinds of parameters, with an array axis of samples each."""
+    layers = draw_rand_augment(seed, epoch, ids, parse_policy("rand-m9-mstd0.5-inc1")) + draw_color_jitter(seed, epoch, ids, 0.4)
+    mix = draw_mix(seed, epoch, ids, image_size=64, mixup=0.8, cutmix=1.0)
+    return [
+        draw_crops(seed, epoch, ids, 90 + ids % 111, 80 + ids % 220),
+        draw_flips(seed, epoch, ids),
+        draw_bilinear(seed, epoch, ids, "random", 1),
+        draw_erased_boxes(seed, epoch, ids, image_size=64, probability=0.5, count=2),
+        draw_noise_starts(seed, epoch, ids, 2),
+        *(values for layer in layers for values in (layer.operator, layer.argument)),
+        mix.box,
+        mix.lam,
+    ]
+
+
 def test_parameters_depend_on_seed_epoch_and_id_alone() -> None:
-    ids = np.array([5, 900, 17, 3])
-    width, height = np.array([100, 200, 150, 90]), np.array([90, 80, 220, 300])
-    whole = draw_crops(1, 2, ids, width, height)
-    for place in range(4):
-        part = slice(place, place + 1)
-        assert (draw_crops(1, 2, ids[part], width[part], height[part]) == whole[part]).all()
-        assert draw_flips(1, 2, ids[part]) == draw_flips(1, 2, ids)[place]
-    assert (draw_crops(2, 2, ids, width, height) != whole).any()
-    assert (draw_crops(1, 3, ids, width, height) != whole).any()
-    whole_mix = draw_mix(1, 2, ids, image_size=64, mixup=0.8, cutmix=1.0)
-    for place in range(4):
-        part_mix = draw_mix(1, 2, ids[place : place + 1], image_size=64, mixup=0.8, cutmix=1.0)
-        assert part_mix.lam == whole_mix.lam[place]
-        assert (part_mix.box == whole_mix.box[place]).all()
+    ids = np.array([5, 900, 17, 3, 14_000_000, *range(20, 60)])
+    whole = draw_everything(1, 2, ids)
+    for place in range(len(ids)):
+        for one, other in zip(whole, draw_everything(1, 2, ids[place : place + 1]), strict=True):
+            assert (one[place] == other[0]).all()
+    for seed, epoch in ((2, 2), (1, 3)):
+        assert all((one != other).any() for one, other in zip(whole, draw_everything(seed, epoch, ids), strict=True))
 
 
 def test_flip() -> None:

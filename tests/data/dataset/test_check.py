@@ -62,4 +62,4 @@ def test_a_shard_that_has_gone(dataset: Index, tmp_path: Path) -> None:
 
 def test_progress_is_told(dataset: Index, capsys: pytest.CaptureFixture[str]) -> None:
     find_damaged_shards(dataset, range(3), checksums=True)
-    assert f"checksums of {dataset.folder}, this rank's share of the shards: 3 of 3" in capsys.readouterr().err
+    assert f"checksums of {dataset.folder}, this rank's shards: 3 of 3" in capsys.readouterr().err

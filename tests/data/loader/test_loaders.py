@@ -138,23 +138,6 @@ def test_a_restart_at_any_step(dataset: Index, order: SampleOrder, start: int) -
         assert {part.epoch for part in parts} == {epoch}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"micro_batch": 16}, {"micro_batch": 2, "decode_threads": 2}, {"start": 5}, {"ranks": 2, "micro_batch": 8}, {"ranks": 4}],
-    ids=str,
-)
-def test_images_are_identical_however_they_are_loaded(dataset: Index, order: SampleOrder, options: dict[str, int]) -> None:
-    """Bit for bit, over the end of an epoch."""
-    steps = order.steps_per_epoch + 2
-    expected = steps_of(train(dataset, order, end=steps))
-    ranks = options.get("ranks", 1)
-    found = [steps_of(train(dataset, order, end=steps, rank=rank, **options)) for rank in range(ranks)]
-    for step in range(options.get("start", 0), steps):
-        parts = [part for rank in range(ranks) for part in found[rank][step]]
-        for one, other in zip(joined(expected[step]), joined(parts), strict=True):
-            assert torch.equal(one, other)
-
-
 def test_another_epoch_or_seed_augments_otherwise(dataset: Index) -> None:
     def first_sample(seed: int = 7, **options: int) -> torch.Tensor:
         whole = SampleOrder(dataset.shard_start, seed=seed, global_batch=150)
@@ -250,16 +233,6 @@ def test_evaluation_of_photographs_is_timms(tmp_path: Path) -> None:
         for place, sample_id in enumerate(batch.ids.tolist()):
             expected = transform(picture(index, sample_id))
             assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
-
-
-def test_squashed_evaluation_is_timms(dataset: Index) -> None:
-    transform = create_transform(
-        96, is_training=False, interpolation="bicubic", crop_pct=1.0, crop_mode="squash", mean=IMAGENET_MEAN, std=IMAGENET_STD
-    )
-    batch = next(evaluation(dataset, image_size=96, eval_resize="squash", micro_batch=40))
-    for place, sample_id in enumerate(batch.ids.tolist()):
-        expected = transform(picture(dataset, sample_id))
-        assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
 
 
 def test_exif_orientation_is_applied_nowhere(tmp_path: Path) -> None:

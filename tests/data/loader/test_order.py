@@ -147,26 +147,6 @@ def test_what_is_left_over_differs_between_epochs(sizes: tuple[int, ...]) -> Non
     assert len(frozenset.union(*left)) > 20  # over time the loss is spread
 
 
-def test_ranks_own_consecutive_slots_and_whole_lanes() -> None:
-    """The first 50 global batches are the same for any number of ranks, and a rank's slots are whole lanes where it can be."""
-    order = SampleOrder(shard_start(*[37] * 9), seed=4, global_batch=16, lanes=8, window=10)
-    for step in range(50):
-        epoch, step_in_epoch = order.locate(step)
-        whole = order.batch(epoch, step_in_epoch)
-        for ranks in (1, 2, 4, 8, 16):
-            parts = [whole[select_rank_slots(16, rank, ranks)] for rank in range(ranks)]
-            assert (np.concatenate(parts) == whole).all()
-    used = {rank: np.concatenate([order.batch(0, step)[select_rank_slots(16, rank, 4)] for step in range(20)]) for rank in range(4)}
-    lane_length = order.steps_per_epoch * 2
-    shards, starts, offset = data.loader.order._lay_out_epoch(order, 0)
-    for rank, ids in used.items():
-        shard = np.searchsorted(order.shard_start, ids, side="right") - 1
-        place = {number: slot for slot, number in enumerate(shards)}
-        positions = np.array([starts[place[s]] for s in shard]) + ids - order.shard_start[shard]
-        lanes = ((positions - offset) % order.samples) // lane_length
-        assert set(lanes.tolist()) == {2 * rank, 2 * rank + 1}
-
-
 def test_locate() -> None:
     order = SampleOrder(shard_start(10), seed=0, global_batch=3)
     assert [order.locate(step) for step in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
@@ -321,7 +301,7 @@ def test_the_check_of_shard_uses_finds_faults(monkeypatch: pytest.MonkeyPatch, c
         uses = [ShardUse(use.shard, use.first + change.get("first", 0), use.last + change.get("last", 0)) for use in right(*arguments)]
         return sorted(uses, key=lambda use: (use.first, -use.shard)) if "reverse" in change else uses
 
-    monkeypatch.setitem(globals(), "shard_uses", broken)
+    monkeypatch.setitem(globals(), "plan_shard_uses", broken)
     with pytest.raises(AssertionError, match=message):
         check_uses(SampleOrder(shard_start(9, 9, 9, 9, 9), seed=1, global_batch=3, lanes=1, window=5), 1, 1, 20)
 

@@ -18,20 +18,19 @@ from PIL import Image
 from data.augment.sampling import Mix
 from data.common.hashing import hash_file
 from data.common.placement import Placement
-from data.dataset.headers import BadImage, check_header, nvimgcodec
 from data.dataset.index import Index, open_index, write_index
 from data.dataset.shards import Sample, write_dataset
 from data.loader.loaders import EvalLoader, TrainLoader
 from data.loader.order import SampleOrder, compute_peak_bytes
-from data.loader.pipeline import Batch, Loader, SingleImageDecoder
+from data.loader.pipeline import Batch, Loader
 from data.loader.quarantine import Quarantine
 from data.settings import DataConfig
 from data.synthetic.drawings import PATTERNS
 from data.synthetic.synthesize import draw_images
 from tests.data.loader.test_loaders import only
-from tests.support.damage import KINDS, damaged_copy
+from tests.support.damage import damaged_copy
 from tests.support.datasets import upload
-from tests.support.image_corpus import damage_files, encode, load_corpus
+from tests.support.image_corpus import encode
 from tests.support.servers import Proxy
 
 pytestmark = pytest.mark.slow
@@ -147,8 +146,6 @@ def scenario(name: str, index: Index, order: SampleOrder) -> dict[int, str]:
     first, end = index.shard_start[2:4].tolist()
     if name == "everything":
         return {0: "zeros", 1: "no tables", 2: "no tables", 3: "cut", 7: "cut", 33: "zeros", 40: "another size", 63: "no tables"}
-    if name == "neighbours that only DALI finds":
-        return dict.fromkeys((10, 11, 12), "no tables")
     if name == "several in one batch":
         own = [sample for sample in order.batch(0, 1).tolist() if sample in jpegs]
         return dict(zip(own[:4], ("no tables", "cut", "no tables", "another size"), strict=True))
@@ -157,7 +154,7 @@ def scenario(name: str, index: Index, order: SampleOrder) -> dict[int, str]:
     return {sample: "no tables" if sample in jpegs else "zeros" for sample in range(first, end)}  # a whole shard
 
 
-SCENARIOS = ["everything", "neighbours that only DALI finds", "several in one batch", "first and last of a shard", "whole shard"]
+SCENARIOS = ["everything", "several in one batch", "first and last of a shard", "whole shard"]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -257,28 +254,6 @@ def test_reads_that_fail_for_a_while_change_nothing(
         next(iter(loader))  # control: who asks once takes them for bad
 
 
-def test_a_region_that_stays_unreadable(
-    clean: Index, order: SampleOrder, undamaged: dict[int, Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad = {21, 22, 50}
-    offsets = {int(clean.samples["offset"][sample]) for sample in bad}
-    pread = os.pread
-
-    def failing(descriptor: int, size: int, offset: int) -> bytes:
-        if offset in offsets and os.readlink(f"/proc/self/fd/{descriptor}").endswith(tuple(names)):
-            raise OSError(5, "Input/output error")
-        return pread(descriptor, size, offset)
-
-    names = {clean.shards[clean.shard_of(sample)].name for sample in bad}
-    also = {s for s in range(SAMPLES) if clean.samples["offset"][s] in offsets and clean.shards[clean.shard_of(s)].name in names}
-    monkeypatch.setattr("data.loader.store.os.pread", failing)
-    with loader_of(clean, order) as loader:
-        check(by_step(iter(loader)), undamaged, clean, bad | also)
-    found = loader.quarantine.take_unreported()
-    assert {entry.sample for entry in found} == bad | also
-    assert all("Input/output error; 6 tries" in entry.reason or "1 try" in entry.reason for entry in found)
-
-
 def test_a_shard_cut_while_training(clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path) -> None:
     index = damaged_copy(clean, tmp_path / "copy", {})
     shard = 3
@@ -346,77 +321,6 @@ def test_a_batch_of_which_nothing_is_left(clean: Index, tmp_path: Path) -> None:
     index = damaged_copy(clean, tmp_path / "copy", {8: "no tables", 9: "no tables", 10: "zeros", 11: "cut"})
     (batches,) = evaluate(index, micro_batch=4)
     assert [batch.step for batch in batches] == [step for step in range(SAMPLES // 4) if step != 2]
-
-
-# ---------------------------------------------------------------- the header
-
-
-@pytest.mark.parametrize("case", load_corpus(), ids=lambda case: case.name)
-def test_header_of_what_packing_keeps(case: Any) -> None:
-    """What packing leaves as it is passes; of what it refuses all that is cut short, or no image at all, does not."""
-    encoded = np.frombuffer(case.encoded, np.uint8)
-    if case.bad is None and case.is_kept:
-        with Image.open(io.BytesIO(case.encoded)) as image:
-            check_header(encoded, *image.size)
-            with pytest.raises(BadImage, match="its header has"):
-                check_header(encoded, image.width + 1, image.height)
-    elif case.name.startswith(("cut", "no end", "zeros.", "zeros at", "empty", "text")) and not case.name.endswith(".webp"):
-        with pytest.raises(BadImage):
-            check_header(encoded, 56, 40)
-
-
-def test_a_cut_jpeg_decodes_or_not_as_the_crop_has_it(clean: Index, order: SampleOrder) -> None:
-    """So without a look at its end it would be good in some epochs and bad in others."""
-    store_path = clean.folder / clean.shards[0].name
-    row = clean.samples[3]
-    encoded = store_path.read_bytes()[row["offset"] : row["offset"] + row["size"]]
-    hurt = np.frombuffer(KINDS["cut"](encoded), np.uint8)
-    with loader_of(clean, order, crop_area=(0.05, 0.1)) as loader:
-        alone = SingleImageDecoder(loader)
-        assert {alone.can_decode(epoch, 3, 0, hurt) for epoch in range(30)} == {True, False}
-    with pytest.raises(BadImage, match="cut short"):
-        check_header(hurt, int(row["width"]), int(row["height"]))
-
-
-def test_what_passes_is_good_or_bad_whatever_the_crop(clean: Index, order: SampleOrder) -> None:
-    """Files hurt in a dozen ways; and none of them ends the process."""
-    outcomes = []
-    with loader_of(clean, order) as loader:
-        for encoded in damage_files(300, seed=11):
-            hurt = np.frombuffer(encoded, np.uint8)
-            try:
-                stream = nvimgcodec().CodeStream(hurt)
-                width, height = stream.width, stream.height
-                check_header(hurt, width, height)
-            except (BadImage, RuntimeError):
-                continue
-            crops = [(0, 0), (height // 2, width // 2), (0, width // 2), (height - 1, 0)]
-            outcomes.append({decodes(loader, hurt, y, x, height - y, width - x) for y, x in crops} | {decodes(loader, hurt, 0, 0, 1, 1)})
-    assert all(len(outcome) == 1 for outcome in outcomes)
-    assert min(outcomes.count({True}), outcomes.count({False})) > 20
-
-
-def decodes(loader: TrainLoader, encoded: np.ndarray, y: int, x: int, height: int, width: int) -> bool:
-    parameters = TrainLoader._compute_parameters
-
-    def cropped(epoch: int, ids: np.ndarray, copies: np.ndarray) -> Any:
-        (_, _, *others), erased = parameters(loader, epoch, ids, copies)
-        return (np.array([[y, x]], np.int32), np.array([[height, width]], np.int32), *others), erased
-
-    loader._compute_parameters = cropped  # type: ignore[method-assign]
-    return SingleImageDecoder(loader).can_decode(0, 0, 0, encoded)
-
-
-def test_the_end_of_a_thumbnail_is_not_that_of_the_image(clean: Index) -> None:
-    encoded = (clean.folder / clean.shards[0].name).read_bytes()
-    row = clean.samples[3]
-    jpeg = encoded[row["offset"] : row["offset"] + row["size"]]
-    with_thumbnail = jpeg[:2] + b"\xff\xe1\x00\x0aExif\0\0\xff\xd9" + jpeg[2:]
-    size = int(row["width"]), int(row["height"])
-    for whole in (with_thumbnail, with_thumbnail + b"something behind it"):
-        check_header(np.frombuffer(whole, np.uint8), *size)
-    with pytest.raises(BadImage, match="cut short"):
-        check_header(np.frombuffer(with_thumbnail[:-200], np.uint8), *size)
 
 
 # ---------------------------------------------------------------- how many, and what is kept

@@ -1,4 +1,4 @@
-"""Reading from shards at URLs, through the cache, whatever fails for a while."""
+"""FetchedShards: reads shards at URLs through the cache, despite temporary failures."""
 
 import gc
 import os
@@ -8,27 +8,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import ANY
 
-import fsspec
-import numpy as np
 import pytest
 
-from data.__main__ import main
-from data.dataset.index import Index, open_index, read_key
+from data.dataset.index import Index, open_index
 from data.loader.order import ShardUse, compute_evaluation_peak_bytes, plan_evaluation_uses
-from data.loader.store import FetchedShards, fetch_shard
-from data.packing.verify import verify
-from data.storage.cache import Cache, release
+from data.loader.store import FetchedShards
+from data.storage.cache import Cache
 from data.storage.remote import Stopped
 from tests.data.loader.test_store import whole
 from tests.support.datasets import upload
-from tests.support.servers import Proxy, web_server
+from tests.support.servers import Proxy
 
 pytestmark = pytest.mark.slow
 
@@ -79,29 +74,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 def fetchers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("fetch-")]
-
-
-def test_the_index_comes_through_the_cache_once(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
-    s3.clear()
-    index = open_index(TRAIN, str(tmp_path))
-    assert index.folder == tmp_path / many_shards.fingerprint
-    assert isinstance(index.samples, np.memmap)
-    assert (index.samples == many_shards.samples).all()
-    assert (index.shards, index.classes, index.fingerprint) == (many_shards.shards, many_shards.classes, many_shards.fingerprint)
-    assert [read_key(index, sample_id) for sample_id in (0, 50, 99, 50)] == [
-        read_key(many_shards, sample_id) for sample_id in (0, 50, 99, 50)
-    ]
-    assert not s3.shards()
-    open_index(TRAIN, str(tmp_path))
-    assert s3.gets["index.npy"] == 1
-    assert sum(count for name, count in s3.gets.items() if name.endswith(".idx")) == 3
-
-
-def test_an_index_of_another_dataset_never_enters_the_cache(s3: Proxy, tmp_path: Path) -> None:
-    s3.fail("index.npy", "ever-corrupt")
-    with pytest.raises(ValueError, match=r"s3://bucket/train/index\.npy: .*\(6 tries\)"):
-        open_index(TRAIN, str(tmp_path))
-    assert [path.name for folder in tmp_path.iterdir() for path in folder.iterdir()] == ["lock"]
 
 
 def test_all_samples_in_order_with_a_small_cache(s3: Proxy, remote: Index, many_shards: Index) -> None:
@@ -251,14 +223,6 @@ def test_faults_that_stay_are_errors_at_the_shards_turn(s3: Proxy, remote: Index
     assert not list(remote.folder.glob("*.part"))
 
 
-def test_without_the_checksum_damage_gets_through(s3: Proxy, remote: Index, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Control of the tests above."""
-    monkeypatch.setattr("data.loader.store.hash_file", lambda path: ANY)
-    s3.fail(remote.shards[3].name, "corrupt")
-    with store_of(remote, shards=8) as store:
-        assert read_all(store) != whole(many_shards)
-
-
 @pytest.mark.parametrize(("change", "message"), [(-7, r"\d+ bytes instead of \d+"), (7, r"more than the \d+ bytes")])
 def test_a_shard_of_another_size(s3: Proxy, many_shards: Index, tmp_path: Path, change: int, message: str) -> None:
     """One that was changed after the listing, or is on a server that has none."""
@@ -370,29 +334,6 @@ def test_ranks_share_a_cache_that_is_too_small_for_all_shards(s3: Proxy, many_sh
     assert bound / 2 < most <= bound
 
 
-def test_ranks_go_on_when_one_is_killed_in_a_download(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
-    stalled = many_shards.shards[5].name
-    s3.fail(stalled, "stall")
-    with Readers(3, tmp_path, 1.0) as readers:
-        assert s3.stalled.wait(30)
-        fetching = [process for process in readers.processes if locks(process.pid, tmp_path / many_shards.fingerprint / f"{stalled}.part")]
-        assert len(fetching) == 1
-        fetching[0].kill()
-        others = [process for process in readers.processes if process is not fetching[0]]
-        assert [process.communicate(timeout=60)[0].strip() for process in others] == [digest] * 2
-    assert not list((tmp_path / many_shards.fingerprint).glob("*.part"))
-    assert all(count <= 2 for count in s3.shards().values())
-
-
-def locks(process: int, path: Path) -> bool:
-    """Whether a process holds an exclusive flock on a file."""
-    for line in Path("/proc/locks").read_text().splitlines():
-        fields = line.split()
-        if fields[1:4] == ["FLOCK", "ADVISORY", "WRITE"] and fields[4] == str(process):
-            return any(os.readlink(link) == str(path) for link in Path(f"/proc/{process}/fd").iterdir())
-    return False
-
-
 def test_two_datasets_in_one_cache_folder(s3: Proxy, dataset: Index, many_shards: Index, tmp_path: Path) -> None:
     upload(dataset.folder, "s3://bucket/other")
     first, second = open_index(TRAIN, str(tmp_path)), open_index("s3://bucket/other", str(tmp_path))
@@ -401,106 +342,3 @@ def test_two_datasets_in_one_cache_folder(s3: Proxy, dataset: Index, many_shards
         assert images == [(whole(many_shards)[0], whole(dataset)[0])]
         assert read_all(two) == whole(dataset)
         assert read_all(one) == whole(many_shards)
-
-
-# ---------------------------------------------------------------- other protocols, and what can't be opened
-
-
-@pytest.fixture(params=["http", "file", "memory"])
-def url(request: pytest.FixtureRequest, many_shards: Index) -> Iterator[str]:
-    if request.param == "http":
-        with web_server(many_shards.folder.parent) as proxy:
-            proxy.fail(many_shards.shards[1].name, "500", "short", "corrupt")
-            yield f"{proxy.url}/train"
-    elif request.param == "file":
-        yield f"file://{many_shards.folder}"
-    else:
-        store = fsspec.filesystem("memory")
-        store.put(str(many_shards.folder), "/train", recursive=True)
-        yield "memory://train"
-        store.rm("/train", recursive=True)
-
-
-def test_other_protocols(url: str, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)
-    index = open_index(url, str(tmp_path))
-    assert index.place == url
-    with store_of(index, shards=6) as store:
-        assert read_all(store) == whole(many_shards)
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("s3://nobody/train", r"s3://nobody/train/dataset\.json: FileNotFoundError: .*bucket does not exist \(1 try\)"),
-        ("s3://bucket/nothing", r"s3://bucket/nothing/dataset\.json: FileNotFoundError.* is it the folder of a packed dataset"),
-        ("gs://bucket/train", r"gs://bucket/train: can't be opened: .*gcsfs"),
-        ("what://bucket/train", r"what://bucket/train: can't be opened: Protocol not known: what"),
-        ("http://127.0.0.1:1/train", r"http://127\.0\.0\.1:1/train/dataset\.json: ClientConnectorError.*\(6 tries\)"),
-    ],
-)
-def test_places_that_cannot_be_opened(s3: Proxy, tmp_path: Path, url: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        open_index(url, str(tmp_path))
-
-
-def test_missing_credentials(s3: Proxy, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload(many_shards.folder, "s3://bucket/public", ACL="public-read")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    with pytest.raises(ValueError, match=r"Unable to locate credentials \(1 try\); credentials are found .* FSSPEC_S3_ANON=true"):
-        open_index(TRAIN, str(tmp_path))
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})  # what FSSPEC_S3_ANON=true does
-    with pytest.raises(ValueError, match=r"dataset\.json: PermissionError: .*\(1 try\)"):
-        open_index(TRAIN, str(tmp_path))
-    assert len(open_index("s3://bucket/public", str(tmp_path))) == 100
-
-
-def test_a_listing_shows_shards_that_are_missing_or_cut(s3: Proxy, dataset: Index, tmp_path: Path) -> None:
-    upload(dataset.folder, "s3://bucket/cut")
-    store = fsspec.filesystem("s3")
-    store.rm_file(f"bucket/cut/{dataset.shards[1].name}")
-    store.pipe_file(f"bucket/cut/{dataset.shards[3].name}", b"short")
-    expected = rf"s3://bucket/cut: {dataset.shards[1].name} is missing; {dataset.shards[3].name} has 5 bytes instead of \d+"
-    with pytest.raises(ValueError, match=expected):
-        open_index("s3://bucket/cut", str(tmp_path))
-
-
-def test_a_store_that_may_be_read_but_not_listed(s3: Proxy, tmp_path: Path) -> None:
-    s3.fail("bucket", "ever-403")
-    index = open_index(TRAIN, str(tmp_path))
-    assert index.remote is not None
-    assert index.remote.list_sizes() is None
-
-
-# ---------------------------------------------------------------- the command line
-
-
-def test_stats_order_and_verify_of_a_url(
-    s3: Proxy, many_shards: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)
-    outputs = []
-    job = tmp_path / "job.yaml"
-    for place in (str(many_shards.folder), TRAIN):
-        job.write_text(f"global_batch: 10\ndata: {{train: '{place}', cache: {tmp_path}}}")
-        for command in (["stats", place, "--cache", str(tmp_path)], ["order", str(job), "--steps", "0:3"]):
-            assert main(command) == 0
-            outputs.append(capsys.readouterr().out.replace(place, ""))
-    assert outputs[:2] == outputs[2:]
-    assert not s3.shards()
-    s3.fail(many_shards.shards[2].name, "ever-corrupt")
-    assert main(["verify", TRAIN, "--cache", str(tmp_path), "--workers", "1"]) == 1
-    line, _ = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{TRAIN}/{many_shards.shards[2].name}: the checksum differs from that of the packed shard")
-    s3.clear()
-    assert verify(TRAIN, str(tmp_path), deep=True) == 0
-    assert s3.shards() == {many_shards.shards[2].name: 1}
-
-
-def test_one_shard_without_a_plan(remote: Index, many_shards: Index) -> None:
-    descriptor = fetch_shard(Cache(remote.folder, 1e9), remote, 4)
-    assert os.pread(descriptor, 1 << 20, 0) == (many_shards.folder / many_shards.shards[4].name).read_bytes()
-    release(descriptor)
