@@ -85,7 +85,7 @@ def test_missing_credentials(s3: Proxy, many_shards: Index, tmp_path: Path, monk
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     fsspec.get_filesystem_class("s3").clear_instance_cache()
-    with pytest.raises(ValueError, match=r"Unable to locate credentials \(1 try\); credentials are found .* FSSPEC_S3_ANON=true"):
+    with pytest.raises(ValueError, match=r"Unable to locate credentials \(1 try\); credentials come from .* FSSPEC_S3_ANON=true"):
         open_index(TRAIN, str(tmp_path))
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})  # what FSSPEC_S3_ANON=true does
     with pytest.raises(ValueError, match=r"dataset\.json: PermissionError: .*\(1 try\)"):
