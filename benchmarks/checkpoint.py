@@ -70,7 +70,7 @@ def measure(model_name: str, folder: Path, rounds: int) -> tuple[int, list[dict[
     model = build_model(config)
     engine = build_engine(config, model, 1)
     log = LastRecord()
-    lock = checkpoint.hold(folder / "run", log.line)
+    lock = checkpoint.lock_run(folder / "run", log.line)
     stats = BatchStats(model, 0.0)
     saved = folder / "run" / "checkpoints"
     checkpoints = checkpoint.Checkpoints(saved, engine, stats, retention=checkpoint.Retention(1), lock=lock, log=log)

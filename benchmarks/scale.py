@@ -25,7 +25,7 @@ import pretrain.model.van  # noqa: F401  registers the models
 from benchmarks.harness import table
 from benchmarks.training import roofline
 from pretrain import config as settings
-from pretrain.engine.engine import bucket_size
+from pretrain.engine.engine import choose_bucket_size
 from pretrain.monitor.memory import activation_bytes, largest_that_fits
 from pretrain.monitor.traffic import FP32, communication
 
@@ -120,7 +120,7 @@ def job(name: str) -> Job:
         name,
         parameters=[parameter.numel() for parameter in model.parameters()],
         channels=sum(norm.num_features for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)),
-        bucket=bucket_size(model),
+        bucket=choose_bucket_size(model),
         launches=launches(model),
         sample=activation_bytes(model, config.data.image_size, "fp32", "cuda"),
         global_batch=config.global_batch,

@@ -104,7 +104,6 @@ class EngineConfig(JobEngine):
         1, "DeepSpeed ZeRO, which shards over the ranks: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also weights.", resume="free"
     )
     precision: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Precision of the computation; weights, sums and statistics are fp32.")
-    offload: bool = setting(False, "ZeRO-Offload: optimizer state in host memory, updated by the CPU.", resume="free")
     sync_bn: bool = setting(False, "BatchNorm statistics over the micro-batches of all ranks, in place of each rank's own.")
     ema_decay: float = setting(0.0, "Decay of the moving average of the weights in each step; 0: off.", below_1)
 
@@ -196,9 +195,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "model.init_from", "no such file or run directory"
     if values.get("run.keep_best", "none") != "none" and "data.val" in values and values["data.val"] is None:
         yield "run.keep_best", "needs data.val to evaluate on"
-    if values.get("engine.offload") and values.get("engine.zero_stage") == 0:
-        yield "engine.offload", "needs engine.zero_stage 1, 2 or 3"
-    against = [key for key in ("engine.offload", "engine.sync_bn", "model.checkpoint_stages") if values.get(key)]
+    against = [key for key in ("engine.sync_bn", "model.checkpoint_stages") if values.get(key)]
     against += ["engine.zero_stage 2 or 3"] if values.get("engine.zero_stage", 0) > 1 else []
     if values.get("model.graphs") and against:
         yield "model.graphs", f"can't be beside {', '.join(against)}"

@@ -26,14 +26,14 @@ from data.loader.order import make_sample_order
 from data.loader.pipeline import Batch
 from data.loader.quarantine import Quarantine
 from pretrain import config as settings
-from pretrain.checkpoint import Checkpoints, Retention, hold, list_checkpoints
+from pretrain.checkpoint import Checkpoints, Retention, list_checkpoints, lock_run
 from pretrain.config import Config
 from pretrain.engine import distributed
-from pretrain.engine.batch_stats import BatchStats, synchronise
+from pretrain.engine.batch_stats import BatchStats, synchronize_batch_norms
 from pretrain.engine.engine import build_engine
 from pretrain.engine.guard import Guard
 from pretrain.engine.optim import learning_rate, set_learning_rate
-from pretrain.engine.precision import DTYPES, usable_precision
+from pretrain.engine.precision import DTYPES, resolve_precision
 from pretrain.evaluation.accuracy import describe_restriction
 from pretrain.evaluation.in_training import Evaluator
 from pretrain.loss import mixed_cross_entropy
@@ -136,7 +136,7 @@ class Trainer:
                 batch = next(batches)
             loss = self._forward(batch, micro_step)
             with self.profiler.phase("backward", micro_step):
-                self.engine.backward(self.guard.scaled(loss))
+                self.engine.backward(self.guard.scale_loss(loss))
             self.interval.add(loss)
             if is_last:
                 self.stats.start_averaging()  # beside the optimizer's step
@@ -186,7 +186,7 @@ class Trainer:
         if len(self.rollbacks.entries) >= guard.rollbacks:
             raise ValueError(f"{reason}. Training was rolled back {guard.rollbacks} times (guard.rollbacks), and ends here")
         try:
-            trainer = self.checkpoints.go_back(bad.first, self.identity)
+            trainer = self.checkpoints.roll_back(bad.first, self.identity)
         except ValueError as error:
             raise ValueError(f"{reason}. Training can't be rolled back: {error}") from error
         entry = self.rollbacks.add(bad, guard.pass_over, trainer["step"])
@@ -211,7 +211,7 @@ class Trainer:
 
     def _open_run(self, force_config: bool) -> None:
         self.log = RunLog(self.folder / "metrics.jsonl" if self.rank == 0 else None)
-        self.lock = hold(self.folder, self.log.line)
+        self.lock = lock_run(self.folder, self.log.line)
         self.is_resumed = bool(list_checkpoints(self.folder / "checkpoints"))
         if self.is_resumed and (self.folder / "config.yaml").exists():
             for change in settings.confirm(self.config, self.folder / "config.yaml", force_config):
@@ -249,7 +249,7 @@ class Trainer:
         self.image_flops = training_flops(self.model, config.data.image_size)  # while all operators are PyTorch's
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # while all of them are on this rank
         if config.engine.sync_bn:
-            synchronise(self.model)
+            synchronize_batch_norms(self.model)
         for number in config.model.checkpoint_stages:
             cast(Any, self.model).stages[number].grad_checkpointing = True
         if config.model.compile:
@@ -260,8 +260,8 @@ class Trainer:
         self.engine = build_engine(config, self.model, self.accumulation)
         self.log.line(self._use_kernels(self.model))
         self.stats = BatchStats(self.model, engine.ema_decay)
-        self.guard = Guard(self.engine, clip=config.optim.clip_grad, scales=engine.precision == "fp16")
-        precision = usable_precision(self.device, engine.precision)
+        self.guard = Guard(self.engine, clip=config.optim.clip_grad, should_scale=engine.precision == "fp16")
+        precision = resolve_precision(self.device, engine.precision)
         self.log.line(
             f"{config.model.name}, {self.parameters / 1e6:.2f} M parameters, {config.model.classes} classes; ZeRO-{engine.zero_stage}, "
             f"{precision}{'' if precision == engine.precision else f' (this {self.device.type} lacks {engine.precision})'}, "
@@ -273,7 +273,7 @@ class Trainer:
     def _use_kernels(self, model: nn.Module) -> str:
         """Replaces layers of a model on the device by faster ones; returns a line for the log."""
         model_settings, engine = self.config.model, self.config.engine
-        dtype = DTYPES[usable_precision(self.device, engine.precision)]
+        dtype = DTYPES[resolve_precision(self.device, engine.precision)]
         return use_kernels(model, model_settings.kernels, self.device, self.config.data.image_size, dtype, engine.zero_stage)
 
     def _new_model(self) -> nn.Module:
@@ -317,14 +317,14 @@ class Trainer:
     def _load_state(self, trainer: dict[str, Any]) -> None:
         """Restores the state that `_save` adds to a checkpoint."""
         self.step, self.evaluation = trainer["step"], trainer["evaluation"]
-        self.guard.load(trainer["guard"])
+        self.guard.load_state_dict(trainer["guard"])
         self.watch.load(trainer["watch"])
 
     def _prepare_monitors(self) -> None:
         config, device = self.config, self.device
         has_loss_scale = config.engine.precision == "fp16"
         self.evidence = Evidence(self.folder / "bad_steps.jsonl", self.log, self.order, self.index, self.hosts, has_loss_scale)
-        launches_ahead = device.type == "cuda" and config.engine.zero_stage < 3 and not config.engine.offload
+        launches_ahead = device.type == "cuda" and config.engine.zero_stage < 2
         self.interval = Interval(device, config.run.log_every, self.accumulation, detects_launch_bound=launches_ahead)
         self.timer = RankTimer(self.engine, config.engine.zero_stage, self.hosts)
         self.profiler = Profiler(self.position, settings.profiled_steps(config.profile), self.folder / "profile", self.log.line)
@@ -373,7 +373,7 @@ class Trainer:
             {
                 "step": self.step, "epoch": self.step / self.order.steps_per_epoch, "identity": self.identity, "ranks": self.ranks,
                 "zero_stage": self.config.engine.zero_stage, "classes": list(self.index.classes), "evaluation": self.evaluation,
-                "guard": self.guard.state(), "watch": self.watch.state(), "config": settings.as_dict(self.config), **self.provenance,
+                "guard": self.guard.state_dict(), "watch": self.watch.state(), "config": settings.as_dict(self.config), **self.provenance,
             }
         )  # fmt: skip
 

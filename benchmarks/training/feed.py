@@ -46,7 +46,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, A
     order = make_sample_order(index, config.data, seed=config.seed, global_batch=micro_batch)
     torch.manual_seed(config.seed)
     train = engine_step(config, build_model(config))
-    device = distributed.rank_device(config.engine)
+    device = distributed.select_device(config.engine)
     prefetched = config.data.read_threads + 8  # read, and inside DALI
 
     def run(batches: Iterator[Batch], count: int) -> None:

@@ -34,8 +34,8 @@ from benchmarks.training import peer
 from pretrain import config as settings
 from pretrain.engine import distributed
 from pretrain.engine.engine import build_engine
-from pretrain.engine.optim import AdamW, parameter_groups
-from pretrain.engine.precision import DTYPES, autocast, usable_precision
+from pretrain.engine.optim import AdamW, group_parameters
+from pretrain.engine.precision import DTYPES, autocast, resolve_precision
 from pretrain.model.fast.cuda_graphs import use_graphs
 from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
 from pretrain.model.formats import to_format
@@ -133,10 +133,10 @@ def new_model(job: Job) -> VAN:
 
 def _own_step(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
     model = new_model(job)
-    use_kernels(model, kernels, job.device, job.image_size, DTYPES[usable_precision(job.device, precision)])
+    use_kernels(model, kernels, job.device, job.image_size, DTYPES[resolve_precision(job.device, precision)])
     if compiled:
         compile_blocks(model)
-    optimizer = AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
+    optimizer = AdamW(group_parameters(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with autocast(job.device, precision):
@@ -202,19 +202,19 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.engine.guard import Guard
     from pretrain.loss import mixed_cross_entropy
 
-    device = distributed.rank_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
+    device = distributed.select_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
     engine: Any = build_engine(config, model, 1)
-    dtype = DTYPES[usable_precision(device, config.engine.precision)]
+    dtype = DTYPES[resolve_precision(device, config.engine.precision)]
     use_kernels(model, config.model.kernels, device, config.data.image_size, dtype, config.engine.zero_stage)
     stats = BatchStats(model, config.engine.ema_decay)
-    guard = Guard(engine, clip=config.optim.clip_grad, scales=config.engine.precision == "fp16")
+    guard = Guard(engine, clip=config.optim.clip_grad, should_scale=config.engine.precision == "fp16")
     engine.train()
     if config.model.graphs:
         use_graphs(engine, config)
 
     def step(images: Tensor, targets: Tensor, share: Tensor | None) -> Tensor:
         loss = mixed_cross_entropy(engine(images), targets, share, config.optim.label_smoothing)
-        engine.backward(guard.scaled(loss))
+        engine.backward(guard.scale_loss(loss))
         stats.start_averaging()
         guard.check()
         engine.step()

@@ -1,4 +1,4 @@
-"""Saving and loading a run's state, as one of its ranks does it."""
+"""Saves and loads a run's state, on each of its ranks."""
 
 import errno
 import json
@@ -14,8 +14,17 @@ import torch.distributed.checkpoint as dcp
 
 from pretrain.checkpoint import files
 from pretrain.checkpoint.lock import RunLock
-from pretrain.checkpoint.pieces import METADATA, PieceTensor, ShardReader, file_of, kind_of, load_planner, plan, saved_tensors
-from pretrain.checkpoint.retention import Retention, saved_in
+from pretrain.checkpoint.pieces import (
+    METADATA,
+    PieceTensor,
+    ShardReader,
+    get_kind,
+    list_tensors,
+    make_load_planner,
+    name_shard,
+    plan_metadata,
+)
+from pretrain.checkpoint.retention import Retention, list_saved
 from pretrain.checkpoint.staging import Staging
 from pretrain.engine import zero_state
 from pretrain.engine.batch_stats import BatchStats
@@ -23,46 +32,45 @@ from pretrain.engine.distributed import gather_objects, run_on_rank_0
 from pretrain.run.directory import LATEST, TRAINER, checkpoint_name, list_checkpoints
 from pretrain.run.metrics import RunLog
 
-# A checkpoint is a little more than its state: .metadata, and trainer.json with all names of classes.
-_ROOM = 1.05
+_SIZE_FACTOR = 1.05  # of a checkpoint to its state, for .metadata and for trainer.json with the names of all classes
 _COUNTER = "optimizer_steps"
 
 
 class SaveFailed(RuntimeError):
-    """The last save of a run did not get to the disk."""
+    """The last state of a run is not on disk."""
 
 
 class Checkpoints:
-    """A run's checkpoints, as one of its ranks sees them. `load`, `save` and the construction are collective.
+    """A run's checkpoints on one of its ranks. Construction, `save`, `load` and `roll_back` are collective.
 
-    A save that the disk fails is reported and dropped: training goes on, and the checkpoints that are there stay.
+    A save that fails because of the disk is logged and dropped: training continues, and existing checkpoints stay.
 
     Args:
         folder: RUN/checkpoints.
-        engine, stats: whose state is saved and loaded.
-        retention: which checkpoints to keep.
+        engine: DeepSpeed's, whose weights and optimizer states are saved and loaded.
+        stats: BatchNorm's statistics, which are saved and loaded too.
+        retention: decides which checkpoints to keep.
         lock: of the run directory.
-        log: gets lines for people, and a record of each save: "checkpoint" with step, bytes, blocked_s (training's wait for an earlier
-            save and for the copy), total_s (from the copy's begin) and mb_per_s (of writing); or "save_failed" with step and reason.
+        log: gets lines, and a record of each save: "checkpoint" with step, bytes, blocked_s (training's wait for an earlier save and for
+            the copy), total_s (from the start of the copy) and mb_per_s (of writing); or "save_failed" with step and reason.
     """
 
     def __init__(self, folder: Path, engine: Any, stats: BatchStats, *, retention: Retention, lock: RunLock, log: RunLog):
         self.folder, self.engine, self.stats = folder, engine, stats
         self.retention, self.lock, self.log = retention, lock, log
-        # Collectives of the writing thread must not mix with those of training.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo")  # for the writing thread, beside the collectives of training
         self.rank = dist.get_rank()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._unsaved: str | None = None  # why the last save is not on disk
+        self._unsaved: str | None = None  # the reason why the last save is not on disk
 
-        pieces = _named(zero_state.saved_pieces(engine))
-        buffers = _buffers(engine, stats) if self.rank == 0 else {}  # equal on all ranks
-        updated = {name: piece.piece for name, piece in pieces.items()} | {_COUNTER: zero_state.step_counter(engine)}
+        pieces = _name_pieces(zero_state.list_saved_pieces(engine))
+        buffers = _list_buffers(engine, stats) if self.rank == 0 else {}  # equal on all ranks
+        updated = {name: piece.piece for name, piece in pieces.items()} | {_COUNTER: zero_state.get_step_counter(engine)}
         self.staging = Staging(updated, buffers, engine.device)
         host = self.staging.host
         state: dict[str, torch.Tensor] = {name: PieceTensor(host[name], p.start, p.numel()) for name, p in pieces.items()}
-        self._metadata = plan(state | {name: host[name] for name in buffers}, self.staging.offsets, self.group)
+        self._metadata = plan_metadata(state | {name: host[name] for name in buffers}, self.staging.offsets, self.group)
         size = torch.tensor(self.staging.bytes)
         dist.all_reduce(size, group=self.group)
         self.bytes = int(size)
@@ -75,12 +83,12 @@ class Checkpoints:
     # ---------------------------------------------------------------- saving
 
     def save(self, trainer: dict[str, Any]) -> None:
-        """Copies the state to host memory, and writes it in the background; waits for an earlier save first.
+        """Copies the state to host memory and writes it in the background, after waiting for an earlier save.
 
         `before_update` must be called before the weights change.
 
         Args:
-            trainer: what else resuming needs; goes to trainer.json. Its "step" names the checkpoint.
+            trainer: the content of trainer.json, everything else that resuming needs. Its "step" names the checkpoint.
         """
         asked = time.monotonic()
         self.wait()
@@ -91,11 +99,11 @@ class Checkpoints:
         self._writer.start()
 
     def before_update(self) -> None:
-        """Call before every update of the weights: on a GPU it has to come after the copies of a save. Doesn't wait itself."""
+        """Orders the next update of the weights after the copies of a save, on the device; must be called before every update."""
         self.staging.before_update()
 
     def wait(self) -> None:
-        """Returns when the last save has ended; raises what went wrong with it, unless that was the disk."""
+        """Waits until the last save has ended, and raises RuntimeError if it failed for another reason than the disk."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -104,19 +112,19 @@ class Checkpoints:
             raise RuntimeError(f"saving to {self.folder} failed: {error}") from error
 
     def close(self) -> None:
-        """Returns when the last save is on disk.
+        """Waits until the last save is on disk.
 
         Raises:
-            SaveFailed: it is not, for lack of space or a failing disk.
+            SaveFailed: it could not be written, for lack of space or a failing disk.
         """
         self.wait()
         if self._unsaved is not None:
-            raise SaveFailed(f"the last state of this run is not saved: {self._unsaved}; mend that and start the same command again")
+            raise SaveFailed(f"the last state of this run is not saved: {self._unsaved}; fix that and start the same command again")
 
     def _write_in_background(self, trainer: dict[str, Any], began: float, blocked: float) -> None:
         try:
             self._write(trainer, began, blocked)
-        except BaseException as error:  # handed to the training thread, which raises it
+        except BaseException as error:  # `wait` raises it in the training thread
             self._error = error
 
     def _write(self, trainer: dict[str, Any], began: float, blocked: float) -> None:
@@ -124,15 +132,15 @@ class Checkpoints:
         copied = time.monotonic()
         step = trainer["step"]
         trainer = trainer | {_COUNTER: int(self.staging.host[_COUNTER])}
-        partial = files.temporary(self.folder, "partial", checkpoint_name(step))
+        partial = files.make_temporary_path(self.folder, "partial", checkpoint_name(step))
         try:
-            partial = run_on_rank_0(lambda: self._begin(partial), self.group)
+            partial = run_on_rank_0(lambda: self._prepare_directory(partial), self.group)
             outcomes = self._write_shards(partial)
             written = run_on_rank_0(lambda: self._commit(partial, trainer, outcomes), self.group)
-        except OSError as error:  # the same one on every rank
+        except OSError as error:  # the same error on every rank
             self._unsaved = str(error)
             if self.rank == 0:
-                self._give_up(partial, step)
+                self._report_failure(partial, step)
             return
         self._unsaved = None
         if self.rank == 0:
@@ -144,18 +152,18 @@ class Checkpoints:
             self.log.record("checkpoint", step=step, bytes=written, blocked_s=blocked, total_s=now - began, mb_per_s=speed)
             self._prune(step)
 
-    def _begin(self, partial: Path) -> Path:
+    def _prepare_directory(self, partial: Path) -> Path:
         self.lock.check()
-        needed, free = self.bytes * _ROOM, shutil.disk_usage(self.folder).free
+        needed, free = self.bytes * _SIZE_FACTOR, shutil.disk_usage(self.folder).free
         if free < needed:
             raise OSError(errno.ENOSPC, f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free", str(self.folder))
         partial.mkdir()
         return partial
 
     def _write_shards(self, partial: Path) -> list[Any]:
-        """Writes each rank's file; returns, on rank 0, what the manifest says of each, or the error that its rank had."""
+        """Writes each rank's file; returns on rank 0 the manifest's entry of each file, or the error of its rank."""
         try:
-            with files.create(partial / file_of(self.rank)) as file:
+            with files.create(partial / name_shard(self.rank)) as file:
                 file.write(self.staging.memory.numpy())
             outcome: files.Entry | OSError = file.entry
         except OSError as error:
@@ -163,29 +171,29 @@ class Checkpoints:
         return gather_objects(outcome, self.group)
 
     def _commit(self, partial: Path, trainer: dict[str, Any], outcomes: list[Any]) -> int:
-        """Returns the checkpoint's size in bytes."""
+        """Publishes the checkpoint and returns its size in bytes."""
         for rank, outcome in enumerate(outcomes):
             if isinstance(outcome, OSError):
                 raise OSError(outcome.errno, f"rank {rank}: {outcome.strerror}", outcome.filename)
         assert self._metadata is not None
-        entries = {file_of(rank): entry for rank, entry in enumerate(outcomes)}
+        entries = {name_shard(rank): entry for rank, entry in enumerate(outcomes)}
         entries[METADATA] = files.write(partial / METADATA, self._metadata)
         entries[TRAINER] = files.write(partial / TRAINER, json.dumps(trainer, indent=1).encode())
         self.lock.check()
         files.commit(partial, self.folder / checkpoint_name(trainer["step"]), entries)
         return sum(entry["bytes"] for entry in entries.values())
 
-    def _give_up(self, partial: Path, step: int) -> None:
+    def _report_failure(self, partial: Path, step: int) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         newest = [path.name for path in list_checkpoints(self.folder)][-1:]
         self.log.line(
-            f"SAVING FAILED at step {step}: {self._unsaved}. Training goes on and tries again at the next save; until then a restart "
-            f"goes back to {newest[0] if newest else 'the beginning'}"
+            f"SAVING FAILED at step {step}: {self._unsaved}. Training continues and tries again at the next save; until then a restart "
+            f"would resume from {newest[0] if newest else 'the beginning'}"
         )
         self.log.record("save_failed", step=step, reason=self._unsaved)
 
     def _prune(self, step: int) -> None:
-        for path in self.retention.let_go(saved_in(self.folder, self.retention.best), whole=step):
+        for path in self.retention.select_expired(list_saved(self.folder, self.retention.best), step):
             try:
                 files.remove(path)
             except OSError as error:
@@ -193,11 +201,11 @@ class Checkpoints:
 
     # ---------------------------------------------------------------- loading
 
-    def go_back(self, until: int, identity: dict[str, Any]) -> dict[str, Any]:
-        """Removes the checkpoints of later steps than `until` and loads the newest that is left; see `load`.
+    def roll_back(self, until: int, identity: dict[str, Any]) -> dict[str, Any]:
+        """Loads the newest whole checkpoint up to step `until`, after removing all later ones; see `load`.
 
         Raises:
-            ValueError: there is none; nothing is removed then.
+            ValueError: there is no such checkpoint; then nothing is removed.
         """
         self.wait()
         run_on_rank_0(lambda: self._remove_after(until), self.group)
@@ -206,73 +214,72 @@ class Checkpoints:
         return trainer
 
     def _remove_after(self, until: int) -> None:
-        good = files.newest_whole(self.folder, self.log.line, until)
-        if good is None:
+        newest = files.find_newest_whole(self.folder, self.log.line, until)
+        if newest is None:
             raise ValueError(f"{self.folder} has no checkpoint of step {until} or before")
         for path in list_checkpoints(self.folder):
-            if path.name > good.name:
+            if path.name > newest.name:
                 files.remove(path)
 
     def load(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        """Reads the newest whole checkpoint into the engine; returns its trainer.json, or None where the run has none yet.
+        """Loads the newest whole checkpoint into the engine and returns its trainer.json, or None if the run has no checkpoint.
 
-        A moving average that this job keeps and the checkpoint has not starts from the weights; one that the checkpoint has and this
-        job doesn't keep is left out. Either is logged.
+        If this job keeps a moving average and the checkpoint holds none, the average starts from the weights. If the checkpoint holds
+        one and this job keeps none, it is skipped. Either is logged.
 
         Args:
-            identity: what can't change during a run; must be what stands in trainer.json under that name.
+            identity: the settings that can't change during a run; must equal "identity" in trainer.json.
 
         Raises:
-            ValueError: there are checkpoints, but no whole one, or one of another job, or one without a state that has to be there.
+            ValueError: there are checkpoints, but none is whole, or the newest is of another job or lacks a state.
         """
-        chosen = run_on_rank_0(self._choose, self.group)
+        chosen = run_on_rank_0(self._find_newest, self.group)
         if chosen is None:
             return None
         path, trainer = chosen
-        before = trainer["identity"]
-        changed = [f"{key} was {before.get(key)}, is {value}" for key, value in identity.items() if before.get(key) != value]
+        saved = trainer["identity"]
+        changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in identity.items() if saved.get(key) != value]
         if changed:
             raise ValueError(f"{self.folder.parent} belongs to another job: {'; '.join(changed)}; give this one its own name or run.dir")
-        state = _named(zero_state.local_pieces(self.engine)) | _buffers(self.engine, self.stats)
-        # Each kind of state is whole in a checkpoint or absent.
-        kept, found = ({kind_of(name) for name in names} for names in (state, saved_tensors(path)))
-        absent = kept - found
+        state = _name_pieces(zero_state.list_pieces(self.engine)) | _list_buffers(self.engine, self.stats)
+        kept, present = ({get_kind(name) for name in names} for names in (state, list_tensors(path)))
+        absent = kept - present
         if absent - {"ema", "buffer_ema"}:
             raise ValueError(f"{path} holds no {', '.join(sorted(absent))}, which this job's optimizer needs; it is another optimizer's")
         dcp.load(
-            {name: tensor for name, tensor in state.items() if kind_of(name) not in absent},
+            {name: tensor for name, tensor in state.items() if get_kind(name) not in absent},
             storage_reader=ShardReader(path),
-            planner=load_planner(),
+            planner=make_load_planner(),
             process_group=self.group,
         )
         if absent:
             zero_state.start_average(self.engine)
             self.stats.ema.copy_(self.stats.flat)
             self.log.line(f"{path} holds no moving average, which this job keeps: it starts from the weights at step {trainer['step']}")
-        if found - kept:
-            self.log.line(f"{path} holds {', '.join(sorted(found - kept))}, which this job does not keep: left out from here on")
-        self.stats.loaded()
+        if present - kept:
+            self.log.line(f"{path} holds {', '.join(sorted(present - kept))}, which this job does not keep: skipped from here on")
+        self.stats.take_snapshot()
         zero_state.set_optimizer_steps(self.engine, trainer[_COUNTER])
         zero_state.publish(self.engine)
         return trainer
 
-    def _choose(self) -> tuple[Path, dict[str, Any]] | None:
-        path = files.newest_whole(self.folder, self.log.line)
+    def _find_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        path = files.find_newest_whole(self.folder, self.log.line)
         if path is None:
             return None
-        if files.pointed(self.folder) != path.name:
+        if files.read_pointer(self.folder) != path.name:
             self.log.line(f"{self.folder / LATEST} did not name {path.name}, the newest whole checkpoint; now it does")
-            files.point(path)
+            files.write_pointer(path)
         return path, json.loads((path / TRAINER).read_bytes())
 
 
-def _named(pieces: list[zero_state.Piece]) -> dict[str, PieceTensor]:
-    """Live views of weights and their states, by the name that they are saved under."""
+def _name_pieces(pieces: list[zero_state.Piece]) -> dict[str, PieceTensor]:
+    """Returns live views of the weights and their states, by their names in a checkpoint."""
     return {f"{key}/{one.name}": PieceTensor(tensor, one.start, one.numel) for one in pieces for key, tensor in one.tensors.items()}
 
 
-def _buffers(engine: Any, stats: BatchStats) -> dict[str, torch.Tensor]:
-    """Live views of what the forward pass updates, equal on all ranks after every step."""
+def _list_buffers(engine: Any, stats: BatchStats) -> dict[str, torch.Tensor]:
+    """Returns live views of the buffers, by their names in a checkpoint; all ranks have the same values after every step."""
     buffers = {f"buffer/{name}": buffer for name, buffer in engine.module.named_buffers()}
     if stats.ema_decay:
         buffers |= {f"buffer_ema/{name}": average for name, average in stats.averages.items()}

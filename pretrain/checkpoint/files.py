@@ -1,6 +1,6 @@
-"""A checkpoint's files: hashed while they are written, sealed by a manifest, given their name once all is durable, verified on reading.
+"""The files of a checkpoint: hashed while they are written, listed in a manifest, published by a rename, verified when they are read.
 
-Nothing here knows what is in a checkpoint, or of ranks.
+Nothing here depends on a checkpoint's content or on ranks.
 """
 
 import json
@@ -19,18 +19,18 @@ from pretrain.run.directory import LATEST, MANIFEST, checkpoint_name, list_check
 
 FORMAT = 2
 Entry = dict[str, Any]  # {"bytes": size, "xxh3_128": checksum in hex} of a file
-_BLOCK_BYTES = 8 << 20  # large: after each the thread has to get the interpreter's lock back from training
+_BLOCK_BYTES = 8 << 20  # large: after each block the thread has to get the interpreter's lock back from training
 _VERIFY_THREADS = 8
 
 
 class HashedFile:
-    """An open file that knows the checksum of what was written to it."""
+    """An open file with the checksum of everything that was written to it."""
 
     def __init__(self, descriptor: int):
         self._descriptor, self._bytes, self._digest = descriptor, 0, new_hash()
 
     def write(self, data: Any) -> None:
-        """Writes all of a buffer."""
+        """Writes a whole buffer."""
         rest = memoryview(data).cast("B")
         while rest:
             written = rest[: os.write(self._descriptor, rest[:_BLOCK_BYTES])]
@@ -40,12 +40,13 @@ class HashedFile:
 
     @property
     def entry(self) -> Entry:
+        """The file's entry in the manifest."""
         return {"bytes": self._bytes, "xxh3_128": self._digest.hexdigest()}
 
 
 @contextmanager
 def create(path: Path) -> Iterator[HashedFile]:
-    """Creates a file, or empties it; what was written is durable once the block ends without an error."""
+    """Creates or empties a file; its content is durable when the block ends without an error."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         yield HashedFile(descriptor)
@@ -55,42 +56,43 @@ def create(path: Path) -> Iterator[HashedFile]:
 
 
 def write(path: Path, content: bytes) -> Entry:
-    """Writes a whole file, durably."""
+    """Writes a whole file durably, and returns its entry in the manifest."""
     with create(path) as file:
         file.write(content)
     return file.entry
 
 
-def temporary(folder: Path, why: str, name: str) -> Path:
-    """A path that no reader looks at and no other process uses; what is left of it is removed by `remove_leftovers`."""
-    return folder / f".{why}-{name}-{uuid.uuid4().hex[:8]}"
+def make_temporary_path(folder: Path, purpose: str, name: str) -> Path:
+    """Returns an unused path that readers ignore; `remove_leftovers` removes what an interruption leaves there."""
+    return folder / f".{purpose}-{name}-{uuid.uuid4().hex[:8]}"
 
 
 def remove_leftovers(folder: Path, log: Callable[[str], None]) -> None:
-    """Removes what a save or a removal that was cut short left. For who holds the run directory's lock."""
+    """Removes the remains of interrupted saves and removals; the caller must hold the run directory's lock."""
     for leftover in folder.glob(".*-step-*"):
-        log(f"removing {leftover}, left over from a save or a removal that was cut short")
+        log(f"removing {leftover}, left over from an interrupted save or removal")
         shutil.rmtree(leftover)
 
 
 def commit(partial: Path, final: Path, files: dict[str, Entry]) -> None:
-    """Makes a checkpoint of a directory in which every file is written and synced: manifest, name, pointer.
+    """Publishes a directory whose files are all written and synced: writes the manifest, renames the directory, updates `latest`.
 
     Args:
-        final: a damaged checkpoint that bears this name already is replaced.
-        files: what the manifest says of each file.
+        partial: the directory, under a temporary name.
+        final: its name as a checkpoint; a damaged checkpoint of this name is replaced.
+        files: the manifest's entry of each file.
     """
     body = {"format": FORMAT, "files": files}
-    write(partial / MANIFEST, json.dumps(body | {"xxh3_128": _seal(body)}, indent=1).encode())
+    write(partial / MANIFEST, json.dumps(body | {"xxh3_128": hash_json(body)}, indent=1).encode())
     sync(partial)
     if final.exists():
         remove(final)
     partial.rename(final)
     sync(final.parent)
-    point(final)
+    write_pointer(final)
 
 
-def point(path: Path) -> None:
+def write_pointer(path: Path) -> None:
     """Makes `latest` name this checkpoint."""
     pending = path.parent / f".{LATEST}"
     write(pending, path.name.encode())
@@ -98,8 +100,8 @@ def point(path: Path) -> None:
     sync(path.parent)
 
 
-def pointed(folder: Path) -> str | None:
-    """What `latest` says, whatever that is; None where it is missing."""
+def read_pointer(folder: Path) -> str | None:
+    """Returns the content of `latest`, unchecked, or None if the file is missing."""
     try:
         return (folder / LATEST).read_text(errors="replace")
     except FileNotFoundError:
@@ -107,32 +109,36 @@ def pointed(folder: Path) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint so that no reader ever meets half of it."""
-    doomed = temporary(path.parent, "removed", path.name)
+    """Deletes a checkpoint; no reader can meet a part of it."""
+    doomed = make_temporary_path(path.parent, "removed", path.name)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
-def newest_whole(folder: Path, log: Callable[[str], None], until: int | None = None) -> Path | None:
-    """The newest checkpoint, or of those no newer than step `until`, whose files are all there and unchanged; each one that is passed
-    over is logged.
+def find_newest_whole(folder: Path, log: Callable[[str], None], until: int | None = None) -> Path | None:
+    """Returns the newest checkpoint whose files are all there and unchanged, or None if there are no checkpoints.
+
+    Args:
+        folder: RUN/checkpoints.
+        log: gets a line for each damaged checkpoint that is skipped.
+        until: consider checkpoints up to this step only.
 
     Raises:
-        ValueError: there are checkpoints and none is whole. Starting afresh without a word would throw a run away.
+        ValueError: there are checkpoints, but none is whole. A run that started afresh instead would lose its work.
     """
     candidates = [path for path in list_checkpoints(folder) if until is None or path.name <= checkpoint_name(until)]
     for path in reversed(candidates):
         faults = verify(path)
         if not faults:
             return path
-        log(f"passing over checkpoint {path}: {'; '.join(faults)}")
+        log(f"skipping checkpoint {path}: {'; '.join(faults)}")
     if candidates:
         raise ValueError(f"no whole checkpoint in {folder}; restore one, or move the run directory away to start afresh")
     return None
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, by its manifest; nothing where it is whole. Reads every byte."""
+    """Returns the faults of a checkpoint's files by its manifest, none for a whole checkpoint; reads every byte."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except FileNotFoundError:
@@ -140,14 +146,14 @@ def verify(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"{MANIFEST} is unreadable ({error})"]
     body = {key: value for key, value in manifest.items() if key != "xxh3_128"} if isinstance(manifest, dict) else {}
-    if body.get("format") != FORMAT or manifest.get("xxh3_128") != _seal(body):
+    if body.get("format") != FORMAT or manifest.get("xxh3_128") != hash_json(body):
         return [f"{MANIFEST} is damaged, or of another format than {FORMAT}, which this version writes and reads"]
     with ThreadPoolExecutor(_VERIFY_THREADS) as pool:
-        faults = pool.map(lambda file: _fault(path / file[0], file[1]), body["files"].items())
+        faults = pool.map(lambda file: _verify_file(path / file[0], file[1]), body["files"].items())
         return [fault for fault in faults if fault]
 
 
-def _fault(path: Path, expected: Entry) -> str | None:
+def _verify_file(path: Path, expected: Entry) -> str | None:
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
@@ -159,8 +165,3 @@ def _fault(path: Path, expected: Entry) -> str | None:
     except OSError as error:
         return f"{path.name} can't be read ({error})"
     return None
-
-
-def _seal(body: dict[str, Any]) -> str:
-    """The manifest's checksum of itself: of its content, not of how that is laid out."""
-    return hash_json(body)

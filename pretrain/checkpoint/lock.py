@@ -1,13 +1,14 @@
-"""One job at a time in a run directory.
+"""Lets one job at a time train in a run directory.
 
-    lock = hold(run, log)        at the start, on every rank; released when the process ends in good order
-    lock.check()                 on rank 0, before anything is published: raises when the lock was lost
+    lock = lock_run(run, log)    on every rank, at the start; released when the process ends normally
+    lock.check()                 on rank 0, before it publishes a checkpoint: raises if another job has taken the lock
 
-RUN/lock-000007 says who holds the lock; its number grows with every holder, and only one process can create the next. A holder is
-gone when its process is, which can be seen on its own machine. Elsewhere only the file system is shared: the holder touches the file
-every few seconds, and whoever wants the lock watches it for longer than that. Clocks are not compared. A job that Slurm has started
-again takes the lock from its earlier start at once. A holder that was stopped for so long that its lock was taken finds its file gone and
-publishes nothing any more.
+The file RUN/lock-000007 names the holder. Its number grows with every holder, and only one process can create the next number.
+
+A holder is gone when its process is gone, which is visible on the holder's own machine. Other machines share only the file system with
+the holder: it touches the file every few seconds, and a job that wants the lock watches the file for longer than that. Clocks are not
+compared. A job that Slurm has requeued takes the lock from its earlier start at once. A holder that was suspended until its lock was
+taken finds its file gone, and publishes nothing more.
 """
 
 import atexit
@@ -27,7 +28,7 @@ from pretrain.run.position import host_name
 
 
 class RunLock:
-    """The lock, as its holder (rank 0) has it; on other ranks `path` is None and nothing is to be done."""
+    """The lock of a run directory; only rank 0 has a `path`, and only there is it checked and released."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -37,14 +38,15 @@ class RunLock:
             atexit.register(self.release)
 
     def check(self) -> None:
-        """Raises RuntimeError when another job has taken the lock over."""
+        """Raises RuntimeError if another job has taken the lock."""
         assert self.path is not None
         try:
-            os.utime(self.path)  # asks the file server, where a look might be answered from this machine's memory
+            os.utime(self.path)  # reaches the file server, while the answer to a stat may come from this machine's cache
         except FileNotFoundError:
             raise RuntimeError(f"{self.path} is gone: another job took {self.path.parent} over, so this one must not write to it") from None
 
     def release(self) -> None:
+        """Removes the lock file and ends the heartbeat."""
         self._released.set()
         if self.path is not None:
             self.path.unlink(missing_ok=True)
@@ -54,38 +56,38 @@ class RunLock:
         while not self._released.wait(BEAT_S):
             try:
                 os.utime(self.path)
-            except FileNotFoundError:  # taken over; `check` says so
+            except FileNotFoundError:  # another job has the lock; `check` raises
                 return
-            except OSError:  # a file server's bad moment: others are patient
+            except OSError:  # a temporary failure of the file server, shorter than PATIENCE_S
                 continue
 
 
-def hold(run: Path, log: Callable[[str], None]) -> RunLock:
-    """Takes the lock of a run directory, which is made if need be. Collective.
+def lock_run(run: Path, log: Callable[[str], None]) -> RunLock:
+    """Takes the lock of a run directory, and creates the directory if it is missing. Collective.
 
     Raises:
-        ValueError: another job holds it, or the directory can't be written to.
+        ValueError: another job holds the lock, or the directory can't be written to.
     """
     path = run_on_rank_0(lambda: acquire(run, log))
     return RunLock(path if dist.get_rank() == 0 else None)
 
 
 def acquire(run: Path, log: Callable[[str], None]) -> Path:
-    """Creates this process's lock file."""
+    """Creates this process's lock file and returns its path; raises as `lock_run` does."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         while True:
             held = list_locks(run)
-            for path in held[-1:]:
-                _must_be_gone(path, log)
-            mine = run / f"lock-{_number(held[-1]) + 1 if held else 1:06d}"
+            if held:
+                _require_gone(held[-1], log)
+            mine = run / f"lock-{int(held[-1].name.removeprefix('lock-')) + 1 if held else 1:06d}"
             try:
                 descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             except FileExistsError:  # another job was faster
                 continue
-            os.write(descriptor, json.dumps(_this_process()).encode())
+            os.write(descriptor, json.dumps(_describe_this_process()).encode())
             os.close(descriptor)
-            if list_locks(run)[-1] == mine:  # else a listing from memory had hidden a newer one
+            if list_locks(run)[-1] == mine:  # otherwise the first listing came from a cache that lacked a newer lock
                 for path in held:
                     path.unlink(missing_ok=True)
                 return mine
@@ -94,58 +96,51 @@ def acquire(run: Path, log: Callable[[str], None]) -> Path:
         raise ValueError(f"run directory {run} can't be written to: {error}") from error
 
 
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("lock-"))
-
-
-def _must_be_gone(path: Path, log: Callable[[str], None]) -> None:
-    """Raises ValueError when the lock's holder lives."""
+def _require_gone(path: Path, log: Callable[[str], None]) -> None:
+    """Raises ValueError if the holder of a lock is alive."""
     held = read_lock(path)
-    if held is None:  # made in this moment
+    if held is None:  # the file may be a moment old, and not written yet
         time.sleep(min(1.0, PATIENCE_S / 10))
         held = read_lock(path)
-    who = (
-        f"{path.parent} is in use by job {held['job'] or 'without a number'}, process {held['pid']} on {held['host']}, "
-        f"since {held['since']}"
-        if held
-        else f"{path.parent} is in use"
-    )
+    who = f"{path.parent} is in use"
+    if held:
+        who += f" by job {held['job'] or 'without a number'}, process {held['pid']} on {held['host']}, since {held['since']}"
     if held and held["job"] and held["job"] == os.environ.get("SLURM_JOB_ID"):
-        # Slurm has started the job again: whatever is left of the earlier start, on a node that it has lost, must not go on.
+        # Slurm has requeued the job. The rest of the earlier start, on a node that Slurm has lost, must not continue.
         log(f"{who}, an earlier start of this job: taking over")
         return
     if held and held["machine"] == machine_id():
-        alive = process_start(held["pid"]) == held["started"]
+        is_alive = process_start(held["pid"]) == held["started"]
     else:
-        log(f"{who}: watching {path.name} for up to {PATIENCE_S:.0f} s to see whether that still runs")
-        alive = _beats(path)
-    if alive:
+        log(f"{who}: watching {path.name} for up to {PATIENCE_S:.0f} s to see whether its holder still runs")
+        is_alive = _is_touched(path)
+    if is_alive:
         raise ValueError(f"{who}; wait until it ends, or give this job its own name or run.dir")
     log(f"{who}, which runs no more: taking over")
 
 
-def _beats(path: Path) -> bool:
-    """Whether the file is touched within PATIENCE_S. It is opened anew each time: that makes a network file system look."""
-    seen = _touched(path)
+def _is_touched(path: Path) -> bool:
+    """Returns whether the file is touched within PATIENCE_S."""
+    before = _read_touch(path)
     deadline = time.monotonic() + PATIENCE_S
-    while seen is not None and time.monotonic() < deadline:
+    while before is not None and time.monotonic() < deadline:
         time.sleep(min(1.0, PATIENCE_S / 10))
-        now = _touched(path)
-        if now is not None and now != seen:
+        now = _read_touch(path)
+        if now is not None and now != before:
             return True
-        seen = now
+        before = now
     return False
 
 
-def _touched(path: Path) -> int | None:
+def _read_touch(path: Path) -> int | None:
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file:  # opening makes a network file system ask its server
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
 
 
-def _this_process() -> dict[str, Any]:
+def _describe_this_process() -> dict[str, Any]:
     return {
         "host": host_name(),
         "pid": os.getpid(),

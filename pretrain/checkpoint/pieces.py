@@ -1,9 +1,9 @@
-"""What torch.distributed.checkpoint is told of the training state, and how a reader finds the bytes that it needs.
+"""Describes the training state to torch.distributed.checkpoint, and reads from a checkpoint the bytes that a reader needs.
 
-Its planners write down which stretch of which tensor lies where, and work out which of those a reader needs. Its own file format, a
-zip archive for every tensor, and planning anew for every save cost seconds of Python for VAN-B6, during which a training thread waits
-for the interpreter. Here a rank's file is its staging memory, byte for byte, written in large blocks outside of the interpreter's
-lock; what lies where in it stays the same for the whole run, and so is planned once.
+The planners of torch.distributed.checkpoint record which range of which tensor lies where, and determine which ranges a reader needs. Its
+own file format is not used: a zip archive for every tensor, and a new plan for every save, cost seconds of Python for VAN-B6, during
+which the training thread waits for the interpreter. Here a rank's file is its staging memory, byte for byte, written in large blocks
+outside the interpreter's lock. The layout of this memory is the same for the whole run, and so is planned once.
 """
 
 import math
@@ -29,7 +29,7 @@ METADATA = ".metadata"
 
 
 class PieceTensor(torch.Tensor):
-    """A stretch of a flattened parameter, as torch.distributed.checkpoint takes it: it has the whole's size, and holds a part."""
+    """A range of a flattened parameter for torch.distributed.checkpoint: it has the size of the whole parameter, and holds the range."""
 
     piece: Tensor
     start: int
@@ -42,7 +42,7 @@ class PieceTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise AssertionError(f"a piece is only saved and loaded, not computed with: {func}")
+        raise AssertionError(f"a piece can only be saved and loaded, but {func} was called")
 
     def _chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=self.piece.shape)
@@ -59,13 +59,14 @@ class PieceTensor(torch.Tensor):
 
 
 class ShardReader(dcp.FileSystemReader):
-    """Reads the parts of 1-D tensors that a plan needs from the files that hold them."""
+    """Reads the ranges of 1-D tensors that a plan needs from the files of a checkpoint."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.folder = folder
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Reads the plan's ranges into the planner's tensors."""
         descriptors: dict[str, int] = {}
         try:
             for request in plan.items:
@@ -73,13 +74,12 @@ class ShardReader(dcp.FileSystemReader):
                 if info.relative_path not in descriptors:
                     descriptors[info.relative_path] = os.open(self.folder / info.relative_path, os.O_RDONLY)
                 target = planner.resolve_tensor(request).detach()
-                read = torch.empty(target.shape, dtype=target.dtype)
-                begin = info.offset + sum(request.storage_offsets) * target.itemsize  # no offset in a scalar, one in all else
+                buffer = torch.empty(target.shape, dtype=target.dtype)
+                begin = info.offset + sum(request.storage_offsets) * target.itemsize  # a scalar has no offset, all else has one
                 assert math.prod(request.lengths) == target.numel()
-                _read_into(
-                    descriptors[info.relative_path], read.view(-1).view(torch.uint8).numpy().data, begin, self.folder / info.relative_path
-                )
-                target.copy_(read)
+                memory = buffer.view(-1).view(torch.uint8).numpy().data
+                _read_into(descriptors[info.relative_path], memory, begin, self.folder / info.relative_path)
+                target.copy_(buffer)
                 planner.commit_tensor(request, target)
         finally:
             for descriptor in descriptors.values():
@@ -89,57 +89,59 @@ class ShardReader(dcp.FileSystemReader):
         return done
 
 
-def plan(state: dict[str, Tensor], offsets: dict[str, int], group: dist.ProcessGroup) -> bytes | None:
-    """What .metadata says, on rank 0; None on others. Collective.
+def plan_metadata(state: dict[str, Tensor], offsets: dict[str, int], group: dist.ProcessGroup) -> bytes | None:
+    """Returns the content of .metadata on rank 0, and None on the other ranks. Collective.
 
     Args:
-        state: what this rank saves: PieceTensors, and whole tensors that no other rank saves.
-        offsets: where in this rank's file each begins, in bytes.
+        state: that this rank saves: PieceTensors, and whole tensors that no other rank saves.
+        offsets: first byte of each tensor in this rank's file.
+        group: of all ranks.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
-    of_ranks = gather_objects((planner.create_local_plan(), offsets), group)
-    if not of_ranks:
+    plans = gather_objects((planner.create_local_plan(), offsets), group)
+    if not plans:
         return None
-    _, metadata = planner.create_global_plan([local for local, _ in of_ranks])
+    _, metadata = planner.create_global_plan([local for local, _ in plans])
     metadata.storage_data = {
-        item.index: _StorageInfo(file_of(number), begins[item.index.fqn], _size_of(item))
-        for number, (local, begins) in enumerate(of_ranks)
+        item.index: _StorageInfo(name_shard(number), first_bytes[item.index.fqn], _size_in_bytes(item))
+        for number, (local, first_bytes) in enumerate(plans)
         for item in local.items
     }
     return pickle.dumps(metadata)
 
 
-def file_of(rank: int) -> str:
+def name_shard(rank: int) -> str:
+    """Returns the name of a rank's file in a checkpoint."""
     return f"__{rank}_0.distcp"
 
 
-def load_planner() -> DefaultLoadPlanner:
+def make_load_planner() -> DefaultLoadPlanner:
+    """Returns a planner that takes names and pieces as they are."""
     return DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 
 
-def saved_tensors(path: Path) -> dict[str, Any]:
-    """Size and type of each whole tensor in a checkpoint, by name."""
+def list_tensors(path: Path) -> dict[str, Any]:
+    """Returns size and type of each whole tensor in a checkpoint, by name."""
     return ShardReader(path).read_metadata().state_dict_metadata
 
 
-def read(path: Path, kinds: tuple[str, ...]) -> dict[str, Tensor]:
-    """Whole 1-D tensors of a checkpoint by name (`weight/NAME`, …), in one process, without DeepSpeed or process groups."""
-    wanted = {name: saved for name, saved in saved_tensors(path).items() if kind_of(name) in kinds}
+def read_tensors(path: Path, kinds: tuple[str, ...]) -> dict[str, Tensor]:
+    """Reads whole 1-D tensors of a checkpoint by name (`weight/NAME`, …), in one process, without DeepSpeed or process groups."""
+    wanted = {name: saved for name, saved in list_tensors(path).items() if get_kind(name) in kinds}
     state = {name: torch.empty(saved.size, dtype=saved.properties.dtype) for name, saved in wanted.items()}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
-        dcp.load(state, storage_reader=ShardReader(path), planner=load_planner(), no_dist=True)
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist
+        dcp.load(state, storage_reader=ShardReader(path), planner=make_load_planner(), no_dist=True)
     return state
 
 
-def kind_of(name: str) -> str:
-    """`weight`, `exp_avg`, …, `buffer`, of a saved tensor's name."""
+def get_kind(name: str) -> str:
+    """Returns the kind in a saved tensor's name: `weight`, `exp_avg`, …, `buffer`."""
     return name.split("/")[0]
 
 
-def _size_of(item: WriteItem) -> int:
-    """In bytes."""
+def _size_in_bytes(item: WriteItem) -> int:
     assert item.tensor_data is not None
     return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 

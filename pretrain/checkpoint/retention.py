@@ -1,7 +1,7 @@
-"""Which checkpoints a run keeps: the last ones, one every so many steps, the best.
+"""Decides which checkpoints a run keeps: the newest, one every so many steps, and the best.
 
 retention = Retention(last=3, every=17330, best="top1")
-for path in retention.let_go(saved_in(folder, "top1"), just_saved): remove(path)
+for path in retention.select_expired(list_saved(folder, "top1"), step_of_the_newest_whole_one): remove(path)
 """
 
 import json
@@ -17,7 +17,7 @@ Best = Literal["none", "top1", "top5", "loss"]
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint on disk, and how good its own weights were found; None where they were not evaluated."""
+    """A checkpoint on disk; `score` is the evaluation of its weights, or None if they were not evaluated."""
 
     path: Path
     step: int
@@ -26,51 +26,53 @@ class Saved:
 
 @dataclass(frozen=True)
 class Retention:
-    """Args:
-    last: how many of the newest to keep, at least 1.
-    every: keep those of steps that are a multiple of this; 0: none.
-    best: keep the best by this result of an evaluation, of the moving average where there is one; "none": none.
+    """Rules for the checkpoints to keep.
+
+    Args:
+        last: number of the newest to keep, at least 1.
+        every: keep those of steps that are a multiple of this; 0: none.
+        best: keep the best by this result of the evaluation, of the moving average where there is one; "none": none.
     """
 
     last: int
     every: int = 0
     best: Best = "none"
 
-    def let_go(self, saved: Sequence[Saved], whole: int) -> list[Path]:
-        """Those that need not stay.
+    def select_expired(self, saved: Sequence[Saved], newest_whole: int) -> list[Path]:
+        """Returns the checkpoints that can be removed.
+
+        Checkpoints of later steps than `newest_whole` are damaged: the run skipped them when it resumed. They neither count nor go, and
+        the run overwrites them when it gets there.
 
         Args:
             saved: all checkpoints.
-            whole: the step of one that is known to be whole, the newest such. It stays. What claims to be newer was passed over
-                when the run resumed, so it neither counts nor goes: the run writes it anew when it gets there.
+            newest_whole: step of the newest whole checkpoint, which stays.
         """
-        until = [one for one in saved if one.step <= whole]
-        keep = {one.step for one in sorted(until, key=lambda one: one.step)[-self.last :]} | {whole}
+        candidates = sorted((one for one in saved if one.step <= newest_whole), key=lambda one: one.step)
+        keep = {one.step for one in candidates[-self.last :]} | {newest_whole}
         if self.every:
-            keep |= {one.step for one in until if one.step % self.every == 0}
-        scored = [(-one.score if self.best == "loss" else one.score, one.step) for one in until if one.score is not None]
+            keep |= {one.step for one in candidates if one.step % self.every == 0}
+        scored = [(-one.score if self.best == "loss" else one.score, one.step) for one in candidates if one.score is not None]
         if self.best != "none" and scored:
             keep.add(max(scored)[1])
-        return [one.path for one in until if one.step not in keep]
+        return [one.path for one in candidates if one.step not in keep]
 
 
-def saved_in(folder: Path, best: Best) -> list[Saved]:
-    """The checkpoints of a run, the oldest first, with their scores by `best`."""
-    return [Saved(path, step_of(path), _score(path, best)) for path in list_checkpoints(folder)]
+def list_saved(folder: Path, best: Best) -> list[Saved]:
+    """Returns the checkpoints of a run, oldest first, with their scores by `best`."""
+    saved = []
+    for path in list_checkpoints(folder):
+        try:
+            score = None if best == "none" else get_score(json.loads((path / TRAINER).read_bytes()), best)
+        except (OSError, ValueError):  # a damaged checkpoint can't be the best, but can be one of the newest
+            score = None
+        saved.append(Saved(path, step_of(path), score))
+    return saved
 
 
-def score_of(trainer: dict[str, Any], best: Best) -> float | None:
-    """The evaluation of a checkpoint's own weights; None where it carries that of an earlier step, or none."""
+def get_score(trainer: dict[str, Any], best: Best) -> float | None:
+    """Returns the result `best` of a checkpoint's own weights, or None if the evaluation in `trainer` is absent or of an earlier step."""
     evaluation = trainer["evaluation"]
     if best == "none" or evaluation is None or evaluation["step"] != trainer["step"]:
         return None
     return evaluation["ema" if "ema" in evaluation else "weight"][best]
-
-
-def _score(path: Path, best: Best) -> float | None:
-    if best == "none":
-        return None
-    try:
-        return score_of(json.loads((path / TRAINER).read_bytes()), best)
-    except (OSError, ValueError):  # damaged: it can't be the best, but is one of the last
-        return None

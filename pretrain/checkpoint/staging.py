@@ -1,12 +1,12 @@
-"""Host copies of the training state, which a thread can write while training goes on.
+"""Copies the training state to host memory, from where a thread writes it while training continues.
 
-    staging = Staging(updated, running, device)      once: allocates, and finds what lies end to end
-    staging.copy()                                   at a step's end; on a GPU it only queues the copies
+    staging = Staging(updated, running, device)      once: allocates, and merges tensors that lie end to end
+    staging.copy()                                   at the end of a step; on a GPU it only queues the copies
     staging.before_update()                          before the next update of the weights
     staging.wait()                                   in the writing thread, before it writes staging.memory
 
-The memory, page-locked on a GPU, is allocated once and used by every save: one save is in flight at a time, so however slow the disk
-is, it takes no more. ZeRO's flat buffers are copied as the few long stretches that they are, not parameter by parameter.
+The memory, page-locked for a GPU, is allocated once and serves every save: one save is in progress at a time, so a slow disk costs no
+memory. ZeRO's flat buffers are copied as the few long ranges that they are, not parameter by parameter.
 """
 
 import torch
@@ -16,45 +16,46 @@ _ALIGNMENT = 64  # bytes; any element type may begin there
 
 
 class Staging:
-    """Copies tensors to `memory` (bytes), in which `host` holds one for each name and `offsets` says where it begins.
+    """Copies tensors to `memory`, in bytes. `host` has a view of it for each name, and `offsets` its first byte.
+
+    All tensors must stay where they are in memory for the whole run, as ZeRO's flat buffers do.
 
     Args:
-        updated: contiguous tensors that change in the optimizer's step alone: weights and their states. On a GPU they are copied
-            beside the next step's forward and backward passes, on a stream of their own.
-        running: contiguous tensors that the forward pass changes: BatchNorm's statistics. On a GPU they are first copied on the
-            device, in the order of the device's work, so no step can tear them.
-
-    All of them are looked up once: they must stay where they are in memory for the whole run, and do, as ZeRO's flat buffers.
+        updated: contiguous tensors that only the optimizer's step changes: weights and their states. A GPU copies them beside the next
+            step's forward and backward passes, on a stream of their own.
+        running: contiguous tensors that the forward pass changes: BatchNorm's statistics. A GPU first copies them on the device, in the
+            order of its work, so that the copy is of one step.
+        device: of the tensors.
     """
 
     def __init__(self, updated: dict[str, Tensor], running: dict[str, Tensor], device: torch.device):
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
-        stretches = [(stretch, parts, False) for stretch, parts in _stretches(updated)]
-        stretches += [(stretch, parts, self._stream is not None) for stretch, parts in _stretches(running)]
-        self.bytes = sum(_padded(stretch.nbytes) for stretch, _, _ in stretches)
-        # Filled now: the pages of fresh memory are found when they are first written, which the first save would wait for.
+        ranges = [(merged, parts, False) for merged, parts in _merge(updated)]
+        ranges += [(merged, parts, self._stream is not None) for merged, parts in _merge(running)]
+        self.bytes = sum(_pad(merged.nbytes) for merged, _, _ in ranges)
+        # Filled now, as the kernel allocates the pages at their first write, and the first save would wait for that.
         self.memory = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=self._stream is not None).fill_(0)
         self._snapshots: list[tuple[Tensor, Tensor]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
         self.host: dict[str, Tensor] = {}
         self.offsets: dict[str, int] = {}
         offset = 0
-        for stretch, parts, by_snapshot in stretches:
-            if by_snapshot:
-                self._snapshots.append((stretch, torch.empty_like(stretch)))
-                stretch = self._snapshots[-1][1]
-            place = self.memory.narrow(0, offset, stretch.nbytes).view(stretch.dtype)
-            self._copies.append((stretch, place))
+        for merged, parts, needs_snapshot in ranges:
+            if needs_snapshot:
+                self._snapshots.append((merged, torch.empty_like(merged)))
+                merged = self._snapshots[-1][1]
+            place = self.memory.narrow(0, offset, merged.nbytes).view(merged.dtype)
+            self._copies.append((merged, place))
             begin = 0
             for name, tensor in parts:
                 self.host[name] = place.narrow(0, begin, tensor.numel()).view(tensor.shape)
                 self.offsets[name] = offset + begin * tensor.itemsize
                 begin += tensor.numel()
-            offset += _padded(stretch.nbytes)
+            offset += _pad(merged.nbytes)
 
     def copy(self) -> None:
-        """Begins the copies; on a CPU it makes them."""
+        """Copies the tensors; on a GPU it queues the copies and returns at once."""
         if self._stream is None:
             for live, host in self._copies:
                 host.copy_(live)
@@ -76,13 +77,13 @@ class Staging:
             self._copied = None
 
     def wait(self) -> None:
-        """Returns when `memory` holds all of the last copy."""
+        """Waits until `memory` holds all of the last copy."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
-def _stretches(tensors: dict[str, Tensor]) -> list[tuple[Tensor, list[tuple[str, Tensor]]]]:
-    """The fewest 1-D tensors that cover these, each with the names and tensors that lie in it end to end."""
+def _merge(tensors: dict[str, Tensor]) -> list[tuple[Tensor, list[tuple[str, Tensor]]]]:
+    """Returns the fewest 1-D tensors that cover these, each with the names and tensors that lie in it end to end."""
     groups: list[list[tuple[str, Tensor]]] = []
     end = None
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].untyped_storage().data_ptr(), item[1].data_ptr())):
@@ -92,12 +93,8 @@ def _stretches(tensors: dict[str, Tensor]) -> list[tuple[Tensor, list[tuple[str,
             groups.append([])
         groups[-1].append((name, tensor))
         end = (*begin[:2], tensor.data_ptr() + tensor.nbytes)
-    found = []
-    for parts in groups:
-        first = parts[0][1].detach()
-        found.append((first.as_strided((sum(tensor.numel() for _, tensor in parts),), (1,)), parts))
-    return found
+    return [(parts[0][1].detach().as_strided((sum(tensor.numel() for _, tensor in parts),), (1,)), parts) for parts in groups]
 
 
-def _padded(size: int) -> int:
+def _pad(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -1,11 +1,11 @@
-"""BatchNorm over many ranks: its running statistics and, if asked for, those of a batch.
+"""BatchNorm over many ranks: running statistics that are equal on all ranks, and optionally statistics of a batch over all ranks.
 
-The running statistics are one flat fp32 buffer for the whole model, equal on all ranks after every step.
+The running statistics of the whole model are one flat fp32 buffer, averaged over the ranks in every step.
 
-ZeRO leaves buffers alone, so each rank would keep statistics of its own, a checkpoint would hold rank 0's and a resumed run would
-differ. The running mean and variance are linear in what the ranks saw, so averaging them every step is the same, but for rounding,
-as averaging once before they are needed, and then there is one state to evaluate, save, reshard and resume. It costs one all-reduce
-of 8 bytes a channel (0.2 MB for VAN-B3, 0.7 MB for B6) beside the gradients' 180 and 800 MB.
+ZeRO ignores buffers: each rank would keep statistics of its own, a checkpoint would hold rank 0's, and a resumed run would differ. The
+running mean and variance are linear in the batches that the ranks saw. So averaging them in every step equals, but for rounding,
+averaging once before use, and leaves one state to evaluate, save, reshard and resume. It costs one all-reduce of 8 bytes a channel
+(0.2 MB for VAN-B3, 0.7 MB for B6) beside the gradients' 180 and 800 MB.
 """
 
 import torch
@@ -17,10 +17,11 @@ KINDS = ("running_mean", "running_var")
 
 
 class BatchStats:
-    """Running means and variances of a model, laid end to end; the modules' buffers become views of `flat`.
+    """The running means and variances of a model, end to end in `flat`; the modules' buffers become views of `flat`.
 
     Args:
-        ema_decay: of the statistics' moving average, which goes with that of the weights; 0 keeps none.
+        model: its BatchNorms must be those that it will train with.
+        ema_decay: of the statistics' moving average, which belongs to that of the weights; 0 keeps none.
     """
 
     def __init__(self, model: nn.Module, ema_decay: float):
@@ -32,41 +33,41 @@ class BatchStats:
         offset = 0
         for name, norm in norms.items():
             for kind in KINDS:
-                # .data: compiled code saves a norm's statistics for its backward pass, and would take an update of another's for one of
-                # these, as views of one tensor count their changes together.
+                # .data: views of one tensor share a version counter. Compiled code saves a norm's statistics for its backward pass, and
+                # would mistake an update of another norm's statistics for a change of the saved ones.
                 setattr(norm, kind, self.flat.narrow(0, offset, norm.num_features).data)
                 self.averages[f"{name}.{kind}"] = self.ema.narrow(0, offset, norm.num_features)
                 offset += norm.num_features
-        self._before = self.flat.clone()  # the step
+        self._snapshot = self.flat.clone()  # from before the step
         self._averaging: dist.Work | None = None
 
     def start_averaging(self) -> None:
-        """Begins to average over the ranks, after a step's last forward pass; `finish` must come before the next one."""
+        """Starts the average over the ranks, after a step's last forward pass; `finish` must follow before the next one. Collective."""
         self.flat.div_(dist.get_world_size())
         self._averaging = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self, skipped: Tensor | None = None) -> None:
-        """Ends the step. Where `skipped`, a scalar on the device, is 1, the statistics are again what they were before it."""
+        """Completes the step's average, or restores the statistics of before the step where `skipped`, a scalar on the device, is 1."""
         assert self._averaging is not None
         self._averaging.wait()
         share: float | Tensor = 1 - self.ema_decay
         if skipped is not None:
-            self.flat.copy_(torch.where(skipped > 0, self._before, self.flat))
+            self.flat.copy_(torch.where(skipped > 0, self._snapshot, self.flat))
             share = share * (1 - skipped)
-        self._before.copy_(self.flat)
+        self.take_snapshot()
         if self.ema_decay:
             self.ema.lerp_(self.flat, share)
 
-    def loaded(self) -> None:
-        """After values were written into `flat`."""
-        self._before.copy_(self.flat)
+    def take_snapshot(self) -> None:
+        """Makes the present statistics those that a skipped step restores; to be called after values were loaded into `flat`."""
+        self._snapshot.copy_(self.flat)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's, which only GPUs have, and on a CPU the same by its formula. Ranks must have batches of one size."""
+    """torch's SyncBatchNorm, which only GPUs have, and its formula on a CPU. Ranks must have batches of one size."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C, H, W)."""
+        """Normalizes (N, C, H, W) to (N, C, H, W)."""
         if input.is_cuda or not self.training:
             return super().forward(input)
         assert self.running_mean is not None
@@ -76,19 +77,19 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         ranks, axes = dist.get_world_size(), (0, 2, 3)
         x = input.float()
         mean = all_reduce(x.mean(axes)) / ranks
-        centred = x - mean[:, None, None]
-        variance = all_reduce(centred.square().mean(axes)) / ranks
+        centered = x - mean[:, None, None]
+        variance = all_reduce(centered.square().mean(axes)) / ranks
         with torch.no_grad():
             count = ranks * input.numel() / input.shape[1]
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
 
 
-def synchronise(model: nn.Module) -> None:
-    """Puts a SyncBatchNorm of the same name and state in the place of each BatchNorm2d."""
+def synchronize_batch_norms(model: nn.Module) -> None:
+    """Replaces each BatchNorm2d by a SyncBatchNorm of the same name and state."""
     for module in list(model.modules()):
         for name, norm in module.named_children():
             if isinstance(norm, nn.BatchNorm2d):

@@ -34,7 +34,7 @@ def start(engine: EngineConfig) -> torch.device:
     Raises:
         ValueError: engine.device=cuda and this rank has no GPU.
     """
-    device = rank_device(engine)
+    device = select_device(engine)
     join("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -59,18 +59,18 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def device_type(engine: EngineConfig) -> str:
+def resolve_device_type(engine: EngineConfig) -> str:
     """Returns "cuda" or "cpu": the engine.device setting with "auto" resolved on this machine."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if engine.device == "auto" else engine.device
 
 
-def rank_device(engine: EngineConfig) -> torch.device:
+def select_device(engine: EngineConfig) -> torch.device:
     """Returns this rank's device: the CPU, or the node's GPU number LOCAL_RANK, made the current device.
 
     Raises:
         ValueError: engine.device=cuda and this rank has no GPU.
     """
-    if device_type(engine) == "cpu":
+    if resolve_device_type(engine) == "cpu":
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
@@ -84,7 +84,7 @@ def rank_device(engine: EngineConfig) -> torch.device:
     return device
 
 
-def peak_memory_gb(device: torch.device) -> float:
+def get_peak_memory_gb(device: torch.device) -> float:
     """Returns the peak memory of this process in GB: tensors on a GPU, or resident host memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9

@@ -1,7 +1,8 @@
-"""Between a step's gradients and its update: their norm, clipping, fp16's loss scale, and no update by numbers that are not finite.
+"""Checks a step's gradients before the update: measures their norm, clips, unscales fp16, and skips a step that is not finite.
 
-All of it stays on the device, and nobody waits for it: torch's fused AdamW takes the scale and the verdict as tensors. The host
-looks at an interval's steps together (pretrain/monitor/interval.py) and may then decide to go back (pretrain/monitor/rollback.py).
+All of it stays on the device, and the host does not wait: torch's fused AdamW takes the scale and the decision to skip as tensors.
+The host reads the steps of a whole interval together (pretrain/monitor/interval.py), and may then roll back
+(pretrain/monitor/rollback.py).
 """
 
 from typing import Any
@@ -10,55 +11,62 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.engine import zero_state
+from pretrain.engine import deepspeed_compat
 
-# torch.amp.GradScaler's: the scale doubles after so many steps without an overflow and is halved by each.
+# As in torch.amp.GradScaler: the scale doubles after this many steps without an overflow, and each overflow halves it.
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 
 class Guard:
-    """Of one engine. For each step: `scaled` the loss of each micro-batch, then `check`, the engine's step, `stats.finish(found_inf)`.
+    """Guards the updates of an engine.
+
+    A step calls `scale_loss` for the loss of each micro-batch; after its last backward pass `check`; then the engine's step; and then
+    `BatchStats.finish(found_inf)`.
 
     Args:
-        clip: the largest norm of all gradients together; 0: any.
-        scales: whether losses are scaled, as fp16's small gradients need it.
+        engine: DeepSpeed's.
+        clip: the maximum norm of all gradients together; 0 does not clip.
+        should_scale: scale losses, as the small gradients of fp16 need it.
     """
 
-    def __init__(self, engine: Any, *, clip: float, scales: bool):
+    def __init__(self, engine: Any, *, clip: float, should_scale: bool):
         self.engine, self.clip = engine, clip
         device = engine.device
         self.norm = torch.zeros((), device=device)  # of the step's gradients, before clipping
         self.found_inf = torch.zeros((), device=device)  # 1 where the step is skipped
-        self.scale = torch.full((), FIRST_SCALE if scales else 1.0, device=device)
-        self._growth = torch.zeros((), dtype=torch.int32, device=device) if scales else None
+        self.scale = torch.full((), FIRST_SCALE if should_scale else 1.0, device=device)
+        self._growth = torch.zeros((), dtype=torch.int32, device=device) if should_scale else None
         self._not_a_number = torch.full((), torch.nan, device=device)
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """What the backward pass is to start from. A loss that is not finite makes all of this rank's gradients not a number, and so,
-        summed, everybody's."""
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Returns the loss times the scale, for the backward pass.
+
+        A loss that is not finite makes all gradients of this rank not a number, and with them the reduced gradients of every rank.
+        """
         return loss * torch.where(torch.isfinite(loss.detach()), self.scale, self._not_a_number)
 
     def check(self) -> None:
-        """After a step's last backward pass, before its update. Collective."""
-        square = torch.nn.utils.get_total_norm(zero_state.gradients(self.engine)).to(self.scale.device) ** 2
+        """Measures the gradients, and hands the optimizer their scale and whether to skip the step. Collective."""
+        square = torch.nn.utils.get_total_norm(deepspeed_compat.list_gradients(self.engine)) ** 2
         if self.engine.zero_optimization_stage() > 0:
             dist.all_reduce(square)
         self.norm = square.sqrt() / self.scale
         self.found_inf = (~torch.isfinite(self.norm)).float()
-        optimizer, device = self.engine.basic_optimizer, zero_state.optimizer_device(self.engine)
-        optimizer.found_inf = self.found_inf.to(device)
+        optimizer = self.engine.basic_optimizer
+        optimizer.found_inf = self.found_inf
         if self.clip:
-            optimizer.grad_scale = (self.scale * ((self.norm + 1e-6) / self.clip).clamp(min=1.0)).to(device)
+            optimizer.grad_scale = self.scale * ((self.norm + 1e-6) / self.clip).clamp(min=1.0)
         elif self._growth is not None:
-            optimizer.grad_scale = self.scale.to(device, copy=True)  # of this step; the next one's follows
+            optimizer.grad_scale = self.scale.clone()  # of this step, while `scale` becomes the next step's
         if self._growth is not None:
             torch._amp_update_scale_(self.scale, self._growth, self.found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL)
 
-    def state(self) -> dict[str, float]:
-        """For a checkpoint; waits for the device."""
+    def state_dict(self) -> dict[str, float]:
+        """Returns the loss scale's state for a checkpoint; waits for the device."""
         return {"scale": self.scale.item(), "growth": self._growth.item()} if self._growth is not None else {}
 
-    def load(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Sets the loss scale's state; does nothing where this job or the checkpoint has no loss scale."""
         if self._growth is not None and state:
             self.scale.fill_(state["scale"])
             self._growth.fill_(int(state["growth"]))

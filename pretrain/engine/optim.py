@@ -1,8 +1,8 @@
-"""What updates the weights: parameter groups, AdamW that can also keep their moving average, the learning rate of a step.
+"""The optimizer: parameter groups, AdamW with a moving average of the weights, and the learning rate of each step.
 
 The recipe is the authors' (VAN-Classification, main.py and train.sh, which are timm's): AdamW, no weight decay on biases and other
-1-D parameters, a linear warm-up and a cosine down to the lowest rate; for fine-tuning, if asked for, a rate that falls from layer
-to layer towards the input.
+1-D parameters, a linear warm-up and a cosine down to the minimum rate. Fine-tuning can also decay the rate from layer to layer towards
+the input.
 """
 
 import math
@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from pretrain.config import OptimConfig
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups: matrices and kernels with weight decay, 1-D parameters (biases, norms, layer scale) without.
+def group_parameters(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Returns two parameter groups: matrices and kernels with weight decay, 1-D parameters (biases, norms, layer scales) without.
 
-    With a `layer_decay` below 1 there are two such groups a layer, whose `lr_scale` is layer_decay ** (layers behind it). A layer is a
-    block, with a stage's patch embedding in its first; the head is the last one, of scale 1 (BEiT, arXiv 2106.08254; timm's
-    param_groups_layer_decay with the model's group_matcher).
+    With a `layer_decay` below 1 each layer has two such groups, whose `lr_scale` is layer_decay ** (number of later layers); the last
+    layer, the head, has scale 1 (BEiT, arXiv 2106.08254; timm's param_groups_layer_decay). The model's group_matcher defines its layers.
+
+    Args:
+        model: parameters that need no gradient are in no group.
+        weight_decay: of the decayed groups.
+        layer_decay: the factor between the rates of successive layers, more than 0 and at most 1.
     """
     if layer_decay < 1:
         return [
@@ -38,14 +42,16 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, with an exponential moving average of the weights as one more state beside its two moments.
 
-    As a state of the optimizer the average is cut into pieces and placed by ZeRO exactly as the moments are, so it costs each rank
-    the same share of memory, and whatever saves or reshards the moments saves and reshards it too.
+    ZeRO partitions the average exactly as the moments. So the average costs each rank the same share of memory, and code that saves or
+    reshards the moments does so with the average.
 
-    Where `found_inf` is set, a step for which it is 1 changes nothing, and where `grad_scale` is set, gradients are divided by it; both
-    are scalars on the device, by the names that torch's fused optimizers know them by (torch.amp.GradScaler uses them so).
+    `found_inf` and `grad_scale` are scalars on the device, with the names that torch's fused optimizers define (torch.amp.GradScaler sets
+    them): a step with a `found_inf` of 1 changes nothing, and gradients are divided by `grad_scale`. None disables either.
 
     Args:
-        ema_decay: of the average, a step; 0 keeps none.
+        groups: parameter groups, as `group_parameters` returns them.
+        ema_decay: of the average, per step; 0 keeps none.
+        kwargs: of torch.optim.AdamW.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, ema_decay: float, **kwargs: Any):
@@ -56,11 +62,11 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def state_keys(self) -> tuple[str, ...]:
-        """Names of the states that have an element for each element of a weight."""
+        """Returns the names of the states that have an element for each element of a weight."""
         return ("exp_avg", "exp_avg_sq", "ema") if self.ema_decay else ("exp_avg", "exp_avg_sq")
 
     def start_states(self, weights: Iterable[Tensor]) -> None:
-        """Creates the states that these tensors have before the first update, the average starting at the weights."""
+        """Creates the states of these tensors before the first update; the average starts at the weights."""
         for weight in weights:
             state = self.state[weight]
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -78,16 +84,22 @@ class AdamW(torch.optim.AdamW):
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets each group's rate to `lr` times the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def learning_rate(step: int, total: int, warmup: int, optim: OptimConfig) -> float:
-    """The learning rate of an optimizer step, counted from 0: linear warm-up over `warmup` steps, then half a cosine from `lr` to
-    `min_lr`.
+    """Returns the learning rate of an optimizer step: linear warm-up, then half a cosine from `lr` to `min_lr`.
 
-    As timm's CosineLRScheduler with warmup_prefix off, stepped by update: the cosine runs over the whole of training and the warm-up
-    covers its beginning.
+    The formula is that of timm's CosineLRScheduler without warmup_prefix, stepped by update: the cosine spans the whole training, and the
+    warm-up replaces its beginning.
+
+    Args:
+        step: counted from 0.
+        total: steps of the whole training.
+        warmup: steps of the warm-up.
+        optim: has `lr`, `min_lr` and `warmup_lr`.
     """
     if step < warmup:
         return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup

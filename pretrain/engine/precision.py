@@ -5,7 +5,7 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def usable_precision(device: torch.device, precision: str) -> str:
+def resolve_precision(device: torch.device, precision: str) -> str:
     """Returns `precision`, or "fp32" for bf16 on a CPU without bf16 instructions.
 
     There PyTorch's convolutions in bf16 are plain loops, many times as slow as those in fp32.
@@ -16,5 +16,5 @@ def usable_precision(device: torch.device, precision: str) -> str:
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Returns the autocast context for a precision of the settings on a device; disabled for fp32."""
-    usable = usable_precision(device, precision)
+    usable = resolve_precision(device, precision)
     return torch.autocast(device.type, dtype=DTYPES[usable], enabled=usable != "fp32")

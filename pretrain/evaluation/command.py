@@ -23,7 +23,7 @@ from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine import distributed
 from pretrain.engine.distributed import all_gather_rows
-from pretrain.engine.precision import DTYPES, usable_precision
+from pretrain.engine.precision import DTYPES, resolve_precision
 from pretrain.evaluation.accuracy import describe_restriction, evaluate, match_classes, no_usable_image
 from pretrain.evaluation.probe import NEIGHBORS, LinearProbe, extract_features, knn_correct, select_samples
 from pretrain.model.build import build_model
@@ -64,7 +64,7 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
     distributed.join()
     weights = open_weights(source, config, overrides, average=average, needs_head=probe is None)
     data, engine = weights.config.data, weights.config.engine
-    device = distributed.rank_device(engine)
+    device = distributed.select_device(engine)
     if data.val is None:
         raise ValueError(f"{config or source}: its data.val is not set; add data.val=FOLDER")
     val = open_index(data.val, data.cache)
@@ -72,7 +72,7 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
     head = _head_classes(weights, source, val) if train is None else train.classes
     restriction = describe_restriction(head, val, data.val_except)
     check_shards([val] if train is None else [val, train], checksums=data.check == "checksums")
-    dtype = DTYPES[usable_precision(device, engine.precision)]
+    dtype = DTYPES[resolve_precision(device, engine.precision)]
     _print_once(use_kernels(weights.model.to(device), weights.config.model.kernels, device, data.image_size, dtype))
     rank, hosts = dist.get_rank(), distributed.gather_hosts()
     placement = Placement(device, engine.micro_batch, rank, len(hosts), ranks_on_node=hosts.count(hosts[rank]))

@@ -56,7 +56,7 @@ class Evaluator:
         model = self.new_model()
         for kind in ("weight", "ema") if self.stats.ema_decay else ("weight",):
             buffers = dict(self.engine.module.named_buffers()) | (self.stats.averages if kind == "ema" else {})
-            copy_weights(model, zero_state.whole_tensors(self.engine, kind), buffers)
+            copy_weights(model, zero_state.assemble_tensors(self.engine, kind), buffers)
             result = evaluate(model, self.loader, self.classes, self.precision)
             if result["left_out"]:
                 report_bad_images(self.loader.quarantine, step, self.log)

@@ -64,7 +64,7 @@ class Reporter:
         values: dict[str, float] = steps.means() | {
             "images_per_s": images_per_s,
             "data_wait": steps.data_seconds / steps.seconds,
-            "memory_gb": distributed.peak_memory_gb(self.device),
+            "memory_gb": distributed.get_peak_memory_gb(self.device),
             "left_s": (self.schedule.total - step) / steps_per_s,
         }
         if self.peak_flops is not None:

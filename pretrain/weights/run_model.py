@@ -33,7 +33,7 @@ def open_run(source: Path) -> tuple[Path, dict[str, Any]]:
         if faults := checkpoint.verify(source):
             raise ValueError(f"checkpoint {source} is damaged: {'; '.join(faults)}")
     else:
-        path = checkpoint.newest_whole(source / CHECKPOINTS, print)
+        path = checkpoint.find_newest_whole(source / CHECKPOINTS, print)
     if path is None:
         raise ValueError(f"{source} is neither a checkpoint nor a run directory with one in {CHECKPOINTS}/")
     return path, json.loads((path / TRAINER).read_text())
@@ -55,7 +55,7 @@ def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[
         raise ValueError(f"{source} keeps no moving average of its weights (engine.ema_decay was 0); use --weights raw")
     kinds = ("ema", "buffer", "buffer_ema") if average else ("weight", "buffer")
     tensors: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
-    for key, tensor in checkpoint.read(path, kinds).items():
+    for key, tensor in checkpoint.read_tensors(path, kinds).items():
         kind, _, name = key.partition("/")
         tensors[kind][name] = tensor
     model = build_model(config)

@@ -83,10 +83,10 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.newest_whole(folder / "run" / "checkpoints", print)
+    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
     assert path is not None
     assert path.name == f"step-{STEPS:09d}"
-    return checkpoint.read(path, KINDS)
+    return checkpoint.read_tensors(path, KINDS)
 
 
 def same_end(folder: Path, other: Path) -> bool:

@@ -209,8 +209,8 @@ POINTS = {
     "half-way through a shard": Point(1, 2, _shard),
     "before the manifest": Point(0, 2, _in_files("commit")),
     "before the rename": Point(0, 2, _in_files("sync", after=True, only=lambda path: path.name.startswith(".partial"))),
-    "before the pointer": Point(0, 4, _in_files("point")),
-    "after the pointer": Point(0, 4, _in_files("point", after=True)),
+    "before the pointer": Point(0, 4, _in_files("write_pointer")),
+    "after the pointer": Point(0, 4, _in_files("write_pointer", after=True)),
     "pruning": Point(0, 4, _pruning),
     "evaluation": Point(1, 4, _evaluation),
 }

@@ -55,7 +55,7 @@ class Session:
         self.engine = build_engine(config, self.model, settings.accumulation(config, self.ranks))
         self.stats = BatchStats(self.model, config.engine.ema_decay)
         self.log = Memory()
-        self.lock = checkpoint.hold(self.run, self.log.line)
+        self.lock = checkpoint.lock_run(self.run, self.log.line)
         self.step = 0
         self.states: dict[int, dict[str, torch.Tensor]] = {}
         self.start()
@@ -98,7 +98,7 @@ class Session:
 
     def state(self) -> dict[str, torch.Tensor]:
         """Copies of all that a checkpoint holds. Collective."""
-        whole = {key: zero_state.whole_tensors(self.engine, key) for key in ("weight", "exp_avg", "exp_avg_sq", "ema")}
+        whole = {key: zero_state.assemble_tensors(self.engine, key) for key in ("weight", "exp_avg", "exp_avg_sq", "ema")}
         state = {f"{key}/{name}": tensor.flatten() for key, tensors in whole.items() for name, tensor in tensors.items()}
         state |= {f"buffer/{name}": buffer for name, buffer in self.model.named_buffers()}
         state |= {f"buffer_ema/{name}": average for name, average in self.stats.averages.items()}
@@ -106,10 +106,10 @@ class Session:
 
     def on_disk(self) -> int:
         """The step of the newest whole checkpoint; raises AssertionError when its content is not what the state was then."""
-        path = checkpoint.newest_whole(self.folder, self.log.line)
+        path = checkpoint.find_newest_whole(self.folder, self.log.line)
         assert path is not None
         step = int(path.name.removeprefix("step-"))
-        assert different(checkpoint.read(path, KINDS), self.states[step]) == []
+        assert different(checkpoint.read_tensors(path, KINDS), self.states[step]) == []
         return step
 
     def kinds(self) -> list[str]:

@@ -225,7 +225,7 @@ def test_every_rule_on_resume() -> None:
     assert {key for key in rules["free"] if key.partition(".")[0] not in ("run", "guard")} == {
         "profile", "data.train", "data.val", "data.val_except", "data.cache", "data.cache_gb", "data.check", "data.max_bad",
         "data.decode_threads", "data.hw_decoder_load", "data.read_threads", "model.kernels", "model.checkpoint_stages", "model.compile",
-        "model.graphs", "engine.device", "engine.zero_stage", "engine.offload", "engine.micro_batch",
+        "model.graphs", "engine.device", "engine.zero_stage", "engine.micro_batch",
     }  # fmt: skip
 
 

@@ -78,13 +78,13 @@ def test_a_resumed_job_does_not_need_what_it_started_from(sources: Path, others:
     settings = [*SETTINGS, f"model.init_from={source}"]
     assert "starting from" in jobs.run(tmp_path, others, *settings, ranks=2)
     last = checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
-    undisturbed = checkpoint.read(last, ("weight", "exp_avg", "buffer"))
+    undisturbed = checkpoint.read_tensors(last, ("weight", "exp_avg", "buffer"))
     Path(source).unlink()
     shutil.rmtree(last)
     output = jobs.run(tmp_path, others, *settings, ranks=2)
     assert "resumed at step 1 of 2" in output
     assert "starting from" not in output
-    resumed = checkpoint.read(last, ("weight", "exp_avg", "buffer"))
+    resumed = checkpoint.read_tensors(last, ("weight", "exp_avg", "buffer"))
     assert [key for key, tensor in undisturbed.items() if not torch.equal(tensor, resumed[key])] == []
     shutil.rmtree(tmp_path / "run")
     assert "model.init_from" in jobs.run(tmp_path, others, *settings, ranks=2, code=2)

@@ -55,7 +55,6 @@ def asked(folder: Path) -> bool:
         ["engine.zero_stage=0", "engine.precision=fp16", "optim.clip_grad=1"],
         ["engine.zero_stage=1", "model.graphs=true"],
         pytest.param(["engine.zero_stage=1", "model.kernels=triton"], marks=pytest.mark.full),  # compiles for half a minute
-        pytest.param(["engine.zero_stage=2"], marks=pytest.mark.full),
         pytest.param(["engine.zero_stage=1", "engine.sync_bn=true", "model.checkpoint_stages=[0,1]"], marks=pytest.mark.full),
     ],
     ids=" ".join,
@@ -71,28 +70,12 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
         assert max(line["launches"] for line in steps if line["step"] in (1, 2, 4)) < 400  # of two micro-steps: without, 3,672
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["engine.offload=true"],
-        pytest.param(["engine.zero_stage=3", "engine.offload=true", "engine.precision=fp16"], marks=pytest.mark.full),
-    ],
-    ids=" ".join,
-)
-def test_offloaded_optimizers_get_the_verdict_where_they_are(tmp_path: Path, drawn: Path, gpu: dict[str, str], settings: list[str]) -> None:
-    """Moving average, loss scale and clipping read numbers of the GPU on the host. (The count of updates, too, is then one that such a GPU
-    made up, so no checkpoint can be written in the end.)"""
-    steps, output = job(tmp_path, drawn, gpu, *settings, "optim.clip_grad=1", "run.save_every=8")
-    assert [line["step"] for line in steps] == [0, 1, 2, 3, 4, 5], output[-4000:]
-    assert not asked(tmp_path)
-    if "engine.zero_stage=3" not in settings:
-        assert sum(steps[2]["waits"].values()) < 10  # not for each of 312 parameters
-
-
 @pytest.mark.full
-def test_zero_3_waits_once_forward_and_once_backward(tmp_path: Path, drawn: Path, gpu: dict[str, str]) -> None:
-    steps, _ = job(tmp_path, drawn, gpu, "engine.zero_stage=3")
-    assert [sum(line["waits"].values()) for line in steps if line["step"] in (1, 2, 4)] == [4, 4, 4]  # of two micro-steps
+@pytest.mark.parametrize("stage", [2, 3])
+def test_stages_2_and_3_train_and_do_not_report_a_wait_for_the_host(tmp_path: Path, drawn: Path, gpu: dict[str, str], stage: int) -> None:
+    """DeepSpeed waits for the GPU within a step of these stages, so whether the GPU waits for the host can't be seen."""
+    steps, output = job(tmp_path, drawn, gpu, f"engine.zero_stage={stage}")
+    assert [line["step"] for line in steps] == list(range(7)), output[-4000:]
     assert not asked(tmp_path)
 
 

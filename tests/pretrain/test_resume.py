@@ -49,10 +49,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Callab
 
 
 def final_state(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
-    path = checkpoint.newest_whole(folder / "run" / "checkpoints", print)
+    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
     assert path is not None
     assert path.name == f"step-{steps:09d}"
-    return checkpoint.read(path, KINDS)
+    return checkpoint.read_tensors(path, KINDS)
 
 
 def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pretrain.checkpoint.files import list_checkpoints
 from pretrain.run import attempts
 from pretrain.run.attempts import Attempt
+from pretrain.run.directory import list_checkpoints
 from tests.slurm.cluster import Cluster, processes
 from tests.support import REPOSITORY
 

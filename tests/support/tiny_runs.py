@@ -13,7 +13,7 @@ CLASSES = [f"class {number}" for number in range(7)]
 def make_runs(folder: str) -> None:
     """Writes the runs FOLDER/averaged, with a moving average, and FOLDER/plain, and their weights to FOLDER/….pt. Runs on one rank."""
     from pretrain import config as settings
-    from pretrain.checkpoint import Checkpoints, Retention, hold
+    from pretrain.checkpoint import Checkpoints, Retention, lock_run
     from pretrain.engine import distributed
     from pretrain.engine.batch_stats import BatchStats
     from pretrain.engine.engine import build_engine
@@ -34,7 +34,7 @@ def make_runs(folder: str) -> None:
         engine = build_engine(config, model, 1)
         stats = BatchStats(model, ema_decay)
         run, log = Path(folder, name), RunLog(None)
-        checkpoints = Checkpoints(run / "checkpoints", engine, stats, retention=Retention(3), lock=hold(run, log.line), log=log)
+        checkpoints = Checkpoints(run / "checkpoints", engine, stats, retention=Retention(3), lock=lock_run(run, log.line), log=log)
         average = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         for _ in range(2):
             images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)

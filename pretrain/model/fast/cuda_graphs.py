@@ -192,7 +192,7 @@ def use_graphs(engine: Any, config: Config) -> str:
     images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
     # The weights that autocast keeps once it has cast them would not be cast again by a graph.
     with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
-        return graph_stages(engine.module, engine.reductions.ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
+        return graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
 
 
 def graph_stages(model: VAN, ready: Callable[..., None], images: Tensor, graph: Callable[[Pass], Any]) -> str:

@@ -44,7 +44,7 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     engine = build_engine(config, model, settings.accumulation(config, ranks))
     stats = BatchStats(model, config.engine.ema_decay)
     log = Memory()
-    lock = checkpoint.hold(Path(f"{folder}-lock"), log.line)
+    lock = checkpoint.lock_run(Path(f"{folder}-lock"), log.line)
     checkpoints = checkpoint.Checkpoints(Path(folder), engine, stats, retention=checkpoint.Retention(3), lock=lock, log=log)
     trainer = checkpoints.load({}) if load else None
     step = trainer["step"] if trainer else 0
@@ -67,13 +67,13 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     model.eval()
     with torch.no_grad():
         output = engine(torch.ones(2, 3, 32, 32).to(memory_format=torch.channels_last)).float()
-    whole = {key: zero_state.whole_tensors(engine, key) for key in ("weight", *engine.basic_optimizer.state_keys)}
+    whole = {key: zero_state.assemble_tensors(engine, key) for key in ("weight", *engine.basic_optimizer.state_keys)}
     if rank == 0:
         state = {f"{key}/{name}": tensor.flatten().clone() for key, tensors in whole.items() for name, tensor in tensors.items()}
         state |= {f"buffer/{name}": buffer.clone() for name, buffer in model.named_buffers()}
         if ema_decay:
             state |= {f"buffer_ema/{name}": average.clone() for name, average in stats.averages.items()}
-        torch.save({"state": state, "output": output, "steps": int(zero_state.step_counter(engine))}, Path(folder, "state.pt"))
+        torch.save({"state": state, "output": output, "steps": int(zero_state.get_step_counter(engine))}, Path(folder, "state.pt"))
     distributed.stop()
     return {"step": step, "lines": log.lines}
 
@@ -108,7 +108,7 @@ def test_state_is_the_same_on_any_ranks_in_any_stage(tmp_path: Path, saved: tupl
     assert before["steps"] == 2
     # In one process, without ranks and without DeepSpeed.
     (path,) = checkpoint.list_checkpoints(tmp_path)
-    assert_same(checkpoint.read(path, KINDS), before["state"])
+    assert_same(checkpoint.read_tensors(path, KINDS), before["state"])
     for other_stage, other_ranks in loaded:
         after = run(tmp_path, other_ranks, stage=other_stage, load=True)
         assert_same(after["state"], before["state"])
@@ -122,7 +122,7 @@ def test_a_moving_average_that_is_new_or_gone_is_told(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with_it = run(folder, 2, stage=1, steps=2, save=True)
     without = run(folder, 1, stage=3, load=True, save=True, steps=1, ema_decay=0.0)
-    (line,) = [line for line in without["lines"] if "left out" in line]
+    (line,) = [line for line in without["lines"] if "skipped from here on" in line]
     assert "holds buffer_ema, ema, which this job does not keep" in line
     assert {name.split("/")[0] for name in without["state"]} == {"weight", "exp_avg", "exp_avg_sq", "buffer"}
     assert not torch.equal(without["state"]["weight/head.weight"], with_it["state"]["weight/head.weight"])
@@ -204,17 +204,17 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(folder: Path, file: str, 
     older, newer = checkpoint.list_checkpoints(folder)
     DAMAGES[damage](newer / file)
     lines: list[str] = []
-    assert checkpoint.newest_whole(folder, lines.append) == older
+    assert checkpoint.find_newest_whole(folder, lines.append) == older
     (line,) = lines
     assert str(newer) in line
     assert file in line or file == "MANIFEST.json"
     DAMAGES[damage](older / file)
     with pytest.raises(ValueError, match="no whole checkpoint in"):
-        checkpoint.newest_whole(folder, lines.append)
+        checkpoint.find_newest_whole(folder, lines.append)
 
 
 def test_a_run_without_checkpoints_starts_afresh(tmp_path: Path) -> None:
-    assert checkpoint.newest_whole(tmp_path, print) is None
+    assert checkpoint.find_newest_whole(tmp_path, print) is None
 
 
 @pytest.mark.slow

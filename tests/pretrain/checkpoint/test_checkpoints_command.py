@@ -73,7 +73,7 @@ def test_it_compares(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "are the same" in capsys.readouterr().out
     assert command(monkeypatch, run, "--compare", 4, 7) == 1
     output = capsys.readouterr().out
-    assert "the greatest difference is" in output
+    assert "the largest difference is" in output
     assert "are different" in output
     (run / "checkpoints" / "step-000000004" / "trainer.json").unlink()
     assert command(monkeypatch, run, "--compare", 4, 7) == 2
@@ -89,7 +89,7 @@ def test_it_prunes_but_never_the_last_whole_one(run: Path, monkeypatch: pytest.M
     flip_bit(run / "checkpoints" / "step-000000007" / "__0_0.distcp")
     assert command(monkeypatch, run, "--prune", 1) == 0
     assert {6, 7} <= set(names(run))  # 6 is the last whole one now
-    assert "passing over checkpoint" in capsys.readouterr().out
+    assert "skipping checkpoint" in capsys.readouterr().out
     assert command(monkeypatch, run, "--prune", 0) == 2
     assert not list(run.glob("lock-*"))
 

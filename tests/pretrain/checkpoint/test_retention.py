@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.retention import Retention, Saved, score_of
+from pretrain.checkpoint.retention import Retention, Saved, get_score
 
 
 def saved(*steps: int, scores: dict[int, float] | None = None) -> list[Saved]:
@@ -13,7 +13,7 @@ def saved(*steps: int, scores: dict[int, float] | None = None) -> list[Saved]:
 
 
 def kept(retention: Retention, entries: list[Saved], whole: int) -> list[int]:
-    gone = {int(path.name) for path in retention.let_go(entries, whole)}
+    gone = {int(path.name) for path in retention.select_expired(entries, whole)}
     return [entry.step for entry in entries if entry.step not in gone]
 
 
@@ -60,7 +60,7 @@ def test_control_by_names_alone_the_last_whole_one_would_go() -> None:
 def test_a_score_is_of_the_checkpoint_s_own_weights() -> None:
     """The moving average's where there is one; a checkpoint that carries an earlier evaluation has none."""
     evaluation = {"step": 5, "weight": {"top1": 0.3, "loss": 2.0}, "ema": {"top1": 0.4, "loss": 1.5}}
-    assert score_of({"step": 5, "evaluation": evaluation}, "top1") == 0.4
-    assert score_of({"step": 5, "evaluation": {"step": 5, "weight": {"top1": 0.3}}}, "top1") == 0.3
-    assert score_of({"step": 6, "evaluation": evaluation}, "top1") is None
-    assert score_of({"step": 6, "evaluation": None}, "top1") is None
+    assert get_score({"step": 5, "evaluation": evaluation}, "top1") == 0.4
+    assert get_score({"step": 5, "evaluation": {"step": 5, "weight": {"top1": 0.3}}}, "top1") == 0.3
+    assert get_score({"step": 6, "evaluation": evaluation}, "top1") is None
+    assert get_score({"step": 6, "evaluation": None}, "top1") is None

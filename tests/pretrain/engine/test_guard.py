@@ -21,7 +21,7 @@ CONFIG = {
     "name": "tiny", "seed": 1, "global_batch": 8, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3}, "data": {"train": "unused"},
     "optim": {"lr": 1e-2}, "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 2},
 }  # fmt: skip
-ENGINES = [{"zero_stage": stage} for stage in range(4)] + [{"zero_stage": stage, "offload": True} for stage in (1, 2, 3)]
+ENGINES = [{"zero_stage": stage} for stage in range(4)]
 IMAGES, LABELS = (8, 3, 8, 8), torch.arange(8) % 3
 
 
@@ -49,7 +49,7 @@ class Rank:
         self.model = network()
         self.engine = build_engine(config, self.model, settings.accumulation(config, self.ranks))
         self.stats = BatchStats(self.model, config.engine.ema_decay)
-        self.guard = Guard(self.engine, clip=clip, scales=scales)
+        self.guard = Guard(self.engine, clip=clip, should_scale=scales)
 
     def step(self, number: int, poison: float | None = None, protected: bool = True) -> Tensor:
         """Makes an update. `poison` multiplies the loss of the last rank's first micro-batch."""
@@ -59,7 +59,7 @@ class Rank:
             loss = nn.functional.cross_entropy(self.engine(images[own]).float(), LABELS[own])
             if poison is not None and micro_step == 0 and self.rank == self.ranks - 1:
                 loss = loss * poison
-            self.engine.backward(self.guard.scaled(loss))
+            self.engine.backward(self.guard.scale_loss(loss))
             losses.append(loss.detach())
             if micro_step == 1:
                 self.stats.start_averaging()
@@ -73,8 +73,8 @@ class Rank:
     def state(self) -> dict[str, Tensor]:
         from pretrain.engine import zero_state
 
-        pieces = {f"{key}/{one.name}": part for one in zero_state.local_pieces(self.engine) for key, part in one.tensors.items()}
-        pieces |= {"steps": zero_state.step_counter(self.engine), "buffers": self.stats.flat, "buffers' average": self.stats.ema}
+        pieces = {f"{key}/{one.name}": part for one in zero_state.list_pieces(self.engine) for key, part in one.tensors.items()}
+        pieces |= {"steps": zero_state.get_step_counter(self.engine), "buffers": self.stats.flat, "buffers' average": self.stats.ema}
         return {name: tensor.detach().clone() for name, tensor in pieces.items()}
 
 
@@ -129,17 +129,17 @@ def clipped() -> dict[str, Any]:
             for number in range(3):
                 rank.step(number)
                 norms.append(float(rank.guard.norm))
-            whole = zero_state.whole_tensors(rank.engine, "weight")
+            whole = zero_state.assemble_tensors(rank.engine, "weight")
             found[f"{engine}, {clip}"] = (norms, {name: tensor.tolist() for name, tensor in whole.items()})
     return found
 
 
 def by_torch_alone(clip: float) -> tuple[list[float], dict[str, list]]:
     """The same in one process, by torch.nn.utils.clip_grad_norm_ and torch's AdamW; statistics are of two samples, as there."""
-    from pretrain.engine.optim import parameter_groups
+    from pretrain.engine.optim import group_parameters
 
     model = network()
-    optimizer, norms = torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-2), []
+    optimizer, norms = torch.optim.AdamW(group_parameters(model, 0.05), lr=1e-2), []
     for number in range(3):
         images = torch.randn(IMAGES, generator=torch.Generator().manual_seed(number))
         for own in torch.arange(8).view(-1, 2):
@@ -179,12 +179,12 @@ def scaled() -> dict[str, Any]:
         plain.step(number, poison)
         scales.append(float(rank.guard.scale))
         skipped.append(bool(rank.guard.found_inf))
-    state = rank.guard.state()
+    state = rank.guard.state_dict()
     growths.append(state["growth"])
     other = Rank(scales=True, zero_stage=2)
-    other.guard.load(state)
+    other.guard.load_state_dict(state)
     close = all(torch.allclose(tensor, plain.state()[name], rtol=1e-3, atol=1e-5) for name, tensor in rank.state().items())
-    return {"scales": scales, "skipped": skipped, "state": state, "loaded": other.guard.state(), "close": close}
+    return {"scales": scales, "skipped": skipped, "state": state, "loaded": other.guard.state_dict(), "close": close}
 
 
 def test_the_loss_scale_is_halved_by_overflows_and_doubles_when_there_are_none() -> None:
@@ -242,14 +242,13 @@ class Reads(TorchDispatchMode):
 
 def read() -> dict[str, list[str]]:
     found = {}
-    for engine in ENGINES[:4]:
+    for engine in ENGINES[:2]:
         for kind in ("plain", "clips and scales"):
             rank = Rank(**engine) if kind == "plain" else Rank(1.0, True, **engine)
             rank.step(0)
             with Reads() as reads:
                 rank.step(1)
-            # ZeRO-3 looks at the norm that it is given, which is a constant on the host.
-            found[f"{engine}, {kind}"] = [one for one in reads.found if "is_invalid_grad_norm" not in one]
+            found[f"{engine}, {kind}"] = reads.found
     with Reads() as control:
         float(rank.guard.norm)
     return found | {"control": control.found}

@@ -17,7 +17,7 @@ import pretrain.model.van  # noqa: F401  registers the family with timm
 from data.synthetic.synthesize import synthesize
 from pretrain import config as settings
 from pretrain.config import OptimConfig
-from pretrain.engine.optim import AdamW, learning_rate, parameter_groups, set_learning_rate
+from pretrain.engine.optim import AdamW, group_parameters, learning_rate, set_learning_rate
 from tests.support import REFERENCE, REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
@@ -106,7 +106,7 @@ def test_weight_decay_falls_on_what_the_authors_code_lets_it_fall(variant: str) 
     authors = [math.prod(shape) for name, shape in shapes.items() if len(shape) > 1]
     bare = [math.prod(shape) for name, shape in shapes.items() if len(shape) == 1 and "running_" not in name]
     with torch.device("meta"):
-        decayed, free = parameter_groups(timm.create_model(variant), 0.05)
+        decayed, free = group_parameters(timm.create_model(variant), 0.05)
     assert sorted(p.numel() for p in decayed["params"]) == sorted(authors)
     assert sorted(p.numel() for p in free["params"]) == sorted(bare)
 
@@ -114,7 +114,7 @@ def test_weight_decay_falls_on_what_the_authors_code_lets_it_fall(variant: str) 
 def test_layer_decay_falls_towards_the_input() -> None:
     model = timm.create_model("van_b0", num_classes=7)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, 0.05, layer_decay=0.5)
+    groups = group_parameters(model, 0.05, layer_decay=0.5)
     scale = {names[p]: group["lr_scale"] for group in groups for p in group["params"]}
     assert scale.keys() == set(names.values())
     # 3 + 3 + 5 + 2 blocks and the head; the first patch embedding is a layer of its own.
@@ -134,7 +134,7 @@ def test_layer_decay_falls_towards_the_input() -> None:
 def test_decay_is_on_kernels_and_matrices_alone() -> None:
     model = timm.create_model("van_b0", num_classes=7)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    decayed, free = parameter_groups(model, 0.05)
+    decayed, free = group_parameters(model, 0.05)
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     norms = {f"{name}." for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d | nn.LayerNorm)}
 
@@ -146,7 +146,7 @@ def test_decay_is_on_kernels_and_matrices_alone() -> None:
     assert any("norm" in names[p] for p in free["params"])
     # What is frozen is in no group.
     model.head.requires_grad_(False)
-    left = [names[p] for group in parameter_groups(model, 0.05) for p in group["params"]]
+    left = [names[p] for group in group_parameters(model, 0.05) for p in group["params"]]
     assert len(left) == len(names) - 2
     assert not [name for name in left if name.startswith("head.")]
 

@@ -106,9 +106,9 @@ def damaged_datasets(drawn: Path, folder: Path, train: dict[int, str], val: dict
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.newest_whole(folder / "run" / "checkpoints", print)
+    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
     assert path is not None
-    return checkpoint.read(path, KINDS)
+    return checkpoint.read_tensors(path, KINDS)
 
 
 @pytest.mark.long

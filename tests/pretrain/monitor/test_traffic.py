@@ -75,14 +75,14 @@ def a_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
         sizes = [parameter.numel() for parameter in model.parameters()]
         channels = sum(norm.num_features for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
         engine = build_engine(config, model, settings.accumulation(config, ranks))
-        stats, guard = BatchStats(model, 0.0), Guard(engine, clip=1.0, scales=False)
+        stats, guard = BatchStats(model, 0.0), Guard(engine, clip=1.0, should_scale=False)
         for _ in range(3 if stage == 3 else 1):  # ZeRO-3 learns in its first steps what to gather when, and ranks agree on it
             dist.barrier()
             before = sent_by_sockets()
             with Handed() as handed:
                 for micro_step in range(ACCUMULATION):
                     logits = engine(torch.randn(2, 3, 32, 32))
-                    engine.backward(guard.scaled(nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long))))
+                    engine.backward(guard.scale_loss(nn.functional.cross_entropy(logits, torch.zeros(2, dtype=torch.long))))
                     if micro_step + 1 == ACCUMULATION:
                         stats.start_averaging()
                         guard.check()

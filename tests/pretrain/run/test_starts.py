@@ -61,10 +61,10 @@ def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.newest_whole(folder / "run" / "checkpoints", print)
+    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
     assert path is not None
     assert path.name == "step-000000007"
-    return checkpoint.read(path, STATE)
+    return checkpoint.read_tensors(path, STATE)
 
 
 # ---------------------------------------------------------------- what is left behind

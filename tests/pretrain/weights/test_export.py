@@ -147,7 +147,7 @@ def test_a_damaged_checkpoint(runs: Path, tmp_path: Path, capsys: pytest.Capture
         export(path, "official", tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=f"^no whole checkpoint in {run / 'checkpoints'}"):
         export(run, "official", tmp_path / "weights.pth")
-    assert f"passing over checkpoint {path}: {shard.name} has another checksum" in capsys.readouterr().out
+    assert f"skipping checkpoint {path}: {shard.name} has another checksum" in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"^{tmp_path} is neither a checkpoint nor a run directory"):
         export(tmp_path, "official", tmp_path / "weights.pth")
 

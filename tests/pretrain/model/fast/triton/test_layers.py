@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
-from pretrain.engine.batch_stats import synchronise
+from pretrain.engine.batch_stats import synchronize_batch_norms
 from pretrain.model import depthwise, lka
 from pretrain.model.convolutions import PointwiseConv2d
 from pretrain.model.depthwise import DepthwiseConv2d
@@ -323,7 +323,7 @@ def test_wrong_gradients_around_a_gate_are_found(monkeypatch: pytest.MonkeyPatch
 
 def test_norms_over_all_ranks_stay_pytorchs(usable: None) -> None:
     model = tiny().to(DEVICE)
-    synchronise(model)
+    synchronize_batch_norms(model)
     assert choose(model).endswith("10 of 10 shortcuts, with 0 norms behind them")
 
 
