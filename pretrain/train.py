@@ -56,6 +56,7 @@ from pretrain.run.metrics import RunLog
 from pretrain.run.position import SharedPosition
 from pretrain.run.provenance import provenance, record_start
 from pretrain.schedule import make_schedule
+from pretrain.weights.export import check_formats
 from pretrain.weights.initial import start_from
 
 WARM_UP_STEPS = 3  # after a start, in which running out of memory means that the settings ask for too much
@@ -242,6 +243,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         self.model = build_model(config)
+        check_formats(self.model, config.run.export, "run.export")
         # A resumed run takes all weights from its checkpoint; the weights that it started from may be gone by then.
         if config.model.init_from and not self.is_resumed:
             for line in start_from(self.model, Path(config.model.init_from), config.model.head_init, self.index.classes):

@@ -199,9 +199,9 @@ def _json_lines(path: Path, last_bytes: int | None = None) -> list[Record]:
     """Returns the objects in a file of one JSON object a line. Incomplete and other lines are skipped."""
     try:
         with path.open("rb") as file:
-            begin = max(0, os.fstat(file.fileno()).st_size - last_bytes) if last_bytes else 0
-            file.seek(begin)
-            lines = file.read().splitlines()[1 if begin else 0 :]
+            if last_bytes is not None:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - last_bytes))
+            lines = file.read().splitlines()
     except OSError:
         return []
     return [value for line in lines if isinstance(value := _parse_json(line), dict)]

@@ -135,6 +135,8 @@ STATES: dict[str, tuple[tuple[Write, ...], dict[str, str] | None, str, str]] = {
     "queued, another job trains": ((add_records, attempt(), lock_elsewhere(touched=5, job="18")), {"17": PENDING}, "running", ""),
     "job began": ((attempt(),), {"17": RUNNING}, "running", "^job 17 RUNNING$"),
     "job began again": ((records(ago=900), attempt()), {"17": RUNNING}, "running", "^job 17 RUNNING$"),
+    "job began again, lock of the earlier attempt": ((records(ago=900), lock_elsewhere(touched=900), attempt()), {"17": RUNNING},
+                                                     "running", "^job 17 RUNNING$"),
     "lock released, job ends": ((add_records, attempt()), {"17": "COMPLETING"}, "running", "^job 17 COMPLETING$"),
     "job lost": ((attempt(),), {}, "failed", "^job 17 is no longer in the queue and did not report its end"),
     "job, no squeue": ((attempt(),), None, "stalled", "^no sign of life for 11 min 40 s$"),

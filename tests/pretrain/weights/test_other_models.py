@@ -1,5 +1,6 @@
 """Models that are no VAN: head, export, evaluation and fine-tuning."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -68,19 +69,18 @@ def test_formats_depend_on_the_class_of_the_model() -> None:
     assert load_command(van, "timm").startswith("`import pretrain.model.van` and ")
 
 
-def test_weights_for_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_for_evaluation(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, config = timm.create_model("test_vit", num_classes=len(CLASSES)), from_dict(SETTINGS)
-    config.model.name = "test_vit"
+    model, config = timm.create_model("test_vit", num_classes=len(CLASSES)), tmp_path / "job.yaml"
+    config.write_text(json.dumps(SETTINGS | {"model": {"name": "test_vit", "classes": len(CLASSES)}}))
     trained = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    monkeypatch.setattr("pretrain.config.load", lambda *_: config)
     torch.save(trained, tmp_path / "whole.pth")
     torch.save({key: tensor for key, tensor in trained.items() if key not in head_keys(model)}, tmp_path / "headless.pth")
 
-    weights = command.open_weights(tmp_path / "whole.pth", Path("job.yaml"), [], average=False, needs_head=True)
+    weights = command.open_weights(tmp_path / "whole.pth", config, [], average=False, needs_head=True)
     assert_same(dict(weights.model.state_dict()), trained)
     with pytest.raises(ValueError, match="holds no head, so it can't classify"):
-        command.open_weights(tmp_path / "headless.pth", Path("job.yaml"), [], average=False, needs_head=True)
-    headless = command.open_weights(tmp_path / "headless.pth", Path("job.yaml"), [], average=False, needs_head=False).model
+        command.open_weights(tmp_path / "headless.pth", config, [], average=False, needs_head=True)
+    headless = command.open_weights(tmp_path / "headless.pth", config, [], average=False, needs_head=False).model
     images = torch.zeros(2, 3, 160, 160)
     assert headless.forward_head(headless.forward_features(images), pre_logits=True).shape == (2, headless.head_hidden_size)  # type: ignore[operator]
