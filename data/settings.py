@@ -93,7 +93,7 @@ class DataConfig:
     cache_gb: float = setting(100.0, "Size of the cache of each dataset, in GB (10^9 bytes).", positive, resume="free")
     check: Literal["sizes", "checksums"] = setting(
         "sizes",
-        "Check of all shards at the start. sizes: of their sizes alone; checksums: also of every byte of those in folders.",
+        "Check of all shards at the start. sizes: their sizes alone; checksums: also every byte of those in folders.",
         resume="free",
     )
     max_bad: float = setting(0.001, "Share of a dataset's images that can be bad before the job ends.", below_1, resume="free")

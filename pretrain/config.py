@@ -22,6 +22,7 @@ from data.settings import JobData, JobEngine, data_conflicts
 from pretrain.model.formats import FORMATS
 
 EXTRAS = {"wandb": "wandb", "mlflow": "mlflow-skinny sqlalchemy alembic"}  # the packages of each tracker, as in pyproject.toml
+NOT_IN_KWARGS = ("num_classes", "drop_path_rate", "pretrained", "checkpoint_path")  # arguments of timm.create_model
 
 
 def _installed(module: str) -> Check:
@@ -53,7 +54,9 @@ class ModelConfig:
         None, "Stochastic depth: drop rate of the last block, from 0 at the first; null: the model's own.", below_1
     )
     kwargs: dict[str, Any] = setting(
-        {}, "Further arguments of the model, as `timm.create_model` takes them: `model.kwargs.drop_rate=0.1` sets one of them."
+        {},
+        "Further arguments of the model, as `timm.create_model` takes them: `model.kwargs.drop_rate=0.1` sets one of them.",
+        must_be(f"without {', '.join(NOT_IN_KWARGS)}; model.classes, drop_path and init_from set these", set(NOT_IN_KWARGS).isdisjoint),
     )
     init_from: str | None = setting(
         None, "Weights to start from: a file or folder in any of the formats, a run directory or a checkpoint.", on_node=True
@@ -68,17 +71,17 @@ class ModelConfig:
     )
     checkpoint_stages: list[int] = setting(
         [],
-        "Stages whose blocks keep only their input for the backward pass and recompute the rest: less memory, a third more computation.",
+        "Activation checkpointing: stages whose blocks keep only their input and recompute the rest, for a third more computation.",
         must_be("of stages 0, 1, 2 and 3", lambda stages: set(stages) <= {0, 1, 2, 3}),
         resume="free",
     )
-    compile: bool = setting(False, "torch.compile of each kind of block; the first step takes minutes.", resume="free")
+    compile: bool = setting(False, "Compile each kind of block with torch.compile; the first step takes minutes.", resume="free")
     graphs: bool = setting(False, "CUDA graphs of the stages: a step costs the host a few launches instead of thousands.", resume="free")
 
 
 @dataclass
 class OptimConfig:
-    lr: float = setting(MISSING, "Peak learning rate, for the global batch as it is.", positive)
+    lr: float = setting(MISSING, "Peak learning rate; it is not scaled with the global batch.", positive)
     min_lr: float = setting(1e-6, "Learning rate at the end of the cosine schedule.", at_least(0))
     warmup_lr: float = setting(1e-6, "Learning rate at the start of the warm-up.", at_least(0))
     warmup_epochs: float = setting(0.0, "Length of the linear warm-up, in epochs.", at_least(0))
@@ -105,7 +108,7 @@ class EngineConfig(JobEngine):
     )
     precision: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Precision of the computation; weights, sums and statistics are fp32.")
     sync_bn: bool = setting(False, "BatchNorm statistics over the micro-batches of all ranks, in place of each rank's own.")
-    ema_decay: float = setting(0.0, "Decay of the moving average of the weights in each step; 0: off.", below_1)
+    ema_decay: float = setting(0.0, "Decay per step of the moving average of the weights; 0: off.", below_1)
 
 
 @dataclass
@@ -114,7 +117,7 @@ class GuardConfig:
 
     spike: float = setting(
         0.0,
-        "Roll back after a loss of so many times the average of the last hundred; 0: never.",
+        "Roll back after a loss of so many times the average of the last hundred steps; 0: never.",
         must_be("more than 1, or 0 for never", lambda value: value == 0 or value > 1),
         resume="free",
     )

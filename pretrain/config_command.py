@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from data.common.fields import MISSING, Setting, in_words, settings_of
+from data.common.text import printable
 from pretrain import config as settings
 from pretrain.config import Config
 
@@ -70,7 +71,7 @@ def resolved(path: Path, overrides: Sequence[str]) -> list[str]:
         ConfigError: lists every problem of the settings.
     """
     values = settings.resolve(path, overrides, settings.ON_A_NODE)
-    return [f"{key} = {in_words(values[key].value)}    ({values[key].source})" for key in settings_of(Config)]
+    return [f"{key} = {printable(in_words(values[key].value))}    ({values[key].source})" for key in settings_of(Config)]
 
 
 def markdown() -> str:

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import yaml
 
 from data.common.fields import MISSING, Setting, in_words, settings_of, type_in_words
+from data.common.text import printable
 
 COMMAND_LINE, DEFAULT = "command line", "default"
 Schema = TypeVar("Schema")
@@ -39,9 +40,9 @@ class ConfigError(ValueError):
     """The problems of a job's settings, a line each."""
 
     def __init__(self, source: str, problems: list[str]):
-        self.problems = problems
+        self.problems = [printable(problem) for problem in problems]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in problems))
+        super().__init__(f"{source}: {count}\n" + "\n".join(f"  {problem}" for problem in self.problems))
 
 
 @dataclass(frozen=True)

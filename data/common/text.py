@@ -1,4 +1,4 @@
-"""Text for terminals and logs: durations and aligned tables."""
+"""Text for terminals and logs: durations, aligned tables, and values without control characters."""
 
 from collections.abc import Container, Sequence
 
@@ -30,3 +30,8 @@ def format_table(rows: Sequence[Sequence[str]], left: Container[int] = ()) -> st
         cells = enumerate(zip(row, widths, strict=True))
         lines.append("  ".join(cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in cells).rstrip())
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Escapes line breaks and control characters, which could forge lines of a log or change a terminal."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

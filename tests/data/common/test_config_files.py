@@ -146,6 +146,10 @@ def test_every_problem_is_reported_once_with_its_place(tmp_path: Path) -> None:
     ]
 
 
+def test_a_problem_is_one_line_without_control_characters(tmp_path: Path, job: Path) -> None:
+    assert the_problem(job, "device=\x1b[2Ja\nb") == "device = \\x1b[2Ja\\nb (command line): must be one of cpu, cuda"
+
+
 def test_values_that_can_not_work_together(job: Path) -> None:
     assert problems(job, "optim.decay=3", "optim.lr=2") == ["optim.decay = 3 (command line): must be below optim.lr"]
 
