@@ -138,7 +138,19 @@ def to_yaml(config: Any) -> str:
         return [escaped(each) for each in value] if isinstance(value, list | tuple) else value
 
     values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
-    return yaml.safe_dump(escaped(values), sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.dump(escaped(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that would not read as text in a mapping of any values."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    is_plain = _untyped(yaml.ScalarNode("", text), str) == text
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if is_plain else "'")
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 # ---------------------------------------------------------------- from text to nodes
@@ -396,9 +408,10 @@ def _untyped(node: yaml.Node, fill: Callable[[str], str]) -> Any:
     if node.style is None:
         if text in ("true", "false"):
             return text == "true"
-        for number in (int, float):
-            with suppress(ValueError):
-                return number(text)
+        with suppress(ValueError):
+            return int(text)
+        with suppress(ValueError):
+            return float(text) if math.isfinite(float(text)) else text
     return text
 
 

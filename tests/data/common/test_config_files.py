@@ -87,6 +87,14 @@ def test_mappings_are_merged_by_name(tmp_path: Path, job: Path) -> None:
     assert load(last).kwargs == {"a": 1, "b": {"c": 0.001}}
 
 
+def test_values_of_a_mapping_keep_their_types(tmp_path: Path, job: Path) -> None:
+    texts = ["1e3", "010", "true", "null", "~", "inf", ".inf", "nan", "2026-12-01", "yes", "1:30", "${name}", "x"]
+    config = load(job, [f"kwargs.quoted={texts}", "kwargs.plain=[1e3, 010, true, null, ~, inf, .inf, nan, 2026-12-01, yes]"])
+    assert config.kwargs["quoted"] == [*texts[:-2], "tiny", "x"]
+    assert config.kwargs["plain"] == [1000.0, 10, True, None, None, "inf", ".inf", "nan", "2026-12-01", "yes"]
+    assert load(write(tmp_path / "saved.yaml", config_files.to_yaml(config))) == config
+
+
 def test_circular_base(tmp_path: Path) -> None:
     one = write(tmp_path / "one.yaml", "base: two.yaml\n")
     write(tmp_path / "two.yaml", "base: ./one.yaml\n")
