@@ -47,7 +47,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Value:
-    """The value of a setting, the value as typed, and the place that set it."""
+    """The value of a setting, the value as typed with references filled in where it is text, and the place that set it."""
 
     value: Any
     typed: str
@@ -285,7 +285,7 @@ def _convert(schema: type, given: Mapping[str, _Given], path: str, skipped: Coll
             if key not in settings:
                 raise ValueError(_unknown(key, list(settings)))
             value = _typed(settings[key].type, each.node, _References(given, settings, each.source).fill)
-            values[key] = Value(value, _text(each.node), each.source)
+            values[key] = Value(value, value if isinstance(value, str) else _text(each.node), each.source)
         except _ReferenceToMissing:
             continue
         except ValueError as error:

@@ -132,6 +132,7 @@ def test_data_folders(tmp_path: Path, job: Path, dataset: Path) -> None:
     empty.mkdir()
     make = f"make it with: python -m data pack IMAGES {tmp_path} --split"
     assert the_problem(job, f"data.train={nowhere}") == f"data.train = {nowhere} (command line): no such folder; {make} nowhere"
+    assert the_problem(job, f"data.train={tmp_path}/${{name}}").startswith(f"data.train = {tmp_path}/tiny (command line): no such folder")
     assert the_problem(job, f"data.val={empty}") == f"data.val = {empty} (command line): no dataset.json in it; {make} empty"
     assert load(job, [f"data.val={dataset / 'val'}"]).data.val == str(dataset / "val")
 
