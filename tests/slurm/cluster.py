@@ -1,15 +1,15 @@
-"""A private Slurm cluster on this machine, for tests that need real jobs, requeues and signals.
+"""Runs a private Slurm cluster on this machine, for tests that need real jobs, requeues and signals.
 
     with private_cluster(tmp_path) as cluster:
         job = cluster.sbatch(Path("job.sh"), "argument", cwd=tmp_path, options=["--nodes=2"])
         cluster.wait(job, "COMPLETED", timeout=30)
         print(cluster.output(job))
 
-One slurmctld and one slurmd per node run as the current user, root or not, with their own configuration, ports and folders
-below `root`; a Slurm that this machine belongs to is neither read nor disturbed. Debian's slurm-wlm (22.05) has all it takes.
+One slurmctld and one slurmd per node run as the current user, with their own configuration, ports and folders below `root`.
+A Slurm cluster that this machine belongs to is neither read nor disturbed. Debian's package slurm-wlm (22.05) suffices.
 
-auth/none believes whatever user a client says it is. The daemons listen on loopback alone where the machine's own name means
-127.0.0.1; elsewhere they listen on every interface while the tests run: as root, start this only where nobody else gets at it.
+auth/none trusts the user name that a client sends. The daemons listen on loopback only if the machine's name resolves to 127.0.0.1,
+otherwise on every interface while the tests run: as root, use it only on machines that nobody else can reach.
 """
 
 import contextlib
@@ -25,16 +25,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # the daemons' folder, which ordinary users don't search
+PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # with the folder of the daemons
 FINAL_STATES = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
 
-# auth/none and cred/none do without a munge daemon. proctrack/linuxproc and task/none do without cgroups, which a container may
-# not give. config_overrides takes a node's declared CPUs and memory for true, so two cores can play any machine; CR_CPU alone
-# checks memory at submission and then doesn't count it. The hosts are called localhost because the machine's own name may not
-# resolve. A scheduling delay of 0 starts jobs in about 1 s instead of 3. MinJobAge keeps ended jobs for a day, for job() and
-# output(). SlurmdTimeout makes a dead node DOWN after 20 to 30 s, pings being a third of it apart. Jobs in `urgent` preempt those in
-# `main`, which have GraceTime seconds to leave. No test sends mail. Clusters side by side number their jobs differently, as
-# launch/job.sh takes a job's port by its number.
+# auth/none and cred/none need no munge daemon. proctrack/linuxproc and task/none need no cgroups, which a container may lack.
+# config_overrides accepts the declared CPUs and memory of a node, so two cores can act as any machine; CR_CPU checks memory at
+# submission only. The hosts are called localhost because the machine's name may not resolve. A scheduling delay of 0 starts jobs
+# in about 1 s instead of 3. MinJobAge keeps ended jobs for a day, for job() and output(). SlurmdTimeout sets a dead node DOWN after
+# 20 to 30 s. Jobs in `urgent` preempt those in `main`, which have GraceTime seconds to end. Clusters side by side use different
+# job ids, because launch/job.sh derives a job's port from its id.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -86,7 +85,7 @@ class Cluster:
         self._guardian: subprocess.Popen | None = None
 
     def start(self, timeout: float = 30) -> None:
-        """Returns when every node is idle."""
+        """Starts the daemons; returns when every node is idle."""
         for folder in (self.root / "state", *(self.root / node for node in self.nodes)):
             folder.mkdir(parents=True)
         port, *node_ports = _free_ports(1 + len(self.nodes))
@@ -98,15 +97,15 @@ class Cluster:
         settings = {"root": self.root, "user": getpass.getuser(), "listen": _listen(), "port": port, "nodes": nodes}
         settings |= {"first_job": 1 + 400 * worker}
         self.config.write_text(CONFIG.format_map(settings))
-        # slurmd loads a cgroup plugin whatever the other settings; v2's needs systemd, v1's does nothing until it is used.
+        # slurmd always loads a cgroup plugin; that of v2 needs systemd, that of v1 does nothing until it is used.
         (self.root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
 
-        # It is given neither SLURM_CONF nor the terminal's signals, so that it outlives everything that it has to end.
+        # Without SLURM_CONF and in a session of its own, so that it outlives everything that it has to end.
         guard = [sys.executable, __file__, str(self.config)]
         self._guardian = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
         self._daemon("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
-            self._daemon(node, "slurmd", "-D", "-N", node)  # -N: several on one machine, as Debian builds it
+            self._daemon(node, "slurmd", "-D", "-N", node)  # -N: one of several on a machine
 
         deadline = time.monotonic() + timeout
         while (states := self._node_states()) != dict.fromkeys(self.nodes, "idle"):
@@ -116,10 +115,10 @@ class Cluster:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends every job, then the daemons, then whatever is left of them."""
+        """Ends every job, then the daemons, then their remaining processes."""
         controller = self.daemons.get("slurmctld")
         if controller is not None and controller.poll() is None:
-            with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):  # if it no longer answers, it is killed below
+            with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):  # a controller that does not answer is killed below
                 self.run("scancel", f"--user={getpass.getuser()}")
                 deadline = time.monotonic() + 15  # a task that ignores TERM takes 9 s
                 while self.run("squeue", "--noheader") and time.monotonic() < deadline:
@@ -137,23 +136,23 @@ class Cluster:
         self.daemons.clear()
 
     def run(self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] = {}) -> str:
-        """Runs one of Slurm's commands on this cluster, with `env` added to the environment, and returns what it printed."""
+        """Runs a Slurm command on this cluster, with `env` added to the environment; returns its output."""
         done = subprocess.run(command, cwd=cwd, env={**self.env, **env}, capture_output=True, text=True, timeout=30)
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed: {done.stderr}")
         return done.stdout
 
     def sbatch(self, script: Path, *args: str, cwd: Path, options: Sequence[str] = (), env: Mapping[str, str] = {}) -> int:
-        """Submits from the folder `cwd`, with `env` added to the job's environment, and returns the job id."""
+        """Submits a job from the folder `cwd`, with `env` added to its environment; returns the job id."""
         return int(self.run("sbatch", "--parsable", *options, script, *args, cwd=cwd, env=env))
 
     def job(self, job_id: int) -> dict[str, str]:
-        """What `scontrol show job` says, by its names (JobState, Restarts, ExitCode, NodeList, ...)."""
+        """Returns the fields of `scontrol show job`: JobState, Restarts, ExitCode, NodeList, …"""
         line = self.run("scontrol", "--oneliner", "show", "job", str(job_id)).strip()
         return dict(field.split("=", 1) for field in re.split(r" (?=[A-Z][\w/:]*=)", line))
 
     def wait(self, job_id: int, *states: str, timeout: float) -> str:
-        """Waits for one of `states`, or with none given for the end of the job, and returns the state reached."""
+        """Waits for one of `states`, by default for the end of the job; returns the state."""
         wanted = set(states) or FINAL_STATES
         deadline = time.monotonic() + timeout
         while (state := self.job(job_id)["JobState"]) not in wanted:
@@ -165,7 +164,7 @@ class Cluster:
         return state
 
     def wait_until_idle(self, timeout: float = 60) -> None:
-        """Until no node is left with what ended there."""
+        """Waits until the nodes have cleaned up after their jobs."""
         deadline = time.monotonic() + timeout
         while (states := self._node_states()) != dict.fromkeys(self.nodes, "idle"):
             if time.monotonic() > deadline:
@@ -177,26 +176,26 @@ class Cluster:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def signal(self, job_id: int, name: str, *, batch: bool = False) -> None:
-        """Sends a signal to the tasks of the job's steps, or with `batch` to the batch script's shell alone."""
+        """Sends a signal to the tasks of the job's steps, or with `batch` only to the shell of the batch script."""
         self.run("scancel", f"--signal={name}", *(["--batch"] if batch else []), str(job_id))
 
     def skip_requeue_wait(self, job_id: int) -> None:
-        """Lets a requeued job start now; Slurm would keep it PENDING for the two minutes that a credential lives."""
+        """Starts a requeued job now; Slurm keeps it PENDING for two minutes, the lifetime of a credential."""
         self.wait(job_id, "PENDING", timeout=30)
-        time.sleep(1.1)  # slurmd revoked the old credential and, counting whole seconds, refuses a new one from the same second
+        time.sleep(1.1)  # slurmd refuses a new credential from the second in which it revoked the old one
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def lose(self, node: str) -> None:
-        """Kills a node's slurmd; what runs there goes on. The controller notices after 20 to 30 s, unless a job's messages fail before."""
+        """Kills a node's slurmd but not its tasks. The controller notices after 20 to 30 s, or when a message to the node fails."""
         self.daemons[node].kill()
         self.daemons[node].wait()
 
     def restore(self, node: str) -> None:
-        """Starts the slurmd of a node that was lost."""
+        """Restarts the slurmd of a lost node."""
         self._daemon(node, "slurmd", "-D", "-N", node)
 
     def _daemon(self, name: str, *command: str) -> None:
-        # In a session of its own: Ctrl-C must reach the tests alone, which then end the jobs while the daemons still can.
+        # In a session of its own: Ctrl-C must reach the tests only, which end the jobs while the daemons still run.
         with open(self.root / f"{name}.err", "wb") as err:
             self.daemons[name] = subprocess.Popen(
                 command, env=self.env, stdin=subprocess.DEVNULL, stdout=err, stderr=err, start_new_session=True
@@ -205,7 +204,7 @@ class Cluster:
     def _node_states(self) -> dict[str, str]:
         try:
             lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
-        except (RuntimeError, subprocess.TimeoutExpired):  # the controller isn't listening yet
+        except (RuntimeError, subprocess.TimeoutExpired):  # the controller is not listening yet
             return {}
         return dict(line.split() for line in lines)
 
@@ -213,7 +212,7 @@ class Cluster:
         tails = []
         for name in self.daemons:
             log = self.root / f"{name}.log"
-            path = log if log.exists() else log.with_suffix(".err")  # what was said before the configuration named a log
+            path = log if log.exists() else log.with_suffix(".err")  # messages before the log was open
             tails.append(f"-- {path.name}\n{path.read_text(errors='replace')[-2000:]}")
         return "\n".join(tails)
 
@@ -229,18 +228,18 @@ def private_cluster(root: Path, nodes: int = 2, cpus: int = 4) -> Iterator[Clust
 
 
 def processes(config: Path) -> list[int]:
-    """Ids of the processes that belong to the cluster: slurmd hands its SLURM_CONF on to slurmstepd and to every task."""
+    """Returns the ids of the cluster's processes: slurmstepd and every task inherit SLURM_CONF from slurmd."""
     mark = f"SLURM_CONF={config}".encode()
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
             if mark in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
 def _listen() -> str:
-    # This makes everything bind to the address of the machine's own name, so nothing starts if it has none or not NodeAddr.
+    # These parameters bind to the address of the machine's name, so the daemons only start if it is NodeAddr.
     with contextlib.suppress(OSError):
         if socket.gethostbyname(socket.gethostname()) == "127.0.0.1":
             return "CommunicationParameters=NoCtldInAddrAny,NoInAddrAny"
@@ -248,7 +247,7 @@ def _listen() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports below Linux's range for outgoing connections, one of which could otherwise take a port before its daemon does."""
+    """Returns free ports below Linux's range for outgoing connections, which could take a port before its daemon does."""
     ports: list[int] = []
     while len(ports) < count:
         port = random.randrange(20000, 32000)
@@ -259,10 +258,10 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _guard(config: Path) -> None:
-    """Waits for a line from its parent, or for the parent's death in whatever way, and kills what is left of the cluster."""
+    """Waits for a line from the parent process or its end, then kills the remaining processes of the cluster."""
     sys.stdin.readline()
-    while found := processes(config):
-        for pid in found:
+    while pids := processes(config):
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)

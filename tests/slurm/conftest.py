@@ -1,4 +1,4 @@
-"""The private Slurm cluster as a fixture, one for all tests of this folder, and the jobs of a test."""
+"""Fixtures: the private Slurm cluster, shared by all tests of this folder, and the jobs of a test."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from tests.slurm.jobs import Jobs
 
 @pytest.fixture(scope="session")
 def slurm_programs() -> None:
-    """Skips where Slurm isn't installed; in CI its absence is a failure, or these tests could vanish unseen."""
+    """Skips without Slurm; fails in CI, where these tests must run."""
     if missing := [name for name in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(name, path=PATH) is None]:
         reason = f"not installed: {', '.join(missing)}; `make slurm` installs the distribution's package slurm-wlm"
         if os.environ.get("CI") == "true":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs Slurm from the distribution's packages, which the cluster tests need; where it may not, says how to get it.
+# Installs Slurm from the distribution's packages for the cluster tests; prints how to get it where it may not install.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 if command -v slurmctld slurmd sbatch srun > /dev/null; then
@@ -10,7 +10,7 @@ as_root=()
 if [[ $(id -u) != 0 ]]; then
     as_root=(sudo -n)
     if ! sudo -n true 2> /dev/null; then
-        echo "Slurm is missing and may not be installed from here: the cluster tests will be skipped. To get it, $how" >&2
+        echo "Slurm is missing and cannot be installed without root: the cluster tests will be skipped. To get it, $how" >&2
         exit 0
     fi
 fi

@@ -1,6 +1,6 @@
-"""Jobs as users submit them, on the private cluster: the scripts of launch/, with options and settings that make them small.
+"""Submits the scripts of launch/ to the private cluster, with options and settings that make the jobs small.
 
-What runs is what every job runs: scripts, preflight, launcher, data loading, DeepSpeed, checkpoints.
+A job runs as it does for users: script, preflight, launcher, data loading, DeepSpeed, checkpoints.
 """
 
 import os
@@ -16,16 +16,15 @@ from pretrain.run.directory import list_checkpoints
 from tests.slurm.cluster import Cluster, processes
 from tests.support import REPOSITORY
 
-# The machine's own name, by which gloo would look for its interface, may not resolve where tests run.
-# Its two cores have to do for all nodes.
+# gloo would look for its interface by the machine's name, which may not resolve. All nodes share the cores of this machine.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 SMALL = (
     "engine.device=cpu", "model.classes=10", "data.image_size=32", "data.val=null", "data.decode_threads=1", "data.read_threads=1",
     "run.log_every=1",
 )  # fmt: skip
-# Where a job's ends are tested and not its model, so that a step takes tenths of a second.
+# For tests of the ends of a job: a step takes tenths of a second.
 QUICK = ("model.name=van_b0", "steps=40", "run.save_every=5", "run.export=[]")
-PATIENCE = 600  # seconds; a job takes 20 to 60 where two cores have nothing else to do
+PATIENCE = 600  # seconds; a job takes 20 to 60 on two idle cores
 
 
 class Jobs:
@@ -64,28 +63,24 @@ class Jobs:
             time.sleep(0.1)
 
     def wait_for_step(self, job: int, step: int) -> None:
-        """Until the log's last line of a step is of this one or a later one."""
-        self.wait_for(job, lambda: bool(found := re.findall(r" step (\d+)/", self.cluster.output(job))) and int(found[-1]) >= step)
+        """Waits until the job has logged this step or a later one."""
+        self.wait_for(job, lambda: bool(steps := re.findall(r" step (\d+)/", self.cluster.output(job))) and int(steps[-1]) >= step)
 
     def wait_for_attempt(self, job: int, number: int) -> Attempt:
-        """Until the job's attempt of this number, counted from 0, has ended; returns it."""
-        found: list[Attempt] = []
-
-        def ended() -> bool:
-            found[:] = [attempt for attempt in self.attempts(job) if attempt.restart == number and attempt.end]
-            return bool(found)
-
+        """Waits for the end of the job's attempt of this number, counted from 0; returns it."""
         deadline = time.monotonic() + PATIENCE
-        while not ended():
+        while True:
+            for attempt in self.attempts(job):
+                if attempt.restart == number and attempt.end:
+                    return attempt
             assert time.monotonic() < deadline, self.cluster.output(job)
             time.sleep(0.1)
-        return found[0]
 
     def attempts(self, job: int) -> list[Attempt]:
         return [attempt for attempt in attempts.read(self.run) if attempt.job == str(job)]
 
     def complete(self, job: int) -> str:
-        """Waits for the job's success; returns its output."""
+        """Waits until the job is completed; returns its output."""
         self.cluster.wait(job, "COMPLETED", timeout=PATIENCE)
         return self.cluster.output(job)
 
@@ -93,7 +88,7 @@ class Jobs:
         return list_checkpoints(self.run / "checkpoints")[-1]
 
     def end(self) -> None:
-        """Cancels what still runs, and makes room: a checkpoint of VAN-B6 has 2.4 GB."""
+        """Cancels the jobs and removes their run: a checkpoint of VAN-B6 has 2.4 GB."""
         for job in self.submitted:
             self.cluster.run("scancel", str(job))
         deadline = time.monotonic() + 30
@@ -103,8 +98,8 @@ class Jobs:
 
 
 def ranks(cluster: Cluster) -> dict[int, tuple[str, str, str]]:
-    """(node, rank, ranks) of the training processes that run, by process id."""
-    found = {}
+    """Returns (node, rank, ranks) of the running training processes by process id."""
+    running = {}
     for pid in processes(cluster.config):
         folder = Path("/proc", str(pid))
         try:
@@ -113,12 +108,12 @@ def ranks(cluster: Cluster) -> dict[int, tuple[str, str, str]]:
         except OSError:  # it ended meanwhile
             continue
         if words[1:4] == ["-m", "pretrain", "train"] and values.get("RANK"):
-            found[pid] = (values["SLURMD_NODENAME"], values["RANK"], values["WORLD_SIZE"])
-    return found
+            running[pid] = (values["SLURMD_NODENAME"], values["RANK"], values["WORLD_SIZE"])
+    return running
 
 
 def send(cluster: Cluster, rank: int, number: int) -> str:
-    """A signal to one rank's process alone; returns its node."""
+    """Sends a signal to the process of one rank; returns its node."""
     pid, node = next((pid, node) for pid, (node, other, _) in ranks(cluster).items() if int(other) == rank)
     os.kill(pid, number)
     return node

@@ -1,4 +1,4 @@
-"""The chain of jobs from pretraining to weights, as a user submits it: who waits for whom, and what becomes of it."""
+"""The chain of jobs from pretraining to weights: dependencies, arguments and cancellation."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.support import REPOSITORY
 pytestmark = pytest.mark.slurm
 
 CHAIN = REPOSITORY / "launch" / "van_b3_full.sh"
-# As large as the private cluster is.
+# Fits the private cluster.
 OPTIONS = ("--cpus-per-task=1", "--gpus-per-node=0", "--time=20")
 PARTS = ["pretrain", "finetune", "evaluate", "export", "finetune", "evaluate", "export"]
 
@@ -35,14 +35,14 @@ def submit(cluster: Cluster, *words: str, **environment: str) -> subprocess.Comp
     )
 
 
-def told(output: str) -> dict[int, tuple[str, str, int | None]]:
-    """(part, run, id of the job before) of each job, by id."""
+def read_chain(output: str) -> dict[int, tuple[str, str, int | None]]:
+    """Returns (part, run, id of the job before) of each job by id."""
     rows = re.findall(r"^(\d+) +(\w+) +(\S+?)(?:, after (\d+))?$", output, re.MULTILINE)
     return {int(job): (part, run, int(after) if after else None) for job, part, run, after in rows}
 
 
 def arguments(cluster: Cluster, job: int) -> list[str]:
-    """Of its script."""
+    """Returns the arguments of the job's script."""
     return cluster.job(job)["Command"].split()[1:]
 
 
@@ -51,7 +51,7 @@ def test_each_job_waits_for_the_one_before(cluster: Cluster, submitted: list[int
              "pretrain.steps=1", "finetune.steps=2", "evaluate.data.val=other")  # fmt: skip
     done = submit(cluster, *words, NAME="trial")
     assert done.returncode == 0, done.stderr
-    jobs = told(done.stdout)
+    jobs = read_chain(done.stdout)
     submitted += jobs
     first, small, _, _, large, *_ = jobs
     tuned = [f"runs/trial_in22k_ft_in1k_{size}" for size in (224, 384)]
@@ -73,26 +73,26 @@ def test_each_job_waits_for_the_one_before(cluster: Cluster, submitted: list[int
     assert arguments(cluster, large + 2) == [tuned[1]]
     assert f"status runs/trial_in22k {tuned[0]} {tuned[1]} --follow" in done.stdout
 
-    cluster.run("scancel", str(first))  # what can't follow goes with it
+    cluster.run("scancel", str(first))  # cancels the jobs that depend on it
     for job in list(jobs)[1:]:
         assert cluster.wait(job, timeout=60) == "CANCELLED"
 
 
-def test_a_job_submits_it_too(cluster: Cluster, submitted: list[int], tmp_path: Path) -> None:
+def test_a_job_can_submit_the_chain(cluster: Cluster, submitted: list[int], tmp_path: Path) -> None:
     words = (*OPTIONS, f"--output={tmp_path}/%j.out", "--nodes=1", "pretrain.--begin=now+1hour")
-    own = cluster.sbatch(CHAIN, *words, cwd=REPOSITORY, options=["--cpus-per-task=2", f"--output={tmp_path}/%j.out"])
-    cluster.wait(own, "COMPLETED", timeout=60)
-    jobs = told(cluster.output(own))
+    submitter = cluster.sbatch(CHAIN, *words, cwd=REPOSITORY, options=["--cpus-per-task=2", f"--output={tmp_path}/%j.out"])
+    cluster.wait(submitter, "COMPLETED", timeout=60)
+    jobs = read_chain(cluster.output(submitter))
     submitted += jobs
     assert [part for part, _, _ in jobs.values()] == PARTS
     assert cluster.job(next(iter(jobs)))["CPUs/Task"] == "1"
 
 
-def test_a_chain_that_can_t_be_submitted_whole_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_chain_that_fails_to_submit_is_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     words = (*OPTIONS, f"--output={tmp_path}/%j.out", "--nodes=1", "pretrain.--begin=now+1hour", "evaluate.--partition=nowhere")
     done = submit(cluster, *words)
     assert done.returncode == 1
-    jobs = list(told(done.stdout))
+    jobs = list(read_chain(done.stdout))
     assert len(jobs) == 2
     assert f"cancelling {jobs[0]} {jobs[1]}" in done.stderr
     assert [cluster.wait(job, timeout=30) for job in jobs] == ["CANCELLED"] * 2
@@ -106,9 +106,8 @@ def test_from_pretraining_to_weights_in_every_format(cluster: Cluster, submitted
         f"data.train={drawn / 'train'}", f"data.val={drawn / 'val'}", "data.image_size=32", "data.decode_threads=1", "data.read_threads=1",
     )  # fmt: skip
     try:
-        # The machine's own name, by which gloo would look for its interface, may not resolve where tests run.
         done = submit(cluster, *OPTIONS, "--nodes=1", f"--output={tmp_path}/%j.out", *settings, NAME=name, GLOO_SOCKET_IFNAME="lo")
-        jobs = told(done.stdout)
+        jobs = read_chain(done.stdout)
         submitted += jobs
         for job in jobs:
             cluster.wait(job, "COMPLETED", timeout=600)
@@ -133,7 +132,7 @@ def test_from_pretraining_to_weights_in_every_format(cluster: Cluster, submitted
         ("4", "neither key=value nor --option=value"), ("export.steps=3", "an export has no settings"),
     ],
 )  # fmt: skip
-def test_words_that_it_does_not_take(word: str, problem: str) -> None:
+def test_invalid_words(word: str, problem: str) -> None:
     done = subprocess.run(["bash", CHAIN, word], env=os.environ | {"PATH": "/bin:/usr/bin"}, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert f"error: {word}: {problem}" in done.stderr

@@ -1,4 +1,4 @@
-"""The private cluster does what the job scripts count on: tasks on every node, requeues, signals, and nothing left behind."""
+"""The private cluster: tasks on every node, requeues, signals, exit codes, and no process left behind."""
 
 import os
 import signal
@@ -108,22 +108,22 @@ def test_bad_exit_of_one_task_ends_the_others(cluster: Cluster, tmp_path: Path) 
 
 
 def test_stop_leaves_no_process(slurm_programs: None, tmp_path: Path) -> None:
-    with private_cluster(tmp_path / "slurm") as own:
+    with private_cluster(tmp_path / "slurm") as fresh:
         # Ignoring TERM, and with a child outside the process group: what a scancel finds hardest to end.
         body = "trap '' TERM; srun bash -c \"trap '' TERM; setsid sleep 300 & echo task ready; wait\""
-        job = own.sbatch(script(tmp_path, body), cwd=tmp_path, options=["--nodes=2"])
-        wait_for_output(own, job, "task ready\ntask ready\n")
-        pids = processes(own.config)
+        job = fresh.sbatch(script(tmp_path, body), cwd=tmp_path, options=["--nodes=2"])
+        wait_for_output(fresh, job, "task ready\ntask ready\n")
+        pids = processes(fresh.config)
         assert len(pids) >= 3 + 2 + 2  # the daemons, a shell on each node, a sleep on each node
-    assert not processes(own.config)
+    assert not processes(fresh.config)
     wait_for_end(pids)
 
 
 def test_killed_tests_leave_no_process(slurm_programs: None, tmp_path: Path) -> None:
     program = (
         "import sys, time, pathlib, cluster\n"
-        "with cluster.private_cluster(pathlib.Path(sys.argv[1])) as own:\n"
-        "    own.sbatch(pathlib.Path(sys.argv[2]), cwd=pathlib.Path(sys.argv[1]))\n"
+        "with cluster.private_cluster(pathlib.Path(sys.argv[1])) as fresh:\n"
+        "    fresh.sbatch(pathlib.Path(sys.argv[2]), cwd=pathlib.Path(sys.argv[1]))\n"
         "    print('started', flush=True)\n"
         "    time.sleep(300)\n"
     )

@@ -1,7 +1,7 @@
-"""What a job on Slurm survives, and what it ends by: limits, preemption, crashes, hangs, lost and drained nodes, poison, other sizes.
+"""The contract of a job on Slurm: time limits, preemption, crashes, hangs, lost and drained nodes, poison steps, other sizes.
 
-Wherever ranks and hardware stay the same, what is left in the end is compared bit for bit with a job that nothing disturbed. Slurm's wait
-before a requeued job starts is skipped.
+If the number of ranks stays the same, the last checkpoint is compared bit for bit with that of an undisturbed job.
+Slurm's delay before the start of a requeued job is skipped.
 """
 
 import json
@@ -28,7 +28,7 @@ POISON = str(Path(__file__).parent / "poison")
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Iterator[Jobs]:
-    """A job that ran through; its last checkpoint is what all others have to come to."""
+    """A job that ran without interruption; all others must end with the same checkpoint."""
     jobs = Jobs(cluster, tmp_path_factory.mktemp("undisturbed"), drawn)
     job = jobs.submit(SCRIPT, *QUICK)
     output = jobs.complete(job)
@@ -39,18 +39,18 @@ def undisturbed(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, draw
 
 
 def losses(jobs: Jobs) -> dict[int, float]:
-    """By step; of a step that was computed again the last."""
+    """Returns the losses by step; the last one of a step that was computed again."""
     records = map(json.loads, (jobs.run / "metrics.jsonl").read_text().splitlines())
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
 
 
 def outcomes(jobs: Jobs, job: int) -> list[str]:
-    return [attempt.end.outcome if attempt.end else "without a word" for attempt in jobs.attempts(job)]
+    return [attempt.end.outcome if attempt.end else "not recorded" for attempt in jobs.attempts(job)]
 
 
 def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
-    """USR1 ahead of the time limit, by --signal. Slurm looks every half minute, and sends it half a minute earlier than it is told to: from
-    15 to 45 seconds after the job's start."""
+    """USR1 before the time limit, by --signal. Slurm checks every half minute and sends it half a minute early: here 15 to 45 seconds
+    after the job's start."""
     job = jobs.submit(SCRIPT, *QUICK, options=["--time=4", "--signal=USR1@195"], PYTHONPATH=POISON, POISON="slow twice")
     for number in range(2):
         attempt = jobs.wait_for_attempt(job, number)
@@ -79,7 +79,7 @@ def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tm
 
     jobs.wait_for(job, lambda: len(resumed_at(cluster.output(job))) == 1)
     jobs.wait_for_step(job, resumed_at(cluster.output(job))[0] + 3)
-    for number in ("USR1", "TERM", "USR1", "TERM"):  # the later ones come while it saves, or after
+    for number in ("USR1", "TERM", "USR1", "TERM"):  # the later ones arrive during the save or after it
         cluster.signal(job, number)
     jobs.wait_for_attempt(job, 1)
     cluster.skip_requeue_wait(job)
@@ -92,13 +92,12 @@ def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tm
 
 
 @pytest.mark.long
-def test_a_hard_life(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
-    """One job: a rank killed on the second node, a rank that hangs, a node drained between restarts."""
+def test_a_killed_rank_a_hung_rank_and_a_drained_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     job = jobs.submit(SCRIPT, *QUICK, "guard.step_limit=3", "guard.start_limit=100")
     used: list[tuple[str, ...]] = []
 
     def next_attempt() -> int:
-        """Of the attempt that begins: the step that it goes on from."""
+        """Waits for the next attempt; returns the step it resumes from."""
         before = len(resumed_at(cluster.output(job)))
         cluster.skip_requeue_wait(job)
         jobs.wait_for(job, lambda: len(resumed_at(cluster.output(job))) > before)
@@ -109,7 +108,7 @@ def test_a_hard_life(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     assert send(cluster, 1, signal.SIGKILL) == "n1"
     began = time.monotonic()
     end = jobs.wait_for_attempt(job, 0).end
-    assert time.monotonic() - began < 20  # nobody waited for a timeout
+    assert time.monotonic() - began < 20  # without waiting for a timeout
     assert end is not None
     assert (end.outcome, end.rank, end.host, end.again, end.excluded) == ("crashed", 1, "n1", True, ())
     assert "rank 1 on n1 was killed by SIGKILL" in cluster.output(job)
@@ -124,7 +123,7 @@ def test_a_hard_life(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     output = cluster.output(job)
     assert "HANG: rank 0 on n0 gives no answer" in output
     assert re.search(r"rank 1 on n1 has not finished a step for 3 s; it is in step \d+", output)
-    assert re.search(r'File ".*pretrain/train.py", line \d+ in train', output)  # its stacks
+    assert re.search(r'File ".*pretrain/train.py", line \d+ in train', output)  # the stacks
     assert not ranks(cluster)  # the stopped one is gone too
 
     cluster.wait(job, "PENDING", timeout=30)
@@ -141,14 +140,14 @@ def test_a_hard_life(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
 
 @pytest.mark.full
 def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
-    """The first one, with the batch script and rank 0, which holds the run directory's lock and lives on without doing anything."""
+    """The first node, with the batch script and rank 0, which stays alive, stopped, and holds the lock of the run directory."""
     job = jobs.submit(SCRIPT, *QUICK)
     jobs.wait_for_step(job, 6)
     left = ranks(cluster)
     assert send(cluster, 0, signal.SIGSTOP) == "n0"
     cluster.lose("n0")
     try:
-        jobs.wait_for(job, lambda: cluster.job(job)["Restarts"] == "1")  # Slurm requeues it by itself, as the node is down
+        jobs.wait_for(job, lambda: cluster.job(job)["Restarts"] == "1")  # by Slurm, as the node is down
         cluster.skip_requeue_wait(job)
         output = jobs.complete(job)
     finally:
@@ -165,7 +164,7 @@ def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
 
 
 @pytest.mark.long
-def test_a_node_that_preflight_names_is_left_out(jobs: Jobs, cluster: Cluster) -> None:
+def test_a_node_that_preflight_rejects_is_excluded(jobs: Jobs, cluster: Cluster) -> None:
     job = jobs.submit(SCRIPT, *QUICK, "steps=2", PYTHONPATH=POISON, POISON="preflight on n1")
     end = jobs.wait_for_attempt(job, 0).end
     assert end is not None
@@ -186,21 +185,21 @@ def test_a_poison_step_stops_the_job_with_a_summary(jobs: Jobs, cluster: Cluster
     cluster.skip_requeue_wait(job)
     assert cluster.wait(job, timeout=600) == "FAILED"
     assert [attempt.end.again for attempt in jobs.attempts(job) if attempt.end] == [True, False]
-    told = (jobs.run / "FAILED.md").read_text()
-    assert "step 7 has failed twice in a row: rank 1 on n1 was killed by SIGSEGV in step 7 (data)" in told
+    summary = (jobs.run / "FAILED.md").read_text()
+    assert "step 7 has failed twice in a row: rank 1 on n1 was killed by SIGSEGV in step 7 (data)" in summary
 
-    output = jobs.complete(jobs.submit(SCRIPT, *QUICK))  # with the cause mended
+    output = jobs.complete(jobs.submit(SCRIPT, *QUICK))  # with the cause fixed
     assert resumed_at(output) == [5]
     assert not (jobs.run / "FAILED.md").exists()
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
 @pytest.mark.full
-def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Path, drawn: Path, undisturbed: Jobs) -> None:
-    """Two nodes, ended by RUN/STOP; one node, cancelled; then as many as there are, three."""
+def test_other_sizes_resume_with_the_same_samples(cluster: Cluster, tmp_path: Path, drawn: Path, undisturbed: Jobs) -> None:
+    """Two nodes, ended by RUN/STOP; one node, cancelled; then all three."""
     batches = ("global_batch=12", "engine.micro_batch=2")
     jobs, whole = Jobs(cluster, tmp_path / "jobs", drawn, batches), Jobs(cluster, tmp_path / "whole", drawn, batches)
-    # Losses that tell samples apart, and nothing else: drop path is drawn by rank, and what one step's rounding does to the next grows.
+    # The losses must depend on the samples only: drop path is drawn by rank, and rounding differences grow from step to step.
     settings = (*QUICK, "steps=20", "engine.precision=fp32", "model.drop_path=0", "optim.lr=1e-6")
     try:
         reference = whole.submit(SCRIPT, *settings)
@@ -225,13 +224,13 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
         three = jobs.submit(SCRIPT, *settings, nodes="2-3")
         output = jobs.complete(three)
         assert "3 cpu ranks; global batch 12 = 3 x 2 x 2" in output
-        assert resumed_at(output)[0] >= stopped + 3 - 5  # at most the last interval is lost, and TERM's moment of grace may have saved it
+        assert resumed_at(output)[0] >= stopped + 3 - 5  # TERM may have saved later than the last interval
         assert cluster.job(three)["Restarts"] == cluster.job(one)["Restarts"] == "0"
-        found, expected = losses(jobs), losses(whole)
-        assert found == pytest.approx(expected, rel=1e-4)
+        resumed, expected = losses(jobs), losses(whole)
+        assert resumed == pytest.approx(expected, rel=1e-4)
         shifted = {step: expected.get(step + 1, 0.0) for step in expected}
-        assert not any(found[step] == pytest.approx(shifted[step], rel=1e-4) for step in found)  # other samples would be seen
-        assert compare(jobs.newest(), whole.newest()) != 0  # the order of sums differs, so that this compares something
+        assert not any(resumed[step] == pytest.approx(shifted[step], rel=1e-4) for step in resumed)  # other samples would change the losses
+        assert compare(jobs.newest(), whole.newest()) != 0  # the order of sums differs, so the comparison can fail
     finally:
         jobs.end()
         whole.end()
@@ -241,7 +240,7 @@ def test_other_sizes_go_on_with_the_same_samples(cluster: Cluster, tmp_path: Pat
 def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
     first = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2", "--output=/dev/null"])
     jobs.wait_for(first, lambda: (jobs.run / "metrics.jsonl").exists())
-    send(cluster, 1, signal.SIGSTOP)  # so that it is there for as long as the other one looks
+    send(cluster, 1, signal.SIGSTOP)  # so that it runs until the second one has checked the lock
     second = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2"])
     assert cluster.wait(second, timeout=600) == "FAILED"
     assert cluster.job(second)["ExitCode"] == f"{EXIT_CONFIG}:0"
@@ -252,7 +251,7 @@ def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
-def test_a_setting_that_cannot_work_is_never_tried_again(jobs: Jobs, cluster: Cluster) -> None:
+def test_a_job_with_wrong_settings_is_never_requeued(jobs: Jobs, cluster: Cluster) -> None:
     job = jobs.submit(SCRIPT, *QUICK, nodes="3")  # a global batch of 4
     assert cluster.wait(job, timeout=600) == "FAILED"
     assert cluster.job(job)["ExitCode"] == f"{EXIT_CONFIG}:0"

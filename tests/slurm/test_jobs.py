@@ -1,4 +1,4 @@
-"""The job scripts as a user submits them: two nodes train the real models, and what can't work is told in words."""
+"""The job scripts as a user submits them: two nodes train the real models, and wrong settings are reported."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 def available_memory() -> int:
-    """In bytes, as the kernel estimates it."""
+    """Returns the available memory in bytes by the kernel's estimate."""
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return 1024 * int(fields["MemAvailable"].split()[0])
 
@@ -34,7 +34,7 @@ def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, drawn: Path) ->
     newest = jobs.newest()
     assert newest.name == "step-000000002"
     assert verify(newest) == []
-    assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}  # both ranks have their part in it
+    assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}  # both ranks wrote a part
 
 
 LARGER = [
@@ -65,8 +65,8 @@ def test_wrong_setting_ends_the_job_with_one_message(jobs: Jobs, cluster: Cluste
 
 
 @pytest.mark.long
-def test_a_site_has_its_own_ways(jobs: Jobs, tmp_path: Path) -> None:
-    """launch/site.env: options of srun, as for a container by pyxis, a command in front of Python, as for Apptainer, and settings."""
+def test_site_settings(jobs: Jobs, tmp_path: Path) -> None:
+    """launch/site.env: options of srun as for pyxis, a command before Python as for Apptainer, and settings."""
     copy = tmp_path / "copy"
     shutil.copytree(REPOSITORY / "launch", copy / "launch")
     for name in (".venv", "configs", "data", "pretrain"):
@@ -76,7 +76,7 @@ def test_a_site_has_its_own_ways(jobs: Jobs, tmp_path: Path) -> None:
     )
     output = jobs.complete(jobs.submit("van_b3_in22k.sh", "model.name=van_b0", cwd=copy))
     assert "complete after 2 steps" in output
-    assert "global batch 4 = " in output  # the command line's outweighs the site's
+    assert "global batch 4 = " in output  # the command line overrides the site
     environment = json.loads((jobs.run / "starts" / "0001" / "environment.json").read_text())
     assert environment["variables"]["NCCL_DEBUG"] == "VERSION"
     assert sorted(path.name for path in (jobs.run / "weights").iterdir() if path.suffix == ".pth") == ["van_b3_in22k.pth"]

@@ -1,4 +1,4 @@
-"""Packing as an array job: parts on several nodes, one of them sent back to the queue and one killed, make one dataset."""
+"""Packing as an array job: parts on several nodes, one requeued and one killed, make one dataset."""
 
 import contextlib
 import os
@@ -46,13 +46,13 @@ def wait_for(reached: Callable[[], object], timeout: float = 60) -> None:
 
 
 def ids_of_tasks(cluster: Cluster, job: int) -> dict[int, int]:
-    """The job id of each running task of an array."""
+    """Returns the job ids of the running tasks of an array."""
     lines = cluster.run("squeue", "--noheader", "--states=RUNNING", f"--jobs={job}", "--format=%K %A").splitlines()
-    return {int(task): int(own) for task, own in map(str.split, lines)}
+    return {int(task): int(id_) for task, id_ in map(str.split, lines)}
 
 
 @pytest.mark.long
-def test_an_array_of_tasks_packs_stops_and_goes_on(cluster: Cluster, source: Path, tmp_path: Path) -> None:
+def test_an_array_of_tasks_packs_stops_and_resumes(cluster: Cluster, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "in22k"
     options = ["--array=0-2", "--cpus-per-task=1", "--time=5", f"--output={tmp_path}/%a.out"]
     done = out / "train.packing" / "done"
@@ -66,7 +66,7 @@ def test_an_array_of_tasks_packs_stops_and_goes_on(cluster: Cluster, source: Pat
     job = submit()
     wait_for(lambda: all(map(packed, range(3))))
     tasks = ids_of_tasks(cluster, job)
-    cluster.signal(tasks[0], "USR1", batch=True)  # as --signal does ahead of the time limit
+    cluster.signal(tasks[0], "USR1", batch=True)  # as --signal does before the time limit
     wait_for(lambda: "requeueing task 0 of job" in (tmp_path / "0.out").read_text())
     for pid in processes(cluster.config):  # another is killed, as when a node fails
         with contextlib.suppress(OSError):  # it ended meanwhile
