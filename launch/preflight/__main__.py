@@ -21,6 +21,7 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from data.common.command_line import parse
 from data.common.text import format_table
@@ -120,8 +121,10 @@ def report_nodes(nodes: Sequence[Node], expected: int, per_node: int, config: Co
 
 def report_network(tasks: Sequence[Task]) -> Verdict:
     """Prints a table of the network's times; returns the verdict about them."""
-    first_ranks = {task.host: task.result for task in reversed(tasks) if task.result}
-    results = {name: first_ranks[name] for name in reversed(first_ranks)}
+    results: dict[str, dict[str, Any]] = {}  # of the first rank of each node
+    for task in tasks:
+        if task.result:
+            results.setdefault(task.host, task.result)
     rates, clocks = exchange_rates(tasks), clock_offsets(results)
     if rates:
         rows = [[name, f"{clocks[name] * 1e3:+.0f} ms", f"{rate / 1e9:.2f} GB/s"] for name, rate in rates.items()]

@@ -47,31 +47,6 @@ def test_one_task_runs_on_each_node(cluster: Cluster, tmp_path: Path) -> None:
     ]
 
 
-def test_a_node_has_the_cpus_it_declares(cluster: Cluster, tmp_path: Path) -> None:
-    body = 'srun bash -c "echo $SLURM_CPUS_PER_TASK"'
-    job = cluster.sbatch(script(tmp_path, body), cwd=tmp_path, options=["--nodes=2", f"--cpus-per-task={cluster.cpus}"])
-    cluster.wait(job, "COMPLETED", timeout=20)
-    assert cluster.output(job).split() == [str(cluster.cpus)] * 2
-    with pytest.raises(RuntimeError, match="node configuration is not available"):
-        cluster.sbatch(script(tmp_path, body), cwd=tmp_path, options=[f"--cpus-per-task={cluster.cpus + 1}"])
-
-
-def test_batch_script_runs_from_a_copy(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.sbatch(script(tmp_path, 'echo "$(dirname "$0")"; echo "$SLURM_SUBMIT_DIR"'), cwd=tmp_path)
-    cluster.wait(job, "COMPLETED", timeout=20)
-    copy, submitted_from = cluster.output(job).splitlines()
-    assert Path(copy).is_relative_to(cluster.root)
-    assert Path(submitted_from) == tmp_path
-
-
-def test_wait_reports_a_job_that_ended_otherwise(cluster: Cluster, tmp_path: Path) -> None:
-    job = cluster.sbatch(script(tmp_path, "echo the reason; exit 3"), cwd=tmp_path)
-    with pytest.raises(RuntimeError, match="the reason"):
-        cluster.wait(job, "COMPLETED", timeout=20)
-    assert cluster.wait(job, timeout=0) == "FAILED"
-    assert cluster.job(job)["ExitCode"] == "3:0"
-
-
 @pytest.mark.parametrize("batch", [False, True])
 def test_signalled_job_requeues_itself(cluster: Cluster, tmp_path: Path, batch: bool) -> None:
     # A signal to the steps reaches both tasks and not the shell; one to the shell reaches it alone.
@@ -147,9 +122,3 @@ def test_failed_start_says_why_and_leaves_no_process(slurm_programs: None, tmp_p
     with pytest.raises(RuntimeError, match=r"CPUs value \(-1\) is less than zero"), private_cluster(root, cpus=-1):
         pass
     assert not processes(root / "slurm.conf")
-
-
-@pytest.mark.parametrize("name", ["a space", "x" * 80])
-def test_root_that_slurm_cannot_use(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="no space"):
-        Cluster(tmp_path / name)
