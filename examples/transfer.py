@@ -22,6 +22,7 @@ from statistics import mean
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from data.common.text import format_table
 from examples.demo import announce, check_exit, run_python, start_job
 
 CLASSES, IMAGES = 10, 20  # classes of the second set, and training images per class
@@ -82,15 +83,14 @@ def train_on_others(folder: Path, start: str, seed: int, *overrides: str) -> Cur
     return [(record["step"], record["weight"]["top1"]) for record in records if record["kind"] == "evaluation"]
 
 
-def format_table(curves: dict[str, list[Curve]]) -> str:
+def format_top1(curves: dict[str, list[Curve]]) -> str:
     """Formats top-1 after the last step, never the best step, of each start and seed, and the mean over seeds."""
-    seeds = len(curves[STARTS[0]])
-    lines = ["  ".join([f"{'top-1':14}", " steps", *(f"seed {seed}" for seed in range(seeds)), "  mean"])]
+    rows = [["top-1", "steps", *(f"seed {seed}" for seed in range(len(curves[STARTS[0]]))), "mean"]]
     for start, runs in curves.items():
         ends = [points[-1] for points in runs]
         top1 = [accuracy for _, accuracy in ends]
-        lines.append("  ".join([f"{start:14}", f"{ends[0][0]:6}", *(f"{accuracy:6.1%}" for accuracy in [*top1, mean(top1)])]))
-    return "\n".join(lines)
+        rows.append([start, str(ends[0][0]), *(f"{accuracy:.1%}" for accuracy in [*top1, mean(top1)])])
+    return format_table(rows, left=[0])
 
 
 def draw_curves(curves: dict[str, list[Curve]], path: Path) -> None:
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves[start] = [train_on_others(args.out, start, seed) for seed in range(args.seeds)]
     draw_curves(curves, args.out / "curves.png")
     announce(f"done in {time.monotonic() - began:.0f} s: ten classes, {IMAGES} training images each, {args.val} validation images")
-    print(f"{format_table(curves)}\n\nlearning curves: {args.out / 'curves.png'}")
+    print(f"{format_top1(curves)}\n\nlearning curves: {args.out / 'curves.png'}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from PIL import Image
 from data.dataset.index import open_index
 from data.synthetic.synthesize import SETS
 from examples import transfer
-from examples.transfer import CLASSES, IMAGES, STARTS, draw_curves, draw_datasets, format_table, pretrain, train_on_others
+from examples.transfer import CLASSES, IMAGES, STARTS, draw_curves, draw_datasets, format_top1, pretrain, train_on_others
 from pretrain import checkpoint
 from tests.support.ranks import join, start_training
 
@@ -44,7 +44,7 @@ def test_datasets_pretraining_and_both_starts(tmp_path: Path, monkeypatch: pytes
 
 def test_table_lists_the_last_step_of_each_curve() -> None:
     curves = {"pretrained": [[(10, 0.5), (20, 0.8)], [(10, 0.9), (20, 0.7)]], "from scratch": [[(60, 0.25)], [(60, 0.35)]]}
-    header, pretrained, scratch = (line.split() for line in format_table(curves).splitlines())
+    header, pretrained, scratch = (line.split() for line in format_top1(curves).splitlines())
     assert header == ["top-1", "steps", "seed", "0", "seed", "1", "mean"]
     assert pretrained == ["pretrained", "20", "80.0%", "70.0%", "75.0%"]
     assert scratch == ["from", "scratch", "60", "25.0%", "35.0%", "30.0%"]
