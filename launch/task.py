@@ -66,7 +66,7 @@ def run(command: Sequence[str]) -> int:
 def hold_usr1() -> Iterator[None]:
     """Blocks USR1 for processes started inside, which would be killed by it before their Python runs.
 
-    A rank unblocks it before its first step (pretrain/monitor/faults.py), this process at the end of the block.
+    A rank unblocks it before its first step (pretrain/monitor/requests.py), this process at the end of the block.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     yield

@@ -1,4 +1,4 @@
-"""Fine-tuning as a user does it: a job from scratch, then jobs on other classes that start from what it left, in several formats."""
+"""Fine-tuning as a user does it: a job from scratch, then jobs on other classes that start from its weights, in several formats."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ from tests.support.tiny_runs import new_model
 
 pytestmark = pytest.mark.slow
 
-CLASSES = ["zigzags", "stars", "moons", "checks"]  # three of the ten that were learnt, in another order, and a new one
+CLASSES = ["zigzags", "stars", "moons", "checks"]  # three of the ten learned ones, in another order, and a new one
 SETTINGS = ["model.classes=4", "model.head_init=map", "epochs=1", "run.save_every=1"]  # two steps of 16 images
 UNMOVED = [
     "optim.warmup_lr=0",
@@ -29,7 +29,7 @@ UNMOVED = [
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train (32 images of CLASSES) and val (8), packed from class folders."""
+    """Returns a folder with train (32 images of CLASSES) and val (8), packed from class folders."""
     folder = tmp_path_factory.mktemp("others")
     random = np.random.default_rng(0)
     for split, images in (("train", 8), ("val", 2)):
@@ -43,7 +43,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Path:
-    """A folder with a run of two steps from scratch and with what was exported from it; not to be changed."""
+    """Returns a folder with a run of two steps from scratch and its exported weights; not to be changed."""
     folder = tmp_path_factory.mktemp("pretrained")
     jobs.run(folder, drawn, "steps=2", ranks=2)
     export(folder / "run", "timm", folder / "timm")
@@ -66,14 +66,14 @@ def test_a_job_starts_from_weights_for_other_classes(sources: Path, others: Path
     parameters = [key for key, _ in first.named_parameters() if key in backbone]
     assert [key for key in parameters if not torch.equal(began[key], expected.weights[key])] == []
     for key in ("head.weight", "head.bias"):
-        learnt = dict(zip(PATTERNS, expected.weights[key], strict=True))
-        zero = torch.zeros_like(learnt["checks"])
-        assert torch.equal(began[key], torch.stack([learnt.get(class_name, zero) for class_name in CLASSES]))
+        learned = dict(zip(PATTERNS, expected.weights[key], strict=True))
+        zero = torch.zeros_like(learned["checks"])
+        assert torch.equal(began[key], torch.stack([learned.get(class_name, zero) for class_name in CLASSES]))
     # And it trains: all weights move.
     assert [key for key in [*parameters, "head.weight"] if torch.equal(ended[key], began[key])] == []
 
 
-def test_a_resumed_job_does_not_need_what_it_started_from(sources: Path, others: Path, tmp_path: Path) -> None:
+def test_a_resumed_job_does_not_need_the_weights_it_started_from(sources: Path, others: Path, tmp_path: Path) -> None:
     source = shutil.copy(sources / "van.pth", tmp_path)
     settings = [*SETTINGS, f"model.init_from={source}"]
     assert "starting from" in jobs.run(tmp_path, others, *settings, ranks=2)

@@ -1,4 +1,4 @@
-"""What a job does with a GPU, without one: a whole job on a GPU that computes nothing (benchmarks/training/idle_gpu).
+"""The use of a GPU by a job, without a GPU: whole jobs on one that computes nothing (benchmarks/training/idle_gpu).
 
 Its numbers mean nothing; what the host asks of the GPU does. No step waits for the device, in any function of PyTorch, DeepSpeed or this
 project, unless a line of the log or a checkpoint is due.
@@ -31,7 +31,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **environment: str) -> tuple[list[dict[str, Any]], str]:
-    """What is known of each step that came to its end, and all that the job printed."""
+    """Returns the counts of each completed step, and the output of the job."""
     config = folder / "small.yaml"
     config.write_text(SMALL)
     places = [f"data.train={drawn / 'train'}", f"run.dir={folder / 'run'}"]
@@ -42,8 +42,8 @@ def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **enviro
     return [line for line in lines if line.get("step", -1) >= 0], ran.stdout + ran.stderr
 
 
-def asked(folder: Path) -> bool:
-    """Whether the job says how often the GPU waited for the host: not where the host waits for the GPU within a step."""
+def measures_launch_bound(folder: Path) -> bool:
+    """Returns whether the job measured the launch-bound share, which it does not where the host waits for the GPU within a step."""
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     (answer,) = {"launch_bound" in record for record in records if record["kind"] == "train"}
     return answer
@@ -64,7 +64,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
     waits = {line["step"]: line["waits"] for line in steps}
     assert {step: found for step, found in waits.items() if step > 0 and step not in DUE} == {1: {}, 2: {}, 4: {}}, output[-4000:]
     assert waits[3]["pretrain/monitor/interval.py:close"]  # a wait is seen where there is one
-    assert asked(tmp_path)
+    assert measures_launch_bound(tmp_path)
     if "model.graphs=true" in settings:
         assert "graphs: 4 stages, forward and backward" in output
         assert max(line["launches"] for line in steps if line["step"] in (1, 2, 4)) < 400  # of two micro-steps: without, 3,672
@@ -72,11 +72,13 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [2, 3])
-def test_stages_2_and_3_train_and_do_not_report_a_wait_for_the_host(tmp_path: Path, drawn: Path, gpu: dict[str, str], stage: int) -> None:
-    """DeepSpeed waits for the GPU within a step of these stages, so whether the GPU waits for the host can't be seen."""
+def test_stages_2_and_3_train_without_measuring_the_launch_bound_share(
+    tmp_path: Path, drawn: Path, gpu: dict[str, str], stage: int
+) -> None:
+    """In these stages DeepSpeed waits for the GPU within a step."""
     steps, output = job(tmp_path, drawn, gpu, f"engine.zero_stage={stage}")
     assert [line["step"] for line in steps] == list(range(7)), output[-4000:]
-    assert not asked(tmp_path)
+    assert not measures_launch_bound(tmp_path)
 
 
 STEPS = """
@@ -97,8 +99,8 @@ print(interval.launch_bound)
 """
 
 
-def test_a_gpu_that_waits_for_the_host_is_seen(gpu: dict[str, str]) -> None:
-    """And one that has work to do when all of a step is launched does not wait."""
+def test_a_launch_bound_step_is_detected(gpu: dict[str, str]) -> None:
+    """A step is not launch-bound if the GPU still has work when all of the step is launched."""
     ran = subprocess.run([sys.executable, "-c", STEPS], env=os.environ | gpu, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert ran.stdout == "[True, False, True]\n", ran.stderr
 

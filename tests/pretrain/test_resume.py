@@ -1,4 +1,4 @@
-"""A run that was cut short ends as one that was not: bit for bit, after kill -9, after a stop signal, in every ZeRO stage."""
+"""An interrupted run ends bit for bit as an undisturbed one: after kill -9 or a stop signal, in every ZeRO stage."""
 
 import json
 import multiprocessing
@@ -24,12 +24,11 @@ pytestmark = pytest.mark.slow
 STEPS = 20
 STAGES = (0, 1, 2, 3)
 TESTED = [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 2, 3))]
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 GOLDEN = REFERENCE / "golden_losses.json"
 
 
 def this_cpu() -> str:
-    """What the bits of a bf16 convolution depend on: oneDNN has other kernels for each of these."""
+    """Names the properties that the bits of a bf16 convolution depend on, as oneDNN has other kernels for each."""
     amx = torch.cpu._is_amx_tile_supported()
     bf16 = torch.cpu._is_avx512_bf16_supported()
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, bf16 {bf16}, AMX {amx}"
@@ -37,7 +36,7 @@ def this_cpu() -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Callable[[int], Path]:
-    """The folder of an undisturbed run by ZeRO stage, on two ranks."""
+    """Returns the folder of an undisturbed run of a ZeRO stage, on two ranks."""
 
     @cache
     def of_stage(stage: int) -> Path:
@@ -46,18 +45,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Callab
         return folder
 
     return of_stage
-
-
-def final_state(folder: Path, steps: int = STEPS) -> dict[str, torch.Tensor]:
-    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
-    assert path is not None
-    assert path.name == f"step-{steps:09d}"
-    return checkpoint.read_tensors(path, KINDS)
-
-
-def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def wait_until(happened: Callable[[], bool], job: list[multiprocessing.Process], folder: Path) -> None:
@@ -78,7 +65,7 @@ def test_killed_and_resumed_is_bit_identical(undisturbed: Callable[[int], Path],
         kill(job)
     output = jobs.run(tmp_path, drawn, *options, ranks=2)
     assert "resumed at step 12 of 20" in output or "resumed at step 16 of 20" in output
-    assert different(final_state(tmp_path), final_state(undisturbed(stage))) == []
+    assert jobs.differing(jobs.final_state(tmp_path, STEPS), jobs.final_state(undisturbed(stage), STEPS)) == []
     # The steps after the resume were the same ones, seen from outside too.
     resumed = {record["step"]: record["loss"] for record in jobs.metrics(tmp_path, "train")}
     assert resumed == {record["step"]: record["loss"] for record in jobs.metrics(undisturbed(stage), "train")}
@@ -97,11 +84,11 @@ def test_stopped_by_a_signal_to_one_rank_and_resumed_is_bit_identical(
         kill(job)
     assert "stopped at step" in (tmp_path / "log").read_text()
     jobs.run(tmp_path, drawn, f"steps={STEPS}", "run.save_every=1000", ranks=2)
-    assert different(final_state(tmp_path), final_state(undisturbed(1))) == []
+    assert jobs.differing(jobs.final_state(tmp_path, STEPS), jobs.final_state(undisturbed(1), STEPS)) == []
 
 
 def count_steps_as_minutes(rank: int) -> None:
-    """In a rank's process: by rank 0's clock a minute passes with each step; rank 1's stands still."""
+    """Makes each step take a minute by rank 0's clock, and no time by rank 1's. For a rank's process."""
     from pretrain import train
 
     rate, requests, minutes = train.learning_rate, train.Requests, [0]
@@ -123,25 +110,25 @@ def test_saved_by_the_clock_and_resumed_is_bit_identical(undisturbed: Callable[[
     for later in saved[-2:]:
         shutil.rmtree(later)
     assert "resumed at step 14 of 20" in jobs.run(tmp_path, drawn, f"steps={STEPS}", ranks=2)
-    assert different(final_state(tmp_path), final_state(undisturbed(1))) == []
+    assert jobs.differing(jobs.final_state(tmp_path, STEPS), jobs.final_state(undisturbed(1), STEPS)) == []
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES[:2])
 def test_on_three_ranks_too(tmp_path: Path, drawn: Path, stage: int) -> None:
-    """Where what ranks add depends on the order in which they add it."""
+    """With three ranks the order of a sum changes its bits."""
     options = (f"engine.zero_stage={stage}", "global_batch=12", "engine.micro_batch=2", "steps=8")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     jobs.run(whole, drawn, *options, ranks=3)
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "run" / "checkpoints" / "step-000000008")
     assert "resumed at step 4 of 8" in jobs.run(resumed, drawn, *options, ranks=3)
-    assert different(final_state(resumed, 8), final_state(whole, 8)) == []
+    assert jobs.differing(jobs.final_state(resumed, 8), jobs.final_state(whole, 8)) == []
 
 
 @pytest.mark.long
-def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: Callable[[int], Path], tmp_path: Path, drawn: Path) -> None:
-    """Only the order of sums differs, and what a rank's own random numbers and statistics decide, which are off here."""
+def test_on_other_ranks_and_stage_it_resumes_with_the_same_samples(undisturbed: Callable[[int], Path], tmp_path: Path, drawn: Path) -> None:
+    """Only the order of sums differs: the random numbers and statistics of a rank are off here."""
     alike = (f"steps={STEPS}", "model.drop_path=0", "engine.precision=fp32", "engine.micro_batch=8", "run.keep=20")
     two = tmp_path / "two"
     jobs.run(two, drawn, *alike, ranks=2)
@@ -161,7 +148,7 @@ def test_on_other_ranks_and_stage_it_goes_on_with_the_same_samples(undisturbed: 
     # The control: other samples, or the same in another order of steps, are told apart by this comparison.
     assert after[13] != pytest.approx(before[14], rel=1e-3)
     # And the bits do differ, so the comparisons of the tests above can see a difference.
-    assert different(final_state(four), final_state(two)) != []
+    assert jobs.differing(jobs.final_state(four, STEPS), jobs.final_state(two, STEPS)) != []
 
 
 @pytest.mark.parametrize("stage", TESTED)

@@ -5,6 +5,9 @@ import multiprocessing
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from pretrain import checkpoint
 from tests.support.ranks import Prepare, join, start_training
 
 # Every part of a recipe that has randomness or state is on. 120 images and a global batch of 16 make 7 steps an epoch.
@@ -37,6 +40,20 @@ def run(folder: Path, dataset: Path, *overrides: str, ranks: int, code: int = 0,
     output = (folder / "log").read_text()[before:]
     assert exit_code == code, f"exit code {exit_code}, expected {code}:\n{output[-4000:]}"
     return output
+
+
+def final_state(folder: Path, steps: int) -> dict[str, torch.Tensor]:
+    """Returns the state in the newest checkpoint of `folder`/run, which must be of this step."""
+    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
+    assert path is not None
+    assert path.name == f"step-{steps:09d}"
+    return checkpoint.read_tensors(path, ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema"))
+
+
+def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+    """Returns the names of the tensors that differ in any bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def metrics(folder: Path, kind: str) -> list[dict[str, Any]]:

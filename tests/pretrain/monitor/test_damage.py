@@ -1,4 +1,4 @@
-"""Damaged data in jobs of several ranks: they go on together, or end together."""
+"""Damaged data in jobs of several ranks: all ranks continue, or all end."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from data.dataset.index import open_index
@@ -17,14 +16,11 @@ from tests.support import jobs
 from tests.support.damage import damaged_copy
 from tests.support.ranks import run_on_ranks
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
+# ---------------------------------------------------------------- sharing between ranks
 
 
-# ---------------------------------------------------------------- ranks tell each other
-
-
-def telling(folder: str, out: str, found: list[list[int]], max_bad: float) -> dict[str, Any]:
-    """One rank, which has found some of the bad samples."""
+def report(folder: str, out: str, found: list[list[int]], max_bad: float) -> dict[str, Any]:
+    """Reports the bad samples that this rank has found; returns all that it knows then."""
     from data.loader.quarantine import Quarantine
     from pretrain.monitor.damage import report_bad_images
     from pretrain.run.metrics import RunLog
@@ -44,9 +40,9 @@ def telling(folder: str, out: str, found: list[list[int]], max_bad: float) -> di
 
 
 @pytest.mark.parametrize(("max_bad", "too_many"), [(0.025, True), (0.04, False)])
-def test_what_one_rank_found_all_know(drawn: Path, tmp_path: Path, max_bad: float, too_many: bool) -> None:
-    """Two each, none of them too many for 3 of 120; four together are."""
-    results = run_on_ranks(2, telling, folder=str(drawn / "train"), out=str(tmp_path), found=[[0, 1], [2, 1, 119]], max_bad=max_bad)
+def test_all_ranks_know_the_bad_images_of_each(drawn: Path, tmp_path: Path, max_bad: float, too_many: bool) -> None:
+    """Each rank has found two, which 3 of 120 allow; together there are four."""
+    results = run_on_ranks(2, report, folder=str(drawn / "train"), out=str(tmp_path), found=[[0, 1], [2, 1, 119]], max_bad=max_bad)
     assert results[0] == results[1]
     assert (results[0]["known"], results[0]["stand_in"]) == (4, 3)
     assert (results[0]["error"] is not None) == too_many
@@ -55,7 +51,7 @@ def test_what_one_rank_found_all_know(drawn: Path, tmp_path: Path, max_bad: floa
     assert len(entries) == 4
 
 
-def checking(folders: list[str], checksums: bool) -> str | None:
+def check(folders: list[str], checksums: bool) -> str | None:
     from pretrain.monitor.damage import check_shards
 
     dist.init_process_group("gloo")
@@ -72,27 +68,27 @@ def test_a_damaged_shard_is_named_at_the_start_by_all_ranks(drawn: Path, tmp_pat
     index = damaged_copy(open_index(drawn / "train"), tmp_path / "train", {110: "no tables"})
     shard = index.shards[index.shard_of(110)]
     folders = [str(drawn / "val"), str(index.folder)]
-    assert run_on_ranks(2, checking, folders=folders, checksums=False) == [None, None]
-    errors = run_on_ranks(2, checking, folders=folders, checksums=True)
+    assert run_on_ranks(2, check, folders=folders, checksums=False) == [None, None]
+    errors = run_on_ranks(2, check, folders=folders, checksums=True)
     assert errors[0] == errors[1]
     assert errors[0].startswith(f"{index.folder}: {shard.name} has the checksum ")
     assert errors[0].endswith("Copy these shards again from where the dataset was packed")
     (index.folder / shard.name).write_bytes(bytes(shard.bytes))
-    errors = run_on_ranks(2, checking, folders=folders, checksums=False)
+    errors = run_on_ranks(2, check, folders=folders, checksums=False)
     assert errors[0] == errors[1]
     assert errors[0].startswith(f"{index.folder}: {shard.name} has no image where the index says (")
 
 
-def saying(messages: list[str]) -> bool:
+def is_first(messages: list[str]) -> bool:
     from pretrain.monitor.faults import is_first_to_report
 
     dist.init_process_group("gloo")
     return is_first_to_report(messages[dist.get_rank()])
 
 
-def test_each_error_is_told_once() -> None:
-    assert sum(run_on_ranks(3, saying, messages=["the same"] * 3)) == 1
-    assert run_on_ranks(3, saying, messages=["one", "another", "a third"]) == [True] * 3
+def test_each_error_is_reported_once() -> None:
+    assert sum(run_on_ranks(3, is_first, messages=["the same"] * 3)) == 1
+    assert run_on_ranks(3, is_first, messages=["one", "another", "a third"]) == [True] * 3
 
 
 # ---------------------------------------------------------------- whole jobs
@@ -105,15 +101,9 @@ def damaged_datasets(drawn: Path, folder: Path, train: dict[int, str], val: dict
     return folder
 
 
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
-    assert path is not None
-    return checkpoint.read_tensors(path, KINDS)
-
-
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_job_goes_on_and_resumes_the_same(drawn: Path, tmp_path: Path) -> None:
+def test_a_job_with_bad_images_resumes_bit_identical(drawn: Path, tmp_path: Path) -> None:
     train = {3: "cut", 4: "zeros", 60: "no tables", 61: "no tables", 90: "another size", 119: "no tables"}
     data = damaged_datasets(drawn, tmp_path / "data", train, {2: "cut", 5: "no tables"})
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -137,14 +127,13 @@ def test_a_job_goes_on_and_resumes_the_same(drawn: Path, tmp_path: Path) -> None
     output = jobs.run(resumed, data, *options, ranks=2)
     assert "resumed at step 4 of 10" in output
     assert "bad image:" not in output  # all known, and replaced at once
-    one, other = final_state(whole), final_state(resumed)
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert jobs.differing(jobs.final_state(whole, 10), jobs.final_state(resumed, 10)) == []
     losses = {record["step"]: record["loss"] for record in jobs.metrics(whole, "train")}
     assert {record["step"]: record["loss"] for record in jobs.metrics(resumed, "train")} == {step: losses[step] for step in range(5, 11)}
 
 
 @pytest.mark.slow
-def test_a_job_with_too_many_ends_and_the_rank_that_knows_says_why(drawn: Path, tmp_path: Path) -> None:
+def test_a_job_with_too_many_bad_images_ends_with_one_error(drawn: Path, tmp_path: Path) -> None:
     index = open_index(drawn / "train")
     order = SampleOrder(index.shard_start, seed=5, global_batch=16, lanes=4, window=16)
     of_rank_1 = order.batch(0, 0)[8:12].tolist()

@@ -1,4 +1,4 @@
-"""What a step is said to send, against what two and three ranks of a job hand to collectives, and what leaves their sockets."""
+"""The bytes that a step sends, against the tensors that ranks hand to collectives, and against their sockets."""
 
 import os
 import socket
@@ -36,7 +36,7 @@ class Handed(TorchDispatchMode):
 
 
 def sent_by_sockets() -> int:
-    """Bytes that this process has sent by TCP, of the sockets that are open (tcpi_bytes_sent of linux/tcp.h)."""
+    """Returns the bytes that the open TCP sockets of this process have sent (tcpi_bytes_sent of linux/tcp.h)."""
     total = 0
     for number in os.listdir("/proc/self/fd"):
         try:
@@ -50,8 +50,8 @@ def sent_by_sockets() -> int:
     return total
 
 
-def a_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
-    """A VAN's parameters and channels, and for each stage what a step hands to collectives, and what it sends."""
+def measure_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
+    """Returns a model's parameters and channels, and the bytes by collective and the bytes sent for each ZeRO stage."""
     import timm
 
     from pretrain import config as settings
@@ -96,8 +96,8 @@ def a_step() -> tuple[list[int], int, dict[int, tuple[dict[str, int], int]]]:
 @pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_a_step_sends_what_is_said(ranks: int) -> None:
-    for sizes, channels, found in run_on_ranks(ranks, a_step):
+def test_the_bytes_of_a_real_step(ranks: int) -> None:
+    for sizes, channels, found in run_on_ranks(ranks, measure_step):
         for stage, (handed, sent) in found.items():
             told = communication(sizes, channels, stage=stage, accumulation=ACCUMULATION)
             expected: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def test_a_step_sends_what_is_said(ranks: int) -> None:
             assert sent != pytest.approx(sum(one.sent(ranks + 1) for one in by_gloo), rel=1e-2)  # the control
 
 
-def test_by_hand() -> None:
+def test_the_bytes_by_hand() -> None:
     told = communication([300_000, 100_000, 5], 10, stage=1, accumulation=4)
     assert told == [
         Collective("gradients", "all-reduce", 1_600_020),

@@ -38,7 +38,7 @@ def at(step: int, phase: str, micro_step: int = 0) -> Position:
 
 
 def alone(code: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a job of one rank, with limits of half a second for a step and 1.5 s for the first."""
+    """Runs a job of one rank with limits of 0.5 s for a step and 1.5 s for the first; returns exit code, stdout and stderr."""
     environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     done = subprocess.run([sys.executable, "-c", ALONE + code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout, done.stderr
@@ -67,7 +67,7 @@ def test_a_position_outlives_its_process() -> None:
 
 
 def hang_in_data(rank: int) -> None:
-    """In a rank's process: rank 1 never gets its batch of step 5."""
+    """Makes rank 1 hang at the beginning of step 5. For a rank's process."""
     from pretrain import train
     from pretrain.monitor import watchdog
 
@@ -86,7 +86,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(tmp_path: Path, drawn: Path) -> 
     config = tmp_path / "small.yaml"
     config.write_text(jobs.SMALL)
     places = [f"data.train={drawn / 'train'}", f"data.val={drawn / 'val'}", f"run.dir={tmp_path / 'run'}"]
-    processes = start_training(2, tmp_path / "log", [str(config), *places, "guard.step_limit=2"], prepare=hang_in_data)
+    processes = start_training(2, tmp_path / "log", [str(config), *places, "guard.step_limit=8"], prepare=hang_in_data)
     try:
         codes = join(processes).codes
         assert codes[1] == EXIT_HUNG
@@ -98,7 +98,7 @@ def test_a_rank_that_hangs_is_named_and_all_end(tmp_path: Path, drawn: Path) -> 
     assert (event.kind, event.values["rank"], event.values["step"]) == ("hang", 1, 5)
     assert re.search(r"HANG: rank 1 on \S+ is behind: it is in step 5 \(data\), while others wait in step 5 \((backward|log)\)", log)
     for rank in range(2):
-        assert re.search(rf"rank {rank} on \S+ has not finished a step for 2 s; it is in step 5", log)
+        assert re.search(rf"rank {rank} on \S+ has not finished a step for 8 s; it is in step 5", log)
     assert "in learning_rate" in log  # where rank 1 sleeps
 
 
@@ -126,7 +126,7 @@ def test_a_step_over_its_limit_ends(phase: str) -> None:
 
 
 def test_stacks_are_written_in_one_piece() -> None:
-    """Ranks that share a log write at the same moment, and would otherwise write between each other's words."""
+    """Ranks that share a log write at the same moment, and their words would mix."""
     end, other_end = socket.socketpair(type=socket.SOCK_DGRAM)  # in which each write stays by itself
     end.settimeout(60)
     code = ALONE + 'position.set(0, "data"); position.set(1, "data"); time.sleep(100)'

@@ -17,11 +17,9 @@ from data.synthetic.synthesize import synthesize
 from pretrain import checkpoint
 from pretrain.run.provenance import diff, variables
 from tests.faults import jobs
-from tests.support.jobs import metrics
+from tests.support.jobs import differing, final_state, metrics
 
 pytestmark = pytest.mark.slow
-
-STATE = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job of seven steps; not to be changed."""
+    """Returns the folder of a job of seven steps; not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
     run(folder, dataset)
     return folder
@@ -51,7 +49,7 @@ def run(folder: Path, dataset: Path, *options: str, code: int = 0, change: jobs.
 
 @pytest.fixture(scope="module")
 def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job of which the checkpoint of step 4 is the newest; not to be changed."""
+    """Returns the folder of a job whose newest checkpoint is of step 4; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped")
     run(folder, dataset, "run.keep=9")
     for later in checkpoint.list_checkpoints(folder / "run" / "checkpoints"):
@@ -60,17 +58,10 @@ def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
-    assert path is not None
-    assert path.name == "step-000000007"
-    return checkpoint.read_tensors(path, STATE)
+# ---------------------------------------------------------------- records
 
 
-# ---------------------------------------------------------------- what is left behind
-
-
-def test_a_start_leaves_what_it_takes_to_repeat_it(finished: Path, dataset: Path) -> None:
+def test_a_start_records_everything_needed_to_repeat_it(finished: Path, dataset: Path) -> None:
     start = finished / "run" / "starts" / "0001"
     assert (start / "config.yaml").read_text() == (finished / "run" / "config.yaml").read_text()
     found = json.loads((start / "environment.json").read_text())
@@ -100,7 +91,7 @@ def test_variables_without_secrets() -> None:
     assert variables(secrets | matter) == dict(sorted(matter.items()))
 
 
-def test_a_diff_is_whole_or_says_that_it_is_not(tmp_path: Path) -> None:
+def test_a_diff_is_complete_or_marked_as_cut(tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True, capture_output=True)
 
@@ -124,7 +115,7 @@ def test_a_diff_is_whole_or_says_that_it_is_not(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- settings that changed
 
 
-def test_a_run_asks_before_it_goes_on_with_other_settings(stopped: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_settings_only_if_forced(stopped: Path, dataset: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "job"))
     changed = ("optim.lr=2e-3", "data.flip=0", f"run.dir={folder / 'run'}")
     output = run(folder, dataset, *changed, code=2)
@@ -145,7 +136,7 @@ def last_rates(folder: Path) -> list[float]:
     return [record["lr"] for record in metrics(folder, "train")[-3:]]
 
 
-def test_what_decides_the_samples_can_not_be_forced(stopped: Path, dataset: Path, tmp_path: Path) -> None:
+def test_settings_that_decide_the_samples_can_not_be_forced(stopped: Path, dataset: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "job"))
     output = run(folder, dataset, "--force-config", "seed=6", code=2)
     assert "belongs to another job: seed was 5, is 6" in output
@@ -155,7 +146,7 @@ def test_what_decides_the_samples_can_not_be_forced(stopped: Path, dataset: Path
 
 
 @pytest.mark.long
-def test_a_trace_holds_the_parts_of_its_steps_and_changes_nothing(finished: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_trace_holds_the_phases_of_its_steps_and_changes_nothing(finished: Path, dataset: Path, tmp_path: Path) -> None:
     output = run(tmp_path, dataset, "profile=2:4")
     path = tmp_path / "run" / "profile" / "steps-2-4-rank-0.json.gz"
     assert [found.name for found in path.parent.iterdir()] == [path.name]  # both ranks are of one node
@@ -165,8 +156,7 @@ def test_a_trace_holds_the_parts_of_its_steps_and_changes_nothing(finished: Path
     names = [event["name"] for event in parts if event["name"] in ("data", "forward", "backward", "optimizer")]
     assert names == ["data", "forward", "backward", "optimizer"] * 4  # two steps of two micro-steps
     assert Counter(event["name"] for event in events)["aten::conv2d"] > 0
-    one, other = final_state(tmp_path), final_state(finished)
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert differing(final_state(tmp_path, 7), final_state(finished, 7)) == []
     assert [r["loss"] for r in metrics(tmp_path, "train")] == [r["loss"] for r in metrics(finished, "train")]
 
 
@@ -182,7 +172,7 @@ def too_small_later() -> None:
 
 
 def too_small(steps: int) -> None:
-    """The memory of a GPU of 60 MB runs out behind so many steps of two micro-steps."""
+    """Makes the memory of a GPU of 60 MB run out after so many steps of two micro-steps."""
     from pretrain import train
     from pretrain.monitor import memory
 
