@@ -3,13 +3,13 @@
     collectives = communication([p.numel() for p in model.parameters()], channels, stage=1, accumulation=2)
     print(sum(collective.sent(ranks) for collective in collectives))
 
-Bytes are those of algorithms in which each rank sends least, of which a ring is one: every other rank's part of the tensors, once for an
-all-gather or a reduce-scatter, twice for an all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009). Left out are 8 bytes a
-step that ranks tell each other on the host, what they do at a log line, and SyncBatchNorm's sums in the forward pass.
+The bytes are those of bandwidth-optimal algorithms, such as a ring: every other rank's part of the tensors, once for an all-gather or a
+reduce-scatter, twice for an all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009). The 8 bytes of requests that the hosts
+exchange in a step are not counted, nor are the collectives of a log line and of SyncBatchNorm's forward pass.
 
-DeepSpeed 0.19.8 averages gradients by all-reduce in stages 0 to 2, though in stages 1 and 2 a rank keeps only its part, and in stage 2
-in every micro-step. Stage 3 gathers weights in every micro-step, and keeps them from the forward to the backward pass, as its
-max_reuse_distance is more than a VAN has.
+DeepSpeed 0.19.8 averages gradients by all-reduce in stages 0 to 2, although in stages 1 and 2 a rank keeps only its part; in stage 2 it
+does so in every micro-step. Stage 3 gathers weights in every micro-step, and keeps them from the forward to the backward pass, because its
+max_reuse_distance exceeds the size of these models.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ TIMES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 @dataclass(frozen=True)
 class Collective:
-    """`bytes`: of the whole tensor, or of all ranks' parts of it together, over all calls in a step."""
+    """One kind of collective in a step. `bytes` counts whole tensors, or all ranks' parts of them, over all calls in the step."""
 
     what: Literal["gradients", "weights", "statistics", "norm"]
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
     bytes: int
 
     def sent(self, ranks: int) -> float:
-        """Bytes that each rank sends, and receives."""
+        """Returns the bytes that each rank sends, and receives."""
         return TIMES[self.kind] * self.bytes * (ranks - 1) / ranks
 
 
 def communication(parameters: Sequence[int], channels: int, *, stage: int, accumulation: int) -> list[Collective]:
-    """The collectives of one optimizer step. Padding, a few elements a rank, is not counted.
+    """Returns the collectives of one optimizer step. Padding, a few elements per rank, is not counted.
 
     Args:
         parameters: elements of each of the model's parameters.
@@ -44,12 +44,12 @@ def communication(parameters: Sequence[int], channels: int, *, stage: int, accum
     """
     total = FP32 * sum(parameters)
     if stage == 3:
-        found = [
+        collectives = [
             Collective("gradients", "reduce-scatter", accumulation * total),
             Collective("weights", "all-gather", accumulation * total),
         ]
     else:
-        found = [Collective("gradients", "all-reduce", (accumulation if stage == 2 else 1) * total)]
-        found += [Collective("weights", "all-gather", total)] if stage else []
-    found += [Collective("norm", "all-reduce", FP32)] if stage else []
-    return [*found, Collective("statistics", "all-reduce", 2 * FP32 * channels)]
+        collectives = [Collective("gradients", "all-reduce", (accumulation if stage == 2 else 1) * total)]
+        collectives += [Collective("weights", "all-gather", total)] if stage else []
+    collectives += [Collective("norm", "all-reduce", FP32)] if stage else []
+    return [*collectives, Collective("statistics", "all-reduce", 2 * FP32 * channels)]
