@@ -1,14 +1,14 @@
-"""Streams that a GPU would have, written down while a CPU does the work, to see whether what is computed on one is known to the others.
+"""Records the streams that a GPU would use while a CPU computes, to find races between streams.
 
     streams = Streams()          DeepSpeed's accelerator from here on; before deepspeed.initialize
     with streams.watched(): …    engine's steps
     streams.races, streams.host_waits
 
-The CPU computes everything in the order in which it is asked for, so results say nothing about order on a GPU. But which operator runs on
-which stream, which stream waits for which, and whether the host waits, is decided by code that doesn't know the difference. A race is an
-operator that reads what another stream has written, or writes what it has used, without having waited for it; or a tensor whose memory
-was freed by Python while another stream uses it. Memory is taken to be pooled by stream, as torch's caching allocator does, and to be kept
-where `record_stream` says so; a collective, to be an operator of the stream that it is called on.
+The CPU computes everything in program order, so results prove nothing about the order on a GPU. But the code that assigns operators to
+streams, makes one stream wait for another, or makes the host wait, is the same. A race is an operator that reads a tensor which another
+stream has written, or writes one which another stream has used, without waiting for that stream; or a tensor whose memory Python frees
+while another stream uses it. The model of memory: pooled by stream, as in torch's caching allocator, and kept for the streams that
+`record_stream` names. A collective counts as an operator of the stream that calls it.
 """
 
 import weakref
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Stream:
-    """`seen[other]` operators of `other` are done before what comes next on this one."""
+    """A stream; `seen[other]` operators of `other` are complete before the next operator of this stream."""
 
     def __init__(self) -> None:
         self.seen: dict[Stream, int] = {self: 0}
@@ -38,7 +38,7 @@ class Stream:
 
 
 class Memory:
-    """What is known of one storage: the last read and the last write by each stream, and the streams that `record_stream` named."""
+    """The uses of one storage: the last read and write by each stream, and the streams that `record_stream` named."""
 
     def __init__(self, home: Stream):
         self.home, self.reads, self.writes, self.recorded = home, {}, {}, set[Stream]()  # type: ignore[var-annotated]
@@ -90,8 +90,8 @@ class Streams(CPU_Accelerator):
         Tensor.record_stream = record_stream  # type: ignore[method-assign]
 
     def ran(self, function: Any, args: Any, kwargs: Any, made: Any) -> None:
-        """Takes down an operator of the current stream."""
-        if function.is_view:  # which touches no memory
+        """Records an operator of the current stream."""
+        if function.is_view:  # a view touches no memory
             return
         here = self.current
         self.used.add(here)

@@ -1,4 +1,4 @@
-"""Checkpoints: saved by any number of ranks in any ZeRO stage, loaded by any other; whole or passed over."""
+"""Checkpoints are loaded by any number of ranks in any ZeRO stage; damaged ones are skipped."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ CONFIG = {
 
 
 def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: bool, ema_decay: float) -> dict[str, Any]:
-    """One rank: builds an engine, loads or not, takes some steps on made-up data, saves or not; returns a digest of its state."""
+    """One rank: builds an engine, loads if asked, trains `steps` steps, saves if asked; returns the step and the log."""
     import torch.distributed as dist
 
     from data.common.counter_rng import hash64
@@ -39,7 +39,7 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     config.engine.zero_stage, config.engine.micro_batch, config.engine.ema_decay = stage, micro_batch, ema_decay
     distributed.start(config.engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(config.seed if not load else 999)  # what is loaded must not depend on what was there
+    torch.manual_seed(config.seed if not load else 999)  # loading must overwrite these weights
     model = build_model(config)
     engine = build_engine(config, model, settings.accumulation(config, ranks))
     stats = BatchStats(model, config.engine.ema_decay)
@@ -117,8 +117,8 @@ def test_state_is_the_same_on_any_ranks_in_any_stage(tmp_path: Path, saved: tupl
 
 
 @pytest.mark.slow
-def test_a_moving_average_that_is_new_or_gone_is_told(tmp_path: Path) -> None:
-    """A new one starts from the weights, one that is no longer kept is left out; what no rule covers is an error."""
+def test_a_new_or_dropped_moving_average_is_logged(tmp_path: Path) -> None:
+    """A new average starts from the weights; one that the job no longer keeps is skipped."""
     folder = tmp_path / "checkpoints"
     with_it = run(folder, 2, stage=1, steps=2, save=True)
     without = run(folder, 1, stage=3, load=True, save=True, steps=1, ema_decay=0.0)
@@ -144,7 +144,7 @@ def test_a_state_that_is_missing_is_an_error(tmp_path: Path) -> None:
 
 
 def with_another_state(folder: str) -> None:
-    """A later version's optimizer, which keeps one state more."""
+    """Loads with an optimizer of a later version, which keeps one more state."""
     from pretrain.engine import optim
 
     start = optim.AdamW.start_states
@@ -162,7 +162,7 @@ def with_another_state(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints of steps 1 and 2, of two ranks; to be copied."""
+    """A folder with the checkpoints of steps 1 and 2 of two ranks; tests work on copies."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     run(folder, 2, stage=1, steps=1, save=True)
     run(folder, 2, stage=1, steps=1, load=True, save=True)
@@ -189,7 +189,7 @@ DAMAGES = {
 
 
 @pytest.mark.slow
-def test_what_is_on_disk(folder: Path) -> None:
+def test_the_files_of_a_checkpoint(folder: Path) -> None:
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-000000001", "step-000000002"]
     assert (folder / "latest").read_text() == "step-000000002"
     for path in checkpoint.list_checkpoints(folder):
@@ -200,7 +200,7 @@ def test_what_is_on_disk(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [*FILES, "MANIFEST.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_passed_over(folder: Path, file: str, damage: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_skipped(folder: Path, file: str, damage: str) -> None:
     older, newer = checkpoint.list_checkpoints(folder)
     DAMAGES[damage](newer / file)
     lines: list[str] = []
@@ -218,8 +218,8 @@ def test_a_run_without_checkpoints_starts_afresh(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_cut_short_save_left_is_removed_and_old_checkpoints_go(folder: Path) -> None:
-    """Three are kept; the fourth save removes the first."""
+def test_remains_of_an_interrupted_save_and_old_checkpoints_are_removed(folder: Path) -> None:
+    """The run keeps three checkpoints, so the fourth save removes the first."""
     half = folder / ".partial-step-000000003"
     half.mkdir()
     (half / "__0_0.distcp").write_bytes(b"half")

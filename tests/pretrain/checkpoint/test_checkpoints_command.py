@@ -1,4 +1,4 @@
-"""`python -m pretrain checkpoints` on a real job's run, and what that job kept."""
+"""`python -m pretrain checkpoints` on the run of a real job, and the checkpoints that this job kept."""
 
 import json
 import shutil
@@ -94,6 +94,8 @@ def test_it_prunes_but_never_the_last_whole_one(run: Path, monkeypatch: pytest.M
     assert not list(run.glob("lock-*"))
 
 
-def test_where_there_is_nothing_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_checkpoints_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(monkeypatch, tmp_path) == 2
     assert f"there are no checkpoints in {tmp_path / 'checkpoints'}" in capsys.readouterr().err

@@ -33,7 +33,7 @@ def other_process() -> Iterator[subprocess.Popen]:
 
 
 def held_by(run: Path, process: subprocess.Popen, elsewhere: bool = False) -> Path:
-    """The lock file of a job whose rank 0 is another process, of this machine or of one that can't be looked into."""
+    """Writes the lock file of a job whose rank 0 is another process, on this machine or elsewhere."""
     run.mkdir(exist_ok=True)
     path = run / "lock-000004"
     holder = {"host": "node7", "pid": process.pid, "job": "123", "since": "2026-01-01 00:00:00 +0000"}
@@ -42,7 +42,7 @@ def held_by(run: Path, process: subprocess.Popen, elsewhere: bool = False) -> Pa
     return path
 
 
-def test_a_lock_says_who_holds_it_and_goes_with_its_holder(tmp_path: Path) -> None:
+def test_a_lock_names_its_holder_and_is_removed_by_release(tmp_path: Path) -> None:
     held = RunLock(acquire(tmp_path / "run", print))
     (path,) = (tmp_path / "run").iterdir()
     assert path.name == "lock-000001"
@@ -54,13 +54,13 @@ def test_a_lock_says_who_holds_it_and_goes_with_its_holder(tmp_path: Path) -> No
     RunLock(acquire(tmp_path / "run", print)).release()
 
 
-def test_a_second_job_on_a_live_run_is_told_whose_it_is(tmp_path: Path, other_process: subprocess.Popen) -> None:
+def test_a_second_job_on_a_live_run_is_refused_with_the_holders_name(tmp_path: Path, other_process: subprocess.Popen) -> None:
     path = held_by(tmp_path, other_process)
     with pytest.raises(
         ValueError, match=rf"is in use by job 123, process {other_process.pid} on node7, since 2026.*its own name or run.dir"
     ):
         acquire(tmp_path, print)
-    other_process.send_signal(signal.SIGSTOP)  # a stopped process may go on
+    other_process.send_signal(signal.SIGSTOP)  # a stopped process can continue
     with pytest.raises(ValueError, match="is in use by job 123"):
         acquire(tmp_path, print)
     assert list(tmp_path.iterdir()) == [path]
@@ -69,7 +69,7 @@ def test_a_second_job_on_a_live_run_is_told_whose_it_is(tmp_path: Path, other_pr
 def test_the_lock_of_a_killed_job_is_taken_over_at_once(tmp_path: Path, other_process: subprocess.Popen) -> None:
     held_by(tmp_path, other_process)
     other_process.kill()
-    while process_start(other_process.pid) is not None:  # until it has ended, though nobody has asked for its exit code
+    while process_start(other_process.pid) is not None:  # until it has ended; its exit code is not collected
         time.sleep(0.01)
     lines: list[str] = []
     began = time.monotonic()
@@ -80,15 +80,15 @@ def test_the_lock_of_a_killed_job_is_taken_over_at_once(tmp_path: Path, other_pr
     assert "which runs no more: taking over" in lines[-1]
 
 
-def test_a_number_that_another_process_got_since_is_no_holder(tmp_path: Path, other_process: subprocess.Popen) -> None:
+def test_a_reused_process_number_is_not_the_holder(tmp_path: Path, other_process: subprocess.Popen) -> None:
     path = held_by(tmp_path, other_process)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"started": 1}))
     assert acquire(tmp_path, print).name == "lock-000005"
 
 
-def test_on_another_machine_a_beating_lock_is_live_and_a_silent_one_is_not(tmp_path: Path, other_process: subprocess.Popen) -> None:
+def test_a_lock_of_another_machine_is_live_while_it_is_touched(tmp_path: Path, other_process: subprocess.Popen) -> None:
     path = held_by(tmp_path, other_process, elsewhere=True)
-    holder = RunLock(path)  # as the other machine's process does
+    holder = RunLock(path)  # touches the file as the other machine's process does
     lines: list[str] = []
     with pytest.raises(ValueError, match="is in use by job 123"):
         acquire(tmp_path, lines.append)
@@ -99,11 +99,11 @@ def test_on_another_machine_a_beating_lock_is_live_and_a_silent_one_is_not(tmp_p
     mine = acquire(tmp_path, lines.append)
     assert time.monotonic() - began >= 1
     assert mine.name == "lock-000005"
-    with pytest.raises(RuntimeError, match="another job took"):  # should it have been stopped alone, and go on
+    with pytest.raises(RuntimeError, match="another job took"):  # a suspended holder that continues
         holder.check()
 
 
-def test_control_without_patience_a_live_run_is_taken(
+def test_without_patience_a_live_lock_would_be_taken(
     tmp_path: Path, other_process: subprocess.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = held_by(tmp_path, other_process, elsewhere=True)
@@ -114,7 +114,7 @@ def test_control_without_patience_a_live_run_is_taken(
 
 
 @pytest.mark.parametrize("text", ["", '{"host": "no'])
-def test_a_lock_that_was_cut_short_is_judged_by_its_beat(tmp_path: Path, text: str) -> None:
+def test_an_incomplete_lock_file_counts_by_its_touches(tmp_path: Path, text: str) -> None:
     (tmp_path / "lock-000001").write_text(text)
     assert acquire(tmp_path, print).name == "lock-000002"
 
@@ -130,7 +130,7 @@ def contend(run: str, started: "multiprocessing.synchronize.Event", got: "multip
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path, stale: bool) -> None:
+def test_one_of_many_jobs_that_start_at_once_gets_the_lock(tmp_path: Path, stale: bool) -> None:
     if stale:
         (tmp_path / "lock-000007").write_text("")
     context = multiprocessing.get_context("fork")
@@ -145,13 +145,13 @@ def test_of_many_that_start_at_once_one_gets_the_lock(tmp_path: Path, stale: boo
     assert [name for name in names if name] == ["lock-000008" if stale else "lock-000001"]
 
 
-def test_a_directory_that_can_t_be_written_to_is_said(tmp_path: Path) -> None:
+def test_an_unwritable_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match=r"run directory .* can't be written to"):
         acquire(tmp_path / "run", print)
 
 
-def test_the_beat_goes_on_after_a_file_server_s_bad_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_heartbeat_survives_a_failure_of_the_file_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = RunLock(acquire(tmp_path, print))
     original: Callable[..., None] = os.utime
     failing = threading.Event()

@@ -21,7 +21,7 @@ INDUCTOR, SWITCH = "torch._inductor.compile_fx", "TORCHDYNAMO_DISABLE"
 def run(
     steps: int, clip: float = 0.0, lr: float = 2e-3, model: dict[str, Any] | None = None, graphs: bool = False, **engine: Any
 ) -> dict[str, Any]:
-    """One rank's losses of a narrow VAN that learns four classes, with accumulation, drop path and a moving average."""
+    """Trains a narrow VAN on four classes, with accumulation, drop path and a moving average; returns this rank's losses."""
     from pretrain import config as settings
     from pretrain.engine import distributed
     from pretrain.engine.batch_stats import BatchStats, synchronize_batch_norms
@@ -83,11 +83,11 @@ def every_stage() -> dict[str, list[float]]:
 
 
 @pytest.mark.long
-def test_every_zero_stage_trains_as_plain_data_parallel() -> None:
+def test_every_zero_stage_equals_plain_data_parallel() -> None:
     for found in run_on_ranks(2, every_stage):
         plain, control = found.pop("ZeRO-0"), found.pop("control")
         assert len(plain) == STEPS
-        assert sum(plain[-5:]) < 0.5 * sum(plain[:5])  # it learns something
+        assert sum(plain[-5:]) < 0.5 * sum(plain[:5])  # the model learns
         for losses in found.values():
             assert losses == pytest.approx(plain, rel=1e-3)
         assert control != pytest.approx(plain, rel=1e-3)
@@ -97,14 +97,14 @@ def with_graphs() -> list[dict[str, Any]]:
     return [run(4, clip=1.0, zero_stage=stage, graphs=graphs) for stage in (0, 1) for graphs in (False, True)]
 
 
-def test_graphs_train_as_without() -> None:
+def test_training_with_graphs_equals_training_without() -> None:
     for plain_0, graphs_0, plain_1, graphs_1 in run_on_ranks(2, with_graphs):
         assert graphs_0 == plain_0
         assert graphs_1 == plain_1
 
 
 def imported() -> tuple[list[bool], str]:
-    """Inductor, by engines of all stages and then by torch.compile."""
+    """Returns whether inductor is imported by engines of all stages, and then by torch.compile, as the control."""
     os.environ[SWITCH] = "0"
     for stage in range(4):
         run(1, zero_stage=stage)
@@ -113,7 +113,7 @@ def imported() -> tuple[list[bool], str]:
     return [before, INDUCTOR in sys.modules], os.environ[SWITCH]
 
 
-def test_inductor_is_not_imported_for_nothing() -> None:
+def test_an_engine_does_not_import_inductor() -> None:
     assert run_on_ranks(2, imported) == [([False, True], "0")] * 2
 
 
@@ -128,15 +128,15 @@ def every_way() -> dict[str, Any]:
     }
     found = {name: run(3, **way) for name, way in ways.items()}
     both = {"model": {"checkpoint_stages": [0, 1, 2, 3]}, "sync_bn": True}
-    return found | {"synchronised": run(3, sync_bn=True), "both": run(3, **both)}
+    return found | {"synchronized": run(3, sync_bn=True), "both": run(3, **both)}
 
 
-def test_recomputation_changes_nothing_and_counts_each_step_once() -> None:
+def test_recomputation_changes_no_bit_and_updates_statistics_once() -> None:
     for found in run_on_ranks(2, every_way):
         assert found["recomputed"] == found["everything recomputed"] == found["plain"]
         assert found["plain"]["counted"] == {6}
-        assert found["both"] == found["synchronised"]
-        assert found["synchronised"]["losses"] != found["plain"]["losses"]
+        assert found["both"] == found["synchronized"]
+        assert found["synchronized"]["losses"] != found["plain"]["losses"]
 
 
 def compiled() -> tuple[list[float], list[float], int]:
@@ -147,10 +147,10 @@ def compiled() -> tuple[list[float], list[float], int]:
 
 
 @pytest.mark.full
-def test_compiled_blocks_compute_what_the_others_do() -> None:
+def test_compiled_blocks_equal_plain_blocks() -> None:
     for plain, losses, graphs in run_on_ranks(2, compiled):
         assert losses == pytest.approx(plain, rel=1e-3)
-        assert graphs >= 4  # one at least for the blocks of each stage
+        assert graphs >= 4  # at least one for the blocks of each stage
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -163,7 +163,7 @@ def test_lower_precision_is_close_to_fp32(precision: str) -> None:
 
 
 @pytest.mark.parametrize("supported", [True, False])
-def test_bf16_is_fp32_where_a_cpu_has_none(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_becomes_fp32_on_a_cpu_without_bf16(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     used = {(device.type, wish): resolve_precision(device, wish) for device in (cpu, gpu) for wish in DTYPES}
@@ -176,7 +176,7 @@ def test_bf16_is_fp32_where_a_cpu_has_none(supported: bool, monkeypatch: pytest.
 
 
 def norms(dtype: torch.dtype) -> dict[str, Any]:
-    """Of two ranks' parts of a batch together, by SyncBatchNorm, and of the whole batch, by BatchNorm."""
+    """Compares SyncBatchNorm on two ranks' halves of a batch with BatchNorm on the whole batch."""
     from pretrain.engine.batch_stats import synchronize_batch_norms
 
     dist.init_process_group("gloo")
@@ -213,6 +213,6 @@ def norms(dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_synchronised_statistics_are_those_of_the_whole_batch(dtype: torch.dtype) -> None:
+def test_synchronized_statistics_are_those_of_the_whole_batch(dtype: torch.dtype) -> None:
     for found in run_on_ranks(2, norms, dtype=dtype):
         assert found == {"alone differs": True, "kind": "SyncBatchNorm"}

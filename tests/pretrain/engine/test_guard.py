@@ -1,18 +1,15 @@
-"""What stands between gradients and weights, on two ranks in every ZeRO stage: skipping, clipping, the loss scale, no waiting."""
+"""The guard on two ranks in every ZeRO stage: skipped steps, clipping and the loss scale.
 
-import threading
-import traceback
-from functools import partial
-from pathlib import Path
+That no step waits for the device is tested in tests/pretrain/test_on_gpu.py.
+"""
+
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.faults import jobs as faults
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -21,19 +18,18 @@ CONFIG = {
     "name": "tiny", "seed": 1, "global_batch": 8, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3}, "data": {"train": "unused"},
     "optim": {"lr": 1e-2}, "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 2},
 }  # fmt: skip
-ENGINES = [{"zero_stage": stage} for stage in range(4)]
 IMAGES, LABELS = (8, 3, 8, 8), torch.arange(8) % 3
 
 
-def network() -> nn.Sequential:
+def build_network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3))
 
 
 class Rank:
-    """One rank of a job with a small network: two micro-batches a step of two samples each."""
+    """One rank of a job with a small network, two micro-batches a step and two samples a micro-batch."""
 
-    def __init__(self, clip: float = 0.0, scales: bool = False, **engine: Any):
+    def __init__(self, zero_stage: int, clip: float = 0.0, should_scale: bool = False, ema_decay: float = 0.9):
         from pretrain import config as settings
         from pretrain.engine import distributed
         from pretrain.engine.batch_stats import BatchStats
@@ -41,18 +37,17 @@ class Rank:
         from pretrain.engine.guard import Guard
 
         config = settings.from_dict(CONFIG)
-        for key, value in engine.items():
-            setattr(config.engine, key, value)
+        config.engine.zero_stage, config.engine.ema_decay = zero_stage, ema_decay
         if not dist.is_initialized():
             distributed.start(config.engine)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-        self.model = network()
+        self.model = build_network()
         self.engine = build_engine(config, self.model, settings.accumulation(config, self.ranks))
         self.stats = BatchStats(self.model, config.engine.ema_decay)
-        self.guard = Guard(self.engine, clip=clip, should_scale=scales)
+        self.guard = Guard(self.engine, clip=clip, should_scale=should_scale)
 
-    def step(self, number: int, poison: float | None = None, protected: bool = True) -> Tensor:
-        """Makes an update. `poison` multiplies the loss of the last rank's first micro-batch."""
+    def step(self, number: int, poison: float | None = None, is_guarded: bool = True) -> Tensor:
+        """Makes one update and returns the mean loss. `poison` multiplies the loss of the last rank's first micro-batch."""
         images = torch.randn(IMAGES, generator=torch.Generator().manual_seed(number))
         losses = []
         for micro_step, own in enumerate(torch.arange(8).view(self.ranks, -1, 2)[self.rank]):
@@ -64,81 +59,79 @@ class Rank:
             if micro_step == 1:
                 self.stats.start_averaging()
                 self.guard.check()
-                if not protected:
+                if not is_guarded:
                     self.engine.basic_optimizer.found_inf = None
             self.engine.step()
         self.stats.finish(self.guard.found_inf)
         return torch.stack(losses).mean()
 
-    def state(self) -> dict[str, Tensor]:
+    def copy_state(self) -> dict[str, Tensor]:
         from pretrain.engine import zero_state
 
-        pieces = {f"{key}/{one.name}": part for one in zero_state.list_pieces(self.engine) for key, part in one.tensors.items()}
+        pieces = {f"{key}/{piece.name}": part for piece in zero_state.list_pieces(self.engine) for key, part in piece.tensors.items()}
         pieces |= {"steps": zero_state.get_step_counter(self.engine), "buffers": self.stats.flat, "buffers' average": self.stats.ema}
         return {name: tensor.detach().clone() for name, tensor in pieces.items()}
 
 
-def unequal(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+def list_changes(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     return [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]
 
 
 # ---------------------------------------------------------------- skipping
 
 
-def poisoned() -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for engine in ENGINES:
+def run_poisoned_steps() -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for stage in range(4):
         for poison in (float("nan"), float("inf")):
-            rank = Rank(**engine)
+            rank = Rank(stage)
             rank.step(0)
             rank.step(1)
-            before = rank.state()
+            before = rank.copy_state()
             rank.step(2, poison)
-            skipped, changed = bool(rank.guard.found_inf), unequal(before, rank.state())
+            is_skipped, changed = bool(rank.guard.found_inf), list_changes(before, rank.copy_state())
             rank.step(3)
-            after = rank.state()
-            found[f"{engine}, {poison}"] = {
-                "skipped": skipped, "changed": changed, "went on": "steps" in unequal(before, after),
-                "finite": all(bool(tensor.isfinite().all()) for tensor in after.values()), "steps": float(after["steps"]),
-            }  # fmt: skip
-    rank = Rank(zero_stage=1)
+            after = rank.copy_state()
+            is_finite = all(bool(tensor.isfinite().all()) for tensor in after.values())
+            results[f"ZeRO-{stage}, {poison}"] = (is_skipped, changed, is_finite, float(after["steps"]))
+    rank = Rank(1)
     rank.step(0)
-    rank.step(1, float("nan"), protected=False)
-    found["unprotected"] = all(bool(tensor.isfinite().all()) for tensor in rank.state().values())
-    return found
+    rank.step(1, float("nan"), is_guarded=False)
+    results["unguarded is finite"] = all(bool(tensor.isfinite().all()) for tensor in rank.copy_state().values())
+    return results
 
 
 def test_a_step_that_is_not_finite_changes_nothing_on_any_rank() -> None:
-    for found in run_on_ranks(2, poisoned):
-        assert found.pop("unprotected") is False  # control
-        assert len(found) == 2 * len(ENGINES)
-        assert found == {case: {"skipped": True, "changed": [], "went on": True, "finite": True, "steps": 3.0} for case in found}
+    for results in run_on_ranks(2, run_poisoned_steps):
+        assert results.pop("unguarded is finite") is False  # the control
+        assert len(results) == 8
+        assert results == dict.fromkeys(results, (True, [], True, 3.0))
 
 
 # ---------------------------------------------------------------- clipping and the norm
 
 
-def clipped() -> dict[str, Any]:
+def run_clipped_steps() -> dict[str, Any]:
     from pretrain.engine import zero_state
 
-    found = {}
-    for engine in ENGINES:
+    results = {}
+    for stage in range(4):
         for clip in (0.0, 0.05):
-            rank = Rank(clip, ema_decay=0.0, **engine)
+            rank = Rank(stage, clip, ema_decay=0.0)
             norms = []
             for number in range(3):
                 rank.step(number)
                 norms.append(float(rank.guard.norm))
             whole = zero_state.assemble_tensors(rank.engine, "weight")
-            found[f"{engine}, {clip}"] = (norms, {name: tensor.tolist() for name, tensor in whole.items()})
-    return found
+            results[stage, clip] = (norms, {name: tensor.tolist() for name, tensor in whole.items()})
+    return results
 
 
-def by_torch_alone(clip: float) -> tuple[list[float], dict[str, list]]:
-    """The same in one process, by torch.nn.utils.clip_grad_norm_ and torch's AdamW; statistics are of two samples, as there."""
+def train_with_torch_alone(clip: float) -> tuple[list[float], dict[str, list]]:
+    """Trains the same in one process with torch.nn.utils.clip_grad_norm_ and torch's AdamW, on batches of two samples as the ranks do."""
     from pretrain.engine.optim import group_parameters
 
-    model = network()
+    model = build_network()
     optimizer, norms = torch.optim.AdamW(group_parameters(model, 0.05), lr=1e-2), []
     for number in range(3):
         images = torch.randn(IMAGES, generator=torch.Generator().manual_seed(number))
@@ -150,29 +143,28 @@ def by_torch_alone(clip: float) -> tuple[list[float], dict[str, list]]:
     return norms, {name: parameter.tolist() for name, parameter in model.named_parameters()}
 
 
-def test_norm_and_clipping_are_torchs() -> None:
-    for found in run_on_ranks(2, clipped):
-        for case, (norms, weights) in found.items():
-            expected_norms, expected = by_torch_alone(0.05 if case.endswith("0.05") else 0.0)
-            assert norms == pytest.approx(expected_norms, rel=1e-3), case
-            for name, weight in weights.items():
-                if name == "0.bias":  # BatchNorm takes it out again: its gradient is rounding
-                    continue
-                torch.testing.assert_close(torch.tensor(weight), torch.tensor(expected[name]), rtol=1e-3, atol=1e-4, msg=f"{case}: {name}")
-    # AdamW hardly minds the size of gradients, so see that clipping matters at all here.
-    assert by_torch_alone(0.05)[1]["3.bias"] != pytest.approx(by_torch_alone(0.0)[1]["3.bias"], rel=1e-3)
+def test_norm_and_clipping_equal_torchs() -> None:
+    expected = {clip: train_with_torch_alone(clip) for clip in (0.0, 0.05)}
+    for results in run_on_ranks(2, run_clipped_steps):
+        for (stage, clip), (norms, weights) in results.items():
+            expected_norms, expected_weights = expected[clip]
+            assert norms == pytest.approx(expected_norms, rel=1e-3), (stage, clip)
+            for name in weights.keys() - {"0.bias"}:  # BatchNorm cancels this bias, so its gradient is rounding
+                weight, expected_weight = torch.tensor(weights[name]), torch.tensor(expected_weights[name])
+                torch.testing.assert_close(weight, expected_weight, rtol=1e-3, atol=1e-4, msg=f"ZeRO-{stage}, {clip}: {name}")
+    # AdamW hardly depends on the size of gradients, so assert that clipping has an effect here.
+    assert expected[0.05][1]["3.bias"] != pytest.approx(expected[0.0][1]["3.bias"], rel=1e-3)
 
 
 # ---------------------------------------------------------------- fp16's loss scale
 
 
-def scaled() -> dict[str, Any]:
+def run_scaled_steps() -> dict[str, Any]:
     from pretrain.engine import guard as module
 
     module.GROWTH_INTERVAL = 3
-    rank = Rank(scales=True, zero_stage=2)
-    plain = Rank(zero_stage=2)
-    scales, skipped, growths = [float(rank.guard.scale)], [], []
+    rank, plain, other = Rank(1, should_scale=True), Rank(1), Rank(1, should_scale=True)
+    scales, skipped = [float(rank.guard.scale)], []
     for number in range(9):
         poison = float("inf") if number in (2, 3) else None
         rank.step(number, poison)
@@ -180,120 +172,16 @@ def scaled() -> dict[str, Any]:
         scales.append(float(rank.guard.scale))
         skipped.append(bool(rank.guard.found_inf))
     state = rank.guard.state_dict()
-    growths.append(state["growth"])
-    other = Rank(scales=True, zero_stage=2)
     other.guard.load_state_dict(state)
-    close = all(torch.allclose(tensor, plain.state()[name], rtol=1e-3, atol=1e-5) for name, tensor in rank.state().items())
-    return {"scales": scales, "skipped": skipped, "state": state, "loaded": other.guard.state_dict(), "close": close}
+    unscaled = plain.copy_state()
+    is_close = all(torch.allclose(tensor, unscaled[name], rtol=1e-3, atol=1e-5) for name, tensor in rank.copy_state().items())
+    return {"scales": scales, "skipped": skipped, "state": state, "loaded": other.guard.state_dict(), "close": is_close}
 
 
-def test_the_loss_scale_is_halved_by_overflows_and_doubles_when_there_are_none() -> None:
-    for found in run_on_ranks(2, scaled):
+def test_an_overflow_halves_the_loss_scale_and_finite_steps_double_it() -> None:
+    for results in run_on_ranks(2, run_scaled_steps):
         full = 2.0**16
-        assert found["skipped"] == [False, False, True, True, False, False, False, False, False]
-        assert found["scales"] == [full, full, full, full / 2, full / 4, full / 4, full / 4, full / 2, full / 2, full / 2]
-        assert found["state"] == found["loaded"] == {"scale": full / 2, "growth": 2}
-        assert found["close"]  # and it is taken out of the gradients again
-
-
-# ---------------------------------------------------------------- nobody waits for the device
-
-
-class Reads(TorchDispatchMode):
-    """While entered, counts what makes this thread wait for a tensor's value: `.item()`, `bool(…)`, `.cpu()`, `.tolist()` and the like,
-    and the operators behind them."""
-
-    METHODS = ("cpu", "tolist", "numpy", "item", "__bool__", "__float__", "__int__")
-    OPERATORS = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self._thread = threading.get_ident()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function._schema.name in self.OPERATORS:
-            self._note(function._schema.name)
-        return function(*args, **(kwargs or {}))
-
-    def __enter__(self) -> "Reads":
-        self._methods = {name: getattr(Tensor, name) for name in self.METHODS}
-        for name, method in self._methods.items():
-            setattr(Tensor, name, self._noted(name, method))
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        for name, method in self._methods.items():
-            setattr(Tensor, name, method)
-
-    def _noted(self, name: str, method: Any) -> Any:
-        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._note(name)
-            return method(tensor, *args, **kwargs)
-
-        return call
-
-    def _note(self, name: str) -> None:
-        if threading.get_ident() == self._thread:
-            caller = next((f for f in reversed(traceback.extract_stack()) if "/torch/" not in f.filename and __file__ != f.filename), None)
-            self.found.append(f"{name} in {caller}")
-
-
-def read() -> dict[str, list[str]]:
-    found = {}
-    for engine in ENGINES[:2]:
-        for kind in ("plain", "clips and scales"):
-            rank = Rank(**engine) if kind == "plain" else Rank(1.0, True, **engine)
-            rank.step(0)
-            with Reads() as reads:
-                rank.step(1)
-            found[f"{engine}, {kind}"] = reads.found
-    with Reads() as control:
-        float(rank.guard.norm)
-    return found | {"control": control.found}
-
-
-def test_an_engines_step_reads_nothing_from_the_device() -> None:
-    for found in run_on_ranks(2, read):
-        assert found.pop("control") != []
-        assert found == {case: [] for case in found}
-
-
-def count_reads(file: Path, wrong: bool) -> None:
-    """In a rank's process: what the loop of train.py reads between the beginnings of its third and its fifth step, to a file; also of a
-    loss, if it is `wrong`."""
-    from pretrain import train
-    from pretrain.monitor.requests import Request, Requests
-
-    rate, loss, answer, reads = train.learning_rate, train.mixed_cross_entropy, Requests.answer, Reads()
-
-    def learning_rate(step: int, *args: Any) -> float:
-        if step == 2:
-            reads.__enter__()
-        if step == 4:
-            reads.__exit__(None, None, None)
-            file.write_text("\n".join(reads.found))
-        return rate(step, *args)
-
-    def mixed_cross_entropy(*args: Any) -> Tensor:
-        found = loss(*args)
-        if wrong:
-            found.item()
-        return found
-
-    def host_only(self: Requests) -> Request:
-        before = len(reads.found)
-        request = answer(self)
-        del reads.found[before:]  # requests to stop and to save are on the host
-        return request
-
-    train.learning_rate, train.mixed_cross_entropy, Requests.answer = learning_rate, mixed_cross_entropy, host_only
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_the_loop_reads_nothing_from_the_device_between_log_lines(drawn: Path, tmp_path: Path, wrong: bool) -> None:
-    quiet = ("model.classes=10", "run.log_every=100", "run.save_every=100", "run.eval_every=10", "guard.spike=2", "optim.clip_grad=1")
-    ended = faults.run(tmp_path, drawn, *quiet, change=partial(count_reads, tmp_path / "reads", wrong))
-    assert ended.codes == [0, 0], faults.log_of(tmp_path)
-    assert ((tmp_path / "reads").read_text() != "") == wrong, (tmp_path / "reads").read_text()
+        assert results["skipped"] == [False, False, True, True, False, False, False, False, False]
+        assert results["scales"] == [full, full, full, full / 2, full / 4, full / 4, full / 4, full / 2, full / 2, full / 2]
+        assert results["state"] == results["loaded"] == {"scale": full / 2, "growth": 2}
+        assert results["close"]  # gradients are unscaled before the update

@@ -1,4 +1,4 @@
-"""Reductions of gradients beside the backward pass: when they begin, and that nothing and nobody waits for them who need not."""
+"""Reductions of gradients beside the backward pass: their order, their bits, and the absence of waits and races."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +21,7 @@ WHOLE = 500_000_000  # elements: DeepSpeed's default, and one bucket for the who
 
 
 def build(stage: int) -> tuple[Any, Any]:
-    """The engine of one rank, two micro-batches of two samples a step, and its guard."""
+    """Returns the engine of one rank, with two micro-batches of two samples a step, and its guard."""
     from pretrain import config as settings
     from pretrain.engine import distributed
     from pretrain.engine.engine import build_engine
@@ -77,16 +77,16 @@ def without_a_head(stage: int) -> str:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_parameter_without_a_gradient_is_told(stage: int) -> None:
-    told = run_on_ranks(2, without_a_head, stage=stage)
-    assert all("parameters got no gradient in a step's last backward pass" in one for one in told)
+def test_a_parameter_without_a_gradient_is_an_error(stage: int) -> None:
+    errors = run_on_ranks(2, without_a_head, stage=stage)
+    assert all("parameters got no gradient in a step's last backward pass" in error for error in errors)
 
 
 # ---------------------------------------------------------------- order on a GPU
 
 
 def ordered() -> dict[str, tuple[int, int, list[str]]]:
-    """Streams that operators ran on, waits of the host, and races (streams.py) of three steps."""
+    """Returns the number of streams, the waits of the host and the races (streams.py) of three steps, by case."""
     from tests.support.streams import Stream, Streams
 
     def watched(stage: int, deaf: str = "") -> tuple[int, int, list[str]]:
@@ -106,7 +106,7 @@ def ordered() -> dict[str, tuple[int, int, list[str]]]:
     return found | {f"{stage}, deaf {stream}": watched(stage, stream) for stage in (0, 1) for stream in ("main", "reductions")}
 
 
-def test_the_device_orders_reductions_and_the_host_waits_for_none() -> None:
+def test_streams_order_the_reductions_without_a_wait_of_the_host() -> None:
     for found in run_on_ranks(2, ordered):
         assert found["ZeRO-0"] == found["ZeRO-1"] == (2, 0, [])
         assert found["ZeRO-2"] == (2, 2 * STEPS, [])  # by DeepSpeed, whose host waits in each backward pass
@@ -138,7 +138,7 @@ def test_memory_that_is_freed_in_use_is_a_race() -> None:
 
 
 def trained() -> dict[int, list[tuple[int, list[float]]]]:
-    """By stage: in buckets, in one, and a step more, how many elements are reduced together, and all of this rank's weights."""
+    """Returns by stage the bucket size and this rank's weights: in buckets, in one bucket, and after one more step."""
     from pretrain.engine import engine as engine_module
     from pretrain.engine import zero_state
 
@@ -170,7 +170,7 @@ def test_buckets_change_no_bit() -> None:
 
 
 def traced(folder: Path) -> dict[tuple[int, bool], Overlap]:
-    """By stage and whether there are buckets, what the trace of two steps tells, on rank 0."""
+    """Returns the overlap in the trace of two steps, on rank 0, by stage and whether there are buckets."""
     from pretrain.engine import engine as engine_module
     from pretrain.monitor.profiling import Profiler
     from pretrain.run.position import SharedPosition
