@@ -136,7 +136,7 @@ def compute_operator_inputs(
 
 
 def _compute_homography(operator: np.ndarray, argument: np.ndarray, mirrored: np.ndarray, size: int) -> np.ndarray:
-    """Computes matrices from result pixels to image pixels, float64 (n, 3, 3); the origin is the corner, as in Pillow's AFFINE."""
+    """Computes matrices from result pixels to image pixels, float64 (n, 3, 3). The origin is the corner, as in Pillow's AFFINE."""
     matrix = np.tile(np.eye(3), (len(operator), 1, 1))
     rotated = operator == Operator.ROTATE
     angle, center = np.deg2rad(argument[rotated]), size / 2

@@ -78,7 +78,7 @@ def hash64(*keys: ArrayLike) -> np.ndarray:
 
 
 def uniform(*keys: ArrayLike) -> np.ndarray:
-    """Draws a float64 from [0, 1) for each combination of keys: the upper 53 bits of `hash64`, which float64 holds exactly."""
+    """Draws a float64 from [0, 1) for each combination of keys. It has the upper 53 bits of `hash64`, so it is exact."""
     return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
 
 

@@ -6,7 +6,7 @@ from typing import IO, Any
 
 
 def publish(file: IO[Any], path: Path) -> None:
-    """Renames an open temporary file to `path` once its bytes are durable, so that no reader sees a part of it."""
+    """Makes an open temporary file durable, then renames it to `path`, so that no reader sees a part of it."""
     file.flush()
     os.fsync(file.fileno())
     os.replace(file.name, path)

@@ -1,4 +1,4 @@
-"""Headers of encoded images: the checks that keep damaged files from DALI, and the parts of a JPEG that packing needs.
+"""Headers of encoded images: checks that keep damaged files from DALI, and the JPEG headers that packing needs.
 
 check_header(encoded, width, height)        # raises BadImage; takes a few microseconds; safe in several threads
 width, height = read_image_size(encoded)

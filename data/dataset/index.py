@@ -1,4 +1,4 @@
-"""The index of a dataset: place, label and size of every sample, as a NumPy array that is mapped and never loaded.
+"""The index of a dataset: place, label and size of every sample, in a NumPy array that is memory-mapped.
 
     FOLDER/NAME-000000.tar …  the shards, each with an .idx beside it for DALI's reader (shards.py)
     FOLDER/index.npy          a row of 20 bytes for each sample (DTYPE), in shard order; a sample's id is its row

@@ -159,7 +159,7 @@ def find_image(sample: list[Member]) -> Member:
 
 
 def read_label(sample: list[Member], field: str | None = None) -> int | str:
-    """Reads a sample's label: the number in its .cls, or the number or class name in a field of its .json.
+    """Reads a sample's label: the number in its .cls, or a number or class name in its .json.
 
     Raises ValueError for a sample without the member or the field, and for a label of another type.
     """

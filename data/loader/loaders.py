@@ -115,7 +115,7 @@ class TrainLoader(Loader):
         self._noise.erase(images, erased)
 
     def _draw_mix(self, slots: Slots) -> Mix | None:
-        """Draws the mix for the samples of the order, not for replacements: a bad sample does not change its partner's mix."""
+        """Draws the mix for the samples of the order, not for replacements, so that partners of bad samples keep their mix."""
         return self.recipe.draw_mix(slots.epoch, slots.ids, slots.copies)
 
     def _define_graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
@@ -138,7 +138,7 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """Loads one rank's samples, each once an iteration, in micro-batches of which the last may be smaller; steps count from 0.
+    """Loads one rank's samples, each once an iteration. The last micro-batch may be smaller; steps count from 0.
 
     The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop, then the
     central square of image_size; with eval_resize "squash" directly to image_size x image_size. Bad samples are skipped.

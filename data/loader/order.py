@@ -1,4 +1,4 @@
-"""The sample order: pure functions from (seed, epoch, step) to the sample ids of a global batch, and the slots of a rank.
+"""The sample order: pure functions from (seed, epoch, step) to the sample ids of a global batch.
 
     order = SampleOrder(index.shard_start, seed=0, global_batch=8192)
     epoch, step_in_epoch = order.locate(step)
@@ -37,7 +37,7 @@ from data.settings import DataConfig
 
 
 def count_lanes(global_batch: int, lanes: int) -> int:
-    """Returns the largest divisor of the global batch up to `lanes`, so that every lane gives equally many samples to a step."""
+    """Returns the largest divisor of the global batch up to `lanes`, so that all lanes give equally many samples."""
     return next(count for count in range(min(lanes, global_batch), 0, -1) if global_batch % count == 0)
 
 

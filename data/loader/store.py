@@ -223,7 +223,7 @@ class FetchedShards(ShardStore):
             self._changed.notify_all()
 
     def _book(self) -> int | None:
-        """Books uses, each as soon as there is room, up to the first whose shard must be fetched; returns the shard, None at the end."""
+        """Books uses, each as soon as there is room, until a shard must be fetched; returns its number, or None at the end."""
         with self._next_lock:
             for use in self._uses:
                 with self._changed:
@@ -249,7 +249,7 @@ class FetchedShards(ShardStore):
         return file.read(size, offset)
 
     def _wait_for(self, shard: int, planned: bool) -> _OpenShard | None:
-        """Waits until a shard is fetched, and before that, if `planned`, until it is booked; returns None for one that is not booked."""
+        """Waits until a shard is fetched. A planned one is awaited until it is booked; None if it is not booked."""
 
         def is_decided() -> bool:
             booked = self._booked_shards.get(shard)
@@ -306,7 +306,7 @@ def fetch_shard(cache: Cache, index: Index, shard: int, stop: threading.Event | 
 
 @contextmanager
 def open_whole_shard(index: Index, shard: int) -> Iterator[Path]:
-    """Yields the path of a shard with its .idx beside it; for a dataset at a URL, of its checked copy in the cache."""
+    """Yields the path of a shard, which has its .idx beside it. A shard at a URL is fetched into the cache first."""
     path = index.folder / index.shards[shard].name
     if index.remote is None:
         yield path

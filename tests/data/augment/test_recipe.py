@@ -21,7 +21,7 @@ from data.loader.pipeline import Batch
 from data.loader.store import ShardStore
 from data.settings import DataConfig, parse_policy
 from tests.data.augment.test_operators import difference, in_timm
-from tests.data.loader.test_loaders import joined
+from tests.data.loader.test_loaders import concatenate
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +115,7 @@ def test_identical_however_it_is_loaded(dataset: Index, recipe: str, options: di
     parts = [list(batches(dataset, recipe, end=end, image_size=64, rank=rank, **options)) for rank in range(ranks)]
     for step in range(start, end):
         own = [batch for rank in range(ranks) for batch in parts[rank] if batch.step == step]
-        for one, other in zip(joined([whole[step]]), joined(own), strict=True):
+        for one, other in zip(concatenate([whole[step]]), concatenate(own), strict=True):
             assert torch.equal(one, other)
     assert not torch.equal(whole[0].images, whole[1].images)
 

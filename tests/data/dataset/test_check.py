@@ -9,7 +9,7 @@ from data.dataset.index import Index
 from tests.support.damage import damaged_copy
 
 
-def everything(index: Index, *, checksums: bool) -> list[str]:
+def check_all(index: Index, *, checksums: bool) -> list[str]:
     return find_damaged_shards(index, range(len(index.shards)), checksums=checksums, quiet=True)
 
 
@@ -19,8 +19,8 @@ def overwrite(index: Index, shard: int, place: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_nothing_is_wrong_with_what_was_packed(dataset: Index) -> None:
-    assert everything(dataset, checksums=False) == everything(dataset, checksums=True) == []
+def test_a_packed_dataset_has_no_faults(dataset: Index) -> None:
+    assert check_all(dataset, checksums=False) == check_all(dataset, checksums=True) == []
 
 
 @pytest.mark.parametrize("which", ["first", "last"])
@@ -33,10 +33,10 @@ def test_another_file_of_the_same_size(dataset: Index, tmp_path: Path, which: st
     whole = (index.folder / name).read_bytes()
     for content in (bytes(len(whole)), whole[: header + 3] + b"?" * (len(whole) - header - 3)):
         (index.folder / name).write_bytes(content)
-        (fault,) = everything(index, checksums=False)
+        (fault,) = check_all(index, checksums=False)
         assert fault.startswith(f"{name} has no image where the index says (")
     (index.folder / name).write_bytes(whole[:512] + whole[:-512])  # a tar of the same members, elsewhere
-    assert [name in fault for fault in everything(index, checksums=False)] == [True]
+    assert [name in fault for fault in check_all(index, checksums=False)] == [True]
     assert find_damaged_shards(index, [0, 2, 3], checksums=False, quiet=True) == []
     assert find_damaged_shards(index, [1], checksums=True, quiet=True)[0].startswith(f"{name} has the checksum ")
 
@@ -47,19 +47,19 @@ def test_a_single_bit_is_found_by_its_checksum_alone(dataset: Index, tmp_path: P
     shard = index.shard_of(30)
     byte = (index.folder / index.shards[shard].name).read_bytes()[place]
     overwrite(index, shard, place, bytes([byte ^ 1]))
-    assert everything(index, checksums=False) == []
-    (fault,) = everything(index, checksums=True)
+    assert check_all(index, checksums=False) == []
+    (fault,) = check_all(index, checksums=True)
     assert fault.startswith(f"{index.shards[shard].name} has the checksum ")
     assert fault.endswith(f" instead of {index.shards[shard].xxh3_128}")
 
 
-def test_a_shard_that_has_gone(dataset: Index, tmp_path: Path) -> None:
+def test_a_missing_shard(dataset: Index, tmp_path: Path) -> None:
     index = damaged_copy(dataset, tmp_path / "copy", {})
     (index.folder / index.shards[2].name).unlink()
     for checksums in (False, True):
-        assert everything(index, checksums=checksums) == [f"{index.shards[2].name} can't be read (No such file or directory)"]
+        assert check_all(index, checksums=checksums) == [f"{index.shards[2].name} can't be read (No such file or directory)"]
 
 
-def test_progress_is_told(dataset: Index, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_reported(dataset: Index, capsys: pytest.CaptureFixture[str]) -> None:
     find_damaged_shards(dataset, range(3), checksums=True)
     assert f"checksums of {dataset.folder}, this rank's shards: 3 of 3" in capsys.readouterr().err

@@ -117,14 +117,14 @@ def test_samples_of_any_name_are_those_of_webdataset_and_dali(tmp_path: Path, fo
     assert headers.shard.samples == contents.shard.samples
 
 
-def test_hidden_files_in_folders_are_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_in_folders_are_skipped(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a/1.cls", b"5"), ("a/._1.jpg", b"of macOS"), ("a/1.jpg", JPEGS[0])])
     contents = read_shard(tmp_path / "x.tar")
     assert contents.keys == ["a/1"]
     assert not contents.faults
 
 
-def test_a_tar_that_is_not_whole(tmp_path: Path) -> None:
+def test_an_incomplete_tar(tmp_path: Path) -> None:
     path = tmp_path / "cut.tar"
     write_tar(path, [part for number in range(4) for part in ((f"{number}.cls", b"1"), (f"{number}.jpg", JPEGS[number]))])
     whole = path.read_bytes()
@@ -173,7 +173,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         ({"cls": b"1", "jpg": JPEGS[0], "JPG": JPEGS[1]}, "it has several members of one extension: cls, jpg, jpg"),
     ],
 )
-def test_samples_that_can_not_be_used(tmp_path: Path, members: dict[str, bytes], fault: str) -> None:
+def test_samples_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], fault: str) -> None:
     path = tmp_path / "x.tar"
     good = [("0.cls", b"7"), ("0.jpg", JPEGS[0])]
     write_tar(path, [*good, *((f"1.{extension}", data) for extension, data in members.items()), ("2.cls", b"8"), ("2.png", JPEGS[1])])

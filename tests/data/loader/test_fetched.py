@@ -21,7 +21,7 @@ from data.loader.order import ShardUse, compute_evaluation_peak_bytes, plan_eval
 from data.loader.store import FetchedShards
 from data.storage.cache import Cache
 from data.storage.remote import Stopped
-from tests.data.loader.test_store import whole
+from tests.data.loader.test_store import read_images
 from tests.support.datasets import upload
 from tests.support.servers import Proxy
 
@@ -59,8 +59,8 @@ def read_all(store: FetchedShards) -> list[bytes]:
     return images
 
 
-def held(index: Index) -> int:
-    """Bytes of shards in the cache, whole or on their way, at a moment in which nobody adds or removes any."""
+def cached_bytes(index: Index) -> int:
+    """Bytes of shards in the cache, complete or partial, at a moment in which nobody adds or removes any."""
     with Cache(index.folder)._locked():
         return sum(path.stat().st_size for path in index.folder.iterdir() if path.name.endswith((".tar", ".tar.part")))
 
@@ -72,7 +72,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def fetchers() -> list[threading.Thread]:
+def fetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("fetch-")]
 
 
@@ -82,26 +82,26 @@ def test_all_samples_in_order_with_a_small_cache(s3: Proxy, remote: Index, many_
 
     def sample() -> None:
         while not done.is_set():
-            most[0] = max(most[0], held(remote))
+            most[0] = max(most[0], cached_bytes(remote))
 
     sampler = threading.Thread(target=sample)
     sampler.start()
     with store_of(remote, shards=6) as store:
-        assert read_all(store) == whole(many_shards)
+        assert read_all(store) == read_images(many_shards)
         assert store.waited_s > 0
     done.set()
     sampler.join()
     assert s3.shards() == {shard.name: 1 for shard in remote.shards}
     bound = 6 * int(remote.shard_bytes.max())
     assert bound / 2 < most[0] <= bound
-    assert not fetchers()
+    assert not fetch_threads()
     assert not list(remote.folder.glob("reserved-*"))
 
 
 @pytest.mark.parametrize("micro_batch", [1, 25])
 def test_a_cache_of_just_what_is_needed_at_once_is_enough(remote: Index, many_shards: Index, micro_batch: int) -> None:
     uses, at_once = sequence(remote, micro_batch)
-    expected = whole(many_shards)
+    expected = read_images(many_shards)
     with FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=at_once / 1e9) as store:
         for step in range(0, 100, micro_batch):
             assert [store.read(step + i).tobytes() for i in range(micro_batch)] == expected[step : step + micro_batch]
@@ -112,17 +112,15 @@ def test_a_second_epoch_fetches_nothing_where_there_is_room(s3: Proxy, remote: I
     room = len(remote.shards) + 1
     for _ in range(2):
         with store_of(remote, shards=room) as store:
-            assert read_all(store) == whole(many_shards)
+            assert read_all(store) == read_images(many_shards)
     assert s3.shards() == {shard.name: 1 for shard in remote.shards}
     with store_of(remote, shards=room - 5) as store:  # control: with less room some come again
-        assert held(remote) <= (room - 5) * int(remote.shard_bytes.max())
-        assert read_all(store) == whole(many_shards)
+        assert cached_bytes(remote) <= (room - 5) * int(remote.shard_bytes.max())
+        assert read_all(store) == read_images(many_shards)
     assert sum(s3.shards().values()) > len(remote.shards)
 
 
-def test_what_is_needed_first_is_fetched_first_and_as_far_ahead_as_the_cache_allows(
-    s3: Proxy, remote: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_fetched_in_order_of_need_as_far_as_the_cache_allows(s3: Proxy, remote: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.loader.store.FETCH_THREADS", 1)  # so that the order of the requests is that of the bookings
     uses = [use for use in sequence(remote)[0] if use.first >= 40]  # as after a resume
     with store_of(remote, shards=10, uses=uses) as store:
@@ -141,11 +139,11 @@ def test_what_is_needed_first_is_fetched_first_and_as_far_ahead_as_the_cache_all
         assert list(s3.shards())[: len(expected) + 2] == [remote.shards[use.shard].name for use in uses[: len(expected) + 2]]
 
 
-def test_a_slow_fetch_stops_only_those_who_need_it(s3: Proxy, remote: Index, many_shards: Index) -> None:
+def test_a_slow_fetch_delays_only_its_readers(s3: Proxy, remote: Index, many_shards: Index) -> None:
     slow = remote.shards[2]
     s3.fail(slow.name, "stall")
     first = int(remote.shard_start[2])
-    expected = whole(many_shards)
+    expected = read_images(many_shards)
     with store_of(remote, shards=14) as store, ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(store.read, first)
         for sample_id in (*range(first), *range(int(remote.shard_start[3]), int(remote.shard_start[5]))):
@@ -160,16 +158,16 @@ def test_a_slow_fetch_stops_only_those_who_need_it(s3: Proxy, remote: Index, man
 
 
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "short", "corrupt"])
-def test_faults_that_pass(s3: Proxy, remote: Index, many_shards: Index, fault: str) -> None:
+def test_temporary_faults_change_nothing(s3: Proxy, remote: Index, many_shards: Index, fault: str) -> None:
     for shard in remote.shards[::3]:
         s3.fail(shard.name, *[fault] * 2)
     with store_of(remote, shards=8) as store:
-        assert read_all(store) == whole(many_shards)
+        assert read_all(store) == read_images(many_shards)
     assert {name for name, count in s3.shards().items() if count == 3} == {shard.name for shard in remote.shards[::3]}
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "short", "corrupt"])
-def test_a_failed_try_leaves_nothing_pinned(s3: Proxy, remote: Index, fault: str) -> None:
+def test_a_failed_try_leaves_no_shard_pinned(s3: Proxy, remote: Index, fault: str) -> None:
     """Also while no collection frees the exceptions that the store's libraries keep in cycles, with all frames below them: what stayed
     pinned could not be evicted, and ranks that share the cache would wait for its room for ever."""
     for shard in remote.shards[:6]:
@@ -178,7 +176,7 @@ def test_a_failed_try_leaves_nothing_pinned(s3: Proxy, remote: Index, fault: str
     gc.disable()
     try:
         with store_of(remote, shards=3 * len(remote.shards)) as store:
-            wait_for(lambda: len(s3.shards()) == len(remote.shards) and not fetchers())
+            wait_for(lambda: len(s3.shards()) == len(remote.shards) and not fetch_threads())
             assert pinned(remote) == {shard.name for shard in remote.shards}
             store.advance(len(remote))
             assert pinned(remote) == set()
@@ -192,23 +190,23 @@ def pinned(index: Index) -> set[str]:
     return {file.name for file in files if file.parent == index.folder and file.suffix == ".tar"}
 
 
-def test_a_stall_is_given_up(s3: Proxy, tmp_path: Path, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stalled_download_is_retried(s3: Proxy, tmp_path: Path, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.storage.remote.STALL", 0.3)
     index = open_index(TRAIN, str(tmp_path))
     s3.fail(index.shards[1].name, "stall", "stall")
     with store_of(index, shards=8) as store:
-        assert read_all(store) == whole(many_shards)
+        assert read_all(store) == read_images(many_shards)
 
 
 @pytest.mark.parametrize(
     ("fault", "reason", "tries"),
     [
         ("500", r"OSError: .*injected", "6 tries"),
-        ("corrupt", "the checksum differs from that of the packed shard, .*", "6 tries"),
-        ("403", "PermissionError: .*", r"1 try\); credentials are found"),
+        ("corrupt", "the checksum differs from that of the packed shard; .*", "6 tries"),
+        ("403", "PermissionError: .*", r"1 try\); credentials come from"),
     ],
 )
-def test_faults_that_stay_are_errors_at_the_shards_turn(s3: Proxy, remote: Index, fault: str, reason: str, tries: str) -> None:
+def test_permanent_faults_are_raised_when_the_shard_is_read(s3: Proxy, remote: Index, fault: str, reason: str, tries: str) -> None:
     bad = remote.shards[3]
     s3.fail(bad.name, f"ever-{fault}")
     first = int(remote.shard_start[3])
@@ -245,11 +243,11 @@ def test_close_does_not_wait_for_a_stalled_download(s3: Proxy, remote: Index) ->
         with pytest.raises(Stopped):
             waiting.result(timeout=5)
     s3.go_on.set()
-    wait_for(lambda: not fetchers())
+    wait_for(lambda: not fetch_threads())
     assert not list(remote.folder.glob("*.part"))
 
 
-def test_a_cache_that_is_too_small_says_what_is_needed(remote: Index) -> None:
+def test_the_error_of_a_small_cache_names_a_size_that_works(remote: Index) -> None:
     uses, at_once = sequence(remote, micro_batch=8)
     message = r"data\.cache_gb=0\.0001 is too small: the shards that the ranks of a node \(8\) need at the same time take (\S+) GB"
     with pytest.raises(ValueError, match=message) as caught:
@@ -259,7 +257,7 @@ def test_a_cache_that_is_too_small_says_what_is_needed(remote: Index) -> None:
     with ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=enough, ranks_on_node=8))
-        with pytest.raises(ValueError, match="other processes on this node have reserved"):
+        with pytest.raises(ValueError, match="others on this node have reserved"):
             FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=enough, ranks_on_node=1)
 
 
@@ -309,7 +307,7 @@ class Readers:
 def digest(many_shards: Index) -> str:
     import hashlib
 
-    return hashlib.sha256(b"".join(whole(many_shards))).hexdigest()
+    return hashlib.sha256(b"".join(read_images(many_shards))).hexdigest()
 
 
 def test_the_ranks_of_a_node_fetch_a_shard_once(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
@@ -328,7 +326,7 @@ def test_ranks_share_a_cache_that_is_too_small_for_all_shards(s3: Proxy, many_sh
         index = many_shards.__class__(**{**vars(many_shards), "folder": folder})
         while any(process.poll() is None for process in readers.processes):
             if folder.exists():
-                most = max(most, held(index))
+                most = max(most, cached_bytes(index))
             time.sleep(0.002)
         assert readers.results() == [digest] * 3
     assert bound / 2 < most <= bound
@@ -339,6 +337,6 @@ def test_two_datasets_in_one_cache_folder(s3: Proxy, dataset: Index, many_shards
     first, second = open_index(TRAIN, str(tmp_path)), open_index("s3://bucket/other", str(tmp_path))
     with store_of(first, shards=4) as one, store_of(second, shards=4) as two:
         images = [(one.read(0).tobytes(), two.read(0).tobytes())]
-        assert images == [(whole(many_shards)[0], whole(dataset)[0])]
-        assert read_all(two) == whole(dataset)
-        assert read_all(one) == whole(many_shards)
+        assert images == [(read_images(many_shards)[0], read_images(dataset)[0])]
+        assert read_all(two) == read_images(dataset)
+        assert read_all(one) == read_images(many_shards)

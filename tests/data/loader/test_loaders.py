@@ -65,7 +65,7 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
     return (images * STD + MEAN) * 255
 
 
-def picture(dataset: Index, sample_id: int) -> Image.Image:
+def read_picture(dataset: Index, sample_id: int) -> Image.Image:
     with ShardStore(dataset) as store:
         return Image.open(io.BytesIO(store.read(sample_id).tobytes())).convert("RGB")
 
@@ -74,8 +74,8 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def only(count: int) -> bool:
-    """Whether no more threads are left, in a moment: one that has been joined may still be in the kernel's list."""
+def has_at_most_threads(count: int) -> bool:
+    """Returns whether no more than `count` threads are left, after a short wait: the kernel lists joined threads for a moment."""
     gc.collect()  # an exception's traceback holds DALI's frames
     deadline = time.monotonic() + 5
     while threads() > count and time.monotonic() < deadline:
@@ -83,14 +83,14 @@ def only(count: int) -> bool:
     return threads() <= count
 
 
-def steps_of(batches: Iterator[Batch]) -> dict[int, list[Batch]]:
+def group_by_step(batches: Iterator[Batch]) -> dict[int, list[Batch]]:
     steps: dict[int, list[Batch]] = {}
     for batch in batches:
         steps.setdefault(batch.step, []).append(batch)
     return steps
 
 
-def joined(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
+def concatenate(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
     """Images, labels, ids, boxes and lam of batches, one after another."""
     mixes = [batch.mix for batch in batches if batch.mix is not None]
     return (
@@ -130,7 +130,7 @@ def test_the_first_50_global_batches_for_any_number_of_ranks(dataset: Index, ord
 
 @pytest.mark.parametrize("start", [1, 8, 9, 10, 31])
 def test_a_restart_at_any_step(dataset: Index, order: SampleOrder, start: int) -> None:
-    batches = steps_of(train(dataset, order, start=start, end=start + 3, image_size=8))
+    batches = group_by_step(train(dataset, order, start=start, end=start + 3, image_size=8))
     assert list(batches) == [start, start + 1, start + 2]
     for step, parts in batches.items():
         epoch, step_in_epoch = order.locate(step)
@@ -184,7 +184,7 @@ def test_crop_resize_and_flip_are_pillows(dataset: Index, order: SampleOrder) ->
         mirrored = draw_flips(order.seed, batch.epoch, batch.ids)
         for place, sample_id in enumerate(batch.ids.tolist()):
             y, x, h, w = boxes[place].tolist()
-            crop = picture(dataset, sample_id).crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BICUBIC)
+            crop = read_picture(dataset, sample_id).crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BICUBIC)
             if mirrored[place]:
                 crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             expected = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float()
@@ -202,7 +202,7 @@ def test_crops_are_exact_to_the_pixel(dataset: Index) -> None:
     assert len(exact) >= 1
     for place in exact:
         y, x, h, w = boxes[place]
-        crop = np.array(picture(dataset, int(batch.ids[place])))[y : y + h, x : x + w]
+        crop = np.array(read_picture(dataset, int(batch.ids[place])))[y : y + h, x : x + w]
         if mirrored[place]:
             crop = crop[:, ::-1]
         found = pixels(batch.images[place]).permute(1, 2, 0).round().to(torch.uint8).numpy()
@@ -216,7 +216,7 @@ def test_evaluation_is_timms(dataset: Index, image_size: int, crop_pct: float) -
     )
     batch = next(evaluation(dataset, image_size=image_size, eval_crop=crop_pct, micro_batch=40))
     for place, sample_id in enumerate(batch.ids.tolist()):
-        expected = transform(picture(dataset, sample_id))
+        expected = transform(read_picture(dataset, sample_id))
         assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
 
 
@@ -231,7 +231,7 @@ def test_evaluation_of_photographs_is_timms(tmp_path: Path) -> None:
         )
         (batch,) = evaluation(index, image_size=size, eval_resize=resize)
         for place, sample_id in enumerate(batch.ids.tolist()):
-            expected = transform(picture(index, sample_id))
+            expected = transform(read_picture(index, sample_id))
             assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
 
 
@@ -242,10 +242,10 @@ def test_exif_orientation_is_applied_nowhere(tmp_path: Path) -> None:
     exif[0x0112] = 6  # "rotate by 90 degrees to display"
     encoded = io.BytesIO()
     image.save(encoded, "JPEG", exif=exif)
-    index = write_dataset(tmp_path, [Sample("0", encoded.getvalue(), 0)], ["only"], shard_bytes=1, name="train")
+    index = write_dataset(tmp_path, [Sample("0", encoded.getvalue(), 0)], ["has_at_most_threads"], shard_bytes=1, name="train")
     assert (index.samples["width"][0], index.samples["height"][0]) == (120, 40)
     (batch,) = evaluation(index, image_size=40, eval_crop=1.0)
-    expected = torch.from_numpy(np.array(picture(index, 0))[:, 40:80]).permute(2, 0, 1).float()
+    expected = torch.from_numpy(np.array(read_picture(index, 0))[:, 40:80]).permute(2, 0, 1).float()
     assert (pixels(batch.images[0]) - expected).abs().max() < 0.01
     order = SampleOrder(index.shard_start, seed=0, global_batch=1)
     (batch,) = train(index, order, end=1, micro_batch=1, mixup=0.0, cutmix=0.0, image_size=40)
@@ -274,17 +274,17 @@ def test_resized_shape() -> None:
     assert compute_resized_shape(width, height, DataConfig(image_size=384, eval_resize="squash")).tolist() == [[384, 384]] * 4
 
 
-def test_no_threads_are_left_behind(dataset: Index, order: SampleOrder) -> None:
+def test_closing_ends_all_threads(dataset: Index, order: SampleOrder) -> None:
     before = threads()
     assert len(list(train(dataset, order, end=3, decode_threads=2))) == 12
-    assert only(before)
+    assert has_at_most_threads(before)
     settings = DataConfig(image_size=8, decode_threads=2)
     loader = TrainLoader(dataset, order, settings, Placement(CPU, micro_batch=4), end=1000)
     iterator = iter(loader)
     kept = next(iterator)
     assert threads() > before
     loader.close()
-    assert only(before)
+    assert has_at_most_threads(before)
     assert next(iterator, None) is None
     assert kept.images.isfinite().all()
 
@@ -309,7 +309,7 @@ def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatc
             assert batch.images.isfinite().all()
         for one, other in zip(expected, loader, strict=True):
             assert torch.equal(one.images, other.images)
-    assert only(before)
+    assert has_at_most_threads(before)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -320,7 +320,7 @@ def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_pat
     at_once = compute_peak_bytes(order, many_shards.shard_bytes, ranks, start, 60)
     assert at_once * ranks < many_shards.shard_bytes.sum() / 2
     index = open_index("s3://bucket/train", str(tmp_path))
-    expected = steps_of(train(many_shards, order, start=start, end=60, micro_batch=2))
+    expected = group_by_step(train(many_shards, order, start=start, end=60, micro_batch=2))
     s3.fail(many_shards.shards[7].name, "corrupt", "500", "reset")
     s3.fail(many_shards.shards[11].name, "short")
     place = {"start": start, "end": 60, "ranks": ranks, "ranks_on_node": ranks, "micro_batch": 2}
@@ -329,7 +329,7 @@ def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_pat
     assert len(soon) < len(index.shards)
     for step in range(start, 60):
         parts = [next(loader) for _ in range(2 // ranks) for loader in loaders]
-        for one, other in zip(joined(expected[step]), joined(parts), strict=True):
+        for one, other in zip(concatenate(expected[step]), concatenate(parts), strict=True):
             assert torch.equal(one, other)
         if step == start:
             assert s3.shards().keys() <= soon

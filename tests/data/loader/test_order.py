@@ -50,8 +50,8 @@ COMBINATIONS = [
 ]
 
 
-def orders(combinations: list[tuple[tuple[int, ...], int, int, int]]) -> Iterator[SampleOrder]:
-    """The orders of the combinations, with every number of repeats that a batch allows."""
+def make_orders(combinations: list[tuple[tuple[int, ...], int, int, int]]) -> Iterator[SampleOrder]:
+    """Yields the orders of the combinations, with every number of repeats that a batch allows."""
     for sizes, lanes, window, batch in combinations:
         for repeats in (1, 2, 3):
             if repeats == 1 or (batch % repeats == 0 and batch > repeats):
@@ -63,12 +63,12 @@ def ranks_for(order: SampleOrder) -> list[int]:
 
 
 def test_every_sample_once_an_epoch_over_all_ranks() -> None:
-    for number, order in enumerate(orders(COMBINATIONS)):
+    for number, order in enumerate(make_orders(COMBINATIONS)):
         for ranks in ranks_for(order):
             check_epoch(order, number % 4, ranks)
 
 
-def test_the_check_above_finds_a_broken_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_detects_a_broken_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: permute each lane's last window as if it were a whole one, wrapped into what there is of it."""
 
     def whole_windows(seed: int, epoch: int, lanes: int, window: int, length: int) -> np.ndarray:
@@ -84,7 +84,7 @@ def test_the_check_above_finds_a_broken_order(monkeypatch: pytest.MonkeyPatch) -
     [(lambda part: slice(part.start, part.stop + 1), "samples repeat"), (lambda part: slice(0, part.stop - part.start), "samples repeat")],
     ids=["a slot of the next rank's", "the first rank's slots for all"],
 )
-def test_the_check_above_finds_ranks_that_share(monkeypatch: pytest.MonkeyPatch, change: Callable[[slice], slice], message: str) -> None:
+def test_the_check_detects_ranks_that_share_slots(monkeypatch: pytest.MonkeyPatch, change: Callable[[slice], slice], message: str) -> None:
     """Control."""
     monkeypatch.setitem(globals(), "select_rank_slots", lambda *arguments: change(data.loader.order.select_rank_slots(*arguments)))
     with pytest.raises(AssertionError, match=message):
@@ -93,7 +93,7 @@ def test_the_check_above_finds_ranks_that_share(monkeypatch: pytest.MonkeyPatch,
 
 def test_copies_are_in_one_batch_and_never_neighbours() -> None:
     seen = 0
-    for order in orders(COMBINATIONS):
+    for order in make_orders(COMBINATIONS):
         if order.repeats == 1:
             assert (order.copies == 0).all()
             continue
@@ -120,7 +120,7 @@ def test_repeats_take_the_distinct_samples_of_a_smaller_batch() -> None:
     assert repeated.copies.tolist() == [0] * 12 + [1] * 12 + [2] * 12
 
 
-def test_the_order_without_repeats_is_for_good() -> None:
+def test_the_order_never_changes() -> None:
     """Of a run that was begun with an older version: these ids may never change."""
     order = SampleOrder(shard_start(50, 60, 70), seed=3, global_batch=12, lanes=4, window=16)
     assert order.batch(2, 7).tolist() == [167, 174, 166, 35, 29, 28, 78, 83, 73, 120, 117, 128]
@@ -136,7 +136,7 @@ def test_another_epoch_seed_or_step_is_another_order() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(103,), (50, 53)])
-def test_what_is_left_over_differs_between_epochs(sizes: tuple[int, ...]) -> None:
+def test_unused_samples_differ_between_epochs(sizes: tuple[int, ...]) -> None:
     order = SampleOrder(shard_start(*sizes), seed=0, global_batch=20, lanes=4, window=8)
     left = []
     for epoch in range(12):
@@ -181,7 +181,7 @@ def test_a_batch_mixes_lanes_far_apart() -> None:
     assert len(np.unique(own)) <= 2  # one lane of one rank: one shard, or the border of two
 
 
-def test_lanes_for() -> None:
+def test_count_lanes() -> None:
     assert count_lanes(8192, 64) == 64
     assert count_lanes(96, 64) == 48
     assert count_lanes(7, 64) == 7
@@ -195,7 +195,7 @@ def test_evaluation_covers_every_sample_once() -> None:
         assert sorted(np.concatenate(parts).tolist()) == list(range(samples))
 
 
-def test_errors_name_what_would_work() -> None:
+def test_errors_name_values_that_work() -> None:
     with pytest.raises(ValueError, match="9 samples, fewer than one global batch of 10"):
         SampleOrder(shard_start(4, 5), seed=0, global_batch=10)
     with pytest.raises(ValueError, match="9 samples, fewer than one global batch of 20 with 2 repeats takes"):
@@ -215,7 +215,7 @@ def per_lane(order: SampleOrder) -> int:
     return distinct // count_lanes(distinct, order.lanes)
 
 
-def touches(order: SampleOrder, slots: slice, start: int, end: int) -> list[list[tuple[int, int]]]:
+def list_touched_shards(order: SampleOrder, slots: slice, start: int, end: int) -> list[list[tuple[int, int]]]:
     """The shards that each step takes from, with the lane for which it does, in slot order; from the batches themselves."""
     lane = (np.arange(order.global_batch) % order.distinct // per_lane(order))[slots].tolist()
     steps = []
@@ -229,13 +229,13 @@ def check_uses(order: SampleOrder, ranks: int, start: int, end: int) -> int:
     """Compares the uses of all ranks with the batches; gives how many there were."""
     sizes = np.diff(order.shard_start) * 1000 + 7
     most = compute_peak_bytes(order, sizes, ranks, start, end)
-    whole = touches(order, slice(0, order.global_batch), start, end)
+    whole = list_touched_shards(order, slice(0, order.global_batch), start, end)
     count = 0
     for rank in range(ranks):
         slots = select_rank_slots(order.global_batch, rank, ranks)
         uses = list(plan_shard_uses(order, slots, start, end))
         count += len(uses)
-        steps = touches(order, slots, start, end)
+        steps = list_touched_shards(order, slots, start, end)
         assert [use.first for use in uses] == sorted(use.first for use in uses)
         for use in uses:
             assert use.shard in {shard for shard, _ in steps[max(use.first - start, 0)]}, "in use before it is needed"
@@ -261,7 +261,7 @@ def check_uses(order: SampleOrder, ranks: int, start: int, end: int) -> int:
 def test_shard_uses_are_those_of_the_batches() -> None:
     """Brute force, over the end of an epoch and from the middle of one."""
     seen = 0
-    for order in orders(COMBINATIONS[::7]):
+    for order in make_orders(COMBINATIONS[::7]):
         total = 2 * order.steps_per_epoch + 1
         for ranks in ranks_for(order)[:4]:
             for start in {0, order.steps_per_epoch // 2 + 1}:
@@ -269,7 +269,7 @@ def test_shard_uses_are_those_of_the_batches() -> None:
     assert seen > 1000
 
 
-def test_bytes_at_once_of_ranks_that_begin_in_one_copy_and_end_in_the_next() -> None:
+def test_peak_bytes_of_ranks_that_span_two_copies() -> None:
     """Of three copies of four samples, ranks of three slots take lanes 0 to 2; 3, 0 and 1; 2, 3 and 0; 1 to 3. With a sample a shard and no
     windows there is no slack, and in many epochs one of the middle two needs most."""
     order = SampleOrder(np.arange(41), seed=0, global_batch=12, lanes=4, window=1, repeats=3)
@@ -294,7 +294,7 @@ def test_bytes_at_once_of_ranks_that_begin_in_one_copy_and_end_in_the_next() -> 
     ],
     ids=str,
 )
-def test_the_check_of_shard_uses_finds_faults(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
+def test_the_check_of_shard_uses_detects_faults(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str) -> None:
     right = plan_shard_uses
 
     def broken(*arguments: Any) -> Any:
@@ -306,7 +306,7 @@ def test_the_check_of_shard_uses_finds_faults(monkeypatch: pytest.MonkeyPatch, c
         check_uses(SampleOrder(shard_start(9, 9, 9, 9, 9), seed=1, global_batch=3, lanes=1, window=5), 1, 1, 20)
 
 
-def test_bytes_at_once_is_not_far_above_what_is_needed() -> None:
+def test_peak_bytes_are_close_to_the_need() -> None:
     """At the size of ImageNet-22K: 4,096 shards of 3,466 samples, windows of 2,048, so two or three shards a lane."""
     order = SampleOrder(np.linspace(0, 14_197_122, 4097).astype(np.int64), seed=0, global_batch=8192)
     ones = np.ones(4096, np.int64)

@@ -27,7 +27,7 @@ from data.loader.quarantine import Quarantine
 from data.settings import DataConfig
 from data.synthetic.drawings import PATTERNS
 from data.synthetic.synthesize import draw_images
-from tests.data.loader.test_loaders import only
+from tests.data.loader.test_loaders import has_at_most_threads
 from tests.support.damage import damaged_copy
 from tests.support.datasets import upload
 from tests.support.image_corpus import encode
@@ -96,10 +96,10 @@ def by_step(batches: Iterator[Batch]) -> dict[int, Batch]:
     steps: dict[int, list[Batch]] = {}
     for batch in batches:
         steps.setdefault(batch.step, []).append(batch)
-    return {step: joined(parts) for step, parts in steps.items()}
+    return {step: concatenate(parts) for step, parts in steps.items()}
 
 
-def joined(parts: list[Batch]) -> Batch:
+def concatenate(parts: list[Batch]) -> Batch:
     mixes = [part.mix for part in parts if part.mix is not None]
     return Batch(
         torch.cat([part.images for part in parts]),
@@ -111,7 +111,7 @@ def joined(parts: list[Batch]) -> Batch:
     )
 
 
-def next_good(index: Index, bad: set[int], sample: int) -> int:
+def expected_replacement(index: Index, bad: set[int], sample: int) -> int:
     """The definition, written down once more."""
     shard = index.shard_of(sample)
     while True:
@@ -125,14 +125,14 @@ def next_good(index: Index, bad: set[int], sample: int) -> int:
         shard = (shard + 1) % len(index.shards)
 
 
-def check(found: dict[int, Batch], undamaged: dict[int, Batch], index: Index, bad: set[int]) -> None:
+def check_batches(found: dict[int, Batch], undamaged: dict[int, Batch], index: Index, bad: set[int]) -> None:
     """All is as without damage, bit for bit, but for the slots of bad samples, which have the image, label and augmentation of those
     that take their place."""
     pictures = {(b.epoch, int(i)): image for b in undamaged.values() for i, image in zip(b.ids, b.images, strict=True)}
     assert len(pictures) == 2 * SAMPLES
     for step, batch in found.items():
         slots = undamaged[step].ids.tolist()
-        used = [next_good(index, bad, slot) for slot in slots]
+        used = [expected_replacement(index, bad, slot) for slot in slots]
         assert batch.ids.tolist() == used
         assert batch.labels.tolist() == index.samples["label"][used].tolist()
         assert batch.mix is not None
@@ -165,23 +165,25 @@ def test_bad_images_are_replaced_and_nothing_else_changes(
     index = damaged_copy(clean, tmp_path / "copy", damage)
     before = threads()
     with loader_of(index, order) as loader:
-        check(by_step(iter(loader)), undamaged, index, set(damage))
-    assert only(before)
+        check_batches(by_step(iter(loader)), undamaged, index, set(damage))
+    assert has_at_most_threads(before)
     assert {bad.sample for bad in loader.quarantine.take_unreported()} == set(damage)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_on_any_number_of_ranks(clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path, ranks: int) -> None:
+def test_all_ranks_use_the_same_replacements(
+    clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path, ranks: int
+) -> None:
     """Each finds out by itself, and all use the same."""
     damage = scenario("everything", clean, order)
     index = damaged_copy(clean, tmp_path / "copy", damage)
     loaders = [train(index, order, ranks=ranks, rank=rank) for rank in range(ranks)]
-    check({step: joined([next(loader) for loader in loaders]) for step in range(STEPS)}, undamaged, index, set(damage))
+    check_batches({step: concatenate([next(loader) for loader in loaders]) for step in range(STEPS)}, undamaged, index, set(damage))
     assert all(next(loader, None) is None for loader in loaders)
 
 
 @pytest.mark.parametrize("start", [1, 4, 7])
-def test_a_restart_goes_on_the_same_with_and_without_what_was_found(
+def test_a_resumed_run_uses_the_same_replacements_with_or_without_the_file(
     clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path, start: int
 ) -> None:
     damage = scenario("everything", clean, order)
@@ -192,7 +194,7 @@ def test_a_restart_goes_on_the_same_with_and_without_what_was_found(
     known.record(known.merge(known.take_unreported()), step=start)
     for file in (None, tmp_path / "quarantine.jsonl"):
         quarantine = Quarantine(index, 0.5, file)
-        check(by_step(train(index, order, start=start, quarantine=quarantine)), undamaged, index, set(damage))
+        check_batches(by_step(train(index, order, start=start, quarantine=quarantine)), undamaged, index, set(damage))
         assert (quarantine.unreported_count > 0) == (file is None)
 
 
@@ -210,7 +212,7 @@ def test_a_pipeline_that_raised_is_not_used_again(
         list(train(index, order))
 
 
-def test_another_failure_of_dali_is_told_as_such(clean: Index, order: SampleOrder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_failure_of_dali_is_reported_as_such(clean: Index, order: SampleOrder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Crops that lie outside of their image for whole batches only."""
     parameters = TrainLoader._compute_parameters
 
@@ -222,7 +224,7 @@ def test_another_failure_of_dali_is_told_as_such(clean: Index, order: SampleOrde
     before = threads()
     with pytest.raises(ValueError, match=r"DALI failed on samples \d+ to \d+, each of which it can decode alone: "):
         list(train(clean, order))
-    assert only(before)
+    assert has_at_most_threads(before)
 
 
 # ---------------------------------------------------------------- reading
@@ -245,7 +247,7 @@ def test_reads_that_fail_for_a_while_change_nothing(
     monkeypatch.setattr("data.loader.store.os.pread", failing)
     monkeypatch.setattr("data.loader.store.FIRST_PAUSE", 0.001)
     with loader_of(clean, order) as loader:
-        check(by_step(iter(loader)), undamaged, clean, set())
+        check_batches(by_step(iter(loader)), undamaged, clean, set())
     assert failed[0] > 20
     assert loader.quarantine.unreported_count == 0
     monkeypatch.setattr("data.loader.store.READ_TRIES", 1)
@@ -268,7 +270,7 @@ def test_a_shard_cut_while_training(clean: Index, order: SampleOrder, undamaged:
                 os.truncate(index.folder / index.shards[shard].name, int(index.samples["offset"][middle]) + 10)
     steps = by_step(iter(found))
     assert list(steps) == list(range(STEPS))
-    check({step: batch for step, batch in steps.items() if batch.epoch == 1}, undamaged, index, bad)
+    check_batches({step: batch for step, batch in steps.items() if batch.epoch == 1}, undamaged, index, bad)
     entries = loader.quarantine.take_unreported()
     assert {entry.sample for entry in entries} == bad
     assert all("the shard ends early" in entry.reason for entry in entries)
@@ -286,7 +288,7 @@ def test_a_whole_bad_shard_at_a_url(s3: Proxy, clean: Index, tmp_path: Path) -> 
     at_once = compute_peak_bytes(order, index.shard_bytes, 1, 0, STEPS)
     assert at_once < index.shard_bytes.sum()
     with loader_of(index, order, cache_gb=at_once / 1e9) as loader:
-        check(by_step(iter(loader)), by_step(train(clean, order)), index, set(damage))
+        check_batches(by_step(iter(loader)), by_step(train(clean, order)), index, set(damage))
 
 
 # ---------------------------------------------------------------- evaluation
@@ -300,7 +302,7 @@ def evaluate(index: Index, *, rank: int = 0, ranks: int = 1, micro_batch: int = 
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("name", ["everything", "whole shard"])
-def test_in_evaluation_bad_images_are_left_out(clean: Index, order: SampleOrder, tmp_path: Path, ranks: int, name: str) -> None:
+def test_evaluation_skips_bad_images(clean: Index, order: SampleOrder, tmp_path: Path, ranks: int, name: str) -> None:
     damage = scenario(name, clean, order)
     index = damaged_copy(clean, tmp_path / "copy", damage)
     (expected,) = evaluate(clean)
@@ -317,7 +319,7 @@ def test_in_evaluation_bad_images_are_left_out(clean: Index, order: SampleOrder,
     assert sorted(seen) == [sample for sample in range(SAMPLES) if sample not in damage]
 
 
-def test_a_batch_of_which_nothing_is_left(clean: Index, tmp_path: Path) -> None:
+def test_a_batch_without_a_good_image_is_skipped(clean: Index, tmp_path: Path) -> None:
     index = damaged_copy(clean, tmp_path / "copy", {8: "no tables", 9: "no tables", 10: "zeros", 11: "cut"})
     (batches,) = evaluate(index, micro_batch=4)
     assert [batch.step for batch in batches] == [step for step in range(SAMPLES // 4) if step != 2]
@@ -326,7 +328,7 @@ def test_a_batch_of_which_nothing_is_left(clean: Index, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- how many, and what is kept
 
 
-def test_too_many_end_the_job(clean: Index, order: SampleOrder, tmp_path: Path) -> None:
+def test_too_many_bad_images_end_the_job(clean: Index, order: SampleOrder, tmp_path: Path) -> None:
     damage = dict.fromkeys((4, 5, 30, 44), "no tables")
     index = damaged_copy(clean, tmp_path / "copy", damage)
     assert len(list(train(index, order, max_bad=4 / SAMPLES))) == STEPS
@@ -336,10 +338,10 @@ def test_too_many_end_the_job(clean: Index, order: SampleOrder, tmp_path: Path) 
     assert str(caught.value).count("DALI can't decode it") == 4
     assert "python -m data verify --deep" in str(caught.value)
     del caught
-    assert only(before)
+    assert has_at_most_threads(before)
 
 
-def test_what_all_ranks_found_counts_together(clean: Index) -> None:
+def test_bad_images_of_all_ranks_count_together(clean: Index) -> None:
     one, other = Quarantine(clean, 3 / SAMPLES), Quarantine(clean, 3 / SAMPLES)
     for sample in (5, 6):
         one.add(sample, "bad")
@@ -359,7 +361,7 @@ def test_what_all_ranks_found_counts_together(clean: Index) -> None:
     assert errors[0] == errors[1]
 
 
-def test_the_file(clean: Index, tmp_path: Path) -> None:
+def test_the_file_keeps_bad_samples(clean: Index, tmp_path: Path) -> None:
     file = tmp_path / "quarantine.jsonl"
     first = Quarantine(clean, 0.5, file)
     assert not file.exists()
@@ -392,7 +394,7 @@ def test_the_file(clean: Index, tmp_path: Path) -> None:
         Quarantine(clean, 0.5, file)
 
 
-def test_every_pattern_of_bad_samples(clean: Index) -> None:
+def test_replacements_for_random_sets_of_bad_samples(clean: Index) -> None:
     """What takes a place is what the definition says, and never bad."""
     chance = np.random.default_rng(0)
     for share in (0.02, 0.3, 0.7, 0.95):
@@ -400,7 +402,7 @@ def test_every_pattern_of_bad_samples(clean: Index) -> None:
         quarantine = Quarantine(clean, 0.99)
         for sample in bad:
             quarantine.add(sample, "bad")
-        assert [quarantine.find_replacement(s) for s in range(SAMPLES)] == [next_good(clean, bad, s) for s in range(SAMPLES)]
+        assert [quarantine.find_replacement(s) for s in range(SAMPLES)] == [expected_replacement(clean, bad, s) for s in range(SAMPLES)]
 
 
 def test_without_its_idx_a_bad_image_has_no_key(clean: Index, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from data.loader.store import ShardStore
 from data.storage.remote import Stopped
 
 
-def whole(index: Index) -> list[bytes]:
+def read_images(index: Index) -> list[bytes]:
     images = []
     for number, shard in enumerate(index.shards):
         data = (index.folder / shard.name).read_bytes()
@@ -24,7 +24,7 @@ def whole(index: Index) -> list[bytes]:
 
 
 def test_many_threads_and_few_open_files(dataset: Index) -> None:
-    expected = whole(dataset)
+    expected = read_images(dataset)
     ids = np.random.default_rng(0).integers(0, len(dataset), 3000)
     with ShardStore(dataset, max_open=2) as store, ThreadPoolExecutor(8) as pool:
         for sample_id, image in zip(ids, pool.map(store.read, ids.tolist()), strict=True):
@@ -77,11 +77,11 @@ def test_a_read_that_fails_is_tried_again(copy: Index, monkeypatch: pytest.Monke
     with ShardStore(copy) as store:
         monkeypatch.setattr(store._stop, "wait", pauses.append)
         if failures < 6:
-            assert store.read(3).tobytes() == whole(copy)[3]
+            assert store.read(3).tobytes() == read_images(copy)[3]
         else:
             with pytest.raises(OSError, match=r"ends early.*; 6 tries"):
                 store.read(3)
-            assert store.read(3).tobytes() == whole(copy)[3]
+            assert store.read(3).tobytes() == read_images(copy)[3]
     assert len(reads) == failures + 1
     assert pauses == [0.001 * 2**number for number in range(min(failures, 5))]
 

@@ -17,14 +17,14 @@ from data.storage.remote import Stopped
 SIZE = 10_000
 
 
-def writes(letter: str) -> Callable[[Path], None]:
+def writer_of(letter: str) -> Callable[[Path], None]:
     return lambda part: part.write_bytes(letter.encode() * SIZE) and None
 
 
 def fill(cache: Cache, letters: str) -> None:
     """Pins and releases files, one after another."""
     for letter in letters:
-        release(cache.pin(f"{letter}.tar", SIZE, writes(letter)))
+        release(cache.pin(f"{letter}.tar", SIZE, writer_of(letter)))
 
 
 def shards(cache: Cache) -> str:
@@ -41,7 +41,7 @@ def test_a_file_is_written_once_and_appears_whole(tmp_path: Path) -> None:
     def write(part: Path) -> None:
         assert part.stat().st_size == SIZE  # so that the room is taken before the bytes come
         assert not (cache.folder / "a.tar").exists()
-        writes("a")(part)
+        writer_of("a")(part)
 
     one = cache.pin("a.tar", SIZE, write)
     two = cache.pin("a.tar", SIZE, must_not_write)
@@ -51,7 +51,7 @@ def test_a_file_is_written_once_and_appears_whole(tmp_path: Path) -> None:
     assert not list(cache.folder.glob("*.part"))
 
 
-def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_no_file(tmp_path: Path) -> None:
     cache = Cache(tmp_path, bound=SIZE)
 
     def fails(part: Path) -> None:
@@ -64,7 +64,7 @@ def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
     fill(cache, "a")
 
 
-def test_the_longest_unused_goes_first_and_what_is_in_use_stays(tmp_path: Path) -> None:
+def test_the_least_recently_used_shard_is_evicted_and_pinned_ones_stay(tmp_path: Path) -> None:
     cache = Cache(tmp_path, bound=4 * SIZE)
     fill(cache, "abcd")
     in_use = cache.pin("a.tar", SIZE, must_not_write)
@@ -79,9 +79,9 @@ def test_the_longest_unused_goes_first_and_what_is_in_use_stays(tmp_path: Path) 
     assert shards(cache) == "afgh"
 
 
-def test_the_index_is_no_shard(tmp_path: Path) -> None:
+def test_the_index_is_never_evicted(tmp_path: Path) -> None:
     cache = Cache(tmp_path, bound=SIZE)
-    path = cache.keep("index.npy", writes("i"))
+    path = cache.keep("index.npy", writer_of("i"))
     assert cache.keep("index.npy", must_not_write) == path
     fill(cache, "ab")
     assert path.read_bytes() == b"i" * SIZE
@@ -90,9 +90,9 @@ def test_the_index_is_no_shard(tmp_path: Path) -> None:
 
 def test_a_full_cache_makes_one_wait_until_there_is_room(tmp_path: Path) -> None:
     cache = Cache(tmp_path, bound=2 * SIZE)
-    first, second = (cache.pin(f"{letter}.tar", SIZE, writes(letter)) for letter in "ab")
+    first, second = (cache.pin(f"{letter}.tar", SIZE, writer_of(letter)) for letter in "ab")
     found: list[int] = []
-    thread = threading.Thread(target=lambda: found.append(cache.pin("c.tar", SIZE, writes("c"))))
+    thread = threading.Thread(target=lambda: found.append(cache.pin("c.tar", SIZE, writer_of("c"))))
     thread.start()
     time.sleep(0.2)
     assert not found
@@ -103,7 +103,7 @@ def test_a_full_cache_makes_one_wait_until_there_is_room(tmp_path: Path) -> None
     stop = threading.Event()
     threading.Timer(0.1, stop.set).start()
     with pytest.raises(Stopped):
-        cache.pin("d.tar", SIZE, writes("d"), stop)
+        cache.pin("d.tar", SIZE, writer_of("d"), stop)
     release(second)
     release(found[0])
 
@@ -152,7 +152,7 @@ def test_processes_write_a_file_once_and_outlive_one_that_is_killed(tmp_path: Pa
         assert len(list(folder.glob("reserved-*"))) == 1
 
 
-def test_what_a_killed_process_left_half_written_is_evicted(tmp_path: Path) -> None:
+def test_the_partial_file_of_a_killed_process_is_evicted(tmp_path: Path) -> None:
     (tmp_path / "a.tar.part").write_bytes(b"a" * SIZE)
     cache = Cache(tmp_path, bound=2 * SIZE)
     fill(cache, "bc")
@@ -214,7 +214,7 @@ def test_a_full_disk_evicts_and_then_is_an_error(tmp_path: Path) -> None:
     assert last == "['b.tar']"
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choice_of_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_TMPDIR", "/job")
     monkeypatch.setenv("TMPDIR", "/scratch")
     assert choose_cache_root("/here") == Path("/here")

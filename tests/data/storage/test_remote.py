@@ -11,7 +11,7 @@ from data.__main__ import main
 from data.dataset.index import Index, open_index, read_key
 from data.packing.verify import verify
 from tests.data.loader.test_fetched import TRAIN, read_all, store_of
-from tests.data.loader.test_store import whole
+from tests.data.loader.test_store import read_images
 from tests.support.datasets import upload
 from tests.support.servers import Proxy, web_server
 
@@ -61,7 +61,7 @@ def test_other_protocols(url: str, many_shards: Index, tmp_path: Path, monkeypat
     index = open_index(url, str(tmp_path))
     assert index.place == url
     with store_of(index, shards=6) as store:
-        assert read_all(store) == whole(many_shards)
+        assert read_all(store) == read_images(many_shards)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_other_protocols(url: str, many_shards: Index, tmp_path: Path, monkeypat
         ("http://127.0.0.1:1/train", r"http://127\.0\.0\.1:1/train/dataset\.json: ClientConnectorError.*\(6 tries\)"),
     ],
 )
-def test_places_that_cannot_be_opened(s3: Proxy, tmp_path: Path, url: str, message: str) -> None:
+def test_errors_of_places_that_cannot_be_opened(s3: Proxy, tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_index(url, str(tmp_path))
 
