@@ -31,15 +31,16 @@ from pretrain.config import Config
 from pretrain.engine import distributed
 from pretrain.engine.batch_stats import BatchStats, synchronize_batch_norms
 from pretrain.engine.engine import build_engine
+from pretrain.engine.fast_ways import use_fast_ways, use_graphs
 from pretrain.engine.guard import Guard
 from pretrain.engine.optim import learning_rate, set_learning_rate
-from pretrain.engine.precision import DTYPES, resolve_precision
+from pretrain.engine.precision import resolve_precision
 from pretrain.evaluation.accuracy import describe_restriction
 from pretrain.evaluation.in_training import Evaluator
 from pretrain.loss import mixed_cross_entropy
 from pretrain.model.build import build_model
-from pretrain.model.fast.cuda_graphs import use_graphs
-from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
+from pretrain.model.fast.cpu import use_cpu_way
+from pretrain.model.recomputation import update_statistics_once
 from pretrain.monitor.damage import check_shards, report_bad_images
 from pretrain.monitor.flops import peak_flops, training_flops
 from pretrain.monitor.interval import Interval
@@ -252,15 +253,13 @@ class Trainer:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # while all of them are on this rank
         if config.engine.sync_bn:
             synchronize_batch_norms(self.model)
-        for number in config.model.checkpoint_stages:
-            cast(Any, self.model).stages[number].grad_checkpointing = True
-        if config.model.compile:
-            compile_blocks(self.model)
+        if config.model.checkpoint_stages:
+            update_statistics_once(self.model)
+        self.log.line(use_fast_ways(self.model, config, self.device))
 
     def _build_engine(self) -> None:
         config, engine = self.config, self.config.engine
         self.engine = build_engine(config, self.model, self.accumulation)
-        self.log.line(self._use_kernels(self.model))
         self.stats = BatchStats(self.model, engine.ema_decay)
         self.guard = Guard(self.engine, clip=config.optim.clip_grad, should_scale=engine.precision == "fp16")
         precision = resolve_precision(self.device, engine.precision)
@@ -272,18 +271,13 @@ class Trainer:
             f"{self.schedule.total} steps in all"
         )
 
-    def _use_kernels(self, model: nn.Module) -> str:
-        """Replaces layers of a model on the device by faster ones; returns a line for the log."""
-        model_settings, engine = self.config.model, self.config.engine
-        dtype = DTYPES[resolve_precision(self.device, engine.precision)]
-        return use_kernels(model, model_settings.kernels, self.device, self.config.data.image_size, dtype, engine.zero_stage)
-
     def _new_model(self) -> nn.Module:
         """Returns a model on the device for evaluation, with weights of any value."""
         with torch.device("meta"):
             model = build_model(self.config)
         model.to_empty(device=self.device)
-        self._use_kernels(model)
+        if self.device.type == "cpu":
+            use_cpu_way(model)
         return model
 
     def _capture_graphs(self) -> None:

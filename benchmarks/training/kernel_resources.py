@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from pretrain.model.fast.triton.norm import FOLD, SUMS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.training.layers import Layer, layers
 from pretrain.model.fast.triton import attention_device, depthwise_device, norm_device, residual_device
 from pretrain.model.fast.triton.depthwise import conv_constants, launch_options, weight_gradient_constants
-from pretrain.model.fast.triton.norm import FOLD, SUMS
 from pretrain.model.fast.triton.residual import BEHIND, TILE
 from pretrain.model.fast.triton.tiling import WARPS
 

@@ -15,12 +15,12 @@ from unittest import mock
 
 import timm
 import torch
+from pretrain.model.depthwise import DepthwiseConv2d
 from torch import nn
 
 import pretrain.model.van  # noqa: F401  registers the family with timm
 from benchmarks.harness import command_line, in_turns, parser, report, seconds
 from pretrain.engine.precision import DTYPES
-from pretrain.model.depthwise import DepthwiseConv2d
 from pretrain.model.fast import cpu as on_cpu
 from pretrain.model.van import Mlp
 

@@ -27,6 +27,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -37,7 +38,6 @@ from pretrain.engine.engine import build_engine
 from pretrain.engine.optim import AdamW, group_parameters
 from pretrain.engine.precision import DTYPES, autocast, resolve_precision
 from pretrain.model.fast.cuda_graphs import use_graphs
-from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
 from pretrain.model.formats import to_format
 from pretrain.model.van import VAN
 

@@ -1,12 +1,94 @@
-"""Builds the model that a job's settings name."""
+"""Builds the model that a job's settings name: a VAN, another classifier of timm, or one of the user's own.
+
+    model = build_model(config)                  # model.name=van_b3
+    model = build_model(config)                  # model.name=my_models.py:my_net, a file that registers my_net with timm
+
+The rest of the pipeline knows a model by timm's contract alone: create_model, forward_features and forward_head, reset_classifier,
+group_matcher, no_weight_decay and set_grad_checkpointing.
+"""
+
+import difflib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any, cast
 
 import timm
 from torch import nn
 
-import pretrain.model.van  # noqa: F401  registers the family with timm
+import pretrain.model.van  # noqa: F401  registers the variants with timm
 from pretrain.config import Config
+from pretrain.model.fast.channels_last import use_channels_last
 
 
 def build_model(config: Config) -> nn.Module:
-    """Returns the model of `config.model` with freshly drawn weights."""
-    return timm.create_model(config.model.name, num_classes=config.model.classes, drop_path_rate=config.model.drop_path)
+    """Returns the model of `config.model` with freshly drawn weights, on the CPU.
+
+    Its dense convolutions lie channels-last (pretrain/model/fast/channels_last.py): in the same way in every process, as checkpoints keep
+    weights as they lie.
+
+    Raises:
+        ValueError: timm has no such model, the model doesn't take these arguments, or it can't recompute these stages.
+    """
+    settings = config.model
+    name = _registered_name(settings.name)
+    arguments: dict[str, Any] = {"num_classes": settings.classes}
+    if settings.drop_path:  # not all models have stochastic depth
+        arguments["drop_path_rate"] = settings.drop_path
+    try:
+        model = timm.create_model(name, **arguments)
+    except (TypeError, AssertionError) as error:
+        given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+        raise ValueError(
+            f"model.name={settings.name} can't be built with {given}: {error}; see model.kwargs and model.drop_path"
+        ) from error
+    use_channels_last(model)
+    _recompute_stages(model, settings.name, settings.checkpoint_stages)
+    return model
+
+
+def _registered_name(name: str) -> str:
+    """Returns a name that timm knows; imports the user's file first if the name is PATH.py:NAME.
+
+    Raises:
+        ValueError: there is no such file or no such name.
+    """
+    path, colon, name_in_file = name.rpartition(":")
+    if colon:
+        _import_file(Path(path))
+        name = name_in_file
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        where = f"{path} registers no model {name}" if colon else f"timm has no model {name}"
+        raise ValueError(f"model.name: {where}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+    return name
+
+
+def _import_file(path: Path) -> None:
+    """Imports a Python file that registers models with timm, once in a process."""
+    if not path.is_file():
+        raise ValueError(f"model.name: there is no file {path}")
+    module_name = f"user_model_{path.stem}"
+    if module_name in sys.modules:
+        return
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"model.name: {path} is not a Python file")
+    sys.modules[module_name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[module_name])
+
+
+def _recompute_stages(model: nn.Module, name: str, stages: list[int]) -> None:
+    """Turns activation checkpointing on, in these stages alone if the model has a switch for each stage."""
+    if not stages:
+        return
+    modules = list(getattr(model, "stages", []))
+    if len(modules) == 4 and all(hasattr(stage, "grad_checkpointing") for stage in modules):
+        for stage in stages:
+            modules[stage].grad_checkpointing = True
+    elif set(stages) == {0, 1, 2, 3}:
+        cast(Any, model).set_grad_checkpointing(True)
+    else:
+        raise ValueError(
+            f"model.checkpoint_stages={stages}: {name} recomputes all of its blocks or none; set [0, 1, 2, 3] for all, or [] for none"
+        )

@@ -1,34 +1,40 @@
-"""Blocks that keep their input alone and are computed again in the backward pass (gradient checkpointing), with their BatchNorms."""
+"""Activation checkpointing of models with BatchNorm: running statistics move once a step.
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+Activation checkpointing runs the forward pass of its blocks twice, and the second time BatchNorm would update its running statistics again.
+timm's models leave that to their users. The hooks here work for any model, and with either kind of torch.utils.checkpoint.
+"""
+
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
-def recomputed(function: Callable[..., Any], norms: Sequence[Any], *arguments: Any) -> Any:
-    """`function`, of whose tensors the arguments alone are kept for the backward pass. It trains these BatchNorms."""
-    return checkpoint(function, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _RunningStatisticsKept(norms)))
+def update_statistics_once(model: nn.Module) -> None:
+    """Makes the BatchNorms of a model update copies of their running statistics while a backward pass recomputes them."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            hook = _KeepStatistics()
+            module.register_forward_pre_hook(hook.set_aside)
+            # A recomputation may end inside a forward pass by an exception, once it has all that the backward pass needs.
+            module.register_forward_hook(hook.restore, always_call=True)
 
 
-class _RunningStatisticsKept:
-    """While entered, these BatchNorms update copies of their running statistics, which are then thrown away.
+class _KeepStatistics:
+    """Buffers of one BatchNorm, replaced by copies during its forward pass.
 
-    One training step must move them once, though checkpointing runs the forward pass twice. The copies stand in for the
-    statistics, rather than nothing, because checkpointing demands that both passes save the same tensors. May be entered again
-    after it was left.
+    By copies rather than by nothing: checkpointing requires that both passes save the same tensors.
     """
 
-    def __init__(self, norms: Sequence[nn.Module]) -> None:
-        self.norms = norms
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor | None] = {}
 
-    def __enter__(self) -> None:
-        self.kept = [(norm, name, buffer) for norm in self.norms for name, buffer in norm.named_buffers()]
-        for norm, name, buffer in self.kept:
-            setattr(norm, name, buffer.clone())
+    def set_aside(self, module: nn.Module, _inputs: Any) -> None:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward pass
+            self.buffers = dict(module._buffers)
+            for name, buffer in self.buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
 
-    def __exit__(self, *exception: object) -> None:
-        for norm, name, buffer in self.kept:
-            setattr(norm, name, buffer)
+    def restore(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
+        module._buffers.update(self.buffers)
+        self.buffers = {}

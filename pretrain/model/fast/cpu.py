@@ -1,17 +1,20 @@
-"""The parts of a VAN that PyTorch's operators are slow at when it trains on a CPU, done otherwise; the values are the same.
+"""VAN on a CPU: the parts of training that PyTorch's operators are slow at, computed in other ways with the same values.
 
-oneDNN, behind PyTorch's convolutions, is slow in three parts of a depth-wise one: dilation, the weight gradient of kernels wider than
-three, and that of maps smaller than the kernel. And the MLP's maps, of four to eight times as many channels as the block's, go
-through memory between any two operators.
+    use_cpu_way(model)         # a VAN; evaluation and tracing keep the reference
+    restore_reference(model)
 
-- **Dilation d as d * d plain convolutions.** Positions of equal (row mod d, column mod d) form a smaller map, a phase, on which the
-  dilated kernel is a plain one. The phases are laid side by side in the batch dimension. The sums are the same, bit for bit.
-- **The input gradient as a forward convolution** with the kernel turned round.
-- **The weight gradient three columns of the kernel at a time**, which oneDNN has code for; where half of the kernel reaches across the
-  whole map, as a product and a sum for each tap, over the positions at which it meets the map at all.
-- **The MLP a few images at a time**, forward and backward, so that what one operator writes is in the cache for the next.
+oneDNN, which computes PyTorch's convolutions, is slow in three parts of a depthwise convolution: dilation, the weight gradient of kernels
+wider than three columns, and the weight gradient of maps smaller than the kernel. And the MLP's hidden maps, four to eight times as large
+as the block's, travel through memory between any two operators.
 
-`python -m benchmarks.training.on_cpu` measures this beside PyTorch's operators.
+- **A convolution with dilation d is d * d convolutions without.** Positions of equal (row mod d, column mod d) form a smaller map, a phase,
+  on which the dilated kernel is a plain one. The phases become images of the batch. The sums are the same, bit for bit.
+- **The input gradient is a forward convolution** with the kernel rotated by 180 degrees.
+- **The weight gradient takes three columns of the kernel at a time**, for which oneDNN has code. Where half of the kernel spans the whole
+  map, the weight gradient is a product and a sum for each tap, over the positions at which the tap meets the map at all.
+- **The MLP takes a few images at a time**, forward and backward, so that the next operator finds in the cache what the last one wrote.
+
+`python -m benchmarks.training.on_cpu` measures each of these beside PyTorch's operators.
 """
 
 from typing import Any
@@ -20,36 +23,95 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Bytes of a hidden map of the MLP that are worked on at a time, about what a core's own cache holds.
-_AT_ONCE = 2 * 2**20
+from pretrain.model import van
+
+# Bytes of a hidden map of the MLP that are processed at a time: about the size of a core's own cache.
+_BYTES_AT_A_TIME = 2 * 2**20
 
 
-def trains(module: nn.Module, x: Tensor) -> bool:
-    """Whether `module` is to take x the way of this file. What torch.compile traces meets PyTorch's operators."""
-    return not torch.compiler.is_compiling() and module.training and x.device.type == "cpu"
+def use_cpu_way(model: nn.Module) -> None:
+    """Swaps the classes of a VAN's modules for those of this file. Parameters, names and state dict stay; other models stay as they are."""
+    for module in model.modules():
+        if isinstance(module, van.LKA):
+            for convolution in (module.conv0, module.conv_spatial):
+                if convolution.kernel_size[0] % 2:
+                    convolution.__class__ = DepthwiseConv2d
+        elif isinstance(module, van.Attention):
+            module.act.__class__ = GELU
+        elif isinstance(module, van.Mlp):
+            if module.drop1.p == 0:
+                module.__class__ = Mlp
+            else:
+                module.act.__class__, module.dwconv.__class__ = GELU, DepthwiseConv2d
 
 
-def infers(x: Tensor) -> bool:
-    """Whether a dilated convolution is, though it doesn't train."""
-    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and x.device.type == "cpu"
+def restore_reference(model: nn.Module) -> None:
+    """Undoes `use_cpu_way`."""
+    for module in model.modules():
+        if isinstance(module, DepthwiseConv2d | Mlp | GELU):
+            module.__class__ = type(module).__base__
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise nn.Conv2d with an odd, square kernel and stride 1 that keeps the size of the map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C, H, W)."""
+        if self.training or (self.dilation[0] > 1 and torch.is_inference_mode_enabled()):
+            return depthwise_conv2d(x, self.weight, self.bias, self.dilation[0])
+        return super().forward(x)
+
+
+class GELU(nn.GELU):
+    """nn.GELU of a channels-last map, over its elements in the order in which they lie: oneDNN's code takes contiguous tensors only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C, H, W)."""
+        return gelu(x) if self.training else super().forward(x)
+
+
+class Mlp(van.Mlp):
+    """VAN's MLP without dropout between its layers. A forward hook on fc1, dwconv, act or fc2 is not called in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, dim, H, W) to (N, dim, H, W)."""
+        return self.drop2(mlp(x, self.fc1, self.dwconv, self.fc2)) if self.training else super().forward(x)
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """F.conv2d of each channel with a kernel of its own, odd and square, with padding that keeps the map's size: (N, C, H, W) with
-    weight (C, 1, K, K) and bias (C,) to (N, C, H, W), channels-last."""
+    """Returns the depthwise convolution of a map, with padding that keeps its size.
+
+    Args:
+        x: (N, C, H, W).
+        weight: (C, 1, K, K), K odd.
+        bias: (C,).
+
+    Returns:
+        (N, C, H, W), channels-last.
+    """
     return _DepthwiseConv2d.apply(x, weight, bias, dilation)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """F.gelu of a channels-last map, of its pixels in the order in which they lie: for those PyTorch takes oneDNN's."""
+    """Returns GELU of a channels-last map (N, C, H, W), computed over its elements in the order in which they lie."""
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def mlp(x: Tensor, widen: nn.Conv2d, near: nn.Conv2d, narrow: nn.Conv2d) -> Tensor:
-    """(N, dim, H, W) to the same by `widen`, a 1x1 convolution to more channels, `near`, a depth-wise one as `depthwise_conv2d` has it,
-    GELU, and `narrow`, a 1x1 convolution back. Under autocast all are cast as F.conv2d would cast them; the weights' gradients of a few
-    images each are added up in fp32."""
-    return _Mlp.apply(x, *(t for layer in (widen, near, narrow) for t in (layer.weight, layer.bias)))
+def mlp(x: Tensor, expand: nn.Conv2d, depthwise: nn.Conv2d, reduce: nn.Conv2d) -> Tensor:
+    """Returns 1x1 convolution, depthwise convolution, GELU and 1x1 convolution of a map, computed a few images at a time.
+
+    Under autocast all tensors are cast as F.conv2d casts them. The weight gradients of the parts of a batch are added in fp32.
+
+    Args:
+        x: (N, dim, H, W).
+        expand: 1x1 convolution from dim to more channels.
+        depthwise: as in `depthwise_conv2d`, without dilation.
+        reduce: 1x1 convolution back to dim.
+
+    Returns:
+        (N, dim, H, W), channels-last.
+    """
+    return _Mlp.apply(x, *(t for layer in (expand, depthwise, reduce) for t in (layer.weight, layer.bias)))
 
 
 class _DepthwiseConv2d(torch.autograd.Function):
@@ -67,7 +129,7 @@ class _DepthwiseConv2d(torch.autograd.Function):
         grad_phases = _split_phases(grad, ctx.dilation)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _plain_conv2d(grad_phases, _turned(weight, grad.dtype), None)
+            grad_x = _plain_conv2d(grad_phases, _rotated(weight, grad.dtype), None)
             grad_x = _join_phases(grad_x, ctx.dilation, *grad.shape[2:]).to(phases.dtype)
         grad_weight = _weight_gradient(phases.to(grad.dtype), grad_phases, weight.shape[-1])
         return grad_x, grad_weight.to(weight.dtype), grad.sum((0, 2, 3)).to(weight.dtype), None
@@ -79,33 +141,33 @@ class _Mlp(torch.autograd.Function):
         ctx.dtypes = [t.dtype for t in (x, *weights)]
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         x = x.to(dtype, memory_format=torch.channels_last)
-        widen, widen_bias, near, near_bias, narrow, narrow_bias = (t.to(dtype) for t in weights)
-        ctx.at_once = max(1, _AT_ONCE // (x[0, 0].numel() * len(widen) * x.element_size()))
-        kept, results = [], []
-        for images in x.split(ctx.at_once):
-            wide = F.conv2d(images, widen, widen_bias)
-            mixed = _plain_conv2d(wide, near, near_bias)
+        expand, expand_bias, depthwise, depthwise_bias, reduce, reduce_bias = (t.to(dtype) for t in weights)
+        ctx.images_at_a_time = max(1, _BYTES_AT_A_TIME // (x[0, 0].numel() * len(expand) * x.element_size()))
+        saved, results = [], []
+        for images in x.split(ctx.images_at_a_time):
+            wide = F.conv2d(images, expand, expand_bias)
+            mixed = _plain_conv2d(wide, depthwise, depthwise_bias)
             active = gelu(mixed)
-            results.append(F.conv2d(active, narrow, narrow_bias))
-            kept += [wide, mixed, active]
-        ctx.save_for_backward(x, widen, near, narrow, *kept)
+            results.append(F.conv2d(active, reduce, reduce_bias))
+            saved += [wide, mixed, active]
+        ctx.save_for_backward(x, expand, depthwise, reduce, *saved)
         return torch.cat(results)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        x, widen, near, narrow, *kept = ctx.saved_tensors
-        turned, k = _turned(near, grad.dtype), near.shape[-1]
-        sums = [_exact(x.new_zeros(shape)) for weight in (widen, near, narrow) for shape in (weight.shape, len(weight))]
+        x, expand, depthwise, reduce, *saved = ctx.saved_tensors
+        rotated, k = _rotated(depthwise, grad.dtype), depthwise.shape[-1]
+        sums = [_in_fp32(x.new_zeros(shape)) for weight in (expand, depthwise, reduce) for shape in (weight.shape, len(weight))]
         grads_x = []
-        for i, (images, g) in enumerate(zip(x.split(ctx.at_once), grad.split(ctx.at_once), strict=True)):
-            wide, mixed, active = kept[3 * i : 3 * i + 3]
-            of_result = _pixels(g)
-            of_mixed = torch.ops.aten.gelu_backward(of_result @ narrow.flatten(1), _pixels(mixed))
-            of_wide = _pixels(_plain_conv2d(_maps(of_mixed, g), turned, None))
-            grads_x.append(_maps(of_wide @ widen.flatten(1), g))
-            parts = [of_wide.t() @ _pixels(images), of_wide.sum(0)]
-            parts += [_weight_gradient(wide, _maps(of_mixed, g), k), of_mixed.sum(0)]
-            parts += [of_result.t() @ _pixels(active), of_result.sum(0)]
+        for i, (images, g) in enumerate(zip(x.split(ctx.images_at_a_time), grad.split(ctx.images_at_a_time), strict=True)):
+            wide, mixed, active = saved[3 * i : 3 * i + 3]
+            result_grad = _pixels(g)
+            mixed_grad = torch.ops.aten.gelu_backward(result_grad @ reduce.flatten(1), _pixels(mixed))
+            wide_grad = _pixels(_plain_conv2d(_maps(mixed_grad, g), rotated, None))
+            grads_x.append(_maps(wide_grad @ expand.flatten(1), g))
+            parts = [wide_grad.t() @ _pixels(images), wide_grad.sum(0)]
+            parts += [_weight_gradient(wide, _maps(mixed_grad, g), k), mixed_grad.sum(0)]
+            parts += [result_grad.t() @ _pixels(active), result_grad.sum(0)]
             for total, part in zip(sums, parts, strict=True):
                 total += part.view_as(total)
         return tuple(t.to(dtype) for t, dtype in zip([torch.cat(grads_x), *sums], ctx.dtypes, strict=True))
@@ -115,30 +177,30 @@ def _plain_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
-def _turned(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _rotated(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.flip(2, 3).to(dtype)
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """(N, C, H, W), channels-last, to (N * H * W, C)."""
+    """Returns a channels-last map (N, C, H, W) as rows (N * H * W, C)."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 def _maps(pixels: Tensor, like: Tensor) -> Tensor:
-    """The way back from `_pixels` of as many positions as `like` has."""
+    """Inverts `_pixels`, for a map with the batch, height and width of `like`."""
     return pixels.view(like.shape[0], *like.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def _exact(x: Tensor) -> Tensor:
+def _in_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _padded(x: Tensor, left: int, right: int, below: int) -> Tensor:
-    return F.pad(x.permute(0, 2, 3, 1), (0, 0, left, right, 0, below)).permute(0, 3, 1, 2)
+def _padded(x: Tensor, left: int, right: int, rows_after: int) -> Tensor:
+    return F.pad(x.permute(0, 2, 3, 1), (0, 0, left, right, 0, rows_after)).permute(0, 3, 1, 2)
 
 
 def _split_phases(x: Tensor, d: int) -> Tensor:
-    """(N, C, H, W) to (d * d * N, C, H / d, W / d), rounded up with zeros; channels-last as its input."""
+    """Maps (N, C, H, W) to its phases (d * d * N, C, H / d, W / d), rounded up with zeros; channels-last as its input."""
     if d == 1:
         return x
     n, c, height, width = x.shape
@@ -148,7 +210,7 @@ def _split_phases(x: Tensor, d: int) -> Tensor:
 
 
 def _join_phases(y: Tensor, d: int, height: int, width: int) -> Tensor:
-    """The way back from `_split_phases`."""
+    """Inverts `_split_phases` for maps of this height and width."""
     if d == 1:
         return y
     n, c, rows, columns = y.shape[0] // (d * d), *y.shape[1:]
@@ -157,26 +219,26 @@ def _join_phases(y: Tensor, d: int, height: int, width: int) -> Tensor:
 
 
 def _weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
-    """Sum over images and positions of grad[y, x] * x[y + dy, x + dx], (C, 1, k, k), for each tap's shift (dy, dx)."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # PyTorch's loops that step in are slow, and round their partial sums
-        x, grad = _exact(x), _exact(grad)
+    """Returns (C, 1, k, k): for each tap (dy, dx) the sum over images and positions of grad[y, x] * x[y + dy, x + dx]."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # PyTorch's own loops are slow, and round partial sums
+        x, grad = _in_fp32(x), _in_fp32(grad)
     if 2 * min(x.shape[2:]) <= k:
-        return _weight_gradient_by_taps(_exact(x), _exact(grad), k)
-    below = k - x.shape[2]
-    if below > 0:  # oneDNN's code for it wants as many rows as the kernel has
-        x, grad = _padded(x, 0, 0, below), _padded(grad, 0, 0, below)
+        return _weight_gradient_by_taps(_in_fp32(x), _in_fp32(grad), k)
+    rows_after = k - x.shape[2]
+    if rows_after > 0:  # oneDNN's fast code needs as many rows as the kernel has
+        x, grad = _padded(x, 0, 0, rows_after), _padded(grad, 0, 0, rows_after)
     outer = max(0, k - 3) // 2
     groups = [(0, outer), (outer, k - 2 * outer), (k - outer, outer)]
     return torch.cat([_columns_gradient(x, grad, k, first, count) for first, count in groups if count > 0], dim=3)
 
 
 def _columns_gradient(x: Tensor, grad: Tensor, k: int, first: int, count: int) -> Tensor:
-    """`_weight_gradient` of `count` columns of the kernel from `first` on, (C, 1, k, count)."""
-    left, right = k // 2 - first, first + count - 1 - k // 2  # what they reach to either side
-    around = left if left == right else 0
-    if around == 0:
+    """Returns `_weight_gradient` for `count` columns of the kernel, starting at `first`: (C, 1, k, count)."""
+    left, right = k // 2 - first, first + count - 1 - k // 2  # how far the columns reach to either side
+    padding = left if left == right else 0
+    if padding == 0:
         x = _padded(x, left, right, 0)
-    options = (None, [1, 1], [k // 2, around], [1, 1], False, [0, 0], x.shape[1], (False, True, False))
+    options = (None, [1, 1], [k // 2, padding], [1, 1], False, [0, 0], x.shape[1], (False, True, False))
     return torch.ops.aten.convolution_backward(grad, x, x.new_empty(x.shape[1], 1, k, count), *options)[1]
 
 
@@ -188,7 +250,7 @@ def _weight_gradient_by_taps(x: Tensor, grad: Tensor, k: int) -> Tensor:
         for j in range(k):
             dx = j - k // 2
             if abs(dy) < height and abs(dx) < width:
-                here = grad[:, :, max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
-                there = x[:, :, max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
-                result[i, j] = (here * there).sum((0, 2, 3))
+                outputs = grad[:, :, max(0, -dy) : height - max(0, dy), max(0, -dx) : width - max(0, dx)]
+                inputs = x[:, :, max(0, dy) : height - max(0, -dy), max(0, dx) : width - max(0, -dx)]
+                result[i, j] = (outputs * inputs).sum((0, 2, 3))
     return result.permute(2, 0, 1).unsqueeze(1)

@@ -1,20 +1,19 @@
-"""The stages' forward and backward passes as CUDA graphs, so that a training step costs the host a few calls and not thousands.
+"""CUDA graphs for the forward and backward passes of VAN's stages: a training step costs the host a few calls instead of thousands.
 
-    log.line(use_graphs(engine, config))     # before the first step
+    message = graph_stages(model, ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))   # before the first step
 
-A VAN launches some four thousand kernels in a micro-step, most of them short (`python -m benchmarks.training.host`). A
-graph is what one pass of a
-stage launches, recorded once and then started as a whole: same kernels, same order, same memory. Each of the four stages has two, so that
-the gradients of a stage are reduced beside the backward pass of those in front of it. Gradients are added up in tensors that stay, which
-become the parameters' `grad` at a step's first pass. What is not a micro-batch's training pass goes the ordinary way: other shapes,
-evaluation.
+A VAN launches about four thousand kernels in a micro-step, most of them short (`python -m benchmarks.training.host`). A graph is the work
+that one pass of a stage launches, recorded once and then started as a whole: the same kernels in the same order on the same memory. Each of
+the four stages has two graphs, so the gradients of a stage are reduced while the stages before it still compute theirs. Gradients are
+added in tensors that stay, which become the parameters' `grad` in a step's first pass. Other input shapes and evaluation take the stage's
+usual forward.
 
-Drop path draws anew in each pass, from the generator of the device and its seed, as without graphs (torch.cuda.graph registers it).
+Stochastic depth draws new numbers in each replay, from the device's generator and its seed, as without graphs (torch.cuda.graph
+registers the generator).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,137 +21,143 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from pretrain.config import Config
-from pretrain.engine.precision import DTYPES
-from pretrain.model.van import VAN, VANStage
+from pretrain.model import van
+from pretrain.model.fast import triton
 
-WARM_UP = 3  # passes before recording, in which libraries choose their kernels, and compilers compile
-TOLERANCE = 0.01  # of the gradients' norm. Some of cuDNN's weight gradients are not the same in every bit twice; a wrong graph is far off
+WARM_UP = 3  # passes before recording, in which libraries choose their kernels and compilers compile
+TOLERANCE = 0.01  # of the gradients' norm. Some weight gradients of cuDNN differ in the last bits from run to run; a wrong graph is far off
 
 Pass = Callable[[], tuple[Tensor, ...]]
 
 
 class CudaGraph:
-    """Results of a pass, in memory that stays, and what computes them again from what is then in the tensors that it read. Graphs that
-    run in the order in which they were recorded may share a `pool` of memory."""
+    """A recorded pass: its results, in memory that stays, and `replay`, which computes them again from the tensors that the pass read.
+
+    Graphs that are replayed in the order in which they were recorded may share a `pool` of memory.
+    """
 
     def __init__(self, pool: Any, function: Pass):
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do meanwhile, as DALI's, is not forbidden.
+        # thread_local: other threads, such as DALI's, may use the device while this one records.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.results = tuple(result.detach() for result in function())
 
     def replay(self) -> None:
+        """Launches the recorded work."""
         self._graph.replay()
 
 
-class Plain(nn.Module):
-    """A stage's own forward, also where another one stands in its place."""
+class PlainStage(nn.Module):
+    """A stage with its usual forward, also after the stage's `forward` was replaced."""
 
-    def __init__(self, stage: VANStage):
+    def __init__(self, stage: van.VANStage):
         super().__init__()
         self.stage, self.compute = stage, stage.forward
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
+        """Maps (N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
         return self.compute(x)
 
 
 class GraphedStage:
-    """Takes the place of a stage's `forward`.
+    """Replaces a stage's `forward` by graphs.
 
     Args:
-        ready: to be told of the parameters when a backward pass has added to their gradients.
+        ready: called with the parameters after a backward pass has added to their gradients.
     """
 
-    def __init__(self, stage: VANStage, ready: Callable[..., None]):
-        self.stage, self.plain, self.ready = stage, Plain(stage), ready
+    def __init__(self, stage: van.VANStage, ready: Callable[..., None]):
+        self.stage, self.plain, self.ready = stage, PlainStage(stage), ready
         self.parameters = list(stage.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        # What is computed with. Hooks keep the parameters' own nodes in autograd's graphs alive, with the stream of their first use, which
-        # would wait for others; and those that autocast would cast, one by one, are cast all at once.
-        casts = _cast_by_autocast(self.plain, self.parameters[0].device.type)
+        # The graphs compute with leaves of their own. Hooks keep the parameters' autograd nodes alive, with the stream of their first use,
+        # and autograd would wait for that stream. And parameters that autocast would cast one by one are cast all at once.
+        casts = _parameters_cast_by_autocast(self.plain, self.parameters[0].device.type)
         self.leaves = {
             name: (torch.empty_like(parameter, dtype=casts[name]) if name in casts else parameter.detach()).requires_grad_()
             for name, parameter in self.plain.named_parameters()
         }
-        self.wants_gradient = torch.empty(0, device=self.parameters[0].device, requires_grad=True)
-        self.cast = [place for place, name in enumerate(self.leaves) if name in casts]
+        self.needs_backward = torch.empty(0, device=self.parameters[0].device, requires_grad=True)
+        self.cast = [position for position, name in enumerate(self.leaves) if name in casts]
 
     def compute(self, x: Tensor) -> Tensor:
-        """What is recorded: the stage with the leaves for its parameters."""
+        """Returns the stage's output, computed with the leaves in place of its parameters."""
         leaves = list(self.leaves.values())
         if self.cast:
             with torch.no_grad():
-                torch._foreach_copy_([leaves[place] for place in self.cast], [self.parameters[place] for place in self.cast])
+                torch._foreach_copy_([leaves[i] for i in self.cast], [self.parameters[i] for i in self.cast])
         return cast(Tensor, functional_call(self.plain, self.leaves, (x,)))
 
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """To `gradients`, those of the leaves."""
-        added = [gradient.reshape(-1) for gradient in gradients]  # in one order, as cuDNN has its own
+    def add(self, leaf_gradients: Sequence[Tensor]) -> None:
+        """Adds the gradients of the leaves to `gradients`."""
+        added = [gradient.reshape(-1) for gradient in leaf_gradients]  # contiguous: cuDNN returns other layouts
         if self.cast:
-            wide = [torch.empty_like(added[place], dtype=self.gradients[place].dtype) for place in self.cast]
-            torch._foreach_copy_(wide, [added[place] for place in self.cast])
-            for place, gradient in zip(self.cast, wide, strict=True):
-                added[place] = gradient
+            wide = [torch.empty_like(added[i], dtype=self.gradients[i].dtype) for i in self.cast]
+            torch._foreach_copy_(wide, [added[i] for i in self.cast])
+            for i, gradient in zip(self.cast, wide, strict=True):
+                added[i] = gradient
         torch._foreach_add_([gradient.view(-1) for gradient in self.gradients], added)
 
     def record(self, x: Tensor, needs_gradient: bool, graph: Callable[[Pass], Any]) -> Tensor:
-        """Records the forward pass on `x`, where the inputs of later passes are to be too; returns its output."""
+        """Records the forward pass on `x`, into which the inputs of later passes are copied; returns its output."""
         self.input = x.detach().requires_grad_(needs_gradient)
-        self._made: Tensor | None = None
+        self._recorded: Tensor | None = None
 
         def forward() -> tuple[Tensor]:
-            self._made = self.compute(self.input)
-            return (self._made,)
+            self._recorded = self.compute(self.input)
+            return (self._recorded,)
 
         self._forward = graph(forward)
         self.output: Tensor = self._forward.results[0]
         return self.output
 
     def record_backward(self, output_gradient: Tensor, graph: Callable[[Pass], Any]) -> Tensor | None:
-        """Likewise; returns the input's gradient, where it needs one."""
+        """Records the backward pass; returns the input's gradient, or None if the input needs none."""
         self.output_gradient = output_gradient
         leaves = [*([self.input] if self.input.requires_grad else []), *self.leaves.values()]
 
         def backward() -> tuple[Tensor, ...]:
-            found = _backward(cast(Tensor, self._made), leaves, self.output_gradient)
-            self.add(found[-len(self.parameters) :])
-            return found[: len(found) - len(self.parameters)]
+            gradients = _backward(cast(Tensor, self._recorded), leaves, self.output_gradient)
+            self.add(gradients[-len(self.parameters) :])
+            return gradients[: len(gradients) - len(self.parameters)]
 
         self._backward = graph(backward)
-        self._made = None
+        self._recorded = None
         self.input_gradient = next(iter(self._backward.results), None)
         return self.input_gradient
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
+        """Maps (N, in_chans, H, W) to (N, dim, H / stride, W / stride), rounded up."""
         if not (self.stage.training and torch.is_grad_enabled() and x.shape == self.input.shape):
             return self.plain.compute(x)
         if self.parameters[0].grad is None:
             torch._foreach_zero_(self.gradients)
             for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
                 parameter.grad = gradient
-        return cast(Tensor, _Replayed.apply(x, self.wants_gradient, self))
+        return cast(Tensor, _Replay.apply(x, self.needs_backward, self))
 
     def forward_pass(self, x: Tensor) -> Tensor:
+        """Replays the forward pass on `x`."""
         _copy(self.input, x)
         self._forward.replay()
         return self.output.detach()
 
     def backward_pass(self, output_gradient: Tensor) -> Tensor | None:
+        """Replays the backward pass; returns the input's gradient."""
         _copy(self.output_gradient, output_gradient)
         self._backward.replay()
         self.ready(*self.parameters)
         return self.input_gradient
 
 
-class _Replayed(torch.autograd.Function):
-    """Takes a tensor that wants a gradient, so that there is a backward pass where the input, as the first stage's, wants none. It is none
-    of the parameters, as of these autograd would tell their hooks, which count."""
+class _Replay(torch.autograd.Function):
+    """Takes `needs_backward`, a leaf, so that autograd calls backward even for the first stage, whose input needs no gradient.
+
+    The leaf is none of the parameters: autograd would call their hooks, which count gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wants_gradient: Tensor, stage: GraphedStage) -> Tensor:
+    def forward(ctx: Any, x: Tensor, needs_backward: Tensor, stage: GraphedStage) -> Tensor:
         ctx.stage = stage
         return stage.forward_pass(x)
 
@@ -162,107 +167,112 @@ class _Replayed(torch.autograd.Function):
         return ctx.stage.backward_pass(output_gradient), None, None
 
 
-def _cast_by_autocast(module: nn.Module, device_type: str) -> dict[str, torch.dtype]:
-    """To which type autocast, if it is on, casts which parameters: those of convolutions that no kernel reads as they are. A bias whose
-    gradient kernels sum is left to autocast, so that the sum stays fp32."""
-    if not torch.is_autocast_enabled(device_type):
-        return {}
-    dtype = torch.get_autocast_dtype(device_type)
-    casts: dict[str, torch.dtype] = {}
-    for name, layer in module.named_modules():
-        if isinstance(layer, nn.Conv2d) and not getattr(layer, "triton", False):
-            kinds = ("weight",) if getattr(layer, "by_linear", False) else ("weight", "bias")
-            casts |= {f"{name}.{kind}": dtype for kind in kinds}
-    return casts
+def graph_stages(model: van.VAN, ready: Callable[..., None], images: Tensor, graph: Callable[[Pass], Any]) -> str:
+    """Records the stages' passes and replaces the stages' forward by the graphs, if these compute the same gradients.
 
+    Call it last: the graphs hold on to the way in which the model computes, and to where its parameters and buffers lie.
 
-def _copy(to: Tensor, tensor: Tensor) -> None:
-    """Unless it lies there already, as what the stage beside this one has made does."""
-    if to.data_ptr() != tensor.data_ptr():
-        with torch.no_grad():
-            to.copy_(tensor)
+    Args:
+        ready: see `GraphedStage`.
+        images: (N, 3, H, W) of a micro-batch; overwritten here, and by every later pass.
+        graph: records a pass, as CudaGraph does.
 
-
-def use_graphs(engine: Any, config: Config) -> str:
-    """Records the stages of an engine's model and puts the graphs in their place; returns a line for the log. To be called when all else is
-    decided of how the model computes, and where its parameters and buffers lie."""
-    if engine.device.type != "cuda":
-        return f"graphs: none on a {engine.device.type}"
-    size, precision = config.data.image_size, DTYPES[config.engine.precision]
-    images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
-    # The weights that autocast keeps once it has cast them would not be cast again by a graph.
-    with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
-        return graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
-
-
-def graph_stages(model: VAN, ready: Callable[..., None], images: Tensor, graph: Callable[[Pass], Any]) -> str:
-    """`use_graphs` with the parts of an engine: `images` (N, 3, H, W) are overwritten, and hold those of all later passes. What the graphs
-    compute is compared with what the stages do; where that differs, the model is left as it was."""
-    stages = [GraphedStage(cast(VANStage, stage), lambda *_: None) for stage in model.stages]
-    with _kept(model.buffers()):
+    Returns:
+        A line for the log.
+    """
+    stages = [GraphedStage(cast(van.VANStage, stage), lambda *_: None) for stage in model.stages]
+    with _keep(model.buffers()):
         for _ in range(WARM_UP):
-            _gradients(stages, images.normal_(), recorded=True)
-    # Each from the same running statistics: Triton's kernels norm by them, and round what they have normed.
-    with _kept(model.buffers()):
-        expected = _gradients(stages, images, recorded=False)
-    with _kept(model.buffers()):
+            _gradients(stages, images.normal_(), use_leaves=True)
+    with _keep(model.buffers()):
+        expected = _gradients(stages, images, use_leaves=False)
+    with _keep(model.buffers()):
         _record(stages, images, graph)
-    with _kept(model.buffers()):
+    with _keep(model.buffers()):
         distance = _distance(stages, images, expected)
-    if not distance <= TOLERANCE:  # what is not a number is wrong
-        return f"graphs: none, as their gradients differ from those without by {distance:.1%}"
-    for one in stages:
-        one.ready = ready
-        one.stage.forward = one  # type: ignore[method-assign]
-    return f"graphs: {len(stages)} stages, forward and backward"
+    if not distance <= TOLERANCE:  # also where the distance is not a number
+        return f"CUDA graphs: none, as their gradients differ by {distance:.1%} from those without"
+    for graphed in stages:
+        graphed.ready = ready
+        graphed.stage.forward = graphed  # type: ignore[method-assign]
+    return f"CUDA graphs: {len(stages)} stages, forward and backward"
 
 
-def _gradients(stages: Sequence[GraphedStage], x: Tensor, *, recorded: bool) -> list[Tensor]:
-    """Of all parameters, from a drawn gradient of the last output, without graphs: by what is `recorded`, or by the stages' own forward."""
+def remove_graphs(model: van.VAN) -> None:
+    """Undoes `graph_stages`; gradients that lie in its tensors stay."""
+    for stage in model.stages:
+        vars(stage).pop("forward", None)
+
+
+def _gradients(stages: Sequence[GraphedStage], x: Tensor, *, use_leaves: bool) -> list[Tensor]:
+    """Returns the gradients of all leaves, or of all parameters, for a drawn gradient of the last output; without graphs."""
     torch.manual_seed(0)
-    for one in stages:
-        x = one.compute(x) if recorded else one.plain.compute(x)
-    parameters = [tensor for one in stages for tensor in (one.leaves.values() if recorded else one.parameters)]
-    return list(_backward(x, parameters, _drawn(x)))
+    for graphed in stages:
+        x = graphed.compute(x) if use_leaves else graphed.plain.compute(x)
+    leaves = [tensor for graphed in stages for tensor in (graphed.leaves.values() if use_leaves else graphed.parameters)]
+    return list(_backward(x, leaves, _draw_gradient(x)))
 
 
 def _backward(output: Tensor, leaves: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
-    """The leaves' gradients. Outside of autocast, as a step's backward pass is: within, sums of gradients would be cast."""
+    """Returns the leaves' gradients. Runs outside of autocast, as a step's backward pass does: autocast would cast sums of gradients."""
     with torch.autocast(output.device.type, enabled=False):
         return torch.autograd.grad([output], leaves, [gradient])
 
 
 def _record(stages: Sequence[GraphedStage], x: Tensor, graph: Callable[[Pass], Any]) -> None:
-    for one in stages:
-        x = one.record(x, one is not stages[0], graph)
+    for graphed in stages:
+        x = graphed.record(x, graphed is not stages[0], graph)
     gradient: Tensor | None = torch.empty_like(x)
-    for one in reversed(stages):
+    for graphed in reversed(stages):
         assert gradient is not None
-        gradient = one.record_backward(gradient, graph)
+        gradient = graphed.record_backward(gradient, graph)
 
 
 def _distance(stages: Sequence[GraphedStage], x: Tensor, expected: list[Tensor]) -> float:
-    """Between the gradients of the graphs and others, of the latter's norm."""
+    """Returns the norm of the difference between the graphs' gradients and `expected`, relative to the former's norm."""
     torch.manual_seed(0)
-    torch._foreach_zero_([gradient for one in stages for gradient in one.gradients])
-    for one in stages:
-        x = one.forward_pass(x)
-    gradient: Tensor | None = _drawn(x)
-    for one in reversed(stages):
+    torch._foreach_zero_([gradient for graphed in stages for gradient in graphed.gradients])
+    for graphed in stages:
+        x = graphed.forward_pass(x)
+    gradient: Tensor | None = _draw_gradient(x)
+    for graphed in reversed(stages):
         assert gradient is not None
-        gradient = one.backward_pass(gradient)
-    torch._foreach_sub_(expected, [gradient for one in stages for gradient in one.gradients])
-    return float(torch.nn.utils.get_total_norm(expected) / torch.nn.utils.get_total_norm([g for one in stages for g in one.gradients]))
+        gradient = graphed.backward_pass(gradient)
+    gradients = [gradient for graphed in stages for gradient in graphed.gradients]
+    torch._foreach_sub_(expected, gradients)
+    return float(torch.nn.utils.get_total_norm(expected) / torch.nn.utils.get_total_norm(gradients))
 
 
-def _drawn(y: Tensor) -> Tensor:
+def _draw_gradient(y: Tensor) -> Tensor:
     return torch.randn(y.shape, generator=torch.Generator(y.device).manual_seed(1), device=y.device).to(y.dtype)
 
 
 @contextmanager
-def _kept(tensors: Iterator[Tensor]) -> Iterator[None]:
-    """What these hold is the same afterwards."""
+def _keep(tensors: Iterator[Tensor]) -> Iterator[None]:
+    """Restores the values of these tensors on exit."""
     before = [(tensor, tensor.clone()) for tensor in tensors]
     yield
     for tensor, values in before:
         tensor.copy_(values)
+
+
+def _copy(to: Tensor, tensor: Tensor) -> None:
+    """Copies a tensor, unless it lies in `to` already, as the output of the neighboring stage does."""
+    if to.data_ptr() != tensor.data_ptr():
+        with torch.no_grad():
+            to.copy_(tensor)
+
+
+def _parameters_cast_by_autocast(module: nn.Module, device_type: str) -> dict[str, torch.dtype]:
+    """Returns the names of the parameters that autocast casts, if it is on, and their type: those of all convolutions but kernels'."""
+    if not torch.is_autocast_enabled(device_type):
+        return {}
+    dtype = torch.get_autocast_dtype(device_type)
+    casts: dict[str, torch.dtype] = {}
+    kernel_blocks = {name: block for name, block in module.named_modules() if isinstance(block, triton.Block)}
+    for name, block in kernel_blocks.items():
+        casts |= {f"{name}.{weight}": dtype for weight in block.matrix_weights}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d) and not name.startswith(tuple(f"{block}." for block in kernel_blocks)):
+            casts |= {f"{name}.weight": dtype, f"{name}.bias": dtype}
+    return casts

@@ -28,7 +28,6 @@ def run(
     from pretrain.engine.engine import build_engine
     from pretrain.engine.guard import Guard
     from pretrain.model.fast.cuda_graphs import graph_stages
-    from pretrain.model.fast.kernel_choice import compile_blocks
     from pretrain.model.van import VAN
     from tests.pretrain.model.fast.test_cuda_graphs import Rerun
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain.model.lka import LKA
+from pretrain.model.van import LKA
 
 # K, d, then the near and the far kernel size that section 3.1 asks for; (10, 3) and (4, 3) need an uneven padding.
 SIZES = [(21, 3, 5, 7), (7, 2, 3, 4), (35, 3, 5, 12), (28, 4, 7, 7), (10, 3, 5, 4), (4, 3, 5, 2), (5, 1, 1, 5)]

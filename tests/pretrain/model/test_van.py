@@ -1,10 +1,8 @@
-"""The VAN family: against the authors' numbers, and in memory."""
+"""VAN against the authors' numbers, and its memory layout."""
 
-import copy
 import json
 import math
 import zlib
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,12 +10,11 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.model import recomputation, van
-from pretrain.model.convolutions import ChannelsLastConv2d
+from pretrain.model import van
+from pretrain.model.fast.channels_last import use_channels_last
 from pretrain.model.formats import from_format, to_format
 from tests.support import REFERENCE
 
@@ -29,7 +26,7 @@ VARIANTS = sorted(STATE_DICTS)
 
 
 def meta_model(variant: str, **kwargs: Any) -> van.VAN:
-    """A model without memory behind it: names and shapes only."""
+    """Returns a model on the meta device: names and shapes only."""
     with torch.device("meta"):
         return timm.create_model(variant, **kwargs)
 
@@ -44,7 +41,7 @@ def images(batch: int = 2, size: int = 64, seed: int = 1) -> torch.Tensor:
     return x.to(memory_format=torch.channels_last)
 
 
-# Sizes
+# ---------------------------------------------------------------- sizes
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -65,11 +62,11 @@ def test_parameter_count_with_the_in22k_head(variant: str, millions: float) -> N
     assert count - STATE_DICTS[variant]["parameters"] == (21841 - 1000) * (model.num_features + 1)
 
 
-# The authors' numbers (tests/reference/README.md says how they were made)
+# ---------------------------------------------------------------- the authors' numbers (tests/reference/README.md says how they were made)
 
 
 def filled(name: str, shape: list[int], salt: str) -> torch.Tensor:
-    """The made-up weights of one key in the authors' format."""
+    """Returns the artificial weights of one key in the authors' format."""
     n = math.prod(shape)
     k = zlib.crc32((salt + name).encode())
     u = np.mod(np.arange(1, n + 1) * 0.6180339887498949 + (k % 99991) / 99991, 1) - 0.5
@@ -125,7 +122,7 @@ def test_computes_what_the_authors_code_computes(variant: str) -> None:
     check(loss.detach(), golden["train_loss"])
     gradients = to_format({name: p.grad for name, p in model.named_parameters()}, "official")
     for name, expected in golden["grad_norms"].items():
-        # The BatchNorm behind a patch embedding takes its convolution's bias out again: that gradient is rounding error.
+        # The BatchNorm of a patch embedding subtracts its convolution's bias again: that gradient is rounding error.
         check(gradients[name].norm(), expected, absolute=1e-12 if name == "patch_embed1.proj.bias" else 0)
     check(math.sqrt(sum(float(g.square().sum()) for g in gradients.values())), golden["grad_norm_total"])
     state_dict = to_format(model.state_dict(), "official")
@@ -133,10 +130,10 @@ def test_computes_what_the_authors_code_computes(variant: str) -> None:
         check(state_dict[name].norm(), expected)
 
 
-# The start of training
+# ---------------------------------------------------------------- initialization
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     model = small_model()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -156,83 +153,31 @@ def test_initialisation() -> None:
     ("variant", "blocks", "rate"), [("van_b0", 13, 0.12), ("van_b3", 38, 0.1), ("van_b4", 52, 0.2), ("van_b6", 108, 0.3)]
 )
 def test_drop_path_rises_linearly_over_all_blocks(variant: str, blocks: int, rate: float) -> None:
-    """As torch.linspace(0, rate, blocks), which the authors' van.py takes."""
+    """As torch.linspace(0, rate, blocks), which the authors' van.py uses."""
     model = meta_model(variant, drop_path_rate=rate)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([rate * i / (blocks - 1) for i in range(blocks)])
 
 
-# Gradient checkpointing
-
-
-def train_step(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Gradients and buffers after one step's forward and backward pass."""
-    torch.manual_seed(5)
-    model.train()
-    F.cross_entropy(model(images(4)), torch.arange(4)).backward()
-    gradients = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return gradients | dict(model.named_buffers())
-
-
-@pytest.mark.parametrize("enable", [True, [False, True, True, False]])
-def test_grad_checkpointing_changes_nothing(enable: bool | list[bool]) -> None:
-    settings = {"drop_path_rate": 0.3, "proj_drop_rate": 0.1}
-    expected = train_step(small_model(**settings))
-    model = small_model(**settings)
-    model.set_grad_checkpointing(enable)
-    actual = train_step(model)
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], msg=name)
-    for name in (name for name, _ in model.named_buffers()):
-        assert torch.equal(actual[name], expected[name]), name
-
-
-def test_without_care_checkpointing_would_move_the_statistics_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recomputation, "_RunningStatisticsKept", lambda norms: nullcontext())
-    expected = train_step(small_model())
-    model = small_model()
-    model.set_grad_checkpointing()
-    actual = train_step(model)
-    assert not torch.equal(actual["stages.0.blocks.0.norm1.running_mean"], expected["stages.0.blocks.0.norm1.running_mean"])
-
-
-def test_grad_checkpointing_computes_again_for_each_backward_pass() -> None:
-    model = small_model()
-    model.set_grad_checkpointing()
-    loss = model(images()).square().mean()
-    loss.backward(retain_graph=True)
-    first = [p.grad.clone() for p in model.parameters()]
-    loss.backward()
-    for p, gradient in zip(model.parameters(), first, strict=True):
-        torch.testing.assert_close(p.grad, 2 * gradient)
-    assert model.stages[0].blocks[0].norm1.num_batches_tracked == 1
-
-
-def test_grad_checkpointing_wants_a_value_for_each_stage() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        meta_model("van_b0").set_grad_checkpointing([True, False])
-
-
-# Memory layout
+# ---------------------------------------------------------------- memory layout
 
 
 def modules_not_channels_last(model: nn.Module, x: torch.Tensor) -> list[str]:
-    """Names of the modules that put out a tensor (N, C, H, W) which doesn't lie channels-last."""
-    found = []
+    """Returns the names of the modules whose output (N, C, H, W) does not lie channels-last."""
+    names = []
 
     def look(name: str, output: torch.Tensor) -> None:
         if output.ndim == 4 and not output.is_contiguous(memory_format=torch.channels_last):
-            found.append(name)
+            names.append(name)
 
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _module, _inputs, output, name=name: look(name, output))
     model(x)
-    return found
+    return names
 
 
 class Contiguous(nn.Module):
-    """What the walk has to notice."""
+    """A layer that changes the memory layout."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.contiguous()
@@ -241,43 +186,46 @@ class Contiguous(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_channels_last_from_the_first_convolution_on(training: bool, autocast: bool, memory_format: torch.memory_format) -> None:
+def test_activations_are_channels_last_from_the_first_convolution_on(
+    training: bool, autocast: bool, memory_format: torch.memory_format
+) -> None:
     model = small_model(drop_path_rate=0.3).train(training)
+    use_channels_last(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         assert modules_not_channels_last(model, images().contiguous(memory_format=memory_format)) == []
 
 
-def test_the_walk_notices_another_layout() -> None:
+def test_another_layout_is_noticed() -> None:
     model = small_model()
     model.stages[1].blocks[0].mlp.drop2 = Contiguous()
     assert modules_not_channels_last(model, images())[0] == "stages.1.blocks.0.mlp.drop2"
 
 
 class Copies(TorchDispatchMode):
-    """Collects the operators that copy a tensor (N, C, H, W)."""
+    """Records the operators that copy a tensor (N, C, H, W)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.operators: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         name = func.name().partition("::")[2]
         if name.startswith(("clone", "_to_copy", "copy_")) and output.ndim == 4:
-            self.found.append(name)
+            self.operators.append(name)
         return output
 
 
 def test_forward_makes_no_copy() -> None:
-    # In eval mode: in training on a CPU, on_cpu.py rearranges maps on purpose. On a GPU both modes run the same operators.
-    model, x = small_model().eval(), images()
+    model, x = small_model(), images()
+    use_channels_last(model)  # a contiguous weight would be copied
     with Copies() as copies:
         model(x)
-    assert copies.found == []
+    assert copies.operators == []
     model.stages[1].blocks[0].mlp.drop1 = Contiguous()
     with Copies() as copies:
         model(x)
-    assert "clone" in copies.found
+    assert "clone" in copies.operators
 
 
 def test_norm_statistics_stay_fp32_under_autocast() -> None:
@@ -291,8 +239,7 @@ def test_norm_statistics_stay_fp32_under_autocast() -> None:
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
-    # Batch statistics in bf16 would be off by up to 2**-9. The first patch embedding's are those of its bf16 input, taken in
-    # fp32.
+    # Batch statistics in bf16 would be off by up to 2**-9. Those of the first patch embedding are computed in fp32 from its bf16 input.
     embed = model.stages[0].patch_embed
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         projected = embed.proj(images())
@@ -305,81 +252,31 @@ def test_norm_statistics_stay_fp32_under_autocast() -> None:
     assert mean.dtype == rstd.dtype == torch.float32
 
 
-@pytest.mark.long
-def test_blocks_that_differ_in_drop_path_alone_share_what_is_compiled() -> None:
-    """A graph for each block would go over the compiler's limit, and the blocks behind it would not be compiled."""
-    counter = CompileCounter()
-    model = small_model(depths=(3, 3, 9, 3), drop_path_rate=0.3).train()
-    for stage in model.stages:
-        for block in stage.blocks:  # type: ignore[union-attr]
-            block.compile(backend=counter)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        model(images(2, 64, 64)).sum().backward()
-    assert counter.frame_count <= 8
+# ---------------------------------------------------------------- parameters and state dict
 
 
-# ChannelsLastConv2d
+def test_every_parameter_is_its_state_dict_entry() -> None:
+    model = small_model()
+    state_dict = model.state_dict(keep_vars=True)
+    assert all(state_dict[name] is parameter for name, parameter in model.named_parameters())
+    x = images()
+    torch.testing.assert_close(torch.func.functional_call(model, model.state_dict(), (x,)), model(x))
 
 
-def test_convolution_computes_what_conv2d_computes() -> None:
-    plain = nn.Conv2d(3, 8, 7, stride=4, padding=3).double()
-    conv = ChannelsLastConv2d(3, 8, 7, stride=4, padding=3).double()
-    conv.load_state_dict(plain.state_dict())
-    x = images().double()
-    torch.testing.assert_close(conv(x), plain(x), rtol=1e-12, atol=1e-12)
-    conv(x).square().sum().backward()
-    plain(x).square().sum().backward()
-    torch.testing.assert_close(conv.weight.grad.permute(0, 3, 1, 2), plain.weight.grad, rtol=1e-12, atol=1e-12)
-
-
-def test_convolution_weight_lies_channels_last_as_a_contiguous_parameter() -> None:
-    conv = ChannelsLastConv2d(4, 8, 3, padding=1)
-    assert conv.weight.shape == (8, 3, 3, 4)
-    assert conv.weight.is_contiguous()
-    conv.weight.data.view(torch.uint8)  # as DeepSpeed's broadcast does
-    assert conv.weight.permute(0, 3, 1, 2).is_contiguous(memory_format=torch.channels_last)
-    conv(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
-    assert conv.weight.grad.is_contiguous()
-
-
-def test_convolution_state_dict_has_the_usual_shape() -> None:
-    conv = ChannelsLastConv2d(4, 8, 3)
-    weight = conv.state_dict()["weight"]
-    assert weight.shape == (8, 4, 3, 3)
-    assert weight.is_contiguous()
-    assert not weight.requires_grad
-
-    other = ChannelsLastConv2d(4, 8, 3)
-    other.load_state_dict(conv.state_dict())
-    assert torch.equal(other.weight, conv.weight)
-    assert other.weight.shape == (8, 3, 3, 4)
-
-    clone = copy.deepcopy(conv).double()
-    assert clone.state_dict()["weight"].shape == (8, 4, 3, 3)
-    assert clone.weight.is_contiguous()
-    assert torch.equal(clone.weight.float(), conv.weight)
-
-    with torch.device("meta"):
-        empty = ChannelsLastConv2d(4, 8, 3)
-    empty.load_state_dict(conv.state_dict(), assign=True)
-    assert torch.equal(empty.weight, conv.weight)
-    assert isinstance(empty.weight, nn.Parameter)
-    assert empty.weight.requires_grad
-
-
-def test_convolution_state_dict_keep_vars_reaches_the_parameter() -> None:
-    conv = ChannelsLastConv2d(4, 8, 3)
-    weight = conv.state_dict(keep_vars=True)["weight"]
-    assert weight.shape == (8, 4, 3, 3)
-    assert weight.data_ptr() == conv.weight.data_ptr()
-    weight.sum().backward()
-    assert torch.equal(conv.weight.grad, torch.ones_like(conv.weight))
-
-
-def test_convolution_refuses_other_shapes() -> None:
-    conv = ChannelsLastConv2d(4, 8, 3)
-    for shape in [(8, 5, 3, 3), (8, 4, 3), (8, 3, 3, 4)]:
-        with pytest.raises(RuntimeError, match="size mismatch for weight"):
-            conv.load_state_dict({"weight": torch.zeros(shape), "bias": torch.zeros(8)})
-    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
-        conv.load_state_dict({"bias": torch.zeros(8)})
+def test_load_state_dict_takes_the_authors_names() -> None:
+    """Also below a prefix, as in a detector, and with either value of `strict`."""
+    source, x = small_model(seed=3).eval(), images()
+    official = to_format(source.state_dict(), "official")
+    assert official.keys() != source.state_dict().keys()
+    for weights in (official, source.state_dict()):
+        model = small_model().eval()
+        assert str(model.load_state_dict(weights)) == "<All keys matched successfully>"
+        assert torch.equal(model(x), source(x))
+    wrapped = nn.ModuleDict({"backbone": small_model().eval(), "head": nn.Linear(2, 2)})
+    weights = {f"backbone.{key}": value for key, value in official.items()} | {
+        f"head.{k}": v for k, v in wrapped["head"].state_dict().items()
+    }
+    wrapped.load_state_dict(weights)
+    assert torch.equal(wrapped["backbone"](x), source(x))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*block9.0.norm1.weight"):
+        small_model().load_state_dict(official | {"block9.0.norm1.weight": torch.zeros(1)})

@@ -1,5 +1,9 @@
 """VAN in timm's hands: its interface, and what other programs do with a timm model: script it, trace it, cut it, export it."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnxruntime
@@ -9,6 +13,8 @@ import torch
 from timm.models import FeatureGraphNet, group_parameters, save_for_hf
 from torch import nn
 
+from pretrain.model import van
+from pretrain.model.formats import to_format
 from tests.pretrain.model.test_van import Copies, images, meta_model, small_model
 
 pytestmark = pytest.mark.slow
@@ -110,7 +116,7 @@ def test_global_pool_keeps_the_layout(pool: str) -> None:
     maps = model.forward_features(x).detach().requires_grad_()
     with Copies() as copies:
         output = model.forward_head(maps)
-    assert copies.found == []
+    assert copies.operators == []
     output.sum().backward()
     assert maps.grad.is_contiguous(memory_format=torch.channels_last)
 
@@ -135,6 +141,45 @@ def test_pretrained_weights_for_other_classes_and_channels() -> None:
     assert grey.head.out_features == 4
     weight = grey.state_dict()["stages.0.patch_embed.proj.weight"]
     torch.testing.assert_close(weight, source.state_dict()["stages.0.patch_embed.proj.weight"].sum(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_timm_loads_the_authors_files(tmp_path: Path, wrapped: bool) -> None:
+    source, x, path = small_model(seed=3).eval(), images(), tmp_path / "van_b0.pth"
+    weights = to_format(source.state_dict(), "official")
+    torch.save({"state_dict": weights} if wrapped else weights, path)
+    for arguments in (
+        {"checkpoint_path": str(path)},
+        {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 10}},
+    ):
+        model = timm.create_model("van_b0", num_classes=10, **arguments).eval()
+        assert torch.equal(model(x), source(x)), arguments
+    features = timm.create_model("van_b0", features_only=True, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+    assert torch.equal(features.eval()(x)[-1], source.forward_features(x))
+    grey = timm.create_model(
+        "van_b0", num_classes=4, in_chans=1, pretrained=True, pretrained_cfg_overlay={"file": str(path), "num_classes": 10}
+    )
+    assert grey.state_dict()["stages.0.patch_embed.proj.weight"].shape[1] == 1
+
+
+def test_the_file_alone_is_the_model(tmp_path: Path) -> None:
+    """Copied into an empty folder, it builds every variant and computes the golden logits, with torch and timm alone."""
+    shutil.copy(van.__file__, tmp_path / "van.py")
+    source = small_model(seed=3).eval()
+    torch.save({"state_dict": to_format(source.state_dict(), "official")}, tmp_path / "official.pth")
+    torch.save([images(), source(images()).detach()], tmp_path / "expected.pt")
+    code = """
+import sys, timm, torch, van
+with torch.device("meta"):
+    assert all(isinstance(timm.create_model(name), van.VAN) for name in van.VARIANTS)
+x, expected = torch.load("expected.pt")
+model = timm.create_model("van_b0", num_classes=10, checkpoint_path="official.pth").eval()
+assert torch.equal(model(x), expected)
+assert not {"pretrain", "data", "deepspeed", "nvidia.dali"} & sys.modules.keys()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_parameter_groups() -> None:
@@ -206,6 +251,24 @@ def test_onnx(model: nn.Module, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"images": x.numpy()})
     torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_onnx_by_torchscript(model: nn.Module, tmp_path: Path) -> None:
+    path, x = tmp_path / "van.onnx", images()
+    torch.onnx.export(model, (x,), path, dynamo=False, input_names=["images"], output_names=["logits"])
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(["logits"], {"images": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
+@torch.no_grad()
+def test_torch_compile_at_several_image_sizes() -> None:
+    model = small_model(depths=(1, 1, 1, 1)).eval()
+    compiled = torch.compile(model)
+    for size in (64, 96, 80):
+        torch.testing.assert_close(compiled(images(size=size)), model(images(size=size)), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

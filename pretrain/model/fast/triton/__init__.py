@@ -1,40 +1,54 @@
-"""Triton kernels behind VAN's layers, for channels-last activations on a GPU: depth-wise convolution, what stands around LKA's, and what
-joins two branches.
+"""Triton kernels for VAN's blocks, for channels-last activations on a GPU of compute capability 8.0 or newer.
 
-    y = depthwise_conv2d(x, weight, bias, dilation=3)                         # also: gelu=True
-    x, near = gelu_conv2d(z, weight, bias, z_bias); y = gated(x, attention, attention_bias)
-    y, normed, found = residual_norm(x, branch, shortcut, scale, keep, norm, expected)  # also: scaled_residual, without the norm
+    use_triton(model)            # a VAN; parameters, names and state dict stay
+    restore_reference(model)
 
-All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile
-work over them. Layers choose them through `pretrain.model.fast.kernel_choice.use_kernels`.
-
+    block.py        VAN's block, computed by the operators below and matrix products
+    depthwise.py    depthwise convolution, also with GELU after it          depthwise_device.py   its kernels
+    attention.py    GELU before a convolution, and LKA's gate               attention_device.py   its kernels
+    residual.py     layer scale, stochastic depth and residual add          residual_device.py    its kernels
     tiling.py       how the convolutions' work is cut, as pure functions of its shape
-    depthwise.py    the convolution: launches and operators              depthwise_device.py   what runs on the GPU
-    attention.py    GELU in front of a convolution, and the gate         attention_device.py   likewise
-    residual.py     the end of a branch and the BatchNorm behind it      residual_device.py    likewise
-    norm.py         what of a BatchNorm a convolution takes along       norm_device.py        likewise
-    trial.py        whether a kernel runs here and agrees with PyTorch
 
-`python -m benchmarks.training.kernel_resources` compiles them for GPUs that need not be there and reads off registers and spills;
-`python -m benchmarks.training --gpu` times them on one that is. docs/performance.md has the reasons, in bytes and multiply-adds.
+All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile work
+with them. `python -m benchmarks.training.kernel_resources` compiles them for GPUs that need not be present and reads off registers and
+spills; `python -m benchmarks.training --gpu` times them on a GPU. docs/performance.md counts bytes and multiply-adds.
 """
 
 import torch
+from torch import nn
 
-from pretrain.model.fast.triton.attention import gated, gelu_conv2d
-from pretrain.model.fast.triton.depthwise import depthwise_conv2d
-from pretrain.model.fast.triton.norm import Normed, fold_norm
-from pretrain.model.fast.triton.residual import expected_statistics, move_statistics, residual_norm, scaled_residual
+from pretrain.model import van
+from pretrain.model.fast.triton.block import Block
 
-__all__ = [
-    "Normed", "depthwise_conv2d", "expected_statistics", "fold_norm", "gated", "gelu_conv2d", "move_statistics", "residual_norm",
-    "scaled_residual", "unusable",
-]  # fmt: skip
+_SIZES, _DILATIONS = (3, 5, 7), (1, 3)  # of the depthwise convolutions that the kernels are tuned and tested for
 
 
-def unusable(device: torch.device) -> str | None:
-    """Why the kernels can't run on a device; None where they can."""
+def why_unusable(model: nn.Module, device: torch.device) -> str | None:
+    """Returns why the kernels can't compute a model on a device, or None if they can."""
     if device.type != "cuda":
         return f"the device is {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0, which bf16 needs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"compute capability {'.'.join(map(str, capability))} is below 8.0, which bf16 needs"
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+            size, dilation = module.kernel_size[0], module.dilation[0]
+            if size not in _SIZES or dilation not in _DILATIONS:
+                return f"there is no kernel for a depthwise {size}x{size} convolution with dilation {dilation}"
+        elif isinstance(module, van.Mlp) and module.drop1.p > 0:
+            return "the kernels have no dropout in the MLP"
+    return None
+
+
+def use_triton(model: nn.Module) -> None:
+    """Swaps the class of a VAN's blocks for the one that computes by kernels."""
+    for module in model.modules():
+        if isinstance(module, van.Block):
+            module.__class__ = Block
+
+
+def restore_reference(model: nn.Module) -> None:
+    """Undoes `use_triton`."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.__class__ = van.Block

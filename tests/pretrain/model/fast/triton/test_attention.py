@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton import knobs
 
-from pretrain.model.fast.triton import gated, gelu_conv2d
+from pretrain.model.fast.triton.attention import gated, gelu_conv2d
 from tests.pretrain.model.fast.triton.test_depthwise import ROUNDING, SHAPES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]

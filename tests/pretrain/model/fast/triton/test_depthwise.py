@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton import knobs
 
-from pretrain.model.fast.triton import depthwise_conv2d
-from pretrain.model.fast.triton.depthwise import by_taps, weight_gradient
+from pretrain.model.fast.triton.depthwise import by_taps, depthwise_conv2d, weight_gradient
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
 

@@ -1,0 +1,41 @@
+"""VAN's blocks compiled by torch.compile, each as one graph, when they first run.
+
+compile_blocks(model)
+restore_reference(model)
+"""
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from pretrain.model import van
+
+
+class CompilableDropPath(DropPath):
+    """Stochastic depth that draws by comparison: torch.compile would compile a block for each rate of bernoulli_."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to (N, C, H, W)."""
+        if not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        drawn = (torch.rand(len(x), device=x.device) < keep) / keep
+        return x * drawn[:, None, None, None].to(x.dtype)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compiles the blocks of a VAN and makes their stochastic depth compilable. Its draws differ from the reference's."""
+    for module in model.modules():
+        if isinstance(module, van.Block):
+            module.compile()
+        elif isinstance(module, DropPath):
+            module.__class__ = CompilableDropPath
+
+
+def restore_reference(model: nn.Module) -> None:
+    """Undoes `compile_blocks`."""
+    for module in model.modules():
+        if isinstance(module, van.Block):
+            module._compiled_call_impl = None
+        elif isinstance(module, CompilableDropPath):
+            module.__class__ = DropPath

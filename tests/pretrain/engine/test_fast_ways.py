@@ -1,0 +1,114 @@
+"""Which fast ways a job's model takes, and that a wrong or failing kernel is found before the first step."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from pretrain import config as settings
+from pretrain.config import Config
+from pretrain.engine.fast_ways import use_fast_ways
+from pretrain.model.fast import cpu, triton
+from pretrain.model.fast.triton import block
+from pretrain.model.van import VAN, Block
+from tests.support import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+
+
+def job(**model: Any) -> Config:
+    values = {
+        "name": "tiny", "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3, **model},
+        "data": {"train": "unused", "image_size": 32}, "optim": {"lr": 1e-2}, "engine": {"micro_batch": 4, "device": "cpu"},
+    }  # fmt: skip
+    return settings.from_dict(values)
+
+
+def tiny() -> VAN:
+    torch.manual_seed(0)
+    return VAN(num_classes=3, embed_dims=(8, 12), depths=(1, 1), mlp_ratios=(2, 2))
+
+
+@pytest.fixture
+def usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels run in Triton's interpreter."""
+    monkeypatch.setattr(triton, "why_unusable", lambda model, device: None)
+
+
+def test_on_a_cpu_a_van_takes_the_cpu_way() -> None:
+    model = tiny()
+    assert use_fast_ways(model, job(), CPU) == "computing: the CPU way (no Triton kernels: as model.kernels=torch asks)"
+    assert any(isinstance(module, cpu.Mlp) for module in model.modules())
+
+
+def test_compiled_blocks_are_the_reference() -> None:
+    model = tiny()
+    assert "compiled blocks" in use_fast_ways(model, job(compile=True), CPU)
+    assert not any(isinstance(module, cpu.Mlp | cpu.DepthwiseConv2d) for module in model.modules())
+
+
+def test_other_models_compute_as_they_are() -> None:
+    model = timm.create_model("resnet10t")
+    types = [type(module) for module in model.modules()]
+    assert use_fast_ways(model, job(), CPU) == "computing: PyTorch's operators; faster ways exist for VAN alone, not for ResNet"
+    assert [type(module) for module in model.modules()] == types
+
+
+@pytest.mark.usefixtures("usable")
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_kernels_that_agree_are_taken(precision: str) -> None:
+    config = job(kernels="auto")
+    config = dataclasses.replace(config, engine=dataclasses.replace(config.engine, precision=precision))
+    model = tiny()
+    assert use_fast_ways(model, config, CPU).startswith("computing: Triton's kernels")
+    assert {type(module) for module in model.modules() if isinstance(module, Block)} == {triton.Block}
+
+
+def raise_error(*_: Any, **__: Any) -> Tensor:
+    raise RuntimeError("out of registers\nand more")
+
+
+def wrong_gradient(*arguments: Any, **options: Any) -> Tensor:
+    y = block.depthwise_conv2d_(*arguments, **options)  # type: ignore[attr-defined]
+    return y.detach() * 2 - y
+
+
+FAULTS = {
+    "raises": (raise_error, "stage 0: RuntimeError: out of registers"),
+    "wrong gradient": (wrong_gradient, "stage 0: they differ from PyTorch's operators by"),
+    "not a number": (lambda x, *_, **__: x * float("nan"), "stage 0: they differ from PyTorch's operators by nan"),
+}
+
+
+@pytest.mark.usefixtures("usable")
+@pytest.mark.parametrize("kind", FAULTS)
+def test_kernels_at_fault_are_not_taken(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    function, message = FAULTS[kind]
+    monkeypatch.setattr(block, "depthwise_conv2d_", block.depthwise_conv2d, raising=False)
+    monkeypatch.setattr(block, "depthwise_conv2d", function)
+    model = tiny()
+    assert message in use_fast_ways(model, job(kernels="auto"), CPU)
+    assert not any(isinstance(module, triton.Block) for module in model.modules())
+    with pytest.raises(ValueError, match="model.kernels=triton can't be used: stage 0"):
+        use_fast_ways(model, job(kernels="triton"), CPU)
+
+
+def test_a_job_reports_at_its_start_that_triton_cannot_run(tmp_path: Path, drawn: Path) -> None:
+    """Exit code 2, before anything is trained."""
+    arguments = (
+        f"data.train={drawn / 'train'}", "data.val=null", "data.image_size=32", f"run.dir={tmp_path / 'run'}", "steps=1",
+        "model.name=van_b0", "model.classes=10", "global_batch=4", "engine.micro_batch=4", "engine.device=cpu", "model.kernels=triton",
+    )  # fmt: skip
+    command = [sys.executable, "-m", "launch", "configs/van_b3_in22k.yaml", *arguments]
+    job = subprocess.run(command, env=os.environ | {"RANKS": "1"}, cwd=REPOSITORY, capture_output=True, text=True)
+    assert job.returncode == 2
+    assert "model.kernels=triton can't be used: the device is cpu" in job.stderr + job.stdout
