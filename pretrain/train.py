@@ -11,7 +11,7 @@ The exit code is 0 when training is complete, 85 after a stop request when the j
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist

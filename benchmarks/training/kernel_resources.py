@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from pretrain.model.fast.triton.norm import FOLD, SUMS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.training.layers import Layer, layers
-from pretrain.model.fast.triton import attention_device, depthwise_device, norm_device, residual_device
+from pretrain.model.fast.triton import attention_device, depthwise_device, residual_device
 from pretrain.model.fast.triton.depthwise import conv_constants, launch_options, weight_gradient_constants
-from pretrain.model.fast.triton.residual import BEHIND, TILE
+from pretrain.model.fast.triton.residual import TILE
 from pretrain.model.fast.triton.tiling import WARPS
 
 RESULT = Path(__file__).parents[1] / "results" / "kernel_resources.json"
@@ -48,7 +47,7 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
     """All that a training step compiles for a layer."""
     x = f"*{activations}"
     if not layer.kernel_size:
-        return joint_kernels(x)
+        return residual_kernels(x)
     shape, options = (layer.channels, layer.size, layer.size), launch_options(4 if activations == "fp32" else 2)
     pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "inner": "", "y": x, "partial": ""}
 
@@ -72,29 +71,19 @@ def kernels(layer: Layer, activations: str) -> list[Kernel]:
     return found
 
 
-def joint_kernels(x: str) -> list[Kernel]:
-    """Those whose code is the same for maps of any size. Of `pretrain/model/fast/triton/residual.py`, as an attention's end
-    takes them, whose
-    shortcut begins behind one norm and which has another behind it; what folds a norm; and the gate's."""
-    tile, sums, fold = ({name: value for name, value in sizes.items() if name.isupper()} for sizes in (TILE, SUMS, FOLD))
-    vector, sum_ = "*fp32", "*fp32"
-    branches = {"branch": x, "shortcut": x, "affine": vector, "scale": vector, "keep": vector}
-    behind = dict.fromkeys(BEHIND, vector) | {"values_grad": x, "passed_grad": x, "values": x}
+def residual_kernels(x: str) -> list[Kernel]:
+    """Returns the kernels whose code is the same for maps of any size: a residual add with a shortcut, and the gate."""
+    tile = {name: value for name, value in TILE.items() if name.isupper()}
+    vector = sum_ = "*fp32"
+    branches = {"branch": x, "shortcut": x, "scale": vector, "keep": vector}
     gate = dict.fromkeys(("grad", "x", "attention", "x_grad", "attention_grad"), x) | {"partial": vector}
-    found = [
-        ("sum", residual_device.residual_kernel, tile, branches | {"x": sum_, "y": sum_, "values": x, "eps": "fp32"}),
-        ("statistics", residual_device.statistics_kernel, sums, {"eps": "fp32"}),
-        ("gradients", residual_device.residual_backward_kernel, tile, branches | behind | {"grad": sum_, "branch_grad": x}),
-        ("sums of gradients", residual_device.branch_sums_kernel, sums, {}),
-        ("folding", norm_device.fold_kernel, fold, {"folded": x, "low_bias": x}),
-        ("gradient of folding", norm_device.unfold_kernel, sums, {"grad": x}),
-        ("gate's gradients", attention_device.gate_backward_kernel, tile, gate),
-    ]
-    numbers = ("runs", "pixels", "per_run", "map_pixels", "rows", "channels", *tile, *sums, *fold)
-    options = {"num_warps": WARPS}
     return [
-        Kernel(part, function, constants, {n: vector for n in function.arg_names if n not in numbers} | types, options)
-        for part, function, constants, types in found
+        Kernel(part, function, tile, pointers, {"num_warps": WARPS})
+        for part, function, pointers in (
+            ("residual add", residual_device.residual_kernel, branches | {"x": sum_, "y": sum_}),
+            ("gradients", residual_device.residual_backward_kernel, branches | {"grad": sum_, "branch_grad": x, "partial": vector}),
+            ("gate's gradients", attention_device.gate_backward_kernel, gate),
+        )
     ]
 
 

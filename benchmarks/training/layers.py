@@ -13,7 +13,7 @@ in the activations' type. Triton's times hold the reordering of the weights that
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import timm
@@ -23,19 +23,20 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from benchmarks.harness import deciles
-from pretrain.model.depthwise import DepthwiseConv2d
-from pretrain.model.fast.triton import expected_statistics, residual_norm, unusable
+from pretrain.model.fast import triton
 from pretrain.model.fast.triton.depthwise import by_taps, conv, conv_tiles, weight_gradient
-from pretrain.model.lka import LKA
-from pretrain.model.van import VAN, Block
+from pretrain.model.fast.triton.residual import scaled_residual
+from pretrain.model.van import LKA, VAN, Block, Mlp
 
 COPY_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A depth-wise convolution on square maps of `size` px, with GELU "after" or "before" it, or with kernel size 0 a joint; the model has
-    `count` of them."""
+    """A depthwise convolution on square maps of `size` pixels, or with kernel size 0 the end of a residual branch.
+
+    `gelu` is "after" or "before" the convolution, or "". The model has `count` of these layers.
+    """
 
     channels: int
     size: int
@@ -45,7 +46,7 @@ class Layer:
     count: int = 1
 
     def __str__(self) -> str:
-        kind = f"{self.kernel_size}x{self.kernel_size}" if self.kernel_size else "joint"
+        kind = f"{self.kernel_size}x{self.kernel_size}" if self.kernel_size else "residual add"
         return f"{kind}{f' dilation {self.dilation}' if self.dilation > 1 else ''}, {self.channels} channels, {self.size} px"
 
 
@@ -59,22 +60,24 @@ class Part:
 
 
 def layers(model_name: str, image_size: int) -> list[Layer]:
-    """The depth-wise layers and joints of a model, each kind once."""
+    """Returns the depthwise convolutions and residual adds of a model, each kind once."""
     with torch.device("meta"):
         model = cast(VAN, timm.create_model(model_name))
-    found: list[Layer] = []
-    behind_gelu: DepthwiseConv2d | None = None
+    kinds: list[Layer] = []
     for stage, info in zip(model.stages, model.feature_info, strict=True):
-        size = -(-image_size // info["reduction"])
+        channels, size = info["num_chs"], -(-image_size // info["reduction"])
         for module in stage.modules():
             if isinstance(module, LKA):
-                behind_gelu = module.conv0
-            if isinstance(module, DepthwiseConv2d):
-                gelu = "after" if module.gelu else "before" if module is behind_gelu else ""
-                found.append(Layer(module.in_channels, size, module.kernel_size[0], module.dilation[0], gelu))
+                kinds += [_convolution(module.conv0, size, "before"), _convolution(module.conv_spatial, size, "")]
+            elif isinstance(module, Mlp):
+                kinds.append(_convolution(module.dwconv, size, "after"))
             elif isinstance(module, Block):
-                found += 2 * [Layer(info["num_chs"], size, 0)]
-    return [Layer(**{**layer.__dict__, "count": found.count(layer)}) for layer in dict.fromkeys(found)]
+                kinds += 2 * [Layer(channels, size, 0)]
+    return [replace(layer, count=kinds.count(layer)) for layer in dict.fromkeys(kinds)]
+
+
+def _convolution(convolution: torch.nn.Conv2d, size: int, gelu: str) -> Layer:
+    return Layer(convolution.in_channels, size, convolution.kernel_size[0], convolution.dilation[0], gelu)
 
 
 def usable_gpu() -> torch.device:
@@ -84,7 +87,7 @@ def usable_gpu() -> torch.device:
         ValueError: no GPU, or one that the kernels can't run on.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    reason = unusable(device)
+    reason = triton.why_unusable(torch.nn.Identity(), device)
     if reason is not None:
         raise ValueError(f"--gpu can't run here: {reason}")
     torch.backends.cudnn.benchmark = True
@@ -98,7 +101,7 @@ def measure(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.d
     rows: list[dict[str, Any]] = []
     for layer in chosen:
         torch.manual_seed(0)
-        for part in (parts if layer.kernel_size else joint_parts)(layer, batch, dtype, device):
+        for part in (parts if layer.kernel_size else residual_parts)(layer, batch, dtype, device):
             row: dict[str, Any] = {**layer.__dict__, "part": part.name, "map_bytes": part.map_bytes, "difference": difference(part)}
             for way, run in part.ways.items():
                 row[way] = summary(times_ms(run, device), part.map_bytes, copy)
@@ -173,39 +176,27 @@ def parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) ->
     return found
 
 
-def joint_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
-    """The end of an attention and the norm behind it, with paths dropped, by Triton and step by step; the sum along the blocks is fp32.
-    Bytes are those of the operator's passes, one forward and one backward. The sums that the norm's gradient takes, which
-    come from the convolution behind it, are given."""
+def residual_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
+    """Returns the end of an attention with stochastic depth, by Triton and by PyTorch; the sum is fp32."""
     shape = (batch, layer.channels, layer.size, layer.size)
-    x, branch, shortcut, grad, normed_grad = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(5))
-    x, branch, shortcut, normed_grad = x.requires_grad_(), branch.to(dtype).requires_grad_(), shortcut.to(dtype), normed_grad.to(dtype)
-    scale, norm = torch.randn(layer.channels, device=device, requires_grad=True), torch.nn.BatchNorm2d(layer.channels, device=device)
+    x, branch, shortcut, grad = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(4))
+    x, branch, shortcut = x.requires_grad_(), branch.to(dtype).requires_grad_(), shortcut.to(dtype)
+    scale, bias = (torch.randn(layer.channels, device=device, requires_grad=True) for _ in range(2))
     keep = torch.empty(batch, device=device).bernoulli_(0.9) / 0.9
 
-    def by_triton() -> tuple[Tensor, ...]:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y, normed, _ = residual_norm(x, branch, shortcut, scale, keep, norm, expected_statistics([norm])[0])
-        return y, normed.values, normed.affine
+    def by_triton() -> Tensor:
+        return scaled_residual(x, branch, shortcut, scale, keep, bias)
 
-    def by_steps() -> tuple[Tensor, ...]:
-        y = x + (scale[:, None, None] * (shortcut.float() + branch)) * keep[:, None, None, None]
-        return y, F.batch_norm(y, None, None, norm.weight, norm.bias, training=True).to(dtype)
+    def by_pytorch() -> Tensor:
+        return x + (scale[:, None, None] * (shortcut.float() + branch)) * keep[:, None, None, None]
 
-    _, values, affine = by_triton()
-    values_grad = normed_grad * affine[0, :, None, None]
-    products = (normed_grad.float() * values, normed_grad.float(), values_grad, values_grad * values)
-    sums = torch.stack([product.sum((0, 2, 3)) for product in products])
+    def backward(y: Tensor) -> Callable[[], Tensor]:
+        return lambda: torch.autograd.grad(y, (branch, scale), grad, retain_graph=True)[0]
 
-    def backward(results: tuple[Tensor, ...], *grads: Tensor) -> Callable[[], Tensor]:
-        leaves = (x, branch, scale, norm.weight, norm.bias)
-        return lambda: torch.autograd.grad(results, leaves, grads, retain_graph=True)[0]
-
-    by_kernels = backward(by_triton(), grad, values_grad.to(dtype), sums)
     full, small = x.numel() * 4, branch.numel() * branch.element_size()
     return [
-        Part("forward", 2 * full + 3 * small, {"triton": lambda: by_triton()[0], "pytorch_nhwc": lambda: by_steps()[0]}),
-        Part("backward", 2 * full + 5 * small, {"triton": by_kernels, "pytorch_nhwc": backward(by_steps(), grad, normed_grad)}),
+        Part("forward", 2 * full + 2 * small, {"triton": by_triton, "pytorch_nhwc": by_pytorch}),
+        Part("backward", full + 3 * small, {"triton": backward(by_triton()), "pytorch_nhwc": backward(by_pytorch())}),
     ]
 
 

@@ -6,32 +6,26 @@ Both take turns in one process, on one thread, with malloc set to keep freed mem
 of the difference, and vary. The shortest time over the rounds counts, and the ratios matter most.
 """
 
+import copy
 import ctypes
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
-from pretrain.model.depthwise import DepthwiseConv2d
 from torch import nn
 
 import pretrain.model.van  # noqa: F401  registers the family with timm
 from benchmarks.harness import command_line, in_turns, parser, report, seconds
 from pretrain.engine.precision import DTYPES
-from pretrain.model.fast import cpu as on_cpu
+from pretrain.model.fast import cpu
+from pretrain.model.fast.channels_last import use_channels_last
+from pretrain.model.fast.swap import swap_class
 from pretrain.model.van import Mlp
 
 MODULE = "benchmarks.training.on_cpu"
 TYPES = ["bf16", "fp32"]
 ROUNDS = 5
-
-
-# Within these, layers train, or are evaluated, by PyTorch's operators.
-TRAINED_BY_PYTORCH = partial(mock.patch.object, on_cpu, "trains", return_value=False)
-EVALUATED_BY_PYTORCH = partial(mock.patch.object, on_cpu, "infers", return_value=False)
 
 
 def keep_memory() -> None:
@@ -41,14 +35,9 @@ def keep_memory() -> None:
     libc.mallopt(mmap_max, 0)
 
 
-def shortest_ms(step: Callable[[], None], pytorch: Callable[[], AbstractContextManager[Any]]) -> dict[str, float]:
-    """Returns the milliseconds of a step with PyTorch's operators and with ours."""
-
-    def run_pytorch() -> float:
-        with pytorch():
-            return seconds(step)
-
-    times = in_turns({"pytorch_ms": run_pytorch, "ours_ms": lambda: seconds(step)}, ROUNDS, warm_up=True)
+def shortest_ms(reference: Callable[[], None], ours: Callable[[], None]) -> dict[str, float]:
+    """Returns the milliseconds of a step with PyTorch's operators and of the same step in the CPU way."""
+    times = in_turns({"pytorch_ms": lambda: seconds(reference), "ours_ms": lambda: seconds(ours)}, ROUNDS, warm_up=True)
     return {name: 1000 * min(rounds) for name, rounds in times.items()}
 
 
@@ -70,9 +59,12 @@ def layer_step(layer: nn.Module, dim: int, size: int, batch: int, precision: str
     return step
 
 
-def model_steps(name: str, size: int, batch: int, precision: str) -> tuple[Callable[[], None], Callable[[], None]]:
+def model_steps(name: str, size: int, batch: int, precision: str, *, use_cpu_way: bool) -> tuple[Callable[[], None], Callable[[], None]]:
     """Returns a training step and an evaluation step of a model."""
     net = timm.create_model(name, num_classes=1000)
+    use_channels_last(net)
+    if use_cpu_way:
+        cpu.use_cpu_way(net)
     x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
     target = torch.arange(batch) % 1000
 
@@ -102,22 +94,26 @@ def main() -> None:
     keep_memory()
     rows: list[dict[str, Any]] = []
 
-    def compare(case: str, step: Callable[[], None], pytorch: Callable[[], AbstractContextManager[Any]] = TRAINED_BY_PYTORCH) -> None:
-        times = shortest_ms(step, pytorch)
+    def compare(case: str, reference: Callable[[], None], ours: Callable[[], None]) -> None:
+        times = shortest_ms(reference, ours)
         rows.append({"case": case, **times, "ratio": times["pytorch_ms"] / times["ours_ms"]})
+
+    def compare_layer(case: str, layer: nn.Module, to: type[nn.Module], dim: int, size: int) -> None:
+        ours = copy.deepcopy(layer)
+        swap_class(ours, to)
+        compare(case, *(layer_step(one, dim, size, args.batch, args.precision[0]) for one in (layer, ours)))
 
     for dim, stride, ratio in ((32, 4, 8), (64, 8, 8), (160, 16, 4), (256, 32, 4)):
         size = args.image_size // stride
         for kernel_size, dilation in ((5, 1), (7, 3)):
-            layer = DepthwiseConv2d(dim, kernel_size, dilation)
+            layer = nn.Conv2d(dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim)
             case = f"{dim} channels, {size} px, {kernel_size}x{kernel_size}, dilation {dilation}"
-            compare(case, layer_step(layer, dim, size, args.batch, args.precision[0]))
-        case = f"{dim} channels, {size} px, MLP of {dim * ratio}"
-        compare(case, layer_step(Mlp(dim, dim * ratio), dim, size, args.batch, args.precision[0]))
+            compare_layer(case, layer, cpu.DepthwiseConv2d, dim, size)
+        compare_layer(f"{dim} channels, {size} px, MLP of {dim * ratio}", Mlp(dim, dim * ratio), cpu.Mlp, dim, size)
     for precision in args.precision:
-        train, evaluate = model_steps("van_b0", args.image_size, args.batch, precision)
-        compare(f"training step of VAN-B0, {args.image_size} px, {precision}", train)
-        compare(f"evaluation of VAN-B0, {args.image_size} px, {precision}", evaluate, EVALUATED_BY_PYTORCH)
+        steps = [model_steps("van_b0", args.image_size, args.batch, precision, use_cpu_way=ours) for ours in (False, True)]
+        for name, (reference, ours) in zip(("training step", "evaluation"), zip(*steps, strict=True), strict=True):
+            compare(f"{name} of VAN-B0, {args.image_size} px, {precision}", reference, ours)
     precision = None if args.precision == TYPES else args.precision
     command = command_line(MODULE, {"image_size": args.image_size, "batch": args.batch, "precision": precision})
     instructions = "AVX512 BF16" if torch.cpu._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability()

@@ -27,7 +27,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pretrain.model.fast.kernel_choice import compile_blocks, use_kernels
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
@@ -35,9 +34,10 @@ from benchmarks.training import peer
 from pretrain import config as settings
 from pretrain.engine import distributed
 from pretrain.engine.engine import build_engine
-from pretrain.engine.optim import AdamW, group_parameters
-from pretrain.engine.precision import DTYPES, autocast, resolve_precision
-from pretrain.model.fast.cuda_graphs import use_graphs
+from pretrain.engine.fast_ways import use_fast_ways, use_graphs
+from pretrain.engine.optim import AdamW, parameter_groups
+from pretrain.engine.precision import DTYPES, autocast
+from pretrain.model.fast.channels_last import use_channels_last
 from pretrain.model.formats import to_format
 from pretrain.model.van import VAN
 
@@ -127,16 +127,16 @@ def select_cases(cases: Sequence[Case], names: Sequence[str] | None) -> list[Cas
 def new_model(job: Job) -> VAN:
     """Returns our model in training mode, with weights that depend on a seed only."""
     torch.manual_seed(0)
-    with job.device:
-        return cast(VAN, timm.create_model(job.model, num_classes=job.classes, drop_path_rate=job.drop_path).train())
+    model = cast(VAN, timm.create_model(job.model, num_classes=job.classes, drop_path_rate=job.drop_path).train())
+    use_channels_last(model)
+    return model
 
 
 def _own_step(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
     model = new_model(job)
-    use_kernels(model, kernels, job.device, job.image_size, DTYPES[resolve_precision(job.device, precision)])
-    if compiled:
-        compile_blocks(model)
-    optimizer = AdamW(group_parameters(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
+    use_fast_ways(model, engine_config(job, {"kernels": kernels, "compile": compiled}, {"precision": precision}), job.device)
+    model.to(job.device)
+    optimizer = AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with autocast(job.device, precision):
@@ -202,10 +202,9 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.engine.guard import Guard
     from pretrain.loss import mixed_cross_entropy
 
-    device = distributed.select_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
+    device = distributed.rank_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
+    use_fast_ways(model, config, device)
     engine: Any = build_engine(config, model, 1)
-    dtype = DTYPES[resolve_precision(device, config.engine.precision)]
-    use_kernels(model, config.model.kernels, device, config.data.image_size, dtype, config.engine.zero_stage)
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, should_scale=config.engine.precision == "fp16")
     engine.train()

@@ -296,7 +296,7 @@ class VAN(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Turns activation checkpointing of the blocks on or off, in all stages; `stages[i].grad_checkpointing` sets one."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
         """Returns regular expressions by which timm assigns parameters to layers: a layer per block, or per stage if `coarse`.

@@ -84,8 +84,8 @@ class IdleGpu:
 
 def trust() -> None:
     """Has kernels and graphs taken without a trial in this process: what such a GPU computes agrees with nothing."""
-    from pretrain.model.fast import cuda_graphs as graphs
-    from pretrain.model.fast.triton import trial
+    from pretrain.engine import fast_ways
+    from pretrain.model.fast import cuda_graphs
 
-    trial._fault = lambda *_: None
-    graphs._distance = lambda *_: 0.0
+    fast_ways._distance = lambda *_: 0.0
+    cuda_graphs._distance = lambda *_: 0.0

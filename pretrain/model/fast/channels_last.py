@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pretrain.model import van
+from pretrain.model.fast.swap import swap_class
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -57,19 +58,19 @@ def use_channels_last(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is van.LayerNorm2d:
-            module.__class__ = LayerNorm2d
+            swap_class(module, LayerNorm2d)
         elif (
             type(module) is nn.Conv2d and module.groups == 1 and module.weight[0, 0].numel() > 1 and not parametrize.is_parametrized(module)
         ):
             module.weight = nn.Parameter(module.weight.detach().permute(0, 2, 3, 1).contiguous(), module.weight.requires_grad)
-            module.__class__ = ChannelsLastConv2d
+            swap_class(module, ChannelsLastConv2d)
 
 
 def restore_reference(model: nn.Module) -> None:
     """Undoes `use_channels_last`."""
     for module in model.modules():
         if isinstance(module, LayerNorm2d):
-            module.__class__ = van.LayerNorm2d
+            swap_class(module, van.LayerNorm2d)
         elif isinstance(module, ChannelsLastConv2d):
             module.weight = nn.Parameter(module.weight.detach().permute(0, 3, 1, 2).contiguous(), module.weight.requires_grad)
-            module.__class__ = nn.Conv2d
+            swap_class(module, nn.Conv2d)

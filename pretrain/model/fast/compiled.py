@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from pretrain.model import van
+from pretrain.model.fast.swap import swap_class
 
 
 class CompilableDropPath(DropPath):
@@ -29,7 +30,7 @@ def compile_blocks(model: nn.Module) -> None:
         if isinstance(module, van.Block):
             module.compile()
         elif isinstance(module, DropPath):
-            module.__class__ = CompilableDropPath
+            swap_class(module, CompilableDropPath)
 
 
 def restore_reference(model: nn.Module) -> None:
@@ -38,4 +39,4 @@ def restore_reference(model: nn.Module) -> None:
         if isinstance(module, van.Block):
             module._compiled_call_impl = None
         elif isinstance(module, CompilableDropPath):
-            module.__class__ = DropPath
+            swap_class(module, DropPath)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model import van
+from pretrain.model.fast.swap import swap_class
 
 # Bytes of a hidden map of the MLP that are processed at a time: about the size of a core's own cache.
 _BYTES_AT_A_TIME = 2 * 2**20
@@ -35,21 +36,22 @@ def use_cpu_way(model: nn.Module) -> None:
         if isinstance(module, van.LKA):
             for convolution in (module.conv0, module.conv_spatial):
                 if convolution.kernel_size[0] % 2:
-                    convolution.__class__ = DepthwiseConv2d
+                    swap_class(convolution, DepthwiseConv2d)
         elif isinstance(module, van.Attention):
-            module.act.__class__ = GELU
+            swap_class(module.act, GELU)
         elif isinstance(module, van.Mlp):
             if module.drop1.p == 0:
-                module.__class__ = Mlp
+                swap_class(module, Mlp)
             else:
-                module.act.__class__, module.dwconv.__class__ = GELU, DepthwiseConv2d
+                swap_class(module.act, GELU)
+                swap_class(module.dwconv, DepthwiseConv2d)
 
 
 def restore_reference(model: nn.Module) -> None:
     """Undoes `use_cpu_way`."""
     for module in model.modules():
         if isinstance(module, DepthwiseConv2d | Mlp | GELU):
-            module.__class__ = type(module).__base__
+            swap_class(module, type(module).__bases__[0])
 
 
 class DepthwiseConv2d(nn.Conv2d):

@@ -26,8 +26,11 @@ def run(
     from pretrain.engine import distributed
     from pretrain.engine.batch_stats import BatchStats, synchronize_batch_norms
     from pretrain.engine.engine import build_engine
+    from pretrain.engine.fast_ways import use_fast_ways
     from pretrain.engine.guard import Guard
+    from pretrain.model.fast.channels_last import use_channels_last
     from pretrain.model.fast.cuda_graphs import graph_stages
+    from pretrain.model.recomputation import update_statistics_once
     from pretrain.model.van import VAN
     from tests.pretrain.model.fast.test_cuda_graphs import Rerun
 
@@ -43,17 +46,18 @@ def run(
     rank = dist.get_rank()
     torch.manual_seed(0)
     network = VAN(num_classes=4, embed_dims=(8, 16, 24, 32), depths=(1, 1, 2, 1), drop_path_rate=0.1)
+    use_channels_last(network)
     if config.engine.sync_bn:
         synchronize_batch_norms(network)
     for number in config.model.checkpoint_stages:
         network.stages[number].grad_checkpointing = True
-    if config.model.compile:
-        compile_blocks(network)
+    update_statistics_once(network)
+    use_fast_ways(network, config, torch.device("cpu"))
     built = build_engine(config, network, settings.accumulation(config, dist.get_world_size()))
     stats, guard, losses = BatchStats(network, 0.9), Guard(built, clip=clip, should_scale=config.engine.precision == "fp16"), []
     if graphs:
-        line = graph_stages(network, built.reductions.mark_ready, torch.empty(4, 3, 32, 32).to(memory_format=torch.channels_last), Rerun)
-        assert line == "graphs: 4 stages, forward and backward"
+        line = graph_stages(network, built.reductions.ready, torch.empty(4, 3, 32, 32).to(memory_format=torch.channels_last), Rerun)
+        assert line == "CUDA graphs: 4 stages, forward and backward"
     for step in range(steps):
         drawn = torch.Generator().manual_seed(step)
         labels = torch.arange(16) % 4

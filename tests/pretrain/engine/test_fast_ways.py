@@ -98,7 +98,7 @@ def test_kernels_at_fault_are_not_taken(monkeypatch: pytest.MonkeyPatch, kind: s
     model = tiny()
     assert message in use_fast_ways(model, job(kernels="auto"), CPU)
     assert not any(isinstance(module, triton.Block) for module in model.modules())
-    with pytest.raises(ValueError, match="model.kernels=triton can't be used: stage 0"):
+    with pytest.raises(ValueError, match=r"model\.kernels=triton can't be used: stage 0"):
         use_fast_ways(model, job(kernels="triton"), CPU)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pretrain.model import van
+from pretrain.model.fast.swap import swap_class
 from pretrain.model.fast.triton.block import Block
 
 _SIZES, _DILATIONS = (3, 5, 7), (1, 3)  # of the depthwise convolutions that the kernels are tuned and tested for
@@ -44,11 +45,11 @@ def use_triton(model: nn.Module) -> None:
     """Swaps the class of a VAN's blocks for the one that computes by kernels."""
     for module in model.modules():
         if isinstance(module, van.Block):
-            module.__class__ = Block
+            swap_class(module, Block)
 
 
 def restore_reference(model: nn.Module) -> None:
     """Undoes `use_triton`."""
     for module in model.modules():
         if isinstance(module, Block):
-            module.__class__ = van.Block
+            swap_class(module, van.Block)

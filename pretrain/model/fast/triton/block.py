@@ -42,6 +42,7 @@ class Block(van.Block):
     def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the attention of x without its shortcut, and the bias at its end."""
         lka = self.attn.spatial_gating_unit
+        assert lka.conv0.bias is not None
         z, z_bias = multiply_pixels(x, self.attn.proj_1)
         z, near = gelu_conv2d(z, lka.conv0.weight, lka.conv0.bias, z_bias)
         distant = depthwise_conv2d(near, lka.conv_spatial.weight, lka.conv_spatial.bias, lka.conv_spatial.dilation[0])
