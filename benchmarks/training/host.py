@@ -41,7 +41,7 @@ def step_builders(micro_batch: int) -> dict[str, Callable[[], Callable[[], objec
 
     from benchmarks.training.step_cases import Case, Job, all_cases, engine_config, engine_step, new_model
 
-    idle_gpu.trust()
+    idle_gpu.skip_trials()
     job = Job(MODEL, IMAGE_SIZE, torch.device("cuda", 0), batch=micro_batch)
     images = torch.zeros(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE, device=job.device).to(memory_format=torch.channels_last)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=job.device)

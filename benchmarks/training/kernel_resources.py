@@ -1,17 +1,16 @@
-"""Registers, spills, shared memory and loads of the Triton kernels, compiled for GPUs that need not be there.
+"""Registers, spills, shared memory and loads of the Triton kernels, compiled for GPUs that need not be present.
 
     python -m benchmarks.training.kernel_resources [--model van_b3 …] [--image-size 224] [--type bf16 …] [--capability 80 90 100]
 
-Compiles what every layer of the models takes (VAN-B3 to B6 unless some are named), each shape once, and reads it off the machine code with
-the cuobjdump that comes with Triton. The result goes to benchmarks/results/kernel_resources.json.
+Compiles the kernels of every layer of the models (VAN-B3 to B6 unless others are named), each shape once, and reads the machine code with
+the cuobjdump that comes with Triton. The result has the ranges over all shapes.
 """
 
-import argparse
-import json
 import re
 import subprocess
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.harness import command_line, parser, report
 from benchmarks.training.layers import Layer, layers
 from pretrain.model.fast.triton import attention_device, depthwise_device, residual_device
 from pretrain.model.fast.triton.depthwise import conv_constants, launch_options, weight_gradient_constants
 from pretrain.model.fast.triton.residual import TILE
 from pretrain.model.fast.triton.tiling import WARPS
 
-RESULT = Path(__file__).parents[1] / "results" / "kernel_resources.json"
-# A line of a listing: address, name behind a predicate, operands.
+MODULE = "benchmarks.training.kernel_resources"
+# A line of a listing: address, name after a predicate, operands.
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
 Code = list[tuple[int, str, str]]
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -34,77 +34,73 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 @dataclass
 class Kernel:
-    """One compilation: a kernel with its constants."""
+    """One compilation: a kernel with its constants; `pointers` has the type of each pointer argument ("*bf16"), or "" for None."""
 
-    part: str
+    name: str
     function: Any
     constants: dict[str, Any]
-    pointers: dict[str, str]  # of each pointer argument, "*bf16" and the like; "" for None
+    pointers: dict[str, str]
     options: dict[str, Any]
 
 
 def kernels(layer: Layer, activations: str) -> list[Kernel]:
-    """All that a training step compiles for a layer."""
+    """Returns the kernels that a training step compiles for a layer."""
     x = f"*{activations}"
     if not layer.kernel_size:
-        return residual_kernels(x)
+        return elementwise_kernels(x)
     shape, options = (layer.channels, layer.size, layer.size), launch_options(4 if activations == "fp32" else 2)
-    pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "inner": "", "y": x, "partial": ""}
+    size = f"{layer.kernel_size}x{layer.kernel_size}"
 
     def conv(part: str, changed: dict[str, str], **how: Any) -> Kernel:
         constants = conv_constants(shape, layer.kernel_size, layer.dilation, **how)
-        return Kernel(part, depthwise_device.conv_kernel, constants, pointers | changed, options)
+        pointers = {"x": x, "taps": "*fp32", "bias": "*fp32", "grad": "", "inner": "", "y": x, "partial": ""}
+        return Kernel(f"{size} {part}", depthwise_device.conv_kernel, constants, pointers | changed, options)
 
     match layer.gelu:
         case "after":
-            found = [conv("forward, GELU", {}, gelu="after"), conv("gradient of GELU", {"grad": x}, gelu="gradient")]
-            found.append(conv("input gradient", {"bias": "", "partial": "*fp32"}, flip=True))
+            result = [conv("forward, GELU", {}, gelu="after"), conv("gradient of GELU", {"grad": x}, gelu="gradient")]
+            result.append(conv("input gradient", {"bias": "", "partial": "*fp32"}, flip=True))
         case "before":
             changed = {"bias": "", "grad": x, "inner": x, "partial": "*fp32"}
-            found = [conv("forward", {}), conv("input gradient, GELU's", changed, flip=True, gelu="gradient before")]
+            result = [conv("forward", {}), conv("input gradient, GELU's", changed, flip=True, gelu="gradient before")]
         case _:
-            found = [conv("forward", {}), conv("input gradient", {"bias": ""}, flip=True)]
-    constants = weight_gradient_constants(shape, layer.kernel_size, layer.dilation)
-    found.append(
-        Kernel("weight gradient", depthwise_device.weight_gradient_kernel, constants, {"x": x, "grad": x, "partial": "*fp32"}, options)
-    )
-    return found
+            result = [conv("forward", {}), conv("input gradient", {"bias": ""}, flip=True)]
+    constants, pointers = weight_gradient_constants(shape, layer.kernel_size, layer.dilation), {"x": x, "grad": x, "partial": "*fp32"}
+    return [*result, Kernel(f"{size} weight gradient", depthwise_device.weight_gradient_kernel, constants, pointers, options)]
 
 
-def residual_kernels(x: str) -> list[Kernel]:
-    """Returns the kernels whose code is the same for maps of any size: a residual add with a shortcut, and the gate."""
+def elementwise_kernels(x: str) -> list[Kernel]:
+    """Returns the kernels of residual add and gate, whose code is the same for maps of any size."""
     tile = {name: value for name, value in TILE.items() if name.isupper()}
-    vector = sum_ = "*fp32"
-    branches = {"branch": x, "shortcut": x, "scale": vector, "keep": vector}
-    gate = dict.fromkeys(("grad", "x", "attention", "x_grad", "attention_grad"), x) | {"partial": vector}
+    branch = {"branch": x, "shortcut": x, "scale": "*fp32", "keep": "*fp32"}
+    gate = dict.fromkeys(("grad", "x", "attention", "x_grad", "attention_grad"), x) | {"partial": "*fp32"}
+    forward, backward = branch | {"x": "*fp32", "y": "*fp32"}, branch | {"grad": "*fp32", "branch_grad": x, "partial": "*fp32"}
+    options = {"num_warps": WARPS}
     return [
-        Kernel(part, function, tile, pointers, {"num_warps": WARPS})
-        for part, function, pointers in (
-            ("residual add", residual_device.residual_kernel, branches | {"x": sum_, "y": sum_}),
-            ("gradients", residual_device.residual_backward_kernel, branches | {"grad": sum_, "branch_grad": x, "partial": vector}),
-            ("gate's gradients", attention_device.gate_backward_kernel, gate),
-        )
+        Kernel("residual add", residual_device.residual_kernel, tile, forward, options),
+        Kernel("residual add, gradients", residual_device.residual_backward_kernel, tile, backward, options),
+        Kernel("gate, gradients", attention_device.gate_backward_kernel, tile, gate, options),
     ]
 
 
 def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
-    """Compiles for a GPU of this compute capability, and counts what is in the machine code."""
+    """Compiles a kernel for a GPU of this compute capability and counts what its machine code contains."""
     names = kernel.function.arg_names
     constants = kernel.constants | {name: None for name, pointer in kernel.pointers.items() if not pointer}
     signature = {n: "constexpr" if n in constants else kernel.pointers.get(n, "i32") for n in names}
-    # What a launch finds too: tensors begin at multiples of 16 bytes, where a kernel asks, and all widths of VAN are multiples of 16.
+    # As in a launch: tensors begin at multiples of 16 bytes, and all widths of VAN are multiples of 16.
     of_16 = [n for n in names if signature[n].startswith("*") or n == "channels"]
-    unasked = {parameter.name for parameter in kernel.function.params if parameter.do_not_specialize_on_alignment}
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in of_16 if n not in unasked}
+    unspecialized = {parameter.name for parameter in kernel.function.params if parameter.do_not_specialize_on_alignment}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in of_16 if n not in unspecialized}
     source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernel.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage, listing = (_output(CUOBJDUMP, option, cubin.name) for option in ("-res-usage", "-sass"))
-    registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))  # type: ignore[union-attr]
-    code = [(int(at, 16), name, rest) for at, name, rest in INSTRUCTION.findall(listing)]
-    loop = _loop(code)
+        usage, listing = (_run(CUOBJDUMP, option, cubin.name) for option in ("-res-usage", "-sass"))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))  # type: ignore[union-attr]
+    code = [(int(at, 16), name, operands) for at, name, operands in INSTRUCTION.findall(listing)]
+    loop = _inner_loop(code)
     return {
         "registers": registers,
         "stack_bytes": stack,
@@ -114,35 +110,34 @@ def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
         "loads": _count(code, "LDG"),
         "loads_128_bit": _count(code, r"LDG.*\.128"),
         "instructions": len(code),
-        "multiply_adds": _multiply_adds(code),
         "loop_instructions": len(loop),
         "loop_multiply_adds": _multiply_adds(loop),
-        "instructions_a_value": _per_value(kernel.constants, len(loop), len(code)),
+        "instructions_per_value": _per_value(kernel.constants, len(loop), len(code)),
     }
 
 
 def _per_value(constants: dict[str, Any], loop: int, code: int) -> float | None:
-    """Instructions that a convolution runs for a value of the map, on one lane of one warp; eight channels share each.
+    """Returns the instructions of a convolution per value of the map, on one lane of one warp; eight channels share each instruction.
 
-    The loop runs once for each of the kernel's columns: in one lane, or in the weight gradient, where what stands outside of the loop is
-    run once for many strips, on lanes beside each other.
+    The loop runs once for each column of the kernel: on one lane, or in the weight gradient on neighboring lanes. The weight gradient's
+    instructions outside of the loop run once for many strips and don't count.
     """
     if "R" not in constants:
         return None
     h, w, k, d, rows = (constants[name] for name in "HWKDR")
-    computed = rows * constants["STRIPS"] * d / h  # rows, those beyond the map too
+    computed = rows * constants["STRIPS"] * d / h  # rows, including those beyond the map
     if "COLUMNS" in constants:
         return computed * loop * constants["COLUMNS"] / (8 * rows)
     columns = 2 * min(k // 2, (w - 1) // d) + 1
     return computed * (loop * columns + code - loop) / (8 * rows)
 
 
-def _loop(code: Code) -> Code:
-    """The instructions of the loop that multiplies and adds most; none where all was unrolled."""
+def _inner_loop(code: Code) -> Code:
+    """Returns the instructions of the loop with the most multiply-adds; none where all loops are unrolled."""
     places = {at: i for i, (at, _, _) in enumerate(code)}
     loops: list[Code] = [[]]
-    for i, (_, name, rest) in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+    for i, (_, name, operands) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
         if target and places.get(int(target.group(1), 16), i) < i:
             loops.append(code[places[int(target.group(1), 16)] : i + 1])
     return max(loops, key=_multiply_adds)
@@ -156,38 +151,54 @@ def _multiply_adds(code: Code) -> int:
     return _count(code, "FFMA") + _count(code, "FFMA2")  # the latter, of Blackwell, does two
 
 
-def _output(*command: object) -> str:
+def _run(*command: object) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
 
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['registers']:3} registers  {row['spills']} spills  {row['shared_bytes']:4} B shared  "
-        f"{row['loads_128_bit']} of {row['loads']} loads of 16 B  "
-        f"{row['loop_multiply_adds']} multiply-adds in the loop's {row['loop_instructions']} instructions"
-    )
+def measure(models: Sequence[str], image_size: int, types: Sequence[str], capabilities: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Yields a row for each kernel of each layer of the models, type of activations and compute capability."""
+    chosen = [replace(layer, count=1) for model in models for layer in layers(model, image_size)]
+    for layer in dict.fromkeys(replace(layer, channels=0, size=0) if not layer.kernel_size else layer for layer in chosen):
+        for activations in types:
+            for kernel in kernels(layer, activations):
+                for capability in capabilities:
+                    row = {"kernel": kernel.name, "channels": layer.channels, "size": layer.size, "type": activations}
+                    yield row | {"capability": capability} | resources(kernel, capability)
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns a row for each kernel, type and capability, with the ranges over the shapes."""
+
+    def span(values: Sequence[float]) -> str:
+        low, high = (f"{limit:.0f}" for limit in (min(values), max(values)))
+        return low if low == high else f"{low} to {high}"
+
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["type"], row["capability"]), []).append(row)
+    summary = []
+    for (kernel, activations, capability), shapes in groups.items():
+        one: dict[str, Any] = {"kernel": kernel, "type": activations, "capability": capability}
+        one |= {key: span([row[key] for row in shapes]) for key in ("registers", "spills", "shared_bytes", "loads", "loads_128_bit")}
+        one["loop_multiply_adds_percent"] = span([100 * row["loop_multiply_adds"] / max(1, row["loop_instructions"]) for row in shapes])
+        if shapes[0]["instructions_per_value"] is not None:
+            for size in sorted({row["size"] for row in shapes}, reverse=True):
+                values = [row["instructions_per_value"] for row in shapes if row["size"] == size]
+                one[f"instructions_per_value_{size}_px"] = span(values)
+        summary.append(one)
+    return summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["van_b3", "van_b4", "van_b5", "van_b6"])
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--type", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16"])
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
-    parser.add_argument("--out", type=Path, default=RESULT)
-    args = parser.parse_args()
-    chosen = [replace(layer, count=1) for model in args.model for layer in layers(model, args.image_size)]
-    rows = []
-    for layer in dict.fromkeys(chosen):
-        for activations in args.type:
-            for kernel in kernels(layer, activations):
-                for capability in args.capability:
-                    row = {**asdict(layer), "part": kernel.part, "type": activations, "capability": capability}
-                    row |= resources(kernel, capability)
-                    rows.append(row)
-                    print(f"{layer!s:38} {kernel.part:16} {activations} sm_{capability:3}  {_line(row)}", flush=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    args.out.write_text(f'{{"triton": "{triton.__version__}", "threads": {32 * WARPS}, "rows": [\n{lines}\n]}}\n')
+    options = parser(MODULE, __doc__)
+    options.add_argument("--model", nargs="+", default=["van_b3", "van_b4", "van_b5", "van_b6"])
+    options.add_argument("--image-size", type=int, default=224)
+    options.add_argument("--type", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16"])
+    options.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
+    args = options.parse_args()
+    given = {"model": args.model, "image_size": args.image_size, "type": args.type, "capability": args.capability}
+    rows = summarize(list(measure(args.model, args.image_size, args.type, args.capability)))
+    report(args.out / "kernel_resources.json", command_line(MODULE, given), ["triton"], threads=32 * WARPS, rows=rows)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ Both take turns in one process, on one thread, with malloc set to keep freed mem
 of the difference, and vary. The shortest time over the rounds counts, and the ratios matter most.
 """
 
-import copy
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import timm
@@ -20,8 +20,7 @@ from benchmarks.harness import command_line, in_turns, parser, report, seconds
 from pretrain.engine.precision import DTYPES
 from pretrain.model.fast import cpu
 from pretrain.model.fast.channels_last import use_channels_last
-from pretrain.model.fast.swap import swap_class
-from pretrain.model.van import Mlp
+from pretrain.model.van import LKA, Mlp
 
 MODULE = "benchmarks.training.on_cpu"
 TYPES = ["bf16", "fp32"]
@@ -35,10 +34,15 @@ def keep_memory() -> None:
     libc.mallopt(mmap_max, 0)
 
 
-def shortest_ms(reference: Callable[[], None], ours: Callable[[], None]) -> dict[str, float]:
-    """Returns the milliseconds of a step with PyTorch's operators and of the same step in the CPU way."""
-    times = in_turns({"pytorch_ms": lambda: seconds(reference), "ours_ms": lambda: seconds(ours)}, ROUNDS, warm_up=True)
-    return {name: 1000 * min(rounds) for name, rounds in times.items()}
+def shortest_ms(model: nn.Module, step: Callable[[], None]) -> dict[str, float]:
+    """Returns the milliseconds of a step of the model with PyTorch's operators and with ours."""
+
+    def run(swap: Callable[[nn.Module], None]) -> float:
+        swap(model)
+        return seconds(step)
+
+    cases = {"pytorch_ms": partial(run, cpu.restore_reference), "ours_ms": partial(run, cpu.use_cpu_way)}
+    return {name: 1000 * min(times) for name, times in in_turns(cases, ROUNDS, warm_up=True).items()}
 
 
 def autocast(precision: str) -> torch.autocast:
@@ -59,12 +63,8 @@ def layer_step(layer: nn.Module, dim: int, size: int, batch: int, precision: str
     return step
 
 
-def model_steps(name: str, size: int, batch: int, precision: str, *, use_cpu_way: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+def model_steps(net: nn.Module, size: int, batch: int, precision: str) -> tuple[Callable[[], None], Callable[[], None]]:
     """Returns a training step and an evaluation step of a model."""
-    net = timm.create_model(name, num_classes=1000)
-    use_channels_last(net)
-    if use_cpu_way:
-        cpu.use_cpu_way(net)
     x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
     target = torch.arange(batch) % 1000
 
@@ -94,26 +94,23 @@ def main() -> None:
     keep_memory()
     rows: list[dict[str, Any]] = []
 
-    def compare(case: str, reference: Callable[[], None], ours: Callable[[], None]) -> None:
-        times = shortest_ms(reference, ours)
+    def compare(case: str, model: nn.Module, step: Callable[[], None]) -> None:
+        times = shortest_ms(model, step)
         rows.append({"case": case, **times, "ratio": times["pytorch_ms"] / times["ours_ms"]})
-
-    def compare_layer(case: str, layer: nn.Module, to: type[nn.Module], dim: int, size: int) -> None:
-        ours = copy.deepcopy(layer)
-        swap_class(ours, to)
-        compare(case, *(layer_step(one, dim, size, args.batch, args.precision[0]) for one in (layer, ours)))
 
     for dim, stride, ratio in ((32, 4, 8), (64, 8, 8), (160, 16, 4), (256, 32, 4)):
         size = args.image_size // stride
-        for kernel_size, dilation in ((5, 1), (7, 3)):
-            layer = nn.Conv2d(dim, dim, kernel_size, padding=dilation * (kernel_size // 2), dilation=dilation, groups=dim)
-            case = f"{dim} channels, {size} px, {kernel_size}x{kernel_size}, dilation {dilation}"
-            compare_layer(case, layer, cpu.DepthwiseConv2d, dim, size)
-        compare_layer(f"{dim} channels, {size} px, MLP of {dim * ratio}", Mlp(dim, dim * ratio), cpu.Mlp, dim, size)
+        lka, mlp = LKA(dim), Mlp(dim, dim * ratio)
+        for layer, kernel in ((lka.conv0, "5x5, dilation 1"), (lka.conv_spatial, "7x7, dilation 3")):
+            step = layer_step(layer, dim, size, args.batch, args.precision[0])
+            compare(f"{dim} channels, {size} px, {kernel}", lka, step)
+        compare(f"{dim} channels, {size} px, MLP of {dim * ratio}", mlp, layer_step(mlp, dim, size, args.batch, args.precision[0]))
     for precision in args.precision:
-        steps = [model_steps("van_b0", args.image_size, args.batch, precision, use_cpu_way=ours) for ours in (False, True)]
-        for name, (reference, ours) in zip(("training step", "evaluation"), zip(*steps, strict=True), strict=True):
-            compare(f"{name} of VAN-B0, {args.image_size} px, {precision}", reference, ours)
+        net = timm.create_model("van_b0", num_classes=1000)
+        use_channels_last(net)
+        train, evaluate = model_steps(net, args.image_size, args.batch, precision)
+        compare(f"training step of VAN-B0, {args.image_size} px, {precision}", net, train)
+        compare(f"evaluation of VAN-B0, {args.image_size} px, {precision}", net, evaluate)
     precision = None if args.precision == TYPES else args.precision
     command = command_line(MODULE, {"image_size": args.image_size, "batch": args.batch, "precision": precision})
     instructions = "AVX512 BF16" if torch.cpu._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability()

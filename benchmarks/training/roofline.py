@@ -1,20 +1,20 @@
-"""What memory and arithmetic allow a training step, counted from shapes: an upper bound on images a second, by a GPU's data sheet.
+"""Roofline of a training step, counted from shapes: an upper bound on images per second, by a GPU's data sheet.
 
-    attainable("van_b3", 224, FUSED, Device(4.8e12, 790e12, 67e12))      # images a second
+    attainable("van_b3", 224, FUSED, Device(4.8e12, 790e12, 67e12))      # images/s
 
-Each kernel takes as long as the slowest of three would: its bytes through memory, its products on the tensor cores, its other
-multiply-adds on the fp32 lanes; kernels run one after the other. Three ways to cut a block into kernels are counted:
+A kernel takes as long as the slowest of its bytes through memory, its products on the tensor cores, and its other multiply-adds on the fp32
+lanes; kernels run one after the other. Three ways to cut a block into kernels are counted:
 
-- EAGER: one kernel for each operator as the authors wrote it, its gradients included. Their two `x.clone()`s are copies, and a bias's
-  gradient is a sum of its own.
-- FUSED: what a better cut could do. All pointwise work and the application of BatchNorm happen where a neighbour loads or stores,
-  statistics where their tensor is made; the input and weight gradient of a depth-wise convolution share a kernel; each activation is stored
-  once. A gradient through BatchNorm stays a kernel of its own, as it needs sums over the whole gradient first.
-- BUILT: the cut of `pretrain.model.fast.triton`, whose sum along the blocks and its gradient are 4 bytes a value, as
-PyTorch's are under autocast.
+- EAGER: one kernel per operator as the authors wrote it, with its gradients. Their two `x.clone()`s are copies, and the gradient of a bias
+  is a sum of its own.
+- FUSED: the best cut. Pointwise work and the normalization of BatchNorm happen where a neighbor loads or stores, statistics where their
+  tensor is made; the input and weight gradients of a depthwise convolution share a kernel; each activation is stored once. The gradient
+  of a BatchNorm stays a kernel of its own, as it needs sums over the whole gradient first.
+- BUILT: the kernels of `pretrain.model.fast.triton` between PyTorch's BatchNorms. The sum along the blocks, its gradient and the
+  BatchNorms' maps are 4 bytes a value, as autocast leaves them.
 
-Else activations and their gradients are 2 bytes a value. Weights, patch embeddings, the stages' last norms, the head, the optimizer and
-the exchange of gradients are left out.
+Other activations and their gradients are 2 bytes a value. Weights, patch embeddings, the LayerNorms of the stages, the head, the optimizer
+and the reduction of gradients are not counted.
 """
 
 import re
@@ -23,21 +23,21 @@ from dataclasses import dataclass
 
 from pretrain.model.van import VARIANTS
 
-BYTES = 2  # a value
+BYTES = 2  # per value
 STRIDES, MLP_RATIOS = (4, 8, 16, 32), (8, 8, 4, 4)  # of the stages, in all variants
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a GPU can do at once: bytes/s of its memory, FLOP/s of large 16-bit matrix products, FLOP/s of its fp32 lanes."""
+    """A GPU's limits: bytes/s of its memory, FLOP/s of large 16-bit matrix products, FLOP/s of its fp32 lanes."""
 
     bytes_per_s: float
     tensor_flops: float
     core_flops: float
 
 
-# By the names that CUDA gives. Memory and fp32 are of NVIDIA's data sheets; tensor cores by what large matrix products get out of them,
-# about four fifths of the sheet's figure (of a B200: just that, not seen).
+# By CUDA's device names. Memory and fp32 are those of NVIDIA's data sheets; tensor_flops is the rate of large matrix products, about four
+# fifths of the sheet's (for a B200 assumed).
 DEVICES = {
     r"(NVIDIA )?A100-(SXM4|PCIE)-80GB|NVIDIA A100 80GB PCIe": Device(2.04e12, 270e12, 19.5e12),
     r"NVIDIA H100 80GB HBM3": Device(3.35e12, 750e12, 67e12),
@@ -48,9 +48,15 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """Of a block, for each position of its map: `maps` and `wide` are how many values for each channel, and for each channel of the MLP's
-    hidden layer, are read and written; `products` multiplies two channels by two, `mlp_products` channels by hidden channels; `taps` and
-    `wide_taps` are the multiply-adds of depth-wise convolutions, a value."""
+    """Work of a kernel per position of a block's map.
+
+    Attributes:
+        maps: values read and written per channel.
+        wide: values read and written per channel of the MLP's hidden map.
+        products: matrix products of channels by channels.
+        mlp_products: matrix products of channels by hidden channels.
+        taps, wide_taps: multiply-adds of a depthwise convolution per value, of the map and of the hidden map.
+    """
 
     name: str
     maps: float = 0
@@ -130,31 +136,35 @@ FUSED = [
     Kernel("gradient of norm1, sum at the shortcut", 4),
 ]
 
-# Maps of the sum count twice. From one joint to the next, forward and backward.
+# A map of 4 bytes a value counts twice.
 BUILT = [
-    Kernel("proj_1", 2, products=1), Kernel("GELU", 2), Kernel("conv0", 2, taps=25), Kernel("conv_spatial", 2, taps=49),
-    Kernel("conv1", 2, products=1), Kernel("gate", 3), Kernel("proj_2", 2, products=1),
-    # reads the sum, the branch and its own shortcut; writes the sum and what is normed
-    Kernel("attention's joint, norm2", 7),
-    Kernel("fc1", 1, 1, mlp_products=1), Kernel("dwconv, GELU", wide=2, wide_taps=9), Kernel("fc2", 1, 1, mlp_products=1),
-    Kernel("MLP's joint, norm1", 6),
-    # reads the sum's gradient, those of what is normed, as convolution and shortcut have it, what is normed, and the branch
-    Kernel("gradient of the MLP's joint", 9),
+    # A BatchNorm reads its input for the statistics, and again to normalize it; autocast casts its output for the matrix product.
+    Kernel("norm1", 6), Kernel("cast", 3), Kernel("proj_1", 2, products=1), Kernel("GELU", 2), Kernel("conv0", 2, taps=25),
+    Kernel("conv_spatial", 2, taps=49), Kernel("conv1", 2, products=1), Kernel("gate", 3), Kernel("proj_2", 2, products=1),
+    Kernel("attention: residual add with its own shortcut", 7),
+    Kernel("norm2", 6), Kernel("cast", 3), Kernel("fc1", 1, 1, mlp_products=1), Kernel("dwconv, GELU", wide=2, wide_taps=9),
+    Kernel("fc2", 1, 1, mlp_products=1), Kernel("MLP: residual add", 5),
+    # Backward through the MLP
+    Kernel("MLP: gradient of the residual add", 4),
     *(Kernel(f"fc2: {of} gradient", 1, 1, mlp_products=1) for of in ("input", "weight")),
     Kernel("gradient of GELU, dwconv again", wide=3, wide_taps=9),
     *(Kernel(f"dwconv: {of} gradient", wide=2, wide_taps=9) for of in ("input", "weight")),
     *(Kernel(f"fc1: {of} gradient", 1, 1, mlp_products=1) for of in ("input", "weight")),
-    Kernel("gradient of attention's joint", 9),
+    Kernel("gradient of the cast", 3), Kernel("gradient of norm2", 10), Kernel("sum at the MLP's shortcut", 6),
+    # Through the attention
+    Kernel("attention: gradient of the residual add", 6), Kernel("cast of the own shortcut's gradient", 3),
     *_products_gradients("proj_2"), Kernel("gradients of the gate", 5), *_products_gradients("conv1"),
     *(Kernel(f"conv_spatial: {of} gradient", 2, taps=49) for of in ("input", "weight")),
     Kernel("conv0: input gradient, sum at u, GELU's gradient", 4, taps=25), Kernel("conv0: weight gradient", 2, taps=25),
     *_products_gradients("proj_1"),
+    Kernel("gradient of the cast", 3), Kernel("sum at attention's own shortcut", 6), Kernel("gradient of norm1", 10),
+    Kernel("sum at attention's shortcut", 6),
 ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel does for an image, in all blocks of a stage."""
+    """Work of a kernel for one image, in all blocks of a stage."""
 
     bytes: float
     tensor_flops: float
@@ -165,8 +175,8 @@ class Work:
 
 
 def work(model_name: str, image_size: int, kernels: Sequence[Kernel]) -> list[Work]:
-    """Of each kernel in each stage, for one image. A multiply-add counts as two."""
-    found = []
+    """Returns the work of each kernel in each stage, for one image. A multiply-add counts as two."""
+    result = []
     shape = VARIANTS[model_name]
     for dim, depth, ratio, stride in zip(shape["embed_dims"], shape["depths"], MLP_RATIOS, STRIDES, strict=True):
         hidden, positions = ratio * dim, depth * (-(-image_size // stride)) ** 2
@@ -174,20 +184,20 @@ def work(model_name: str, image_size: int, kernels: Sequence[Kernel]) -> list[Wo
             products = kernel.products * dim * dim + kernel.mlp_products * dim * hidden
             taps = kernel.taps * dim + kernel.wide_taps * hidden
             values = kernel.maps * dim + kernel.wide * hidden
-            found.append(Work(BYTES * positions * values, 2 * positions * products, 2 * positions * taps))
-    return found
+            result.append(Work(BYTES * positions * values, 2 * positions * products, 2 * positions * taps))
+    return result
 
 
 def attainable(model_name: str, image_size: int, kernels: Sequence[Kernel], device: Device) -> float:
-    """Images a second."""
+    """Returns the images per second."""
     return 1 / sum(part.seconds(device) for part in work(model_name, image_size, kernels))
 
 
 def image_bytes(model_name: str, image_size: int, kernels: Sequence[Kernel]) -> float:
-    """Read and written for one image."""
+    """Returns the bytes read and written for one image."""
     return sum(part.bytes for part in work(model_name, image_size, kernels))
 
 
 def by_name(name: str) -> Device | None:
-    """What the GPU of that name can do; None for one that is not in the table."""
+    """Returns the limits of the GPU of that name, or None if it is not in the table."""
     return next((device for pattern, device in DEVICES.items() if re.fullmatch(pattern, name)), None)

@@ -21,9 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -37,9 +36,8 @@ from pretrain.engine.engine import build_engine
 from pretrain.engine.fast_ways import use_fast_ways, use_graphs
 from pretrain.engine.optim import AdamW, parameter_groups
 from pretrain.engine.precision import DTYPES, autocast
-from pretrain.model.fast.channels_last import use_channels_last
+from pretrain.model.build import build_model
 from pretrain.model.formats import to_format
-from pretrain.model.van import VAN
 
 LR, WEIGHT_DECAY, SMOOTHING = 1e-3, 0.05, 0.1  # the authors' train.sh and train.py
 
@@ -91,8 +89,8 @@ def all_cases(device: torch.device, authors: ModuleType | None) -> list[Case]:
             ]
         return [
             *peers,
-            Case("ours_fp32", partial(_own_step, "fp32", "torch")),
-            Case("ours_bf16", partial(_own_step, "bf16", "torch")),
+            Case("ours_fp32", partial(_our_step, "fp32", "torch")),
+            Case("ours_bf16", partial(_our_step, "bf16", "torch")),
             Case("engine", partial(_engine_step, "torch")),
         ]
     if authors is not None:
@@ -103,10 +101,10 @@ def all_cases(device: torch.device, authors: ModuleType | None) -> list[Case]:
         ]
     return [
         *peers,
-        Case("ours", partial(_own_step, "bf16", "torch")),
-        Case("ours_compiled", partial(_own_step, "bf16", "torch", compiled=True), batch_of="ours"),
-        Case("ours_kernels", partial(_own_step, "bf16", "triton")),
-        Case("ours_kernels_compiled", partial(_own_step, "bf16", "triton", compiled=True), batch_of="ours_kernels"),
+        Case("ours", partial(_our_step, "bf16", "torch")),
+        Case("ours_compiled", partial(_our_step, "bf16", "torch", compiled=True), batch_of="ours"),
+        Case("ours_kernels", partial(_our_step, "bf16", "triton")),
+        Case("ours_kernels_compiled", partial(_our_step, "bf16", "triton", compiled=True), batch_of="ours_kernels"),
         Case("engine", partial(_engine_step, "triton"), batch_of="ours_kernels"),
         Case("engine_graphs", partial(_engine_step, "triton", graphs=True), batch_of="ours_kernels", holds_memory=True),
     ]
@@ -124,18 +122,16 @@ def select_cases(cases: Sequence[Case], names: Sequence[str] | None) -> list[Cas
     return [case for case in cases if (case.name in names if names else not case.holds_memory)]
 
 
-def new_model(job: Job) -> VAN:
+def new_model(job: Job, config: settings.Config | None = None) -> nn.Module:
     """Returns our model in training mode, with weights that depend on a seed only."""
     torch.manual_seed(0)
-    model = cast(VAN, timm.create_model(job.model, num_classes=job.classes, drop_path_rate=job.drop_path).train())
-    use_channels_last(model)
-    return model
+    return build_model(config or engine_config(job)).to(job.device).train()
 
 
-def _own_step(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
-    model = new_model(job)
-    use_fast_ways(model, engine_config(job, {"kernels": kernels, "compile": compiled}, {"precision": precision}), job.device)
-    model.to(job.device)
+def _our_step(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
+    config = engine_config(job, {"kernels": kernels, "compile": compiled}, {"precision": precision})
+    model = new_model(job, config)
+    use_fast_ways(model, config, job.device)
     optimizer = AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -160,10 +156,10 @@ def _peer_step(authors: ModuleType, precision: str, job: Job, *, channels_last: 
     if compiled:
         model.compile()
 
-    as_theirs = torch.autocast(job.device.type, DTYPES[precision], enabled=precision != "fp32")
+    their_autocast = torch.autocast(job.device.type, DTYPES[precision], enabled=precision != "fp32")
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
-        with as_theirs:
+        with their_autocast:
             loss = F.cross_entropy(model(images), labels, label_smoothing=SMOOTHING)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -177,16 +173,17 @@ def _peer_step(authors: ModuleType, precision: str, job: Job, *, channels_last: 
 
 
 def _engine_step(kernels: str, job: Job, *, graphs: bool = False) -> Step:
-    step = engine_step(engine_config(job, {"kernels": kernels, "graphs": graphs}), new_model(job))
+    config = engine_config(job, {"kernels": kernels, "graphs": graphs})
+    step = engine_step(config, new_model(job, config))
     return lambda images, labels: step(images, labels[:, None], None)
 
 
-def engine_config(job: Job, model: dict[str, Any], engine: dict[str, Any] | None = None) -> settings.Config:
+def engine_config(job: Job, model: dict[str, Any] | None = None, engine: dict[str, Any] | None = None) -> settings.Config:
     """Returns the settings of such a job, with more settings of `model` and `engine`."""
     return settings.from_dict(
         {
             "name": "bench", "global_batch": job.batch, "epochs": 1.0,
-            "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path} | model,
+            "model": {"name": job.model, "classes": job.classes, "drop_path": job.drop_path} | (model or {}),
             "data": {"train": "none", "image_size": job.image_size}, "optim": {"lr": LR, "weight_decay": WEIGHT_DECAY},
             "engine": {"micro_batch": job.batch, "device": job.device.type} | (engine or {}),
         }

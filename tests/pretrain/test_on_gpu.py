@@ -91,7 +91,7 @@ gpu, device = IdleGpu(), torch.device("cuda", 0)
 number = torch.zeros((), device=device)
 interval = Interval(device, capacity=3, accumulation=2, detects_launch_bound=True)
 for step, busy in enumerate((False, True, False)):
-    gpu.busy(busy)
+    gpu.set_busy(busy)
     interval.add(number)
     interval.add(number)
     interval.end_step(step, SimpleNamespace(norm=number, found_inf=number))

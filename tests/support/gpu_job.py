@@ -44,7 +44,7 @@ class FromCpu(TrainLoader):
 
 def main() -> None:
     gpu = idle_gpu.IdleGpu()
-    idle_gpu.trust()
+    idle_gpu.skip_trials()
     torch._tensor_str._str = lambda *_, **__: "a tensor"  # type: ignore[attr-defined]  # DeepSpeed would show numbers, and there are none
     training.TrainLoader = FromCpu  # type: ignore[misc]
     start_step = training.Profiler.start_step

@@ -1,12 +1,12 @@
-"""A GPU that computes nothing, where there is none: what the host does in a training step can be seen without one (cuda.c).
+"""A GPU that computes nothing: shows the work of the host in a training step on a machine without a GPU (cuda.c).
 
-    environment = idle_gpu.build(folder)                                   # for processes that are to see it
+    environment = idle_gpu.build(folder)                                   # for processes that shall see the GPU
     subprocess.run([sys.executable, "-m", …], env=os.environ | environment)
 
     gpu = idle_gpu.IdleGpu()                                               # in such a process
     gpu.watch(); …; gpu.kernels, gpu.stacks
 
-It needs gcc and nm. DALI does not run on it, nor do several ranks: a collective returns what one rank gives.
+Needs gcc and nm. DALI does not run on it, nor do several ranks: a collective returns the data of one rank.
 """
 
 import ctypes
@@ -19,11 +19,11 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cuda.c")
 FUNCTIONS = re.compile(r"(?:__cuda|cuda|cublas|cudnn|nccl|nvrtc|cu(?!dnn|blas|sparse|solver|rand|fft|file|pti)[A-Z])\w+")
-LIBRARIES = ("libcuda.so.1", "libnvrtc.so.13")  # by whose names PyTorch and Triton load it
+LIBRARIES = ("libcuda.so.1", "libnvrtc.so.13")  # names by which PyTorch and Triton load it
 
 
 def build(folder: Path) -> dict[str, str]:
-    """Compiles it into `folder`; returns the environment variables of a process that is to see it."""
+    """Compiles the libraries into `folder`; returns the environment variables of a process that shall see the GPU."""
     packages = Path(sysconfig.get_path("platlib"))
     triton = packages / "triton" / "backends" / "nvidia"
     wanted = {*_undefined(*(packages / "torch" / "lib").glob("*.so")), *FUNCTIONS.findall((triton / "driver.c").read_text())}
@@ -43,7 +43,7 @@ def build(folder: Path) -> dict[str, str]:
 
 
 def _undefined(*libraries: Path) -> list[str]:
-    """Names of CUDA's functions that these use."""
+    """Returns the names of CUDA functions that the libraries use."""
     listed = subprocess.run(["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True, check=True).stdout
     symbols = [line.split()[-1].partition("@")[0] for line in listed.splitlines() if line.startswith(" ")]
     return [symbol for symbol in symbols if FUNCTIONS.fullmatch(symbol)]
@@ -58,8 +58,12 @@ CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 
 
 class IdleGpu:
-    """Of this process. From `watch` on: `kernels`, how often each was launched, by name (copies and graphs among them); `stacks`, how
-    often the host waited for the device, by the function that lets it wait and Python's stack."""
+    """The GPU of this process.
+
+    Attributes:
+        kernels: launches since `watch`, by name; includes copies and graphs.
+        stacks: waits of the host for the device since `watch`, by CUDA function and Python stack.
+    """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(LIBRARIES[0])
@@ -67,25 +71,26 @@ class IdleGpu:
         self.watch()
 
     def watch(self) -> None:
+        """Starts counting from zero."""
         self.kernels, self.stacks = Counter[str](), Counter[str]()
         self._library.idle_watch(*self._callbacks)
 
     def rest(self) -> None:
-        """Watching takes time."""
+        """Stops counting, which takes time."""
         self._library.idle_watch(None, None)
 
-    def busy(self, from_now_on: bool) -> None:
-        """Whether all that is launched is still to be computed, as far as a look at an event tells; a wait ends at once all the same."""
-        self._library.idle_busy(from_now_on)
+    def set_busy(self, is_busy: bool) -> None:
+        """Sets whether events report launched work as unfinished; a wait ends at once all the same."""
+        self._library.idle_busy(is_busy)
 
     def _waited(self, name: bytes) -> None:
         self.stacks.update([name.decode() + "\n" + "".join(traceback.format_stack()[:-1])])
 
 
-def trust() -> None:
-    """Has kernels and graphs taken without a trial in this process: what such a GPU computes agrees with nothing."""
+def skip_trials() -> None:
+    """Lets this process use kernels and graphs without comparing their results, as such a GPU computes none."""
     from pretrain.engine import fast_ways
     from pretrain.model.fast import cuda_graphs
 
-    fast_ways._distance = lambda *_: 0.0
+    fast_ways._kernel_fault = lambda *_: None
     cuda_graphs._distance = lambda *_: 0.0
