@@ -34,7 +34,7 @@ from pretrain import config as settings
 from pretrain.engine import distributed
 from pretrain.engine.engine import build_engine
 from pretrain.engine.fast_ways import use_fast_ways, use_graphs
-from pretrain.engine.optim import AdamW, parameter_groups
+from pretrain.engine.optim import AdamW, group_parameters
 from pretrain.engine.precision import DTYPES, autocast
 from pretrain.model.build import build_model
 from pretrain.model.formats import to_format
@@ -132,7 +132,7 @@ def _our_step(precision: str, kernels: str, job: Job, *, compiled: bool = False)
     config = engine_config(job, {"kernels": kernels, "compile": compiled}, {"precision": precision})
     model = new_model(job, config)
     use_fast_ways(model, config, job.device)
-    optimizer = AdamW(parameter_groups(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
+    optimizer = AdamW(group_parameters(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         with autocast(job.device, precision):
@@ -199,7 +199,7 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.engine.guard import Guard
     from pretrain.loss import mixed_cross_entropy
 
-    device = distributed.rank_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
+    device = distributed.select_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
     use_fast_ways(model, config, device)
     engine: Any = build_engine(config, model, 1)
     stats = BatchStats(model, config.engine.ema_decay)

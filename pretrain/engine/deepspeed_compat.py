@@ -70,6 +70,7 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+    from deepspeed.utils import set_z3_leaf_module
 
     _import_muon()
     # DeepSpeed calls functions in every step that torch has deprecated.
@@ -80,6 +81,9 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
+    # ZeRO-3 gathers the parameters of a module when the module runs. These modules read the parameters of modules that they do not run.
+    for module in model.modules():
+        set_z3_leaf_module(module, getattr(module, "reads_child_parameters", False))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if engine.zero_optimization_stage() == 1:
         # Parameters are views of ZeRO's flat buffers since the engine was built. DeepSpeed would link each of them again in every step.

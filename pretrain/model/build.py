@@ -32,7 +32,7 @@ def build_model(config: Config) -> nn.Module:
     """
     settings = config.model
     name = _registered_name(settings.name)
-    arguments: dict[str, Any] = {"num_classes": settings.classes}
+    arguments: dict[str, Any] = {"num_classes": settings.classes, **settings.kwargs}
     if settings.drop_path:  # not all models have stochastic depth
         arguments["drop_path_rate"] = settings.drop_path
     try:

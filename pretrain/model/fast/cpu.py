@@ -75,6 +75,8 @@ class GELU(nn.GELU):
 class Mlp(van.Mlp):
     """VAN's MLP without dropout between its layers. A forward hook on fc1, dwconv, act or fc2 is not called in training."""
 
+    reads_child_parameters = True
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, dim, H, W) to (N, dim, H, W)."""
         return self.drop2(mlp(x, self.fc1, self.dwconv, self.fc2)) if self.training else super().forward(x)
