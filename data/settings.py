@@ -164,4 +164,4 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobData:
     Raises:
         ConfigError: lists every problem of these settings.
     """
-    return config_files.build(JobData, config_files.resolve(JobData, path, overrides, data_conflicts, sections=["data"]))
+    return config_files.resolve(JobData, path, overrides, data_conflicts, sections=["data"])[0]

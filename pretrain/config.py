@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.common import config_files
-from data.common.config_files import ConfigError, Value
+from data.common.config_files import ConfigError
 from data.common.fields import MISSING, Check, above_0_to_1, at_least, below_1, in_words, must_be, positive, read_by, setting, settings_of
 from data.common.files import publish
 from data.settings import JobData, JobEngine, data_conflicts
@@ -103,8 +103,11 @@ class OptimConfig:
 
 @dataclass
 class EngineConfig(JobEngine):
-    zero_stage: Literal[0, 1, 2, 3] = setting(
-        1, "DeepSpeed ZeRO, which shards over the ranks: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also weights.", resume="free"
+    zero_stage: int = setting(
+        1,
+        "DeepSpeed ZeRO, which shards over the ranks: 0 nothing, 1 the optimizer state, 2 also gradients, 3 also weights.",
+        must_be("one of 0, 1, 2, 3", lambda stage: stage in (0, 1, 2, 3)),
+        resume="free",
     )
     precision: Literal["bf16", "fp16", "fp32"] = setting("bf16", "Precision of the computation; weights, sums and statistics are fp32.")
     sync_bn: bool = setting(False, "BatchNorm statistics over the micro-batches of all ranks, in place of each rank's own.")
@@ -207,8 +210,8 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 # ---------------------------------------------------------------- reading and writing
 
 
-def resolve(path: str | Path, overrides: Sequence[str] = (), unchecked: Collection[str] = ()) -> dict[str, Value]:
-    """Returns the settings of a job by dotted key, each with the place that set it; the values of `unchecked` keys are not checked.
+def resolve(path: str | Path, overrides: Sequence[str] = (), unchecked: Collection[str] = ()) -> tuple[Config, dict[str, str]]:
+    """Returns the settings of a job and the place that set each, by dotted key; the values of `unchecked` keys are not checked.
 
     Raises:
         ConfigError: lists unknown keys, wrong types, missing values and values that can't work.
@@ -218,7 +221,7 @@ def resolve(path: str | Path, overrides: Sequence[str] = (), unchecked: Collecti
 
 def load(path: str | Path, overrides: Sequence[str] = (), unchecked: Collection[str] = ()) -> Config:
     """Returns the settings that `resolve` finds."""
-    return config_files.build(Config, resolve(path, overrides, unchecked))
+    return resolve(path, overrides, unchecked)[0]
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:

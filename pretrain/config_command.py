@@ -35,8 +35,8 @@ A job takes its settings from a YAML file and from `key=value` on the command li
 - `true`, `yes`, `on` and `1` are true; `false`, `no`, `off` and `0` are false.
 - Lists are YAML in both places: `run.export=[timm, hf]`, `optim.betas=[0.9, 0.95]`. Text in a list is taken as typed.
 - `model.kwargs` is merged by name: `model.kwargs.drop_rate=0.1` adds to the names that files set.
-  Its values are numbers, `true`, `false` and `null` where they are written so without quotes; all others are text.
-- `${key}` stands for the value of another setting as typed, and `${env:NAME}` for an environment variable.
+  Its values have the types that YAML gives them: `0.1` and `1e-3` are numbers, `yes` is true, and text that looks like these needs quotes.
+- `${key}` stands for the value of another setting, and `${oc.env:NAME}` for an environment variable.
   A backslash before it makes it text. Any other `${…}` is text on the command line and an error in a file.
 
 ## Resume with other settings
@@ -70,8 +70,8 @@ def resolved(path: Path, overrides: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: lists every problem of the settings.
     """
-    values = settings.resolve(path, overrides, settings.ON_A_NODE)
-    return [f"{key} = {printable(in_words(values[key].value))}    ({values[key].source})" for key in settings_of(Config)]
+    config, places = settings.resolve(path, overrides, settings.ON_A_NODE)
+    return [f"{key} = {printable(in_words(value))}    ({places[key]})" for key, value in settings.flat(config).items()]
 
 
 def markdown() -> str:

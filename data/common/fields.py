@@ -5,18 +5,19 @@ class OptimConfig:
     lr: float = setting(MISSING, "Peak learning rate.", positive)
     min_lr: float = setting(1e-6, "Learning rate of the last step.", at_least(0))
 
-settings_of(Config)["optim.lr"].check.problem(-1.0)      # "must be more than 0"
+settings_of(Config)["optim.lr"].problem(-1.0)      # "must be more than 0"
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from types import MappingProxyType, NoneType
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-MISSING: Any = "???"  # the default of a setting that has none
+from omegaconf import MISSING as MISSING  # the default of a setting that has none
+
 # On resume: free may change; asks needs --force-config; fixed can't change during a run.
 Resume = Literal["free", "asks", "fixed"]
 
@@ -75,6 +76,19 @@ class Setting:
         return get_origin(self.type) in kinds
 
     @property
+    def has_null(self) -> bool:
+        return NoneType in get_args(self.type)
+
+    def problem(self, value: Any) -> str | None:
+        """Returns what is wrong with a value of the right type, or None."""
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if "" in parts:
+            return "is empty"
+        if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
+            return "must be finite"
+        return self.check.problem(value) if self.check and value is not None else None
+
+    @property
     def allowed(self) -> str:
         """The values that it takes, in words."""
         return type_in_words(self.type) + (f", {self.check.words}" if self.check else "")
@@ -96,8 +110,7 @@ def setting(default: Any, meaning: str, check: Check | None = None, *, resume: R
     return field(default=default, metadata=metadata)
 
 
-@cache
-def settings_of(schema: type) -> Mapping[str, Setting]:
+def settings_of(schema: type) -> dict[str, Setting]:
     """Returns the settings of a schema by dotted key; a field that is a dataclass itself is a section."""
     settings: dict[str, Setting] = {}
     for f in dataclasses.fields(schema):
@@ -106,7 +119,7 @@ def settings_of(schema: type) -> Mapping[str, Setting]:
         else:
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             settings[f.name] = Setting(f.type, default, **f.metadata)
-    return MappingProxyType(settings)
+    return settings
 
 
 def type_in_words(hint: Any) -> str:

@@ -34,7 +34,7 @@ name: small
 global_batch: 24
 epochs: 1
 model: {name: van_b0, classes: 10}
-data: {train: "${env:TRAIN}", val: "${env:VAL}", image_size: 32}
+data: {train: "${oc.env:TRAIN}", val: "${oc.env:VAL}", image_size: 32}
 optim: {lr: 1e-3}
 engine: {device: cpu, micro_batch: 4}
 """
@@ -133,7 +133,7 @@ def test_another_commit(machine: Machine) -> None:
 
 
 def test_settings_that_differ_between_nodes(machine: Machine) -> None:
-    verdict = machine.inspect(2, "run.keep=${env:KEEP}", n0={"KEEP": "3"}, n1={"KEEP": "4"})
+    verdict = machine.inspect(2, "run.keep=${oc.env:KEEP}", n0={"KEEP": "3"}, n1={"KEEP": "4"})
     assert (verdict.code, verdict.settings) == (2, ["run.keep differs: 3 on n0; 4 on n1"])
 
 

@@ -77,8 +77,8 @@ problems, the_problem = partial(config_errors.problems, load), partial(config_er
         # of the right type, but they can't work
         ("engine.zero_stage", "4", "must be one of 0, 1, 2, 3"),
         ("global_batch", "0", "must be more than 0"),
-        ("epochs", "inf", "must be a number"),
-        ("optim.lr", "nan", "must be a number"),
+        ("epochs", "inf", "must be finite"),
+        ("optim.lr", "nan", "must be finite"),
         ("steps", "0", "must be more than 0"),
         ("run.keep_every", "-1.0", "must be at least 0"),
         ("run.export", "[timm, pth]", "must be of timm, official, mmseg, mmpretrain, hf"),
