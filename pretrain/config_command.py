@@ -35,9 +35,12 @@ A job takes its settings from a YAML file and from `key=value` on the command li
 - `true`, `yes`, `on` and `1` are true; `false`, `no`, `off` and `0` are false.
 - Lists are YAML in both places: `run.export=[timm, hf]`, `optim.betas=[0.9, 0.95]`. Text in a list is taken as typed.
 - `model.kwargs` is merged by name: `model.kwargs.drop_rate=0.1` adds to the names that files set.
-  Its values have the types that YAML gives them: `0.1` and `1e-3` are numbers, `yes` is true, and text that looks like these needs quotes.
+  Its values have the types that YAML gives them: `0.1` and `1e-3` are numbers, `yes` is true, and `010` is octal.
+  Text that looks like these needs quotes there.
 - `${key}` stands for the value of another setting, and `${oc.env:NAME}` for an environment variable.
-  A backslash before it makes it text. Any other `${…}` is text on the command line and an error in a file.
+  `${oc.env:NAME,VALUE}` gives a value for where the variable is not set. A backslash before `${` makes it text.
+  On the command line any other `${…}` is text. In a file it is OmegaConf's interpolation, or an error.
+- `???` in a file means that another file or the command line must set the value.
 
 ## Resume with other settings
 

@@ -158,7 +158,7 @@ def _parse(schema: type, text: str | bytes, path: Path) -> list[_Given]:
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise ConfigError(str(path), ["not a mapping of keys to values"])
         return list(_leaves(node, path, settings_of(schema))) if node else []
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:  # an alias can lead back to itself
         raise ConfigError(str(path), [f"not valid YAML: {' '.join(str(error).split())}"]) from None
 
 

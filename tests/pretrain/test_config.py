@@ -66,6 +66,8 @@ problems, the_problem = partial(config_errors.problems, load), partial(config_er
         ("steps", "soon", "must be a whole number or null"),
         ("seed", "True", "must be a whole number"),
         ("data.val_except", "n04399382", "must be a list of texts"),
+        ("data.val_except", "[a, [b]]", "must be a list of texts"),
+        ("model.checkpoint_stages", "[[1]]", "must be a list of whole numbers"),
         ("data.mean", "0.5", "must be a list of 3 numbers"),
         ("data.mean", "[0.5, 0.5]", "must be a list of 3 numbers"),
         ("optim.betas", "[a, b]", "must be a list of 2 numbers"),

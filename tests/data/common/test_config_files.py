@@ -129,6 +129,8 @@ def test_missing_base_is_named_with_who_named_it_and_the_nearest(tmp_path: Path)
         ("a: b: c\n", "line 1, column 5"),
         ("- epochs\n", "not a mapping of keys to values"),
         ("3\n", "not a mapping of keys to values"),
+        ("labels: &x [*x]\n", "not valid YAML: maximum recursion depth"),
+        ("kwargs: {a: 1, a: 2}\n", "found duplicate key a"),
         ("a: !!python/object/apply:os.getcwd []\n", "unknown key"),
     ],
 )
@@ -256,6 +258,8 @@ def test_references_between_settings(tmp_path: Path, job: Path, monkeypatch: pyt
     config = load(path, ["seed=007", "name=${epochs}"])
     assert (config.dir, config.cache, config.optim.decay) == ("out/3.0-7", "/scratch/${x}/out/3.0-7", 1)
     assert load(path, ["dir=${name}/\\${name}/${nam}/\\${nam}"]).dir == "tiny/${name}/${nam}/\\${nam}"
+    config = load(path, ["dir=${oc.env:NOWHERE,there}", "kwargs.a=${name}", "kwargs.b=${nam}"])
+    assert (config.dir, config.kwargs) == ("there", {"a": "tiny", "b": "${nam}"})
     assert load(write(path, "base: job.yaml\ndir: \\${nam}-\\${name}\n")).dir == "${nam}-${name}"
 
 
@@ -267,6 +271,7 @@ def test_references_between_settings(tmp_path: Path, job: Path, monkeypatch: pyt
         ("out/${name", "no viable alternative at input '${name'"),
         ("${dir}", "Recursive interpolation detected"),
         ("${cache}", "Recursive interpolation detected"),
+        ("${env:HOME}", "Unsupported interpolation type env"),
         ("${oc.env:NOWHERE}", "KeyError raised while resolving interpolation: \"Environment variable 'NOWHERE' not found\""),
     ],
 )
@@ -274,6 +279,12 @@ def test_a_reference_that_leads_nowhere(tmp_path: Path, job: Path, text: str, pr
     path = write(tmp_path / "more.yaml", f"base: job.yaml\ncache: ~\ndir: '{text}'\n")
     overrides = ["cache=${dir}"] if text == "${cache}" else []
     assert f"dir = {text} ({path}:3): {problem}" in problems(path, *overrides)
+
+
+def test_a_value_that_another_file_must_set(tmp_path: Path, job: Path) -> None:
+    path = write(tmp_path / "more.yaml", "base: job.yaml\ndir: ???\nlabels:\n- ???\n")
+    assert problems(path) == [f"{key}: no value; set it in {path} or as {key}=…" for key in ("dir", "labels")]
+    assert load(path, ["dir=x", "labels=[]"]).dir == "x"
 
 
 def test_a_reference_to_a_missing_setting_is_not_reported_twice(tmp_path: Path) -> None:
