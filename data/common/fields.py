@@ -82,7 +82,7 @@ class Setting:
     def problem(self, value: Any) -> str | None:
         """Returns what is wrong with a value of the right type, or None."""
         parts = value if isinstance(value, list | tuple) else (value,)
-        if parts is value and any(isinstance(part, list | tuple | dict) for part in parts):  # which OmegaConf lets pass
+        if parts is value and any(isinstance(part, list | tuple | dict) for part in parts):  # OmegaConf accepts lists in a list of texts
             return f"must be {type_in_words(self.type)}"
         if "" in parts:
             return "is empty"
