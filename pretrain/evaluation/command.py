@@ -102,11 +102,11 @@ def open_weights(source: Path, config: Path | None, overrides: list[str], *, ave
     """
     given = settings.load(config, overrides, _UNCHECKED) if config else None
     if is_run(source):
-        model, own, trainer = build_trained(source, average)
-        used = given or settings.override(own, overrides)
-        keys = [key for key in ("name", "classes") if getattr(used.model, key) != getattr(own.model, key)]
+        model, run_config, trainer = build_trained(source, average)
+        used = given or settings.override(run_config, overrides)
+        keys = [key for key in ("name", "classes") if getattr(used.model, key) != getattr(run_config.model, key)]
         if keys:
-            differ = ", ".join(f"model.{key}={getattr(used.model, key)}, there {getattr(own.model, key)}" for key in keys)
+            differ = ", ".join(f"model.{key}={getattr(used.model, key)}, there {getattr(run_config.model, key)}" for key in keys)
             raise ValueError(f"{source} is of another model than the settings: {differ}. Leave CONFIG out to use the run's own settings")
         kind = "moving average" if average else "weights"
         return Weights(model, used, tuple(trainer["classes"]), f"{source} ({kind} of step {trainer['step']})")
@@ -117,19 +117,19 @@ def open_weights(source: Path, config: Path | None, overrides: list[str], *, ave
     if average:
         raise ValueError(f"--weights ema is for runs and checkpoints; {source} holds one set of weights")
     model = build_model(given)
-    found = read_source(source, model)
-    _load(model, found, source, given, needs_head)
-    return Weights(model, given, found.classes, str(source))
+    loaded = read_source(source, model)
+    _load(model, loaded, source, given, needs_head)
+    return Weights(model, given, loaded.classes, str(source))
 
 
-def _load(model: nn.Module, found: Source, source: Path, config: Config, needs_head: bool) -> None:
+def _load(model: nn.Module, loaded: Source, source: Path, config: Config, needs_head: bool) -> None:
     """Loads weights into the model that the settings name; raises ValueError if they do not fit it."""
-    head, weights = head_keys(model), found.weights
+    head, weights = head_keys(model), loaded.weights
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     backbone = {name: shape for name, shape in shapes.items() if name not in head}
-    if found.architecture not in (None, architecture(model)) and misfits(backbone, weights, optional=head):
+    if loaded.architecture not in (None, architecture(model)) and misfits(backbone, weights, optional=head):
         raise ValueError(
-            f"{source} holds weights of {found.architecture}, but model.name={config.model.name}; set model.name={found.architecture}"
+            f"{source} holds weights of {loaded.architecture}, but model.name={config.model.name}; set model.name={loaded.architecture}"
         )
     has_head = head[0] in weights
     if needs_head and not has_head:

@@ -28,22 +28,22 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     Raises:
         ValueError: there are no weights, they do not fit the model's backbone, or the head can't be initialized as asked.
     """
-    source, head, own = read_source(path, model), head_keys(model), model.state_dict()
+    source, head, state = read_source(path, model), head_keys(model), model.state_dict()
     rows, remark = _head_rows(source, path, head, head_init, classes)
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items() if name not in head}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in head}
     if rows:
-        shapes |= {name: (len(source.classes or classes), *own[name].shape[1:]) for name in head}
+        shapes |= {name: (len(source.classes or classes), *state[name].shape[1:]) for name in head}
     if wrong := misfits(shapes, source.weights, optional=head):
         if source.architecture not in (None, architecture(model)):
             wrong.insert(0, f"these are weights of {source.architecture}, the job's model is {architecture(model)}")
         raise ValueError(f"model.init_from={path} does not fit the model: {some(wrong, '; ')}")
 
-    new_head = {name: torch.zeros_like(own[name]) for name in head}
+    new_head = {name: torch.zeros_like(state[name]) for name in head}
     for row, source_row in rows:
         for name in head:
             new_head[name][row] = source.weights[name][source_row]
     model.load_state_dict(source.weights | new_head)
-    lines = [f"starting from {path}: all {len(own) - len(head)} tensors of the backbone loaded", f"  {', '.join(head)}: {remark}"]
+    lines = [f"starting from {path}: all {len(state) - len(head)} tensors of the backbone loaded", f"  {', '.join(head)}: {remark}"]
     if source.unused:
         lines.append(f"  {', '.join(source.unused)}: dropped; transformers saves them and never uses them")
     return lines
