@@ -168,7 +168,8 @@ class Inspection:
     def _check_disks(self) -> None:
         size = checkpoint_bytes(self.config)
         more = self.config.run.keep + 1 - min(self.config.run.keep, self._checkpoints())
-        self._check_disk("run.dir", Path(self.config.run.dir), size * more, f"{more} more checkpoints of {size / 1e9:.3g} GB each")
+        purpose = f"{more} more checkpoints of {size / 1e9:.3g} GB each"
+        self._check_disk("run.dir", Path(self.config.run.dir), size * more, purpose)
         self._check_disk("TMPDIR", Path(os.environ.get("TMPDIR", "/tmp")), TMP_BYTES, "compiled kernels and temporary files")
 
     def _check_disk(self, name: str, path: Path, needed: int, purpose: str) -> None:
@@ -216,7 +217,12 @@ class Inspection:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Returns the size of a checkpoint: weights, two moments and, if set, the moving average, in fp32."""
+    """Returns the size of a checkpoint: weights, two moments and, if set, the moving average, in fp32.
+
+    Returns 0 for a model whose size is not known without building it, which would import torch on every node.
+    """
+    if config.model.name not in BACKBONES or config.model.kwargs:
+        return 0
     backbone, features = BACKBONES[config.model.name]
     copies = 3 + (config.engine.ema_decay > 0)
     return 4 * copies * (backbone + config.model.classes * (features + 1))
