@@ -60,7 +60,7 @@ def use_graphs(engine: Any, config: Config) -> str:
     images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
     # Without a cache of cast weights: a graph would not cast them again.
     with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
-        return graph_stages(engine.module, engine.reductions.ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
+        return graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
 
 
 def _kernel_fault(model: VAN, config: Config, device: torch.device) -> str | None:

@@ -56,7 +56,7 @@ def run(
     built = build_engine(config, network, settings.accumulation(config, dist.get_world_size()))
     stats, guard, losses = BatchStats(network, 0.9), Guard(built, clip=clip, should_scale=config.engine.precision == "fp16"), []
     if graphs:
-        line = graph_stages(network, built.reductions.ready, torch.empty(4, 3, 32, 32).to(memory_format=torch.channels_last), Rerun)
+        line = graph_stages(network, built.reductions.mark_ready, torch.empty(4, 3, 32, 32).to(memory_format=torch.channels_last), Rerun)
         assert line == "CUDA graphs: 4 stages, forward and backward"
     for step in range(steps):
         drawn = torch.Generator().manual_seed(step)
