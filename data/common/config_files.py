@@ -171,10 +171,11 @@ def _leaves(node: yaml.MappingNode, path: Path, settings: Mapping[str, Setting],
         if str(name) in names:
             raise ConfigError(str(path), [f"duplicate key {key} ({source})"])
         names.add(str(name))
-        if not isinstance(value, yaml.MappingNode) or not value.value:
-            yield _Given(key, _plain(value, key not in settings or settings[key].has_null), source)
-        elif key not in settings:
+        is_section = any(setting.startswith(f"{key}.") for setting in settings)
+        if isinstance(value, yaml.MappingNode) and (is_section or (value.value and key not in settings)):
             yield from _leaves(value, path, settings, f"{key}.")
+        elif not isinstance(value, yaml.MappingNode) or not value.value:
+            yield _Given(key, _plain(value, key not in settings or settings[key].has_null), source)
         elif settings[key].is_a(dict):  # its values have no declared type, so OmegaConf reads the types from the text
             yield _Given(key, OmegaConf.to_container(OmegaConf.create(yaml.serialize(value))), source)
         else:

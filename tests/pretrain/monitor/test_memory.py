@@ -10,6 +10,7 @@ import pretrain.model.van  # noqa: F401  registers the family with timm
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine.precision import autocast
+from pretrain.model.build import build_model
 from pretrain.monitor.memory import activation_bytes, largest_that_fits, out_of_memory_message
 
 pytestmark = pytest.mark.slow
@@ -66,7 +67,7 @@ def job(**engine: object) -> Config:
 def test_the_error_names_the_micro_batch_that_fits() -> None:
     text = out_of_memory_message(job(), 64, "cpu", state=GB, total=40 * GB)
     with torch.device("meta"):
-        model = timm.create_model("van_b3", num_classes=21841, drop_path_rate=0.1)
+        model = build_model(job())
     sample = activation_bytes(model, 224, "fp32", "cpu")
     fits = 64 if 1.3 * GB + 64 * sample < 36 * GB else 32
     assert text == (
