@@ -153,7 +153,7 @@ class RunConfig:
         "none", "Save after evaluations too and keep the best checkpoint, by the moving average where there is one.", resume="free"
     )
     export: list[str] = setting(
-        ["timm"],
+        ["official", "timm"],
         "Formats of the weights that a complete training writes to the run directory.",
         must_be(f"of {', '.join(FORMATS)}", lambda formats: set(formats) <= set(FORMATS)),
         resume="free",
