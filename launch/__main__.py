@@ -23,7 +23,7 @@ from types import FrameType
 from data.common.command_line import job_words
 from launch import task
 from pretrain import config as settings
-from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_REQUEUE, EXIT_STOP_FILE
 
 GRACE_S = 120  # for the other ranks to save after one was stopped; those that hang are killed then
 LEAVE_S = 5  # for the other ranks after one failed: a rank that is failing of the same cause can still report it
@@ -38,7 +38,7 @@ def main() -> int:
     code = run_ranks(command, local_ranks())
     if code == 0 and job:
         run = settings.load(*job_words(sys.argv[1:])).run
-        if run.export:
+        if run.export != []:
             from pretrain.weights.export import export_run
 
             export_run(Path(run.dir))
@@ -80,9 +80,9 @@ def run_ranks(command: list[str], ranks: int) -> int:
     if failed is None:
         return 0
     code = failed.returncode
-    if code not in (EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED):
+    if code not in (EXIT_REQUEUE, EXIT_CONFIG, EXIT_STOP_FILE):
         print(f"rank {processes.index(failed)} {task.describe_end(code)}", file=sys.stderr, flush=True)
-    wait_for_ends(processes, GRACE_S if code in (EXIT_AGAIN, EXIT_ENDED) else LEAVE_S)
+    wait_for_ends(processes, GRACE_S if code in (EXIT_REQUEUE, EXIT_STOP_FILE) else LEAVE_S)
     for process in processes:
         process.terminate()
     wait_for_ends(processes, LEAVE_S)

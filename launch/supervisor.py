@@ -33,7 +33,7 @@ from pretrain.run import attempts
 from pretrain.run.attempts import FAILED, Attempt, End
 from pretrain.run.directory import CHECKPOINTS, list_checkpoints, step_of
 from pretrain.run.events import Event, EventReader, is_event
-from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG, EXIT_UNFIT
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_HUNG, EXIT_REQUEUE, EXIT_STOP_FILE, EXIT_UNFIT
 
 FAILURES = ("crashed", "hung", "unfit")
 # Delay before a job without progress is started again, in seconds; doubles each time. The first is Slurm's own minimum.
@@ -81,7 +81,7 @@ def main() -> int:
         return 0
     report = read_output(sys.stdin.buffer, log)
     end = classify_end(report, newest_step(run), attempt.ranks)
-    if end.outcome == "complete" and config.run.export:
+    if end.outcome == "complete" and config.run.export != []:
         end = export_weights(run, end)
     end = decide_restart(history, replace(attempt, end=end), config.guard.restarts)
     attempt = replace(attempt, end=end)
@@ -143,12 +143,12 @@ def classify_end(report: Report, saved: int, ranks: int) -> End:
         return End(now, "unfit", reason, saved, excluded=tuple(report.unfit))
     if report.hang is not None:
         return End(now, "hung", report.hang["reason"], saved, **{key: report.hang[key] for key in ("step", "rank", "host")})
-    if failed := [rank for rank in report.ranks if rank["code"] not in (0, EXIT_AGAIN, EXIT_ENDED)]:
+    if failed := [rank for rank in report.ranks if rank["code"] not in (0, EXIT_REQUEUE, EXIT_STOP_FILE)]:
         return _classify_failed_ranks(failed, report, saved)
     codes = {report.code, *(rank["code"] for rank in report.ranks)}
-    if EXIT_ENDED in codes:
+    if EXIT_STOP_FILE in codes:
         return End(now, "ended", f"stopped by {attempts.STOP}; saved at step {saved}", saved)
-    if EXIT_AGAIN in codes:
+    if EXIT_REQUEUE in codes:
         return stopped
     if report.code:
         reason = next((line for line in reversed(report.last_lines) if "error" in line), f"the step ended with exit code {report.code}")
@@ -233,7 +233,7 @@ def format_decision(history: Sequence[Attempt]) -> str:
         return f"requeue {delay} {','.join(end.excluded)}".rstrip()
     if end.outcome == "complete":
         return "complete"
-    return f"end {({'settings': EXIT_CONFIG, 'ended': EXIT_ENDED, 'unfit': EXIT_UNFIT}).get(end.outcome, 1)}"
+    return f"end {({'settings': EXIT_CONFIG, 'ended': EXIT_STOP_FILE, 'unfit': EXIT_UNFIT}).get(end.outcome, 1)}"
 
 
 def format_summary(run: Path, history: Sequence[Attempt], last_lines: Iterable[str]) -> str:

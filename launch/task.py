@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from pretrain.run.events import emit_event
-from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_HUNG, EXIT_REQUEUE, EXIT_STOP_FILE
 from pretrain.run.position import PAGE, Position, create_page, host_name
 
 LAST_LINES = 20
@@ -52,14 +52,14 @@ def run(command: Sequence[str]) -> int:
     last_line = next((line for line in reversed(last_lines) if line.strip()), "")
     is_cause = code != -signal.SIGTERM and LOST_PEER.search(last_line) is None
     reason = f"{describe_end(code)} in {position}"
-    if code not in (0, EXIT_AGAIN, EXIT_CONFIG, EXIT_HUNG, EXIT_ENDED):
+    if code not in (0, EXIT_REQUEUE, EXIT_CONFIG, EXIT_HUNG, EXIT_STOP_FILE):
         lines = "; its last lines:" + "".join(f"\n  rank {rank} | {line}" for line in last_lines) if is_cause else ""
         print(f"rank {rank} on {node} {reason}{lines}", flush=True)
     emit_event(
         "rank", rank=rank, host=node, code=code, step=position.computed_step, reason=reason, last_line=last_line[:300], cause=is_cause
     )
     time.sleep(LEAVE_S if code in (EXIT_CONFIG, 1) else FLUSH_S)
-    return 0 if code in (EXIT_AGAIN, EXIT_ENDED) else shell_code(code)
+    return 0 if code in (EXIT_REQUEUE, EXIT_STOP_FILE) else shell_code(code)
 
 
 @contextmanager

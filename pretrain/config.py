@@ -125,7 +125,7 @@ class GuardConfig:
         resume="free",
     )
     skipped: int = setting(20, "Roll back after so many steps in a row that were not finite.", positive, resume="free")
-    pass_over: int = setting(20, "Batches before the first bad one that are skipped after a rollback.", at_least(0), resume="free")
+    skip_before: int = setting(20, "Batches before the first bad one that are skipped after a rollback.", at_least(0), resume="free")
     rollbacks: int = setting(3, "Rollbacks after which the job ends.", at_least(0), resume="free")
     step_limit: float = setting(
         600.0, "Longest time of a step, in seconds; then all ranks write their stacks and end.", positive, resume="free"
@@ -152,9 +152,9 @@ class RunConfig:
     keep_best: Literal["none", "top1", "top5", "loss"] = setting(
         "none", "Save after evaluations too and keep the best checkpoint, by the moving average where there is one.", resume="free"
     )
-    export: list[str] = setting(
-        ["official", "timm"],
-        "Formats of the weights that a complete training writes to the run directory.",
+    export: list[str] | None = setting(
+        None,
+        "Formats of the weights that a complete training writes to the run; null: official and timm, as far as the model has them.",
         must_be(f"of {', '.join(FORMATS)}", lambda formats: set(formats) <= set(FORMATS)),
         resume="free",
     )

@@ -52,10 +52,10 @@ from pretrain.monitor.rollback import BadSteps, DivergenceWatch, Evidence, Rollb
 from pretrain.monitor.stragglers import RankTimer
 from pretrain.monitor.watchdog import Watchdog
 from pretrain.run.attempts import STOP
-from pretrain.run.exit_codes import EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_STOP_FILE
 from pretrain.run.metrics import RunLog
 from pretrain.run.position import SharedPosition
-from pretrain.run.provenance import provenance, record_start
+from pretrain.run.provenance import describe_host, provenance, record_start
 from pretrain.schedule import make_schedule
 from pretrain.weights.export import check_formats
 from pretrain.weights.initial import start_from
@@ -191,7 +191,7 @@ class Trainer:
             trainer = self.checkpoints.roll_back(bad.first, self.identity)
         except ValueError as error:
             raise ValueError(f"{reason}. Training can't be rolled back: {error}") from error
-        entry = self.rollbacks.add(bad, guard.pass_over, trainer["step"])
+        entry = self.rollbacks.add(bad, guard.skip_before, trainer["step"])
         if self.rank == 0:
             self.rollbacks.write()
         self._load_state(trainer)
@@ -244,7 +244,7 @@ class Trainer:
         config = self.config
         torch.manual_seed(config.seed)
         self.model = build_model(config)
-        check_formats(self.model, config.run.export, "run.export")
+        check_formats(self.model, config.run.export or [], "run.export")
         # A resumed run takes all weights from its checkpoint; the weights that it started from may be gone by then.
         if config.model.init_from and not self.is_resumed:
             for line in start_from(self.model, Path(config.model.init_from), config.model.head_init, self.index.classes):
@@ -339,7 +339,9 @@ class Trainer:
 
     def _record_start(self) -> None:
         data = {"train": self.index.fingerprint} | ({"val": self.val.fingerprint} if self.val else {})
-        record_start(self.folder, self.config, data, self.device)
+        hosts = distributed.gather_objects(describe_host(self.device))
+        if self.rank == 0:
+            record_start(self.folder, self.config, data, hosts)
         distributed.run_on_rank_0(lambda: self.log.trackers.open(self.config, self.folder, self.step))
         self.log.start_progress(self.step, self.schedule.total)
 
@@ -381,7 +383,7 @@ class Trainer:
         if self.step == self.schedule.total:
             self.log.line(f"complete after {self.step} steps; weights: python -m pretrain export {self.folder}")
             return 0
-        if self.exit_code == EXIT_ENDED and self.rank == 0:
+        if self.exit_code == EXIT_STOP_FILE and self.rank == 0:
             (self.folder / STOP).unlink(missing_ok=True)  # it stops this job alone
         self.log.line(f"stopped at step {self.step} of {self.schedule.total} and saved; start the same command again to resume")
         return self.exit_code

@@ -211,7 +211,7 @@ def _parse_overrides(schema: type, overrides: Sequence[str]) -> tuple[list[_Give
                 parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
                 for name in mapping.split("."):
                     parsed = parsed[name]
-            elif key in settings and settings[key].is_a(list, tuple):
+            elif parsed is not None and key in settings and settings[key].is_a(list, tuple):
                 parsed = _plain(yaml.compose(value, Loader=yaml.SafeLoader) or yaml.ScalarNode("", value), has_null=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             problems.append(f"{text!r} ({COMMAND_LINE}): {str(error).splitlines()[0]}")

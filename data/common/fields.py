@@ -73,7 +73,7 @@ class Setting:
     on_node: bool
 
     def is_a(self, *kinds: type) -> bool:
-        return get_origin(self.type) in kinds
+        return any(get_origin(part) in kinds for part in (self.type, *get_args(self.type)))
 
     @property
     def has_null(self) -> bool:

@@ -87,7 +87,10 @@ def _recompute_stages(model: nn.Module, name: str, stages: list[int]) -> None:
         for stage in stages:
             modules[stage].grad_checkpointing = True
     elif set(stages) == {0, 1, 2, 3}:
-        cast(Any, model).set_grad_checkpointing(True)
+        try:
+            cast(Any, model).set_grad_checkpointing(True)
+        except AssertionError as error:  # timm's way to say so
+            raise ValueError(f"model.checkpoint_stages={stages}: {name} can't recompute its blocks; set []") from error
     else:
         raise ValueError(
             f"model.checkpoint_stages={stages}: {name} recomputes all of its blocks or none; set [0, 1, 2, 3] for all, or [] for none"

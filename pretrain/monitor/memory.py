@@ -10,6 +10,7 @@ much. A share stays free for the rest: workspaces, gradients of activations, fra
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -70,15 +71,31 @@ def out_of_memory_message(config: Config, ranks: int, device_type: str, state: i
     micro = config.engine.micro_batch
     smaller = [size for size in settings.micro_batches(config, ranks) if size < micro]
     fits = largest_that_fits(state + gradients, sample, total, smaller)
+    stage = config.engine.zero_stage
     remedies = [f"engine.micro_batch={fits}"] if fits else []
-    remedies += ["model.checkpoint_stages=[0,1,2,3]"]
-    remedies += [f"engine.zero_stage={config.engine.zero_stage + 1}"] if config.engine.zero_stage < 3 and ranks > 1 else []
+    remedies += ["model.checkpoint_stages=[0,1,2,3]"] if _can_recompute_more(config) else []
+    if ranks > 1 and stage < (1 if config.model.graphs else 3):  # CUDA graphs train in stages 0 and 1
+        remedies += [f"engine.zero_stage={stage + 1}"]
+    remedies += ["more GPUs or GPUs with more memory"] if not remedies else []
     return (
         f"out of memory with engine.micro_batch={micro}: of {total / 1e9:.1f} GB the model's state and gradients take "
         f"{(state + gradients) / 1e9:.1f}, and each sample's activations {sample / 1e9:.2f}. "
         + (f"engine.micro_batch={fits} should fit" if fits else "No smaller engine.micro_batch should fit")
         + f", by this estimate; the global batch stays {config.global_batch} either way. Try {', or '.join(remedies)}"
     )
+
+
+def _can_recompute_more(config: Config) -> bool:
+    """Returns whether the model can recompute blocks that it does not recompute yet."""
+    every = [0, 1, 2, 3]
+    if config.model.graphs or set(config.model.checkpoint_stages) == set(every):
+        return False
+    try:
+        with torch.device("meta"):
+            build_model(replace(config, model=replace(config.model, checkpoint_stages=every)))
+    except ValueError:
+        return False
+    return True
 
 
 def largest_that_fits(fixed: int, sample: int, total: int, sizes: Sequence[int]) -> int | None:

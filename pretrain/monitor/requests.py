@@ -23,7 +23,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_REQUEUE, EXIT_STOP_FILE
 
 FILE_POLL_S = 2.0
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -70,12 +70,12 @@ class Requests:
             signal.signal(number, signal.SIG_IGN if self.exit_code else handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.exit_code = max(self.exit_code, EXIT_AGAIN)
+        self.exit_code = max(self.exit_code, EXIT_REQUEUE)
 
     def _watch_file(self) -> None:
         while not self._closed.wait(FILE_POLL_S):
             if self._file.exists():  # on a thread, because a file server may be slow
-                self.exit_code = EXIT_ENDED
+                self.exit_code = EXIT_STOP_FILE
 
     def ask(self) -> None:
         """Sends this rank's requests to the other ranks. Collective; returns at once. Call at the beginning of each step."""
@@ -86,7 +86,7 @@ class Requests:
     def answer(self) -> Request:
         """Returns the requests of all ranks, as they were at the last `ask`. Collective.
 
-        A signal to any rank gives EXIT_AGAIN; the file gives EXIT_ENDED, which takes precedence.
+        A signal to any rank gives EXIT_REQUEUE; the file gives EXIT_STOP_FILE, which takes precedence.
         """
         self._work.wait()
         exit_code, save = self._requests.tolist()

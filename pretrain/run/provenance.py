@@ -16,17 +16,15 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import distributions, version
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from data.common.git import git_commit
 from pretrain import config as settings
 from pretrain.config import Config
-from pretrain.engine.distributed import gather_objects
 from pretrain.run.position import host_name
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
@@ -48,18 +46,15 @@ def provenance() -> dict[str, object]:
     }
 
 
-def record_start(run: Path, config: Config, data: Mapping[str, str], device: torch.device) -> Path | None:
-    """Writes the folder of this start; returns it, or None on ranks other than 0. Collective.
+def record_start(run: Path, config: Config, data: Mapping[str, str], hosts: Sequence[dict[str, str]]) -> None:
+    """Writes the folder of this start.
 
     Args:
         run: run directory.
         config: of the job.
         data: fingerprints of the data sets, by split.
-        device: of this rank.
+        hosts: results of `describe_host`, by rank.
     """
-    hosts = gather_objects(_describe_host(device))
-    if dist.get_rank():
-        return None
     starts = run / STARTS
     starts.mkdir(exist_ok=True)
     folder = starts / f"{1 + max((int(path.name) for path in starts.iterdir()), default=0):04d}"
@@ -70,14 +65,13 @@ def record_start(run: Path, config: Config, data: Mapping[str, str], device: tor
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "platform": platform.platform(),
         "data": dict(data),
-        "ranks": hosts,
+        "ranks": list(hosts),
         "variables": variables(os.environ),
     }
     (folder / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
     (folder / "diff.patch").write_bytes(diff(Path(__file__).parent))
     packages = sorted({f"{package.name}=={package.version}" for package in distributions()}, key=str.lower)
     (folder / "packages.txt").write_text("\n".join(packages) + "\n")
-    return folder
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -97,7 +91,8 @@ def diff(folder: Path) -> bytes:
     return patch if len(patch) <= DIFF_BYTES else patch[:DIFF_BYTES] + note
 
 
-def _describe_host(device: torch.device) -> dict[str, str]:
+def describe_host(device: torch.device) -> dict[str, str]:
+    """Returns the host of this rank, and its GPU and driver."""
     description = {"host": host_name()}
     if device.type == "cuda":
         driver = Path("/sys/module/nvidia/version")

@@ -27,6 +27,7 @@ from torch import nn
 
 from data.common.files import publish, sync
 from pretrain.config import Config, from_dict
+from pretrain.model.build import build_model
 from pretrain.model.formats import some, to_format
 from pretrain.run.directory import MANIFEST
 from pretrain.weights.run_model import build_trained, open_run
@@ -82,6 +83,15 @@ def check_formats(model: nn.Module, formats: Sequence[str], setting: str) -> Non
         raise ValueError(f"{setting}: {type(model).__name__} has no format {', '.join(missing)}, only {', '.join(formats_of(model))}")
 
 
+def run_formats(config: Config) -> list[str]:
+    """Returns the formats of run.export; for null those of official and timm that the model has."""
+    if config.run.export is not None:
+        return config.run.export
+    with torch.device("meta"):
+        model = build_model(config)
+    return [fmt for fmt in ("official", "timm") if fmt in formats_of(model)]
+
+
 def export(
     source: Path, fmt: str, out: Path, *, average: bool = False, dtype: str = "fp32", features_only: bool = False,
     license: str = "not stated", force: bool = False,
@@ -131,7 +141,7 @@ def export_run(run: Path, log: Callable[[str], None] = print) -> list[Path]:
     if step < total:
         raise ValueError(f"{run} is not finished: step {step} of {total}; use --format and --out to export its weights as they are")
     average = bool(config.engine.ema_decay)
-    jobs = [Export(fmt, run / WEIGHTS / f"{config.name}{SUFFIXES[fmt]}", average) for fmt in config.run.export]
+    jobs = [Export(fmt, run / WEIGHTS / f"{config.name}{SUFFIXES[fmt]}", average) for fmt in run_formats(config)]
     listed, entry = _read_list(run / WEIGHTS), {"step": step, "weights": "ema" if average else "raw"}
     missing = []
     for job in jobs:

@@ -14,7 +14,7 @@ from launch.supervisor import Report, classify_end, count_fruitless, decide_rest
 from pretrain.run import attempts
 from pretrain.run.attempts import Attempt, End, Outcome
 from pretrain.run.events import MARK
-from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED, EXIT_HUNG
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_HUNG, EXIT_REQUEUE, EXIT_STOP_FILE
 from tests.support import REPOSITORY
 from tests.support.events import event_line
 
@@ -33,12 +33,12 @@ def rank(number: int, code: int, **values: Any) -> dict[str, Any]:
     ("ranks", "outcome"),
     [
         ([rank(0, 0), rank(1, 0)], "complete"),
-        ([rank(0, EXIT_AGAIN), rank(1, EXIT_AGAIN)], "stopped"),
-        ([rank(0, EXIT_ENDED), rank(1, EXIT_ENDED)], "ended"),
+        ([rank(0, EXIT_REQUEUE), rank(1, EXIT_REQUEUE)], "stopped"),
+        ([rank(0, EXIT_STOP_FILE), rank(1, EXIT_STOP_FILE)], "ended"),
         ([rank(0, EXIT_CONFIG), rank(1, -15, cause=False)], "settings"),
         ([rank(1, EXIT_HUNG), rank(0, EXIT_HUNG)], "hung"),
         ([rank(1, 1), rank(0, -15, cause=False)], "crashed"),
-        ([rank(0, EXIT_AGAIN), rank(1, -9)], "crashed"),
+        ([rank(0, EXIT_REQUEUE), rank(1, -9)], "crashed"),
     ],
 )
 def test_outcome_by_the_ends_of_the_ranks(ranks: list[dict[str, Any]], outcome: Outcome) -> None:
@@ -210,7 +210,7 @@ def test_a_job_that_fails_at_the_same_step_ends_with_a_summary(job: Job) -> None
     assert "  rank 1 | KeyError: 3" in summary
     assert [attempt.end.outcome for attempt in attempts.read(job.run) if attempt.end] == ["crashed", "crashed"]
 
-    _, decision = job.attempt(2, [event_line("rank", **rank(0, EXIT_AGAIN))])
+    _, decision = job.attempt(2, [event_line("rank", **rank(0, EXIT_REQUEUE))])
     assert decision == "requeue 0\n"
     assert not (job.run / "FAILED.md").exists()
 
@@ -231,12 +231,12 @@ def test_wrong_settings_end_the_job_without_touching_the_run(job: Job) -> None:
 def test_a_full_disk_costs_the_record_and_not_the_job(job: Job) -> None:
     (job.run / "logs").mkdir(parents=True)
     (job.run / "attempts.jsonl").mkdir()  # no more writable than on a full disk
-    output, decision = job.attempt(0, ["error: disk is full\n", event_line("rank", **rank(0, EXIT_AGAIN))])
+    output, decision = job.attempt(0, ["error: disk is full\n", event_line("rank", **rank(0, EXIT_REQUEUE))])
     assert (output, decision) == ("error: disk is full\n", f"end {EXIT_CONFIG}\n")  # the begin could not be recorded
 
     (job.run / "attempts.jsonl").rmdir()
     (job.run / "logs" / "12-1.log").symlink_to("/dev/full")
-    output, decision = job.attempt(1, ["a line\n", event_line("rank", **rank(0, EXIT_AGAIN))])
+    output, decision = job.attempt(1, ["a line\n", event_line("rank", **rank(0, EXIT_REQUEUE))])
     assert decision == "requeue 0\n"
     assert "a line\n" in output
 
@@ -249,7 +249,7 @@ def test_signals_to_the_whole_job_do_not_end_the_supervisor(job: Job) -> None:
         assert process.stdout.readline().startswith("attempt 1 of job 12")
         for number in (signal.SIGTERM, signal.SIGUSR1):
             process.send_signal(number)
-        output, decision = process.communicate(event_line("rank", **rank(0, EXIT_AGAIN)) + event_line("step", code=0), timeout=60)
+        output, decision = process.communicate(event_line("rank", **rank(0, EXIT_REQUEUE)) + event_line("step", code=0), timeout=60)
     assert decision == "requeue 0\n"
     assert output == "attempt 1 stopped: stopped by a signal; saved at step 0\n"
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_CONFIG, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_REQUEUE, EXIT_STOP_FILE
 from tests.support import REPOSITORY
 from tests.support.events import read_events, without_events
 
@@ -53,7 +53,7 @@ def test_output_is_printed_as_it_comes() -> None:
         assert task.returncode == 128 + signal.SIGKILL
 
 
-@pytest.mark.parametrize("code", [0, EXIT_AGAIN, EXIT_ENDED])
+@pytest.mark.parametrize("code", [0, EXIT_REQUEUE, EXIT_STOP_FILE])
 def test_a_rank_that_completed_or_saved_does_not_end_the_step(code: int) -> None:
     ended, lines, report = run(f"print('saved'); sys.exit({code})")
     assert (ended, lines) == (0, ["saved"])
@@ -102,7 +102,7 @@ def test_a_signal_to_the_task_is_left_to_the_rank(tmp_path: Path) -> None:
     """Slurm signals both."""
     ready, stopped = tmp_path / "ready", tmp_path / "stopped"
     task = start(f"""
-signal.signal(signal.SIGUSR1, lambda *_: (open({str(stopped)!r}, 'w').close(), sys.exit({EXIT_AGAIN})))
+signal.signal(signal.SIGUSR1, lambda *_: (open({str(stopped)!r}, 'w').close(), sys.exit({EXIT_REQUEUE})))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGUSR1}})
 open({str(ready)!r}, 'w').close(); time.sleep(60)""")
     deadline = time.monotonic() + 60

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint.command import compare
-from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_STOP_FILE
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import QUICK, Jobs, ranks, resumed_at, send
 
@@ -209,7 +209,7 @@ def test_other_sizes_resume_with_the_same_samples(cluster: Cluster, tmp_path: Pa
         jobs.wait_for_step(two, 2)
         (jobs.run / "STOP").touch()
         assert cluster.wait(two, timeout=600) == "FAILED"
-        assert cluster.job(two)["ExitCode"] == f"{EXIT_ENDED}:0"
+        assert cluster.job(two)["ExitCode"] == f"{EXIT_STOP_FILE}:0"
         assert outcomes(jobs, two) == ["ended"]
         assert not (jobs.run / "STOP").exists()
         stopped = int(re.findall(r"stopped at step (\d+) of 20", cluster.output(two))[0])

@@ -55,11 +55,12 @@ def measure_kept(model: nn.Module, batch: int, precision: str) -> int:
     return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in weights)
 
 
-def job(**engine: object) -> Config:
+def job(name: str = "van_b3", stages: tuple[int, ...] = (), **engine: object) -> Config:
     return settings.from_dict(
         {
-            "name": "van_b3", "global_batch": 8192, "epochs": 90, "model": {"name": "van_b3", "classes": 21841, "drop_path": 0.1},
-            "data": {"train": "unused"}, "optim": {"lr": 4e-3}, "engine": {"precision": "fp32", "micro_batch": 128, **engine},
+            "name": "tiny", "global_batch": 8192, "epochs": 90, "data": {"train": "unused"}, "optim": {"lr": 4e-3},
+            "model": {"name": name, "classes": 21841, "checkpoint_stages": list(stages)},
+            "engine": {"precision": "fp32", "micro_batch": 128, **engine},
         }
     )  # fmt: skip
 
@@ -81,3 +82,15 @@ def test_the_error_where_no_smaller_micro_batch_fits() -> None:
     text = out_of_memory_message(job(zero_stage=3, micro_batch=2), 64, "cpu", state=GB, total=2 * GB)
     assert "No smaller engine.micro_batch should fit, by this estimate" in text
     assert text.endswith("Try model.checkpoint_stages=[0,1,2,3]")
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        (job("resnet18"), "Try model.checkpoint_stages=[0,1,2,3], or engine.zero_stage=2"),
+        (job("vgg11"), "Try engine.zero_stage=2"),  # can't recompute
+        (job(stages=(0, 1, 2, 3), zero_stage=3), "Try more GPUs or GPUs with more memory"),
+    ],
+)
+def test_the_advice_fits_the_model_and_the_settings(config: Config, advice: str) -> None:
+    assert out_of_memory_message(config, 64, "cpu", state=GB, total=GB).endswith(advice)

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from pretrain.monitor.requests import SIGNALS
-from pretrain.run.exit_codes import EXIT_AGAIN, EXIT_ENDED
+from pretrain.run.exit_codes import EXIT_REQUEUE, EXIT_STOP_FILE
 from tests.support.ranks import run_on_ranks
 
 
@@ -53,7 +53,7 @@ def run(file: Path, numbers: tuple[signal.Signals, ...] = (), at_step: int = 0, 
 def test_all_ranks_stop_at_the_same_step(numbers: tuple[signal.Signals, ...], tmp_path: Path) -> None:
     results = run(tmp_path / "STOP", numbers, at_step=2)
     for result in results:
-        assert result["codes"] == [0, 0] + [EXIT_AGAIN] * 4
+        assert result["codes"] == [0, 0] + [EXIT_REQUEUE] * 4
     # Rank 1 ignores later signals, which must not change the exit code.
     assert [result["handlers"] for result in results] == ["restored", "ignored"]
 
@@ -61,7 +61,7 @@ def test_all_ranks_stop_at_the_same_step(numbers: tuple[signal.Signals, ...], tm
 def test_the_stop_file_takes_precedence_over_a_signal(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     for result in run(tmp_path / "STOP", (signal.SIGUSR1,), at_step=1):
-        assert result["codes"] == [EXIT_ENDED] * 6
+        assert result["codes"] == [EXIT_STOP_FILE] * 6
 
 
 @pytest.mark.parametrize(("save_seconds", "saves"), [(20, [3, 6]), (1, [2, 4, 6]), (60, []), (None, [])])

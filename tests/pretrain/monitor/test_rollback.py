@@ -152,7 +152,9 @@ def poison(bad: set[int]) -> None:
 
 
 def run(folder: Path, drawn: Path, *overrides: str, change: Callable[[], None] | None = None) -> list[int | None]:
-    return jobs.run(folder, drawn, "guard.skipped=2", "guard.pass_over=1", "run.log_every=3", "run.keep=3", *overrides, change=change).codes
+    return jobs.run(
+        folder, drawn, "guard.skipped=2", "guard.skip_before=1", "run.log_every=3", "run.keep=3", *overrides, change=change
+    ).codes
 
 
 @pytest.mark.slow
@@ -178,7 +180,7 @@ def test_a_job_rolls_back_and_skips_the_batches_that_led_there(drawn: Path, tmp_
 
 @pytest.mark.slow
 def test_a_job_that_can_not_roll_back_ends_with_the_evidence(drawn: Path, tmp_path: Path) -> None:
-    assert run(tmp_path / "one", drawn, "guard.rollbacks=1", "guard.pass_over=0", change=partial(poison, {3, 4, 5, 6})) == [2, 2]
+    assert run(tmp_path / "one", drawn, "guard.rollbacks=1", "guard.skip_before=0", change=partial(poison, {3, 4, 5, 6})) == [2, 2]
     log = jobs.log_of(tmp_path / "one")
     assert "Training was rolled back 1 times (guard.rollbacks), and ends here" in log
     assert "Traceback" not in log

@@ -11,7 +11,7 @@ from pretrain.config import from_dict
 from pretrain.evaluation import command
 from pretrain.model.formats import FORMATS
 from pretrain.weights import export as exports
-from pretrain.weights.export import Export, check_formats, load_command
+from pretrain.weights.export import Export, check_formats, load_command, run_formats
 from pretrain.weights.initial import start_from
 from pretrain.weights.source import formats_of, head_keys, read_source
 from tests.support.tiny_runs import CLASSES, assert_same
@@ -66,6 +66,12 @@ def test_formats_depend_on_the_class_of_the_model() -> None:
     with pytest.raises(ValueError, match=r"^run\.export: ResNet has no format official, hf, only timm$"):
         check_formats(other, ["official", "timm", "hf"], "run.export")
     check_formats(van, ["official", "timm", "hf"], "run.export")
+    job = from_dict(SETTINGS | {"model": {"name": "van_b0", "classes": 3}})
+    assert run_formats(job) == ["official", "timm"]
+    job.model.name = "test_resnet"
+    assert run_formats(job) == ["timm"]
+    job.run.export = []
+    assert run_formats(job) == []
     assert load_command(van, "timm").startswith("`import pretrain.model.van` and ")
 
 
