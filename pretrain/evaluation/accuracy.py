@@ -32,7 +32,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, head: Sequence[str], precisio
         precision: as engine.precision.
 
     Returns:
-        top1 and top5 (0 to 1), loss (mean cross-entropy), images, left_out (bad images), classes (of the data).
+        top1 and top5 (0 to 1), loss (mean cross-entropy), images, skipped (bad images), classes (of the data).
 
     Raises:
         ValueError: the head lacks classes of the data, or no image can be used.
@@ -50,9 +50,9 @@ def evaluate(model: nn.Module, loader: EvalLoader, head: Sequence[str], precisio
     images, top1, top5, loss_sum = totals.tolist()
     if not images:
         raise ValueError(no_usable_image(loader))
-    left_out = len(loader.samples) - int(images)
+    skipped = len(loader.samples) - int(images)
     accuracy = {"top1": top1 / images, "top5": top5 / images, "loss": loss_sum / images}
-    return {"images": int(images), "left_out": left_out, "classes": len(outputs), **accuracy}
+    return {"images": int(images), "skipped": skipped, "classes": len(outputs), **accuracy}
 
 
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
         _report_bad_images(loader)
     _print_once(
         f"{weights.title}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f} "
-        f"on {result['images']} images of {val.place}" + (f"; {result['left_out']} bad ones left out" if result["left_out"] else "")
+        f"on {result['images']} images of {val.place}" + (f"; {result['skipped']} bad images skipped" if result["skipped"] else "")
     )
 
 

@@ -58,12 +58,12 @@ class Evaluator:
             buffers = dict(self.engine.module.named_buffers()) | (self.stats.averages if kind == "ema" else {})
             copy_weights(model, zero_state.assemble_tensors(self.engine, kind), buffers)
             result = evaluate(model, self.loader, self.classes, self.precision)
-            if result["left_out"]:
+            if result["skipped"]:
                 report_bad_images(self.loader.quarantine, step, self.log)
             self.log.line(
                 f"evaluation at step {step} ({TITLES[kind]}): top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
                 f"loss {result['loss']:.4f} on {result['images']} images"
-                + (f"; {result['left_out']} bad images skipped" if result["left_out"] else "")
+                + (f"; {result['skipped']} bad images skipped" if result["skipped"] else "")
             )
             results[kind] = result
         self.log.record("evaluation", **results)

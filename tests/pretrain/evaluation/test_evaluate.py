@@ -141,7 +141,7 @@ def expected_result(model: nn.Module, index: Index, head: list[str], without: li
         "top5": right5 / images,
         "loss": loss / images,
         "classes": len(columns),
-        "left_out": 0,
+        "skipped": 0,
     }
 
 
@@ -187,7 +187,7 @@ def test_each_image_counts_once_on_any_number_of_ranks(drawn: Path, tmp_path: Pa
     index = damaged_copy(open_index(drawn / "val"), tmp_path / "val", {3: "cut", 10: "no tables", 12: "zeros"})
     expected = evaluating(str(index.folder), ["dots"])  # in this process alone
     assert isinstance(expected, dict)
-    assert (expected["images"], expected["left_out"], expected.pop("share")) == (16, 2, 18)  # image 3 is of class dots
+    assert (expected["images"], expected["skipped"], expected.pop("share")) == (16, 2, 18)  # image 3 is of class dots
     for ranks, shares in ((2, [9, 9]), (3, [6, 6, 6])):
         results = run_on_ranks(ranks, evaluating, folder=str(index.folder), without=["dots"])
         assert [result.pop("share") for result in results] == shares

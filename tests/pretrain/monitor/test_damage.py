@@ -117,7 +117,7 @@ def test_a_job_with_bad_images_resumes_bit_identical(drawn: Path, tmp_path: Path
     assert sorted(entry["sample"] for entry in entries if entry["dataset"] == fingerprints[1]) == [2, 5]
     assert [record.get("bad_images") for record in jobs.metrics(whole, "train")][-1] == len(train)
     for record in jobs.metrics(whole, "evaluation"):
-        assert [(record[kind]["images"], record[kind]["left_out"]) for kind in ("weight", "ema")] == [(18, 2)] * 2
+        assert [(record[kind]["images"], record[kind]["skipped"]) for kind in ("weight", "ema")] == [(18, 2)] * 2
 
     shutil.copytree(whole, resumed)
     for later in checkpoint.list_checkpoints(resumed / "run" / "checkpoints"):
