@@ -37,8 +37,7 @@ class Policy:
 def parse_policy(text: str) -> Policy:
     """Returns the policy that a configuration string of timm names, such as rand-m9-mstd0.5-inc1.
 
-    Raises:
-        ValueError: another policy than RandAugment, or a section that timm does not know or that is not supported.
+    Raises ValueError for another policy than RandAugment, or a section that timm does not know or that is not supported.
     """
     kind, *sections = text.split("-")
     if kind != "rand":
@@ -159,9 +158,5 @@ def data_conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobData:
-    """Reads what a job's settings say of its batches.
-
-    Raises:
-        ConfigError: lists every problem of these settings.
-    """
+    """Reads the settings of a job's batches. Raises ConfigError, which lists every problem of these settings."""
     return config_files.resolve(JobData, path, overrides, data_conflicts, sections=["data"])[0]

@@ -18,14 +18,8 @@ from data.augment.sampling import Mix
 def mix_pairs(images: torch.Tensor, labels: torch.Tensor, mix: Mix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mixes slot 2i with slot 2i + 1 and vice versa, without synchronizing with the device.
 
-    Args:
-        images: (B, C, H, W), channels-last in memory; B is even.
-        labels: int64 (B,).
-        mix: the parameters of the B / 2 pairs.
-
-    Returns:
-        The mixed images, in the same layout; targets int64 (B, 2), a sample's label and its partner's; and the weight of the sample's
-        label, float32 (B,).
+    `images` are (B, C, H, W) with B even, channels-last in memory; `labels` are int64 (B,). Returns the mixed images in the same layout;
+    targets, int64 (B, 2), a sample's label and its partner's; and the weight of the sample's label, float32 (B,).
     """
     batch, channels, height, width = images.shape
     device = images.device

@@ -4,13 +4,13 @@
     inputs = compute_operator_inputs(layer, mirrored, linear, 224)      # NumPy arrays, the graph's inputs for one layer
     images = apply_layer(images, branch, matrix, value, fill)
 
-Only the resize differs between CPU and GPU. On a CPU, DALI's takes as long as the rest of the graph. torch's resize works on uint8 with
-vector instructions, gives Pillow's pixels and takes less than a third of that (`python -m benchmarks.loader.augmentation_cpu`).
+Only the resize differs between CPU and GPU: torch's resizes uint8 with vector instructions, in less than a third of the time of DALI's,
+and gives Pillow's pixels (`python -m benchmarks.loader.augmentation_cpu`).
 
-DALI's auto_aug lacks some of timm's operators and its noise on magnitudes, has its own random numbers, and on a CPU spends most of its time
-in warp_affine. Here each sample takes the one branch of its operator. Operators of the same arithmetic share a branch: all geometry is
-one homography, sharpness one 3 x 3 filter, saturation one matrix over the channels. Pixels equal those of Pillow, which timm uses, except
-for rounding and, in geometry, the kernel of the bicubic interpolation (tests/data/augment/test_operators.py has the tolerances).
+DALI's auto_aug lacks some of timm's operators and its noise on magnitudes, has its own random numbers, and on a CPU spends most of its
+time in warp_affine. Here each sample takes the one branch of its operator. Operators of the same arithmetic share a branch: all geometry
+is one homography, sharpness one 3 x 3 filter, saturation one matrix over the channels. Pixels equal those of Pillow, which timm uses,
+except for rounding and, in geometry, the kernel of the bicubic interpolation (tests/data/augment/test_operators.py has the tolerances).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -88,13 +88,9 @@ def _resize_one(image: np.ndarray, size: np.ndarray, linear: np.ndarray) -> np.n
 
 
 def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
-    """Adds the resize to the graph, with antialiasing.
+    """Adds the resize, with antialiasing, of uint8 HWC images.
 
-    Args:
-        images: node of uint8 HWC images.
-        size: node of int32 (height, width).
-        linear: node of 1 for bilinear interpolation, 0 for bicubic.
-        on_cpu: resizes images on a CPU.
+    `size` is a node of int32 (height, width), `linear` one of 1 for bilinear interpolation and 0 for bicubic.
     """
     if images.device == "cpu":
         return fn.python_function(images, size, linear, function=on_cpu, batch_processing=True, output_layouts="HWC")
@@ -109,16 +105,10 @@ def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
 def compute_operator_inputs(
     layer: Layer, mirrored: np.ndarray, linear: np.ndarray, image_size: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Computes the graph's inputs for one layer.
+    """Computes the graph's inputs for one layer over n samples.
 
-    Args:
-        layer: operators and arguments of n samples.
-        mirrored: bool (n,). Geometry is that of the mirrored image, because the graph mirrors last.
-        linear: bool (n,), whether geometry is interpolated bilinearly.
-        image_size: pixels of a side.
-
-    Returns:
-        Branch int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,).
+    Geometry is that of the mirrored image where `mirrored`, bool (n,), because the graph mirrors last; `linear`, bool (n,), interpolates
+    it bilinearly. Returns Branch int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,).
     """
     operator, argument = layer.operator, layer.argument
     branch = _BRANCHES[operator]
@@ -157,15 +147,7 @@ def _compute_homography(operator: np.ndarray, argument: np.ndarray, mirrored: np
 
 
 def apply_layer(images: Any, branch: Any, matrix: Any, value: Any, fill: list[float]) -> Any:
-    """Adds one layer to the graph.
-
-    Args:
-        images: node of uint8 HWC images.
-        branch: node of the Branch of each sample.
-        matrix: node of float32 (3, 3).
-        value: node of float32.
-        fill: color of pixels from outside of the image, 0 to 255.
-    """
+    """Adds one layer to the graph of uint8 HWC images. `fill` is the color, 0 to 255, of pixels from outside of the image."""
     if branch == Branch.NONE:
         result = images
     elif branch == Branch.WARP_CUBIC:

@@ -21,11 +21,9 @@ _COPY_BITS = 48  # above those of sample ids
 
 @dataclass(frozen=True, eq=False)
 class ErasedBoxes:
-    """The boxes that are erased in n samples.
+    """The boxes that are erased in n samples, int32 (n, count, 4): y, x, height, width.
 
-    Attributes:
-        boxes: int32 (n, count, 4), y, x, height, width; a height of 0 stands for no box.
-        starts: int64 (n, count), where the noise of each box begins in the bank (erasing.py).
+    A height of 0 stands for no box. `starts`, int64 (n, count), is where the noise of each box begins in the bank (erasing.py).
     """
 
     boxes: np.ndarray

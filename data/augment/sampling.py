@@ -5,9 +5,9 @@
     boxes = draw_erased_boxes(seed, epoch, ids, image_size=224, probability=0.25)
     mix = draw_mix(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
 
-RandAugment and color jitter are in randaugment.py; recipe.py draws all parameters that a job's settings require. They do not depend on
-micro-batches, ranks or restarts. A mix belongs to a pair of neighboring slots (2i, 2i + 1) of the global batch and is a function of the
-even slot's sample.
+Epochs count from 0, `ids` are (n,), and sizes are in pixels. RandAugment and color jitter are in randaugment.py; recipe.py draws all
+parameters that a job's settings require. They do not depend on micro-batches, ranks or restarts. A mix belongs to a pair of neighboring
+slots (2i, 2i + 1) of the global batch and is a function of the even slot's sample.
 """
 
 from dataclasses import dataclass
@@ -35,20 +35,9 @@ def draw_crops(
 ) -> np.ndarray:
     """Draws random resized crops, with the algorithm of torchvision's RandomResizedCrop.get_params, which timm shares.
 
-    Up to ten tries draw an area and an aspect ratio; the first window that fits gets a uniform position. If no window fits, the result
-    is the central window of the nearest ratio that is allowed.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-        ids: of the samples, (n,).
-        widths: of the images in pixels, (n,).
-        heights: of the images in pixels, (n,).
-        scale: range of the crop's share of the image's area, which is uniform.
-        ratio: range of width / height, which is log-uniform.
-
-    Returns:
-        int32 (n, 4) in pixels: y, x, height, width.
+    Up to ten tries draw a share of the image's area, uniform in `scale`, and a ratio of width to height, log-uniform in `ratio`. The
+    first window that fits gets a uniform position. If no window fits, the result is the central window of the nearest ratio that is
+    allowed. Returns int32 (n, 4): y, x, height, width.
     """
     ids, widths, heights = ids[:, None], widths[:, None].astype(np.int64), heights[:, None].astype(np.int64)
     tries = np.arange(_TRIES)
@@ -76,17 +65,9 @@ def draw_flips(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5)
 
 
 def draw_bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: int) -> np.ndarray:
-    """Draws which samples are interpolated bilinearly rather than bicubically.
+    """Draws which samples are interpolated bilinearly rather than bicubically: bool (n,).
 
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-        ids: of the samples, (n,).
-        interpolation: bilinear, bicubic or random.
-        use: 0 for the resize, from 1 on for the layers of operators.
-
-    Returns:
-        bool (n,).
+    `interpolation` is bilinear, bicubic or random; `use` is 0 for the resize, from 1 on for the layers of operators.
     """
     if interpolation == "random":
         return uniform(seed, Draw.INTERPOLATION, epoch, ids, use) < 0.5
@@ -96,19 +77,9 @@ def draw_bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, us
 def draw_erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, probability: float, count: int = 1) -> np.ndarray:
     """Draws the boxes of random erasing, with the algorithm of timm's RandomErasing (arXiv 1708.04896).
 
-    Each box has up to ten tries of an area, uniform between 2 % and a third of the image's and divided by the number of boxes, and a
-    log-uniform ratio of height to width. The first box that is smaller than the image gets a uniform position.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-        ids: of the samples, (n,).
-        image_size: pixels of a side.
-        probability: of any boxes in an image.
-        count: the most boxes of an image.
-
-    Returns:
-        int32 (n, count, 4) in pixels: y, x, height, width; all 0 without a box.
+    With `probability` an image has one to `count` boxes. Each has up to ten tries of an area, uniform between 2 % and a third of the
+    image's and divided by the number of boxes, and a log-uniform ratio of height to width. The first box that is smaller than the image
+    gets a uniform position. Returns int32 (n, count, 4): y, x, height, width; all 0 without a box.
     """
     ids = ids[:, None, None]
     boxes, tries = np.arange(count)[:, None], np.arange(_TRIES)
@@ -148,19 +119,11 @@ class Mix:
 
 
 def draw_mix(seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mixup: float, cutmix: float, switch: float = 0.5) -> Mix:
-    """Draws the mix of each pair.
+    """Draws the mix of each pair from the ids of the samples in even slots, (pairs,).
 
-    The box is that of timm's rand_bbox: sides of sqrt(1 - lam) times the image's, a uniform center, clipped at the borders. Then lam is
-    corrected to the share of a sample's remaining pixels.
-
-    Args:
-        seed: of the run.
-        epoch: counted from 0.
-        even_ids: ids of the samples in even slots, (pairs,).
-        image_size: pixels of a side.
-        mixup: alpha of mixup's Beta(alpha, alpha); 0: off.
-        cutmix: alpha of cutmix's; 0: off.
-        switch: probability of cutmix if both are on.
+    `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0 for off; `switch` is the probability of cutmix if both are on. The box is
+    that of timm's rand_bbox: sides of sqrt(1 - lam) times the image's, a uniform center, clipped at the borders. Then lam is corrected to
+    the share of a sample's remaining pixels.
     """
     share_cut = switch if mixup > 0 and cutmix > 0 else float(cutmix > 0)
     cut = uniform(seed, Draw.MIX_KIND, epoch, even_ids) < share_cut
@@ -181,21 +144,11 @@ def draw_mix(seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mi
 
 
 def draw_symmetric_beta(alpha: float, seed: int, draw: Draw, epoch: int, ids: np.ndarray) -> np.ndarray:
-    """Draws a number for each sample from Beta(alpha, alpha), for small alphas.
+    """Draws a number for each sample from Beta(alpha, alpha), for small alphas: float64 (n,).
 
-    Jöhnk's algorithm (Jöhnk 1964; Devroye, "Non-Uniform Random Variate Generation", 1986, IX.3.2): draw uniform u and v until
-    x + y <= 1 for x = u^(1/alpha) and y = v^(1/alpha); the number is x / (x + y). Logarithms avoid the underflow of the powers.
-    Tries are drawn in blocks, and each sample takes its first success.
-
-    Args:
-        alpha: the parameter of the distribution.
-        seed: of the run.
-        draw: the purpose of the numbers.
-        epoch: counted from 0.
-        ids: of the samples, (n,).
-
-    Returns:
-        float64 (n,).
+    Jöhnk's algorithm (Jöhnk 1964; Devroye, "Non-Uniform Random Variate Generation", 1986, IX.3.2): draw uniform u and v until x + y <= 1
+    for x = u^(1/alpha) and y = v^(1/alpha); the number is x / (x + y). Logarithms avoid the underflow of the powers. Tries are drawn in
+    blocks, and each sample takes its first success. `draw` is the purpose of the numbers.
     """
     result = np.empty(len(ids))
     pending = np.arange(len(ids))

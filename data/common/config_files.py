@@ -58,12 +58,9 @@ def resolve(
     unchecked: Collection[str] = (),
     sections: Collection[str] | None = None,
 ) -> tuple[Schema, dict[str, str]]:
-    """Reads a file, those that it builds on, and `key=value` texts.
+    """Reads a file, those that it builds on, and `key=value` texts, of which the later one wins for a key.
 
     Args:
-        schema: a dataclass of settings.
-        path: the file.
-        overrides: `key=value` texts; of two for one key the later one wins.
         conflicts: finds values that can't work together.
         unchecked: keys whose values are not checked.
         sections: where the schema is a part of the settings in the files, the sections that it knows whole. Keys of other sections and
@@ -80,11 +77,7 @@ def resolve(
 
 
 def override(config: Schema, overrides: Sequence[str]) -> Schema:
-    """Returns the settings with `key=value` texts applied.
-
-    Raises:
-        ConfigError: lists unknown keys, wrong types and values that can't work.
-    """
+    """Returns the settings with `key=value` texts applied. Raises ConfigError for those that can't work, and only for those."""
     schema = type(config)
     overriding, malformed = _parse_overrides(schema, overrides)
     unchecked = settings_of(schema).keys() - {each.key for each in overriding}

@@ -58,13 +58,9 @@ class Draw(IntEnum):
 
 
 def hash64(*keys: ArrayLike) -> np.ndarray:
-    """Hashes each combination of keys to 64 bits.
+    """Hashes each combination of integer keys, or of arrays of integers that broadcast, to uint64.
 
-    Args:
-        keys: integers or integer arrays that broadcast; negative numbers count modulo 2^64. Their order matters.
-
-    Returns:
-        uint64, of the shape to which the keys broadcast.
+    The order of the keys matters; negative numbers count modulo 2^64.
     """
     state: np.ndarray | np.uint64 = np.uint64(0)
     with np.errstate(over="ignore"):  # the arithmetic is modulo 2^64; NumPy warns of overflow for scalars only

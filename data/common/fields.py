@@ -24,11 +24,7 @@ Resume = Literal["free", "asks", "fixed"]
 
 @dataclass(frozen=True)
 class Check:
-    """A constraint on one value.
-
-    words: the values that it allows, as they follow "must be".
-    problem: returns what is wrong with a value, or None.
-    """
+    """A constraint on one value: `words` follow "must be"; `problem` returns the fault of a value, or None."""
 
     words: str
     problem: Callable[[Any], str | None]

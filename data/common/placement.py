@@ -16,14 +16,9 @@ if TYPE_CHECKING:  # settings and storage import this package, and start without
 
 @dataclass(frozen=True)
 class Placement:
-    """Describes one rank of a job.
+    """Describes one rank of a job, among `ranks` processes (the world size), of which `ranks_on_node` run on its node.
 
-    Args:
-        device: receives this rank's batches.
-        micro_batch: samples that a rank takes through the network at once.
-        rank: number of this process in the job, from 0.
-        ranks: processes in the job (the world size).
-        ranks_on_node: processes of the job on this rank's node.
+    `device` receives the rank's batches, of `micro_batch` samples.
     """
 
     device: torch.device

@@ -14,14 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def report_progress(items: Iterable[T], total: int, label: str, weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-    """Yields the items and reports how much of `total` is done.
-
-    Args:
-        items: what is worked on.
-        total: the sum of the weights of all items.
-        label: names the work in the bar and in each line.
-        weigh: returns the weight of an item.
-    """
+    """Yields the items and reports, as `label`, how much of `total` is done: the sum of the weights of all items."""
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit="", unit_scale=total > 99_999) as bar:
             for item in items:

@@ -15,14 +15,9 @@ def format_duration(seconds: float) -> str:
 
 
 def format_table(rows: Sequence[Sequence[str]], left: Container[int] = ()) -> str:
-    """Formats rows of cells as aligned columns, two blanks apart.
+    """Formats rows of cells, the header first, as aligned columns, two blanks apart.
 
-    Args:
-        rows: the header and the rows; all of one length.
-        left: numbers of the columns that are aligned left; the others are aligned right.
-
-    Returns:
-        A line for each row, without a newline at the end.
+    The columns numbered in `left` are aligned left, the others right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

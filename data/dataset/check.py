@@ -21,16 +21,10 @@ _HEADER = tarfile.BLOCKSIZE
 
 
 def find_damaged_shards(index: Index, shards: Sequence[int], *, checksums: bool, quiet: bool = False) -> list[str]:
-    """Finds shards that differ from what was packed.
+    """Finds shards, by number, that differ from those that were packed; returns a message for each.
 
-    Args:
-        index: the dataset; one at a URL is not checked.
-        shards: numbers of the shards to check.
-        checksums: whether to read every byte. Otherwise two small reads check the tar headers of the first and last image.
-        quiet: whether to report no progress.
-
-    Returns:
-        A message for each damaged shard.
+    With `checksums` every byte is read. Otherwise two small reads check the tar headers of the first and last image. A dataset at a URL
+    is not checked.
     """
     if index.remote:
         return []

@@ -34,15 +34,10 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """The header of a JPEG.
+    """The header of a JPEG: `frame` is a key of FRAMES, `scan_start` the byte offset of the first scan's data.
 
-    Attributes:
-        frame: the marker of the frame, a key of FRAMES.
-        single_scan: whether the first scan holds all components.
-        scan_start: the offset of the first scan's data, in bytes.
-        exif: the EXIF segment; empty without one.
-        unwanted: a word for content that should not be stored, such as "mpo"; None without such content.
-        stripped: the header without unwanted content and without metadata.
+    `single_scan` tells whether the first scan holds all components; `exif` is empty without such a segment; `unwanted` is a word for
+    content that should not be stored, such as "mpo". `stripped` is the header without that content and without metadata.
     """
 
     frame: int
@@ -87,12 +82,7 @@ def nvimgcodec() -> ModuleType:
 
 
 def check_header(encoded: np.ndarray, width: int, height: int) -> None:
-    """Checks the header of an encoded image before DALI reads it. Safe in several threads.
-
-    Args:
-        encoded: the image file, uint8 (bytes,).
-        width: pixels, from the index.
-        height: pixels, from the index.
+    """Checks the header of an encoded image, uint8 (bytes,), against the index, before DALI reads it. Safe in several threads.
 
     Raises:
         BadImage: the header can't be read or has another size in pixels; the format can make DALI abort the process; or a JPEG is

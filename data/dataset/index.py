@@ -49,11 +49,9 @@ class Index:
 
     Attributes:
         folder: has the files or, for a dataset at a URL, the cache of them.
-        shards: the shards.
         shard_start: int64 (shards + 1,): the id of each shard's first sample, then the number of samples.
         samples: a read-only map of index.npy, (N,) of DTYPE: byte offset of the encoded image in its shard, its size in bytes, label,
             width and height in pixels as stored, before EXIF orientation.
-        classes: names, by label.
         fingerprint: identifies the dataset (compute_fingerprint).
         remote: the dataset's URL; None for a folder.
     """
@@ -95,15 +93,7 @@ def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
 
 
 def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray], classes: Sequence[str], **about: Any) -> None:
-    """Writes the index of shards, and so makes their folder a dataset.
-
-    Args:
-        folder: holds the shards.
-        shards: their descriptions.
-        rows: the rows of each shard, of DTYPE.
-        classes: names, by label.
-        about: further entries of dataset.json.
-    """
+    """Writes the index of the shards in a folder, and so makes it a dataset. `about` holds further entries of dataset.json."""
     samples = np.concatenate([np.zeros(0, DTYPE), *rows])
     with open(folder / "index.npy.tmp", "wb") as file:
         np.save(file, samples)
@@ -128,16 +118,11 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes: bool = True) -> Index:
-    """Opens a dataset and checks that it is complete.
-
-    Args:
-        place: a folder or URL.
-        cache: the folder for local copies of a dataset at a URL (choose_cache_root).
-        sizes: whether to check that all shards exist in their sizes. Those of web servers are not known before they are fetched.
+    """Opens the dataset in a folder or at a URL, of which `cache` is the folder for local copies (choose_cache_root).
 
     Raises:
-        ValueError: the place does not exist, can't be read or is not a dataset; or a shard is missing or has another size than when it
-            was packed. The message names the file.
+        ValueError: the place does not exist, can't be read or is not a dataset; or, with `sizes`, a shard is missing or has another size
+            than when it was packed. Sizes on web servers are not known before they are fetched.
     """
     remote = Remote(str(place)) if is_url(place) else None
     folder = Path(place)

@@ -49,14 +49,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Member:
-    """A file in a tar.
+    """A file in a tar, with the offset and size of its data in bytes.
 
-    Attributes:
-        key: the name up to the first dot of its base name.
-        extension: the rest of the name, in lower case.
-        offset: of the data, in bytes from the start of the tar.
-        size: of the data, in bytes.
-        data: empty where only headers were read.
+    Its key is the name up to the first dot of its base name, its extension the rest, in lower case. `data` is empty where only headers
+    were read.
     """
 
     key: str
@@ -72,14 +68,9 @@ Describe = Callable[[list[Member]], tuple[int, int, int]]
 
 @dataclass(frozen=True, eq=False)
 class ShardContents:
-    """The contents of a shard. Where only headers were read, checksum, labels, widths and heights are empty or 0.
+    """The contents of a shard: keys and index rows of its samples, the text of its .idx, and faults by number of the sample.
 
-    Attributes:
-        shard: its description.
-        keys: of the samples.
-        rows: of the samples, of index.DTYPE.
-        idx: the text of the .idx file.
-        faults: reasons why samples can't be used, by the number of the sample.
+    Where only headers were read, checksum, labels, widths and heights are empty or 0.
     """
 
     shard: Shard
@@ -90,17 +81,9 @@ class ShardContents:
 
 
 def write_dataset(out: Path, samples: Iterable[Sample], classes: Sequence[str], *, shard_bytes: int, name: str) -> Index:
-    """Writes samples, in their order, as a dataset.
+    """Writes samples, in their order, to NAME-000000.tar … of about `shard_bytes` in an existing folder, as a dataset.
 
-    Args:
-        out: an existing folder, which gets shards, index and dataset.json.
-        samples: at least one.
-        classes: names, by label.
-        shard_bytes: approximate size of a shard.
-        name: the beginning of the shards' names.
-
-    Raises:
-        ValueError: there are no samples, or one can't be used.
+    Raises ValueError where there are no samples, or one can't be used.
     """
     samples = iter(samples)
     shards: list[Shard] = []
@@ -127,11 +110,7 @@ def _fill_shard(samples: Iterator[Sample], shard_bytes: int) -> Iterator[Sample]
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarray]:
-    """Writes a shard and its .idx.
-
-    Returns:
-        The shard's description and the index rows of the samples, of index.DTYPE, read back from the written file.
-    """
+    """Writes a shard and its .idx; returns its description and the index rows of its samples, read back from the written file."""
     from webdataset.writer import TarWriter  # takes seconds and hundreds of MB, as webdataset imports torch
 
     with open(path.with_name(path.name + ".tmp"), "wb") as file:
@@ -194,14 +173,9 @@ def _extensions(sample: list[Member]) -> str:
 
 
 def read_shard(path: Path, describe: Describe | None = describe_sample) -> ShardContents:
-    """Reads a shard, once from start to end.
+    """Reads a shard once from start to end. Without `describe` only headers are read, about 4 KB a sample.
 
-    Args:
-        path: the tar file.
-        describe: reads label and size of a sample. With None only headers are read, about 4 KB a sample.
-
-    Raises:
-        ValueError: the file can't be read, is cut short or is no tar.
+    Raises ValueError for a file that can't be read, is cut short or is no tar.
     """
     keys: list[str] = []
     rows: list[tuple[int, int, int, int, int]] = []
@@ -258,12 +232,8 @@ class StrictTarInfo(tarfile.TarInfo):
 def read_samples(file: Any, *, data: bool) -> Iterator[list[Member]]:
     """Yields the samples of a tar as WebDataset does: consecutive members of one key.
 
-    Args:
-        file: an open file; with `data` it needs only read().
-        data: whether to read the data of members. Otherwise only headers are read, by seeking.
-
-    Raises:
-        tarfile.TarError: the file is cut short, damaged or no tar.
+    With `data` the file needs only read(). Otherwise only headers are read, by seeking. Raises tarfile.TarError for a file that is cut
+    short, damaged or no tar.
     """
     with tarfile.open(fileobj=file, mode="r|" if data else "r:", tarinfo=StrictTarInfo) as tar:
         for _, members in itertools.groupby(_members(tar, data), key=operator.attrgetter("key")):

@@ -13,17 +13,10 @@ from data.dataset.index import Index, read_key
 
 
 def list_parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndarray, index: Index) -> list[dict[str, str]]:
-    """Lists the name and value of each augmentation parameter that the settings use.
+    """Lists, for each sample, the name and value of each augmentation parameter that the settings use.
 
-    Args:
-        recipe: of the job.
-        epoch: counted from 0.
-        ids: sample ids in slot order, from an even slot on.
-        copies: which copy of its sample each slot holds.
-        index: of the dataset.
-
-    Returns:
-        One dict per sample. Both samples of a pair have the same `mix`.
+    `ids` are those of consecutive slots from an even one on, and `copies` says which copy of its sample each slot holds. Both samples of
+    a pair have the same `mix`.
     """
     drawn = recipe.draw(epoch, ids, copies, index.samples[ids])
     columns = {
@@ -65,15 +58,7 @@ def _format_mixes(mix: Mix) -> list[str]:
 
 
 def format_slots(epoch: int, step: int, ids: np.ndarray, parameters: list[dict[str, str]], index: Index) -> list[str]:
-    """Formats one line of name=value pairs per slot of a step's global batch.
-
-    Args:
-        epoch: counted from 0.
-        step: of the epoch.
-        ids: sample ids in slot order.
-        parameters: of each slot, from list_parameters.
-        index: of the dataset.
-    """
+    """Formats one line of name=value pairs per slot of a step's global batch; `parameters` are those of list_parameters."""
     labels = index.samples["label"][ids].tolist()
     lines = []
     for slot, (sample_id, label, texts) in enumerate(zip(ids.tolist(), labels, parameters, strict=True)):

@@ -43,17 +43,9 @@ class Picture:
 
 
 def write_preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], images: int) -> None:
-    """Writes a .png with the first slots of each step, and samples of data.val if the job has one.
+    """Writes a .png of the first slots of each step, and of samples of data.val if the job has one; at most `images` of each.
 
-    Args:
-        job: the settings of the job.
-        out: the .png to write.
-        epoch: counted from 0.
-        steps: of the epoch.
-        images: the most images per step, and of data.val.
-
-    Raises:
-        ValueError: for another file extension, and for a step that the epoch does not have.
+    Raises ValueError for another file extension, and for a step that the epoch does not have.
     """
     if out.suffix != ".png":
         raise ValueError(f"{out}: a preview is a .png")
@@ -72,18 +64,9 @@ def write_preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], 
 
 
 def load_step(index: Index, order: SampleOrder, settings: DataConfig, epoch: int, step: int, images: int) -> list[Picture]:
-    """Loads the first slots of a step, as many as divide the global batch, up to `images`.
+    """Loads the first slots of a step of the training set, as many as divide the global batch, up to `images`.
 
-    Args:
-        index: of the training set.
-        order: of the job.
-        settings: of the job.
-        epoch: counted from 0.
-        step: of the epoch.
-        images: the most slots to load.
-
-    Raises:
-        ValueError: for a step that the epoch does not have.
+    Raises ValueError for a step that the epoch does not have.
     """
     is_mixed = bool(settings.mixup or settings.cutmix)
     divisors = [count for count in range(1, min(images, order.global_batch) + 1) if order.global_batch % count == 0]

@@ -133,13 +133,7 @@ class Thumbnail:
 
 
 def load_thumbnails(index: Index, count: int, seed: int) -> list[Thumbnail]:
-    """Loads random samples from as many shards as possible.
-
-    Args:
-        index: of the dataset.
-        count: number of samples.
-        seed: of the choice.
-    """
+    """Loads `count` random samples from as many shards as possible."""
     random = np.random.default_rng(seed)
     shards = np.resize(random.permutation(len(index.shards)), count)
     ids: list[int] = []
@@ -162,16 +156,7 @@ def _load_thumbnail(index: Index, store: ShardStore, sample_id: int) -> Thumbnai
 
 
 def write_report(index: Index, out: Path, *, seed: int = 0) -> None:
-    """Writes a .png or .html with the facts, two plots and a contact sheet.
-
-    Args:
-        index: of the dataset.
-        out: the file to write.
-        seed: of the random samples on the contact sheet.
-
-    Raises:
-        ValueError: for another file extension.
-    """
+    """Writes a .png or .html with the facts, two plots and a contact sheet. Raises ValueError for another file extension."""
     renderers = {".png": _render_picture, ".html": _render_page}
     if out.suffix not in renderers:
         raise ValueError(f"{out}: a report is a .png or a .html")

@@ -46,17 +46,10 @@ from data.settings import DataConfig
 
 
 class TrainLoader(Loader):
-    """Loads one rank's micro-batches of a range of training steps, in slot order.
+    """Loads one rank's micro-batches of the steps from `start` up to `end`, in slot order.
 
-    Args:
-        index: the dataset.
-        order: the sample order of the job; ranks and micro-batch must divide its global batch.
-        settings: the augmentation and the threads.
-        placement: this rank. The ranks of a node share the cache of a dataset at a URL.
-        start: the first step, counted from the start of training.
-        end: the step after the last one.
-        is_skipped: returns whether a step has no batches.
-        quarantine: the known bad samples; without it, none are known.
+    Steps count from the start of training. Ranks and micro-batch must divide the global batch of `order`. Steps for which `is_skipped`
+    returns True have no batches. `quarantine` has the known bad samples. The ranks of a node share the cache of a dataset at a URL.
     """
 
     def __init__(
@@ -141,14 +134,8 @@ class EvalLoader(Loader):
     """Loads one rank's samples, each once an iteration. The last micro-batch may be smaller; steps count from 0.
 
     The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop, then the
-    central square of image_size; with eval_resize "squash" directly to image_size x image_size. Bad samples are skipped.
-
-    Args:
-        index: the dataset.
-        settings: sizes and threads.
-        placement: this rank.
-        quarantine: the known bad samples, which must not be replaced; without it, none are known.
-        samples: ids, int64 and ascending; without them, those of select_evaluated.
+    central square of image_size; with eval_resize "squash" directly to image_size x image_size. Bad samples are skipped, so a
+    `quarantine` must not replace them. `samples` are ascending ids; without them, those of select_evaluated are loaded.
     """
 
     def __init__(
@@ -215,18 +202,10 @@ def select_evaluated(index: Index, settings: DataConfig) -> np.ndarray:
 
 
 def compute_resized_shape(widths: np.ndarray, heights: np.ndarray, settings: DataConfig) -> np.ndarray:
-    """Computes (height, width) after the resize of evaluation.
+    """Computes (height, width) in pixels after the resize of evaluation, int64 (n, 2).
 
-    The shorter side becomes floor(image_size / eval_crop), as in timm: 256 for 224 and 0.875. The longer side becomes
-    int(shorter * long / short), as in torchvision's Resize.
-
-    Args:
-        widths: pixels, (n,).
-        heights: pixels, (n,).
-        settings: image_size, eval_crop and eval_resize.
-
-    Returns:
-        int64 (n, 2).
+    The shorter side becomes floor(image_size / eval_crop), as in timm: 256 for 224 and 0.875. The longer side becomes int(shorter * long
+    / short), as in torchvision's Resize.
     """
     sides = np.stack([heights, widths], axis=1).astype(np.int64)
     if settings.eval_resize == "squash":

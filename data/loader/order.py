@@ -67,8 +67,6 @@ class SampleOrder:
 
     Args:
         shard_start: int64 (shards + 1,): the id of each shard's first sample, then the number of samples.
-        seed: of the permutations.
-        global_batch: samples of a step.
         lanes: the most lanes.
         window: samples of a lane that are permuted together.
         repeats: how many times each sample of a global batch is in it.
@@ -166,15 +164,9 @@ class ShardUse:
 
 
 def plan_shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> Iterator[ShardUse]:
-    """Yields the uses of shards by slots of the global batch, in the order of first need.
+    """Yields the uses of shards by one rank's slots in the steps from `start` up to `end`, in the order of first need.
 
     A shard has a use for each of its slices: one in every lane and epoch. `last` is the end of the last window of the slice.
-
-    Args:
-        order: the sample order.
-        slots: of one rank.
-        start: the first step, counted from the start of training.
-        end: the step after the last one.
     """
     epoch = -1
     for step in range(start, end):
@@ -192,15 +184,7 @@ def plan_shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> I
 
 
 def compute_peak_bytes(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start: int, end: int) -> int:
-    """Computes the most bytes of shards that any rank needs in one step.
-
-    Args:
-        order: the sample order.
-        shard_bytes: int64 (shards,).
-        ranks: the world size.
-        start: the first step, counted from the start of training.
-        end: the step after the last one.
-    """
+    """Computes the most bytes of shards, int64 (shards,), that any rank needs in one of the steps from `start` up to `end`."""
     lanes = count_lanes(order.distinct, order.lanes)
     share, per_lane = order.global_batch // ranks, order.distinct // lanes
     # A rank's slots may continue from the last lane of one copy to the first lane of the next, so the lanes are laid out twice.
@@ -222,12 +206,8 @@ def compute_peak_bytes(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, 
 def plan_evaluation_uses(shard_start: np.ndarray, micro_batch: int, ranks: int) -> list[ShardUse]:
     """Returns the uses of shards by evaluation, in the order of first need; the same for every rank.
 
-    Step i is micro-batch i: the ranks together take micro_batch * ranks consecutive samples.
-
-    Args:
-        shard_start: as in SampleOrder, but counting only the samples that are evaluated.
-        micro_batch: samples of a rank in a step.
-        ranks: the world size.
+    Step i is micro-batch i: the ranks together take micro_batch * ranks consecutive samples. `shard_start` is as in SampleOrder, but
+    counts only the samples that are evaluated.
     """
     per_step = micro_batch * ranks
     bounds = enumerate(itertools.pairwise(shard_start.tolist()))

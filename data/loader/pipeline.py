@@ -56,12 +56,8 @@ class Batch:
 class Slots:
     """The slots of a micro-batch in the sample order.
 
-    Attributes:
-        ids: int64 (B,), before replacements.
-        copies: int64 (B,): which copy of its sample each slot holds.
-        epoch: counted from 0.
-        step: counted from 0 at the start of training.
-        done: once this micro-batch is read, all steps before `done` are read.
+    `ids` and `copies`, int64 (B,), are the samples before replacements, and which copy of its sample each slot holds. Once this micro-
+    batch is read, all steps before `done` are read.
     """
 
     ids: np.ndarray
@@ -73,15 +69,9 @@ class Slots:
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """The input of the graph for a micro-batch.
+    """The input of the graph for a micro-batch of B samples.
 
-    Attributes:
-        slots: the slots in the sample order.
-        ids: int64 (B,): the samples that are used.
-        encoded: their images, uint8 (bytes,) each.
-        parameters: the graph's other inputs, a row for each sample.
-        erased: boxes that are erased after the graph.
-        mix: passed on in the Batch.
+    `ids` are the samples that are used, `encoded` their images, uint8 (bytes,), and `parameters` the graph's other inputs, (B, …) each.
     """
 
     slots: Slots
@@ -97,15 +87,9 @@ CanDecode = Callable[[int, int, int, np.ndarray], bool]
 
 
 class Loader:
-    """Runs a graph over micro-batches, in order. Subclasses implement the methods of the first part.
+    """Runs a graph over micro-batches of at most `max_batch` samples, in order. Subclasses implement the methods of the first part.
 
-    Args:
-        index: the dataset.
-        settings: sizes and threads.
-        quarantine: the known bad samples.
-        dtypes: DALI's types of the parameters.
-        max_batch: the most samples of a micro-batch.
-        device: receives the batches.
+    `dtypes` are DALI's types of the graph's parameters. `device` receives the batches.
     """
 
     def _open_store(self) -> ShardStore:
@@ -193,9 +177,7 @@ class Loader:
     def _read(self, slots: Slots, can_decode: CanDecode | None = None) -> MicroBatch:
         """Reads the images of slots, or of their replacements, and computes the parameters. Runs in the reading threads.
 
-        Args:
-            slots: the slots in the sample order.
-            can_decode: rejects images that DALI can't decode (SingleImageDecoder). With it, shards may no longer be booked.
+        `can_decode` rejects images that DALI can't decode; with it, shards may no longer be booked.
         """
         epoch = slots.epoch
         images = [self._read_image(*slot, epoch, can_decode) for slot in zip(slots.ids.tolist(), slots.copies.tolist(), strict=True)]

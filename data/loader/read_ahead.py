@@ -17,15 +17,10 @@ Result = TypeVar("Result")
 
 
 class ReadAhead(Generic[Item, Result]):
-    """An iterator over the results of `read`, in the order of `work`.
+    """An iterator over the results of `read`, which several threads call, in the order of `work`.
 
-    An error in `work` or `read` is raised at the item's turn, and again on every later call.
-
-    Args:
-        work: the items.
-        read: returns the result of an item; is called in several threads.
-        threads: their number.
-        depth: the most items that are read or being read beyond the last one that was returned.
+    At most `depth` items are read, or being read, beyond the last one that was returned. An error in `work` or `read` is raised at the
+    item's turn, and again on every later call.
     """
 
     def __init__(self, work: Iterator[Item], read: Callable[[Item], Result], *, threads: int, depth: int) -> None:

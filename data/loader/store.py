@@ -85,7 +85,6 @@ class ShardStore:
         """Reads the encoded image of a sample: uint8 (bytes,).
 
         Args:
-            sample_id: the sample.
             planned: whether its shard is among the uses of FetchedShards, and no step that needs it is done.
 
         Raises:
@@ -156,21 +155,12 @@ class _BookedShard:
 
 
 class FetchedShards(ShardStore):
-    """Reads the shards of a dataset at a URL through the local cache.
+    """Reads the shards of a dataset at a URL through the local cache, of which at most `cache_gb` (10^9 bytes) hold shards.
 
     A shard is pinned from the booking of its first use until the last step of its booked uses is read. Pinned shards fit into this
     process's reservation: half of the bound, divided by the ranks of the node. The other half keeps shards for the next epoch, and has
-    room for another job. Uses are booked in the order of need, and all shards of one step fit, so no step waits for a later one.
-
-    Args:
-        index: the dataset.
-        uses: the uses of shards, in the order of first need.
-        peak_bytes: the most bytes of shards that are in use in the same step.
-        cache_gb: the bound of the cache, in 10^9 bytes.
-        ranks_on_node: processes that share the cache.
-
-    Raises:
-        ValueError: `cache_gb` or the disk is too small.
+    room for another job. `uses` are booked in their order, that of first need, and all shards of one step, at most `peak_bytes`, fit, so
+    no step waits for a later one. Raises ValueError where `cache_gb` or the disk is too small.
     """
 
     def __init__(self, index: Index, uses: Iterable[ShardUse], *, peak_bytes: int, cache_gb: float, ranks_on_node: int = 1) -> None:

@@ -35,10 +35,8 @@ def index_shards(
     """Makes a dataset of the .tar files in a folder, in the order of their names.
 
     Args:
-        folder: the folder of the shards.
         classes: class names in label order. Without, a number is named by its decimal text, and names are sorted.
         field: the field of the .json members that holds a number or a class name; None for the number in the .cls members.
-        processes: number of worker processes.
         force: replace a dataset in the folder by a different one.
 
     Raises:

@@ -46,7 +46,7 @@ HISTOGRAM_STEP = 5  # rows; coprime to the 8 rows of a JPEG block
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
-    """How to convert images.
+    """How to convert images. Raises ValueError for a value out of range.
 
     Attributes:
         keep_original: keep JPEG, PNG and WebP byte for byte where DALI can read them. Training then sees them as DALI decodes them:
@@ -54,9 +54,6 @@ class ImageRules:
         max_side: shrink images to at most this many pixels on the longer side.
         resize_short: shrink images to at most this many pixels on the shorter side.
         max_pixels: reject larger images by their header.
-
-    Raises:
-        ValueError: for a value out of range.
     """
 
     keep_original: bool = False
@@ -74,10 +71,9 @@ class ImageRules:
 
 @dataclass(frozen=True, eq=False)
 class StoredImage:
-    """An image as a shard stores it.
+    """An image as a shard stores it, with its size in pixels.
 
     Attributes:
-        width, height: of the stored image, in pixels.
         change: the conversions, such as "progressive" or "png+resized"; None for the source byte for byte.
         histogram: int64 (3, 256), counts of the red, green and blue values in every fifth row. Integers, so that the sum over a
             dataset does not depend on the order.
@@ -94,9 +90,8 @@ class StoredImage:
 def convert_image(encoded: bytes, rules: ImageRules) -> StoredImage:
     """Converts an encoded image file; equal bytes and rules give equal results. Not thread-safe: it sets Python's warning filter.
 
-    Raises:
-        BadImage: for a file that is empty, no image, cut short, damaged, of an unsupported format, or too large (known from the
-            header, before memory for pixels is allocated).
+    Raises BadImage for a file that is empty, no image, cut short, damaged, of an unsupported format, or too large (known from the header,
+    before memory for pixels is allocated).
     """
     if not encoded:
         raise BadImage("empty file")

@@ -46,18 +46,11 @@ def _parse_class(text: str) -> str:
 
 
 def read_image_labels(file: Path, names: Sequence[str]) -> list[str]:
-    """Reads the class of each image from a file of labels.
+    """Reads the class of each image, of sorted file names, from a file of labels.
 
-    The file is a CSV of `image,class` lines such as Kaggle's LOC_val_solution.csv, with or without file extensions. Otherwise it
-    has one line per image in the order of `names`: a class, or a class number of ILSVRC2012's development kit, which the kit's
-    meta.mat beside the file resolves.
-
-    Args:
-        file: the CSV or text file.
-        names: the images' file names, sorted.
-
-    Raises:
-        ValueError: for an unreadable file, an image without a label, and a label without an image.
+    The file is a CSV of `image,class` lines such as Kaggle's LOC_val_solution.csv, with or without file extensions. Otherwise it has one
+    line per image in the order of `names`: a class, or a class number of ILSVRC2012's development kit, which the kit's meta.mat beside
+    the file resolves. Raises ValueError for an unreadable file, an image without a label, and a label without an image.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -58,11 +58,9 @@ def pack(
     part: tuple[int, int] = (0, 1),
     merge_only: bool = False,
 ) -> list[Index]:
-    """Packs a source into OUT, or resumes an earlier call.
+    """Packs a source (sources.py) into one folder per split in OUT, or resumes an earlier call.
 
     Args:
-        source: a folder or tar (see sources.py).
-        out: receives one folder per split.
         settings: of the result. Without classes, a split other than `train` takes those of OUT/train.
         max_rejected: images, or below 1 a share of the files, that may be rejected.
         workers: number of processes.
@@ -211,15 +209,9 @@ def _pack_shards(plan: Plan, out: Path, work: Path, part: tuple[int, int], max_r
 
 
 def pack_shard(out: Path, work: Path, number: int) -> tuple[list[dict[str, str]], int]:
-    """Packs one shard of a plan.
+    """Packs the plan's shard of this number.
 
-    Args:
-        out: the folder of the splits.
-        work: the split's .packing folder, with the plan.
-        number: the shard's position in the plan.
-
-    Returns:
-        The rejected entries, as lines of rejected.jsonl, and the number of the shard's entries.
+    Returns the rejected entries, as lines of rejected.jsonl, and the number of the shard's entries.
     """
     plan = open_plan(work / "plan")
     shard = plan.shards[number]

@@ -45,13 +45,10 @@ class Settings:
 
     Attributes:
         name: shards are called NAME-SPLIT-000000.tar.
-        split: the folder in OUT.
         shard_bytes: the approximate size of a shard.
-        seed: of the sample order and of the holdout.
         holdout: images per class, or below 1 a share of all images, that go to the split `val`.
         classes: all classes in label order; None for the source's.
         labels: the file of labels of images without classes.
-        rules: how images are converted.
     """
 
     name: str
@@ -143,18 +140,10 @@ def open_plan(folder: Path) -> Plan:
 
 
 def write_plan(folder: Path, source: Source, settings: Settings, made: dict[str, Any], run: Run) -> None:
-    """Lists a source and writes the plan. Labels are positions in the given classes, or else in the sorted class names.
+    """Lists a source and writes the plan to an empty folder. Labels are positions in the given classes, or else in the sorted class names.
 
-    Args:
-        folder: an empty folder.
-        source: the source to list.
-        settings: of the packing.
-        made: a description of source and settings, kept for dataset.json.
-        run: maps a function over a sequence, in this process or in workers.
-
-    Raises:
-        ValueError: for a source without files, a class that is not among the given ones, keys that repeat, and a holdout that
-            holds out no image.
+    `made` describes source and settings for dataset.json. Raises ValueError for a source without files, a class that is not among the
+    given ones, keys that repeat, and a holdout that holds out no image.
     """
     for shard_in_key in (False, True):
         classes, faults = write_listing(folder, source, settings.classes, run, shard_in_key=shard_in_key)
@@ -196,18 +185,9 @@ def write_listing(
 ) -> tuple[tuple[str, ...], dict[int, str]]:
     """Writes entries.bin and text.bin, with one container's listing in memory at a time.
 
-    Args:
-        folder: the plan's folder.
-        source: the source to list.
-        classes: all classes in label order; None for the source's.
-        run: maps a function over a sequence.
-        shard_in_key: whether the keys of shards' samples begin with the shard's name.
-
-    Returns:
-        The classes in label order, and the faults by entry number.
-
-    Raises:
-        ValueError: for a source without files, and for a label that no class belongs to.
+    `classes` are in label order; None for the source's. With `shard_in_key` the keys of shards' samples begin with the shard's name.
+    Returns the classes, and the faults by entry number. Raises ValueError for a source without files, and for a label that no class
+    belongs to.
     """
     known = source.classes if classes is None else classes
     indexed = source.classes or classes  # numeric labels are positions in this list
@@ -252,8 +232,7 @@ def write_listing(
 def draw_order(hashes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Orders entries by a hash of their key's hash and the seed.
 
-    Returns:
-        The order, int64 (N,), and two entries with the same hash, int64 (2,), or none, (0,).
+    Returns the order, int64 (N,), and two entries with the same hash, int64 (2,), or none, (0,).
     """
     drawn = hash64(seed, Draw.PACK, hashes)  # a bijection of the hash
     order = np.argsort(drawn, kind="stable")
@@ -263,16 +242,10 @@ def draw_order(hashes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_holdout(labels: np.ndarray, hashes: np.ndarray, holdout: int | float | None, seed: int) -> np.ndarray:
-    """Draws the entries to hold out. The draw depends on an entry's key, and for a number per class on the keys of its class.
+    """Draws the entries to hold out, bool (N,).
 
-    Args:
-        labels: of the entries, (N,).
-        hashes: of the entries' keys, uint64 (N,).
-        holdout: a share below 1, or a number per class, of which at most half is held out.
-        seed: of the draw.
-
-    Returns:
-        bool (N,): whether an entry is held out.
+    `holdout` is a share of all below 1, or a number per class, of which at most half is held out. The draw depends on the hash of an
+    entry's key, uint64 (N,), and for a number per class on those of its class.
     """
     if holdout is None:
         return np.zeros(len(labels), bool)

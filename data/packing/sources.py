@@ -338,17 +338,9 @@ def list_tar(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Fi
 
 
 def read_entry(root: Path, container: Container, name: str, offset: int, size: int) -> bytes:
-    """Reads the bytes of an entry.
+    """Reads the bytes of an entry: those at `offset` of the container's tar, or of the file `name` in a folder.
 
-    Args:
-        root: the source's root.
-        container: the entry's folder or tar.
-        name: the file name in a folder; ignored in a tar.
-        offset: first byte in the container's tar; 0 for a plain file.
-        size: bytes at the time of listing.
-
-    Raises:
-        ValueError: naming the file, if it can't be read or has another size than when it was listed.
+    Raises ValueError naming the file, if it can't be read or has another size than when it was listed.
     """
     path = root / container.path
     try:

@@ -28,21 +28,11 @@ _KEEP_ALL = ImageRules(keep_original=True, max_pixels=DALI_PIXELS)
 def verify(
     place: str | Path, cache: str | None = None, *, deep: bool = False, processes: int = 1, log: Callable[[str], None] = print
 ) -> int:
-    """Logs one line per fault of a dataset and a summary.
+    """Logs one line per fault of the dataset in a folder or at a URL, and a summary; returns the number of faults.
 
-    A quick check finds missing, extra and resized files; a classes.json, index.npy or .idx that differs from the one written; tar
-    headers that differ from these; and labels without a class. A deep check also finds every change of a shard, and images that
-    can't be decoded.
-
-    Args:
-        place: the dataset's folder or URL.
-        cache: the folder for whole copies of the shards of a URL.
-        deep: whether to read every byte and decode every image.
-        processes: number of worker processes.
-        log: called with each line.
-
-    Returns:
-        The number of faults.
+    A quick check finds missing, extra and resized files; a classes.json, index.npy or .idx that differs from the one written; tar headers
+    that differ from these; and labels without a class. A `deep` check reads every byte and decodes every image, and so also finds every
+    change of a shard, and images that can't be decoded. `cache` is the folder for whole copies of the shards of a URL.
     """
     try:
         index = open_index(place, cache, sizes=False)

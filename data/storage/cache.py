@@ -63,18 +63,14 @@ class Cache:
         return self.folder / name
 
     def pin(self, name: str, size: int, write: Callable[[Path], None], stop: threading.Event | None = None) -> int:
-        """Opens a file, which is not evicted before its descriptor is passed to `release`.
+        """Opens a file for reading, which is not evicted before its descriptor is passed to `release`.
 
         If the file does not exist, one process writes it while the others wait.
 
         Args:
-            name: the file in the cache.
             size: its bytes, for which room is made; 0 for files that are no shards.
             write: is called with the path of a temporary file, which is renamed when `write` returns. Its errors are raised.
             stop: ends the wait for another process or for room.
-
-        Returns:
-            A descriptor for reading.
 
         Raises:
             ValueError: the disk is full of files in use.
@@ -166,15 +162,9 @@ class Cache:
     def reserve(self, at_least: int, wanted: int) -> Iterator[int]:
         """Reserves bytes that this process may pin at the same time, and yields their number.
 
-        All reservations together never exceed the bound. So a process that waits for room waits for files that are being released or
-        can be evicted, and processes never wait for each other.
-
-        Args:
-            at_least: the smallest reservation that is of use.
-            wanted: the reservation, unless other processes have left less room; then `at_least`.
-
-        Raises:
-            ValueError: there is no room for `at_least`.
+        The number is `wanted`, or `at_least` where other processes have left less room. All reservations together never exceed the bound.
+        So a process that waits for room waits for files that are being released or can be evicted, and processes never wait for each
+        other. Raises ValueError where there is no room for `at_least`.
         """
         with self._locked():
             self._shrink(self.bound)

@@ -80,18 +80,10 @@ class Remote:
     def download(
         self, name: str, to: Path, *, check: Callable[[Path], None], limit: float = math.inf, stop: threading.Event | None = None
     ) -> None:
-        """Downloads a file.
+        """Downloads a file of at most `limit` bytes over an existing file.
 
-        Args:
-            name: the file, relative to the URL.
-            to: an existing file, which is overwritten.
-            check: is called with `to`; a ValueError from it counts as a failed try.
-            limit: the most bytes that the file may have.
-            stop: ends the download when set.
-
-        Raises:
-            ValueError: every try failed.
-            Stopped: `stop` was set.
+        A ValueError from `check`, which is called with its path, counts as a failed try. Raises ValueError where every try failed, and
+        Stopped soon after `stop` is set.
         """
         stop = stop or threading.Event()
 

@@ -49,15 +49,9 @@ SETS = {
 def draw_images(
     classes: int, count: int, seed: int, split: int, *, draw: str = "patterns", photographs: bool = False
 ) -> Iterator[tuple[bytes, int]]:
-    """Draws encoded images and their labels. The classes alternate, so any range of images is balanced.
+    """Draws `count` encoded images of the first `classes` of a set, with their labels.
 
-    Args:
-        classes: draw the first so many classes of the set.
-        count: number of images.
-        seed: of the drawings.
-        split: 0 for train, 1 for val; splits share no image.
-        draw: the set, a key of SETS.
-        photographs: blend the drawings into crops of a photograph.
+    The classes alternate, so any range of images is balanced. Splits, 0 for train and 1 for val, share no image.
     """
     drawers = list(SETS[draw].values())[:classes]
     stream = 2 * list(SETS).index(draw) + split
@@ -82,22 +76,9 @@ def synthesize(
     seed: int = 0,
     photographs: bool = False,
 ) -> tuple[Index, Index]:
-    """Writes OUT/train and OUT/val.
+    """Writes OUT/train and OUT/val, with so many images of the first `classes` of a set, or of all.
 
-    Args:
-        out: an empty or new folder.
-        draw: the set, a key of SETS.
-        classes: draw the first so many classes of the set; None for all.
-        train: number of training images.
-        val: number of validation images.
-        seed: of the drawings.
-        photographs: blend the drawings into crops of a photograph.
-
-    Returns:
-        The datasets train and val.
-
-    Raises:
-        ValueError: for more classes than the set has, and for an OUT that isn't empty.
+    Raises ValueError for more classes than the set has, and for an OUT that is not empty.
     """
     names = list(SETS[draw])
     if classes is not None and not 2 <= classes <= len(names):
