@@ -1,19 +1,19 @@
-# make demo          the main job, small, on this machine (GPUs where there are some)
-# make test          what to run before a commit: everything, but not in every variant
-# make test-fast     those that take seconds
-# make test-ci       all tests but the long sweeps
-# make test-full     the long sweeps as well
+# make demo          the main job, small, on this machine, with its GPUs if it has any
+# make test          the tests to run before a commit: all but the long ones
+# make test-fast     tests that take seconds
+# make test-ci       all tests but the full sweeps
+# make test-full     all tests
 # make lint          format, lint, types, shell scripts
-# make setup         .venv with everything pinned; the others do it first
+# make setup         .venv with pinned packages; the other targets need it
 # make slurm         Slurm from the distribution's packages, for the cluster tests (root or sudo)
-# make docs          docs/configuration.md anew from the settings' fields
-# make requirements  requirements.txt anew from pyproject.toml
+# make docs          writes docs/configuration.md from the fields of the settings
+# make requirements  compiles requirements.txt from pyproject.toml
 
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 RUN := .venv/bin/python
 READY := .venv/.ready
-SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test test-fast test-ci test-full lint slurm docs requirements
 
@@ -30,16 +30,16 @@ demo: $(READY)
 	@$(RUN) -m examples.demo
 
 test: $(READY) slurm
-	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not long and not full"
+	$(RUN) -m pytest $(PARALLEL) -m "not long and not full"
 
 test-ci: $(READY) slurm
-	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not full"
+	$(RUN) -m pytest $(PARALLEL) -m "not full"
 
 test-fast: $(READY)
-	$(RUN) -m pytest $(SIDE_BY_SIDE) -m "not slow and not slurm and not long and not full"
+	$(RUN) -m pytest $(PARALLEL) -m "not slow and not slurm and not long and not full"
 
 test-full: $(READY) slurm
-	$(RUN) -m pytest $(SIDE_BY_SIDE)
+	$(RUN) -m pytest $(PARALLEL)
 
 lint: $(READY)
 	.venv/bin/ruff format --check .

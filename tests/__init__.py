@@ -1,6 +1,6 @@
-"""Tests, in folders as the packages'. Each process of theirs computes on one thread: several run at once, and sums keep their order.
+"""Tests, in folders by package. Each process computes on one thread: several run at once, and sums keep their order.
 
-Triton's kernels run in its interpreter, on a CPU. On a machine with a GPU, TRITON_INTERPRET=0 runs their tests on that.
+Triton kernels run in its interpreter, on a CPU; TRITON_INTERPRET=0 runs their tests on a GPU.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What tests of several packages share."""
+"""Fixtures of several packages."""
 
 import signal
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tests.support.datasets import make_dataset
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train (120 drawn images of ten classes) and val (20); not to be changed."""
+    """Returns a folder with train (120 drawn images of ten classes) and val (20), which tests must not change."""
     folder = tmp_path_factory.mktemp("drawn")
     synthesize(folder, classes=10, train=120, val=20)
     return folder
@@ -21,7 +21,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """150 images in several shards; not to be changed."""
+    """Returns a dataset of 150 images in several shards, which tests must not change."""
     index = make_dataset(tmp_path_factory.mktemp("data") / "train", 150)
     assert len(index.shards) >= 5
     return index
@@ -29,12 +29,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Processes that a test starts heed Ctrl-C, also where the tests run in the background of a shell and so ignore it."""
+    """Lets the processes of a test handle Ctrl-C, which a shell ignores for tests in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, as files are run side by side."""
+    """Puts the longest files first, as files run in parallel."""
     items.sort(key=lambda item: "slurm" not in item.path.parts)

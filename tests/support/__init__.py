@@ -1,4 +1,4 @@
-"""What tests share: jobs and ranks to start, drawn data sets, servers, and where things lie in the repository."""
+"""Helpers of several test packages: training jobs, ranks, datasets, servers, and paths of the repository."""
 
 from pathlib import Path
 

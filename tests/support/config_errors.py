@@ -1,4 +1,4 @@
-"""What settings files are told to be wrong, for tests of those who load them."""
+"""Collects the problems that loading a settings file reports."""
 
 from collections.abc import Callable
 from pathlib import Path
