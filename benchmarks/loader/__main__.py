@@ -1,4 +1,4 @@
-"""Data loader benchmarks: the images a second of a job's loader beside timm's, and of both beside decoding alone.
+"""Data loader benchmarks: the images a second of a job's loader beside timm's, and beside decoding alone.
 
 python -m benchmarks.loader CONFIG --against timm [--images 2048] [--batch N] [--rounds 3] [--out FOLDER] [key=value …]
     this loader and timm's with the same settings, over the shards of data.train

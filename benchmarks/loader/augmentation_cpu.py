@@ -1,4 +1,4 @@
-"""CPU time of each stage of the loader's graph, beside DALI's own operators and Pillow's.
+"""CPU time of each stage of the loader's graph, beside DALI's own resize, and of RandAugment here, in DALI and in timm.
 
     python -m benchmarks.loader.augmentation_cpu [--images 256]
 
@@ -23,7 +23,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 from benchmarks.harness import command_line, in_turns, parser, report
 from data.augment.operators import CpuResizer, apply_layer, compute_operator_inputs, resize
-from data.augment.randaugment import Layer, Operator, draw_rand_augment
+from data.augment.randaugment import draw_rand_augment
 from data.augment.sampling import draw_crops
 from data.settings import parse_policy
 from data.synthetic.drawings import PHOTOGRAPH
@@ -48,14 +48,7 @@ def shortest_times(cases: dict[str, Callable[[], None]], count: int) -> list[dic
 
 
 def dali(graph: Callable[..., Any], feeds: Sequence[Any], batches: int, **inputs: Any) -> Callable[[], None]:
-    """Returns a function that runs a graph over a number of batches.
-
-    Args:
-        graph: makes a DALI graph of its inputs.
-        feeds: a sequence for each input, with one row per image.
-        batches: how many a call of the function runs.
-        inputs: options of the external source.
-    """
+    """Returns a function that runs a DALI graph over `batches` batches of the feeds, which have one row per image."""
     starts = itertools.cycle(range(0, batches * BATCH, BATCH))
 
     def feed() -> list[Any]:
@@ -87,18 +80,12 @@ def normalized(pixels: Any) -> Any:
 
 
 def stage_cases(encoded: list[np.ndarray], resizer: CpuResizer) -> dict[str, Callable[[], None]]:
-    """Returns decoding, cropping, resizing and normalizing: by DALI, torch and Pillow."""
+    """Returns decoding, cropping, resizing and normalizing, the resize by DALI and by torch."""
     count = len(encoded)
     ids, (width, height) = np.arange(count), PHOTOGRAPH
     crops = draw_crops(0, 0, ids, np.full(count, width), np.full(count, height))
     feeds = [encoded, np.ascontiguousarray(crops[:, :2]), np.ascontiguousarray(crops[:, 2:])]
     sizes = [*feeds, np.full((count, 2), SIZE, np.int32), np.zeros(count, np.int32)]
-
-    def with_pillow(resized: bool) -> None:
-        for jpeg, (y, x, h, w) in zip(encoded, crops.tolist(), strict=True):
-            image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
-            if resized:
-                image.crop((x, y, x + w, y + h)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
     def with_torch(*nodes: Any) -> Any:
         return resize(sliced(*nodes[:3]), nodes[3], nodes[4], resizer)
@@ -112,30 +99,23 @@ def stage_cases(encoded: list[np.ndarray], resizer: CpuResizer) -> dict[str, Cal
         "… and resize it, DALI": run(with_dali, feeds),
         "… and resize it, torch": run(with_torch, sizes),
         "… and normalize that": run(lambda *nodes: normalized(with_torch(*nodes)), sizes),
-        "decode, Pillow": partial(with_pillow, False),
-        "decode, crop and resize, Pillow": partial(with_pillow, True),
     }
 
 
 def augmentation_cases(pixels: list[np.ndarray]) -> dict[str, Callable[[], None]]:
-    """Returns RandAugment by this project, DALI and timm, and each of this project's operators with arguments as drawn for it."""
+    """Returns RandAugment by this project, DALI and timm."""
     count = len(pixels)
     never = np.zeros(count, bool)
     run = partial(dali, batches=count // BATCH, layout=["HWC"])
+    layers = draw_rand_augment(0, 0, np.arange(count), parse_policy(POLICY))
+    inputs = [part for layer in layers for part in compute_operator_inputs(layer, never, never, SIZE)]
 
-    def layered(layers: list[Layer]) -> Callable[[], None]:
-        inputs = [part for layer in layers for part in compute_operator_inputs(layer, never, never, SIZE)]
+    def graph(images: Any, *parts: Any) -> Any:
+        for first in range(0, len(parts), 3):
+            branch, matrix, value = parts[first : first + 3]
+            images = apply_layer(images, branch, matrix, value, MEAN)
+        return images
 
-        def graph(*nodes: Any) -> Any:
-            result, *parts = nodes
-            for first in range(0, len(parts), 3):
-                group, matrix, value = parts[first : first + 3]
-                result = apply_layer(result, group, matrix, value, MEAN)
-            return result
-
-        return run(graph, [pixels, *inputs]) if inputs else run(lambda *nodes: nodes[0], [pixels])
-
-    drawn = draw_rand_augment(0, 0, np.arange(50_000), parse_policy(POLICY))
     photos = [Image.fromarray(image) for image in pixels]
     timm_transform = rand_augment_transform(
         POLICY, {"translate_const": 100, "img_mean": (124, 116, 104), "interpolation": Image.Resampling.BICUBIC}
@@ -145,16 +125,12 @@ def augmentation_cases(pixels: list[np.ndarray]) -> dict[str, Callable[[], None]
         for photo in photos:
             timm_transform(photo)
 
-    cases: dict[str, Callable[[], None]] = {
-        "nothing": layered([]),
-        f"{POLICY}, this project": layered([Layer(layer.operator[:count], layer.argument[:count]) for layer in drawn]),
-        "rand_augment(n=2, m=9), DALI": run(lambda *nodes: dali_rand_augment.rand_augment(nodes[0], n=2, m=9), [pixels]),
+    return {
+        "nothing": run(lambda images: images, [pixels]),
+        f"{POLICY}, this project": run(graph, [pixels, *inputs]),
+        "rand_augment(n=2, m=9), DALI": run(lambda images: dali_rand_augment.rand_augment(images, n=2, m=9), [pixels]),
         f"{POLICY}, timm": with_timm,
     }
-    for operator in list(Operator)[1:]:
-        drawn_for = np.resize(np.flatnonzero(drawn[0].operator == operator), count)
-        cases[f"{operator.name.lower()}, this project"] = layered([Layer(drawn[0].operator[drawn_for], drawn[0].argument[drawn_for])])
-    return cases
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Images a second of a job's data loader beside timm's loader, and of both beside decoding alone.
+"""Images a second of a job's data loader beside timm's loader, and beside decoding alone.
 
 Both loaders read the same shards and apply the same crops, flips, interpolation and augmentation, without mixup and cutmix. timm gets a
 map-style dataset that reads an image from its shard and opens it with Pillow. Every loader is measured with several numbers of threads or
@@ -27,7 +27,7 @@ from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType, DALIImageType
 from PIL import Image
 from timm.data import create_loader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from benchmarks.harness import in_turns, median_ratio, seconds, synchronize
 from data.common.placement import Placement
@@ -38,7 +38,7 @@ from data.loader.store import ShardStore
 from data.settings import DataConfig, JobData
 
 OURS, TIMM = "this loader", "timm"
-DALI_DECODING, PILLOW_DECODING = "DALI, decoding whole images alone", "Pillow, decoding whole images alone"
+DECODING = "DALI, decoding whole images alone"
 PACKAGES = ("torch", "nvidia-dali-cuda130", "timm", "pillow", "numpy")
 _HARDWARE_LOADS = (0.0, 0.12, 0.35, 0.65, 0.9)  # of DALI's hw_decoder_load
 _READ_THREADS = (1, 2, 4)
@@ -77,14 +77,7 @@ class Rates:
 def compare_with_timm(job: JobData, *, images: int, batch: int, rounds: int) -> list[Rates]:
     """Measures this loader, timm's and decoding alone, each with several numbers of threads or processes.
 
-    Args:
-        job: the settings of data and device.
-        images: how many each case makes in a round, at least two batches.
-        batch: images per batch.
-        rounds: turns of each case.
-
-    Raises:
-        ValueError: the dataset lies at a URL.
+    Each case makes `images`, at least two batches, in each of its turns. Raises ValueError for a dataset at a URL.
     """
     index, settings, device = _open(job)
     cores = len(os.sched_getaffinity(0))
@@ -96,20 +89,14 @@ def compare_with_timm(job: JobData, *, images: int, batch: int, rounds: int) -> 
         batches = partial(timm_batches, index, settings, batch, device, count, prefetcher)
         cases.append(Case(TIMM, {"workers": count, "prefetcher": "on" if prefetcher else "off"}, batches, max(count, 1), 2 * count + 2))
     for count in counts(cores):
-        cases.append(Case(DALI_DECODING, {"threads": count}, partial(decode_with_dali, index, batch, device, count, {})))
-    for count in workers:
-        decoding = partial(decode_with_pillow, index, batch, count)
-        cases.append(Case(PILLOW_DECODING, {"workers": count}, decoding, max(count, 1), 2 * count + 2))
+        cases.append(Case(DECODING, {"threads": count}, partial(decode_with_dali, index, batch, device, count, {})))
     return measure(cases, images=images, batch=batch, device=device, rounds=rounds)
 
 
 def gpu_sweep(job: JobData, *, images: int, batch: int, rounds: int) -> list[Rates]:
     """Measures this loader and decoding alone on a GPU, by the load of its hardware decoder and by threads.
 
-    Args: as of `compare_with_timm`.
-
-    Raises:
-        ValueError: there is no GPU, or the dataset lies at a URL.
+    Raises ValueError without a GPU, and for a dataset at a URL.
     """
     index, settings, device = _open(job)
     if device.type != "cuda":
@@ -118,7 +105,7 @@ def gpu_sweep(job: JobData, *, images: int, batch: int, rounds: int) -> list[Rat
     for load, count in itertools.product(_HARDWARE_LOADS, counts(len(os.sched_getaffinity(0)))):
         options = {"hw_decoder_load": load}
         cases.append(our_case(index, job.seed, settings, batch, device, {**options, "decode_threads": count}))
-        cases.append(Case(DALI_DECODING, {**options, "threads": count}, partial(decode_with_dali, index, batch, device, count, options)))
+        cases.append(Case(DECODING, {**options, "threads": count}, partial(decode_with_dali, index, batch, device, count, options)))
     return measure(cases, images=images, batch=batch, device=device, rounds=rounds)
 
 
@@ -223,26 +210,14 @@ def decode_with_dali(
     yield (pipeline.run() for _ in range(count))
 
 
-@contextmanager
-def decode_with_pillow(index: Index, batch: int, workers: int, count: int) -> Iterator[Iterator[Any]]:
-    dataset = ShardImages(index, count * batch)
-    dataset.transform = lambda image: None  # decoded, and not kept
-    yield iter(DataLoader(dataset, batch, shuffle=True, num_workers=workers, collate_fn=len))
-
-
 # ---------------------------------------------------------------- measurement
 
 
 def measure(cases: Sequence[Case], *, images: int, batch: int, device: torch.device, rounds: int) -> list[Rates]:
     """Measures all cases in turns.
 
-    Args:
-        cases: the loaders.
-        images: made by each case in a round, rounded up to whole turns of batches made side by side: otherwise the rate depends on how many
-            of these are half done when the clock starts.
-        batch: images per batch.
-        device: receives the batches.
-        rounds: turns of each case.
+    The images of a turn are rounded up to whole groups of batches made side by side. Otherwise the rate depends on how many of these are
+    half done when the clock starts.
     """
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores is measured too
 
@@ -286,7 +261,7 @@ def ratios(measured: Sequence[Rates]) -> list[dict[str, Any]]:
     """Returns a row for each pair of loaders, each at its best setting: medians of the rounds' ratios."""
     names = {rates.case.name for rates in measured}
     rows = []
-    for name, other in [(OURS, TIMM), (OURS, DALI_DECODING), (TIMM, PILLOW_DECODING)]:
+    for name, other in [(OURS, TIMM), (OURS, DECODING)]:
         if {name, other} <= names:
             one, two = best(measured, name), best(measured, other)
             rate, cpu = median_ratio(one.per_s, two.per_s), median_ratio(one.per_cpu_s, two.per_cpu_s)
