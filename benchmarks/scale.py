@@ -2,10 +2,10 @@
 
     python -m benchmarks.scale [--stage 1]
 
-The time of a step is the sum of its micro-steps, of the part of the gradient reduction that the last backward pass does not hide, and of
-what follows: norm, update, all-gather of the weights. A micro-step takes as long as its images take at RATES, but at least as long as the
-host needs to launch its kernels. pretrain/monitor/traffic.py gives the bytes that a rank sends. They travel over rings through all GPUs, so
-the slowest link counts, and each collective also takes the hops of its algorithm. Data loading, evaluation and checkpoints are not counted.
+The time of a step is the sum of its micro-steps, of the part of the gradient reduction that the last backward pass does not hide, of norm,
+update and all-gather of the weights. A micro-step takes as long as its images take at RATES, but at least as long as the host needs to
+launch its kernels. Bytes (pretrain/monitor/traffic.py) travel over rings through all GPUs, so the slowest link counts, and each collective
+also takes the hops of its algorithm. Data loading, evaluation and checkpoints are not counted.
 """
 
 import argparse
@@ -69,16 +69,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """Times of one optimizer step in seconds. `compute`: all micro-steps. `reduction`: gradients, of which `exposed` is not hidden by
-    computation. `gather`: weights."""
+    """Holds the times of one optimizer step, in seconds."""
 
     gpus: int
     micro_batch: int
     accumulation: int
-    compute: float
-    reduction: float
-    exposed: float
-    gather: float
+    compute: float  # of all micro-steps
+    reduction: float  # of gradients
+    exposed: float  # of the reduction: the part that is not hidden by computation
+    gather: float  # of weights
     update: float
     total: float
     launch_bound: bool
@@ -131,10 +130,7 @@ def job(name: str) -> Job:
 def largest_micro_batch(job: Job, gpus: int) -> int:
     """Returns the largest micro-batch that divides a GPU's share of the global batch and fits beside weights, moments and gradients.
 
-    Activations count as fp32, which is more than they take under autocast.
-
-    Raises:
-        ValueError: one image does not fit.
+    Activations count as fp32, which is more than they take under autocast. Raises ValueError if one image does not fit.
     """
     share = job.global_batch // gpus
     fits = largest_that_fits(4 * FP32 * job.size, job.sample, int(MEMORY), [size for size in range(1, share + 1) if share % size == 0])

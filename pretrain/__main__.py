@@ -108,7 +108,7 @@ def _should_report(error: ValueError) -> bool:
 
     if isinstance(error, ConfigError):
         return int(os.environ.get("RANK", 0)) == 0
-    from pretrain.monitor.faults import is_first_to_report
+    from pretrain.monitor.damage import is_first_to_report
 
     return is_first_to_report(str(error))
 

@@ -31,11 +31,7 @@ def _installed(module: str) -> Check:
 
 
 def profiled_steps(text: str | None) -> range:
-    """Returns the steps that START:STOP stands for.
-
-    Raises:
-        ValueError: it is something else, or no step.
-    """
+    """Returns the steps that START:STOP stands for, none for None; raises ValueError for other texts."""
     if text is None:
         return range(0)
     start, colon, stop = text.partition(":")
@@ -211,11 +207,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = (), unchecked: Collection[str] = ()) -> tuple[Config, dict[str, str]]:
-    """Returns the settings of a job and the place that set each, by dotted key; the values of `unchecked` keys are not checked.
-
-    Raises:
-        ConfigError: lists unknown keys, wrong types, missing values and values that can't work.
-    """
+    """Returns the settings of a job and the place that set each, by dotted key; ConfigError lists all problems of checked keys."""
     return config_files.resolve(Config, path, overrides, _conflicts, unchecked=unchecked)
 
 
@@ -225,11 +217,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), unchecked: Collection[
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
-    """Returns the settings with `key=value` texts applied.
-
-    Raises:
-        ConfigError: lists unknown keys, wrong types and values that can't work.
-    """
+    """Returns the settings with `key=value` texts applied; ConfigError lists all problems of these."""
     return config_files.override(config, overrides)
 
 
@@ -261,18 +249,13 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def confirm(config: Config, path: Path, force: bool) -> list[str]:
-    """Compares the settings with those that `save` wrote to `path`, except for settings that are free to change.
-
-    Args:
-        config: the settings of this start.
-        path: RUN/config.yaml.
-        force: changes are wanted (--force-config).
+    """Compares the settings of this start with those in RUN/config.yaml, except for settings that are free to change.
 
     Returns:
         `key: old -> new` of each change.
 
     Raises:
-        ValueError: lists the changes, without `force`.
+        ValueError: there are changes and they are not forced (--force-config); lists them.
     """
     saved, now, rules = config_files.read_saved(Config, path), flat(config), {key: each.resume for key, each in settings_of(Config).items()}
     changes = {
@@ -295,10 +278,10 @@ def confirm(config: Config, path: Path, force: bool) -> list[str]:
 
 
 def accumulation(config: Config, ranks: int) -> int:
-    """Micro-batches a rank takes in one optimizer step: global batch / (micro-batch * ranks).
+    """Returns the micro-batches of a rank in one optimizer step: global batch / (micro-batch * ranks).
 
     Raises:
-        ConfigError: where that is no whole number; it names the micro-batches and rank counts that would do.
+        ConfigError: that is no whole number; names the micro-batches and rank counts that would do.
     """
     batch, micro = config.global_batch, config.engine.micro_batch
     if batch % (micro * ranks) == 0:
@@ -319,7 +302,7 @@ def accumulation(config: Config, ranks: int) -> int:
 
 
 def lengths(config: Config, steps_per_epoch: int) -> tuple[int, int]:
-    """Optimizer steps of the whole training and of its warm-up, from what is given: steps before samples before epochs."""
+    """Returns the optimizer steps of the training and of its warm-up; steps win over samples, samples over epochs."""
     optim = config.optim
 
     def whole(steps: int | None, samples: int | None, epochs: float) -> int:
@@ -331,7 +314,7 @@ def lengths(config: Config, steps_per_epoch: int) -> tuple[int, int]:
 
 
 def micro_batches(config: Config, ranks: int) -> list[int]:
-    """The even micro-batches that divide the global batch over the ranks, the smallest first."""
+    """Returns the even micro-batches that divide the global batch over the ranks, the smallest first."""
     share, rest = divmod(config.global_batch, ranks)
     return [m for m in _divisors(share) if m % 2 == 0] if rest == 0 else []
 
@@ -341,6 +324,6 @@ def _divisors(n: int) -> list[int]:
 
 
 def _nearest(values: list[int], target: int) -> list[int]:
-    """The closest value below and the closest above, as far as there are such."""
+    """Returns the closest value up to the target and the closest above, as far as there are such."""
     below, above = [v for v in values if v <= target], [v for v in values if v > target]
     return below[-1:] + above[:1]

@@ -1,9 +1,4 @@
-"""The command `python -m pretrain config`: lists all settings, shows those of a job, and writes docs/configuration.md.
-
-print(*listing("warmup"), sep="\\n")
-print(*resolved(Path("configs/demo.yaml"), ["epochs=3"]), sep="\\n")
-print(markdown(), end="")
-"""
+"""The command `python -m pretrain config`: lists all settings, shows those of a job, and writes docs/configuration.md."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -53,11 +48,7 @@ A run with a checkpoint resumes with the settings of its new start. The last col
 
 
 def listing(pattern: str = "") -> list[str]:
-    """Returns two lines for each setting whose key or meaning contains the pattern.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Returns two lines for each setting whose key or meaning contains the pattern; ValueError if there is none."""
     lines = []
     for key, each in settings_of(Config).items():
         if pattern.lower() in f"{key} {each.meaning}".lower():
@@ -68,11 +59,7 @@ def listing(pattern: str = "") -> list[str]:
 
 
 def resolved(path: Path, overrides: Sequence[str]) -> list[str]:
-    """Returns a line for each setting of a job: its key, its value and the place that set it. Folders may be missing on this machine.
-
-    Raises:
-        ConfigError: lists every problem of the settings.
-    """
+    """Returns a line for each setting of a job: its key, its value and the place that set it. Folders may be missing on this machine."""
     config, places = settings.resolve(path, overrides, settings.ON_A_NODE)
     return [f"{key} = {printable(in_words(value))}    ({places[key]})" for key, value in settings.flat(config).items()]
 

@@ -22,31 +22,17 @@ class Due:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Holds the periods of a job, in optimizer steps; None: never.
+    """Holds the periods of a job, in optimizer steps; None: never."""
 
-    Args:
-        total: steps of the whole training. The last step logs and saves, and evaluates where the job evaluates at all.
-        log_every: steps between log lines; saves and evaluations have one too.
-        evaluate_every: steps between evaluations; None for a job without validation data.
-        save_every: steps between checkpoints.
-        keep_every: checkpoints at multiples of this are saved and kept for good.
-        saves_evaluations: whether each evaluated state is saved, so that the best one can be kept.
-    """
-
-    total: int
+    total: int  # steps of the whole training; the last one logs and saves, and evaluates where the job evaluates at all
     log_every: int
     evaluate_every: int | None
     save_every: int | None
-    keep_every: int | None
-    saves_evaluations: bool
+    keep_every: int | None  # checkpoints at multiples of this are saved and kept for good
+    saves_evaluations: bool  # whether each evaluated state is saved, so that the best one can be kept
 
     def due(self, step: int, *, is_save_requested: bool) -> Due:
-        """Returns the work that is due when `step` optimizer steps are done.
-
-        Args:
-            step: number of steps done, from 1.
-            is_save_requested: whether the clock or a stop request asks for a checkpoint now.
-        """
+        """Returns the work that is due when `step` steps are done, where the clock or a stop request may ask for a checkpoint."""
         is_last = step == self.total
         evaluate = _is_multiple(step, self.evaluate_every) or (is_last and self.evaluate_every is not None)
         save = is_save_requested or is_last or _is_multiple(step, self.save_every) or _is_multiple(step, self.keep_every)
@@ -54,12 +40,7 @@ class Schedule:
         return Due(log=save or evaluate or _is_multiple(step, self.log_every), evaluate=evaluate, save=save)
 
     def next_save(self, step: int, steps_until_clock: float) -> int:
-        """Returns the step of the next checkpoint after `step`, or the last step at the end of training.
-
-        Args:
-            step: number of steps done.
-            steps_until_clock: steps until the clock asks for a save, estimated from the speed of training; infinite without a clock.
-        """
+        """Returns the step of the next checkpoint after `step`; the clock asks for one in `steps_until_clock`, which may be infinite."""
         periods = [self.save_every, self.keep_every, self.evaluate_every if self.saves_evaluations else None]
         saves = [(step // period + 1) * period for period in periods if period is not None]
         if math.isfinite(steps_until_clock):
@@ -68,14 +49,7 @@ class Schedule:
 
 
 def make_schedule(run: RunConfig, total: int, steps_per_epoch: int, *, evaluates: bool) -> Schedule:
-    """Returns the schedule of a job.
-
-    Args:
-        run: its settings.
-        total: steps of the whole training.
-        steps_per_epoch: optimizer steps.
-        evaluates: whether there is validation data.
-    """
+    """Returns the schedule of a job of `total` steps; `evaluates`: it has validation data."""
     return Schedule(
         total=total,
         log_every=run.log_every,

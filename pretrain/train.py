@@ -69,11 +69,7 @@ def train(config: Config, force_config: bool = False) -> int:
 
 
 class Trainer:
-    """Trains a model as one rank of a job.
-
-    Args:
-        config: settings of the job. Its run directory is created, or resumed if it has a checkpoint.
-        force_config: whether to resume although settings have changed.
+    """Trains a model as one rank of a job; the run directory is created, or resumed if it has a checkpoint.
 
     Raises:
         ValueError: settings, data, weights or a checkpoint do not fit each other; before the first step.
@@ -178,11 +174,7 @@ class Trainer:
         return None
 
     def roll_back(self, bad: BadSteps) -> None:
-        """Loads the newest checkpoint from before bad steps; their batches are skipped from then on.
-
-        Raises:
-            ValueError: there is no such checkpoint, or there were too many rollbacks.
-        """
+        """Loads the newest checkpoint from before bad steps, whose batches are skipped from then on; ValueError if it can't."""
         guard = self.config.guard
         reason = f"steps {bad.first} to {bad.last} are bad: {bad.reason}; see {self.evidence.file}"
         if len(self.rollbacks.entries) >= guard.rollbacks:

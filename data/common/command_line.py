@@ -8,7 +8,7 @@ _OVERRIDE = re.compile(r"[^\W\d][\w.]*=")
 
 
 def is_override(word: str) -> bool:
-    """Whether a word is `key=value`, not a path that has an equals sign."""
+    """Returns whether a word is `key=value`, not a path that has an equals sign."""
     return _OVERRIDE.match(word) is not None
 
 

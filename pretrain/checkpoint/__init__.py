@@ -11,14 +11,6 @@ A checkpoint holds named 1-D pieces of the flattened parameters, `weight/NAME`, 
 BatchNorm's buffers, `buffer/NAME` and `buffer_ema/NAME`. A reader takes the part of a parameter that it needs from whichever files
 hold it. Learning rate and data need no state: both follow from the step.
 
-    lock = lock_run(run, log.line)                                                   lock.py
-    checkpoints = Checkpoints(run / "checkpoints", engine, stats, …)                 checkpoints.py, with pieces.py and staging.py
-    trainer = checkpoints.load(identity)
-    for each step: …; checkpoints.before_update(); engine.step(); checkpoints.save({"step": step, …})
-    checkpoints.close()
-
-    find_newest_whole(run / "checkpoints", print), verify(path), read_tensors(path, ("weight", "buffer"))      in one process
-
 How a save works: the state is copied to host memory (on a GPU beside the next step, until its update). A thread writes this memory, each
 rank its own file, into a directory with a temporary name, and hashes it meanwhile. Rank 0 adds the manifest, renames the directory,
 replaces `latest`, and removes the checkpoints that retention.py selects. Every name is durable before anything depends on it.

@@ -10,20 +10,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 
 from pretrain.checkpoint import files
 from pretrain.checkpoint.lock import RunLock
-from pretrain.checkpoint.pieces import (
-    METADATA,
-    PieceTensor,
-    ShardReader,
-    get_kind,
-    list_tensors,
-    make_load_planner,
-    name_shard,
-    plan_metadata,
-)
+from pretrain.checkpoint.pieces import METADATA, PieceTensor, get_kind, list_tensors, load_tensors, name_shard, plan_metadata
 from pretrain.checkpoint.retention import Retention, list_saved
 from pretrain.checkpoint.staging import Staging
 from pretrain.engine import zero_state
@@ -51,8 +41,8 @@ class Checkpoints:
         stats: BatchNorm's statistics, which are saved and loaded too.
         retention: decides which checkpoints to keep.
         lock: of the run directory.
-        log: gets lines, and a record of each save: "checkpoint" with step, bytes, blocked_s (training's wait for an earlier save and for
-            the copy), total_s (from the start of the copy) and mb_per_s (of writing); or "save_failed" with step and reason.
+        log: gets lines, and a record of each save: "checkpoint" with step, bytes, blocked_s (training's wait), total_s and mb_per_s (of
+            writing); or "save_failed" with step and reason.
     """
 
     def __init__(self, folder: Path, engine: Any, stats: BatchStats, *, retention: Retention, lock: RunLock, log: RunLog):
@@ -85,10 +75,8 @@ class Checkpoints:
     def save(self, trainer: dict[str, Any]) -> None:
         """Copies the state to host memory and writes it in the background, after waiting for an earlier save.
 
-        `before_update` must be called before the weights change.
-
-        Args:
-            trainer: the content of trainer.json, everything else that resuming needs. Its "step" names the checkpoint.
+        `trainer` is the content of trainer.json, everything else that resuming needs; its "step" names the checkpoint. `before_update`
+        must be called before the weights change.
         """
         asked = time.monotonic()
         self.wait()
@@ -112,18 +100,14 @@ class Checkpoints:
             raise RuntimeError(f"saving to {self.folder} failed: {error}") from error
 
     def close(self) -> None:
-        """Waits until the last save is on disk.
-
-        Raises:
-            SaveFailed: it could not be written, for lack of space or a failing disk.
-        """
+        """Waits until the last save is on disk; raises SaveFailed if the disk refused it."""
         self.wait()
         if self._unsaved is not None:
             raise SaveFailed(f"the last state of this run is not saved: {self._unsaved}; fix that and start the same command again")
 
-    def _write_in_background(self, trainer: dict[str, Any], began: float, blocked: float) -> None:
+    def _write_in_background(self, *arguments: Any) -> None:
         try:
-            self._write(trainer, began, blocked)
+            self._write(*arguments)
         except BaseException as error:  # `wait` raises it in the training thread
             self._error = error
 
@@ -202,11 +186,7 @@ class Checkpoints:
     # ---------------------------------------------------------------- loading
 
     def roll_back(self, until: int, identity: dict[str, Any]) -> dict[str, Any]:
-        """Loads the newest whole checkpoint up to step `until`, after removing all later ones; see `load`.
-
-        Raises:
-            ValueError: there is no such checkpoint; then nothing is removed.
-        """
+        """Loads the newest whole checkpoint up to step `until`, after removing all later ones; raises ValueError if there is none."""
         self.wait()
         run_on_rank_0(lambda: self._remove_after(until), self.group)
         trainer = self.load(identity)
@@ -224,8 +204,7 @@ class Checkpoints:
     def load(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint into the engine and returns its trainer.json, or None if the run has no checkpoint.
 
-        If this job keeps a moving average and the checkpoint holds none, the average starts from the weights. If the checkpoint holds
-        one and this job keeps none, it is skipped. Either is logged.
+        A moving average that the checkpoint lacks starts from the weights; one that this job does not keep is skipped. Either is logged.
 
         Args:
             identity: the settings that can't change during a run; must equal "identity" in trainer.json.
@@ -246,12 +225,7 @@ class Checkpoints:
         absent = kept - present
         if absent - {"ema", "buffer_ema"}:
             raise ValueError(f"{path} holds no {', '.join(sorted(absent))}, which this job's optimizer needs; it is another optimizer's")
-        dcp.load(
-            {name: tensor for name, tensor in state.items() if get_kind(name) not in absent},
-            storage_reader=ShardReader(path),
-            planner=make_load_planner(),
-            process_group=self.group,
-        )
+        load_tensors(path, {name: tensor for name, tensor in state.items() if get_kind(name) not in absent}, self.group)
         if absent:
             zero_state.start_average(self.engine)
             self.stats.ema.copy_(self.stats.flat)

@@ -21,9 +21,6 @@ def run(folder: Path, verify: bool, compared: Sequence[str] | None, keep: int | 
         verify: read every file and report damage.
         compared: two checkpoints to compare, each a step of the run or a directory.
         keep: prune, and keep this many of the newest.
-
-    Raises:
-        ValueError: there are no checkpoints, none is whole, or the run is in use and can't be pruned.
     """
     checkpoints = folder / CHECKPOINTS
     if not list_checkpoints(checkpoints):
@@ -71,11 +68,7 @@ def _list_names(path: Path) -> list[str]:
 
 
 def compare(one: Path, other: Path) -> int:
-    """Prints how two checkpoints differ, by kind of tensor; returns 1 if they differ, and otherwise 0.
-
-    Raises:
-        ValueError: one is damaged or is not a checkpoint.
-    """
+    """Prints how two checkpoints differ, by kind of tensor; returns 1 if they differ, and otherwise 0; ValueError if one is damaged."""
     for path in (one, other):
         if faults := files.verify(path):
             raise ValueError(f"checkpoint {path} can't be compared: {'; '.join(faults)}")
@@ -101,11 +94,7 @@ def compare(one: Path, other: Path) -> int:
 
 
 def prune(run: Path, keep: int) -> int:
-    """Removes whole checkpoints that need not stay, and leaves damaged ones for inspection.
-
-    Raises:
-        ValueError: the run is in use, no checkpoint is whole, or `keep` is less than 1.
-    """
+    """Removes whole checkpoints that need not stay, and leaves damaged ones for inspection; ValueError if the run is in use."""
     if keep < 1:
         raise ValueError(f"--prune {keep} would remove the last checkpoint; keep 1 or more")
     lock = acquire(run, print)

@@ -63,11 +63,7 @@ class RunLock:
 
 
 def lock_run(run: Path, log: Callable[[str], None]) -> RunLock:
-    """Takes the lock of a run directory, and creates the directory if it is missing. Collective.
-
-    Raises:
-        ValueError: another job holds the lock, or the directory can't be written to.
-    """
+    """Takes the lock of a run directory, and creates the directory. Collective; ValueError if another job holds the lock."""
     path = run_on_rank_0(lambda: acquire(run, log))
     return RunLock(path if dist.get_rank() == 0 else None)
 

@@ -1,9 +1,8 @@
 """Describes the training state to torch.distributed.checkpoint, and reads from a checkpoint the bytes that a reader needs.
 
 The planners of torch.distributed.checkpoint record which range of which tensor lies where, and determine which ranges a reader needs. Its
-own file format is not used: a zip archive for every tensor, and a new plan for every save, cost seconds of Python for VAN-B6, during
-which the training thread waits for the interpreter. Here a rank's file is its staging memory, byte for byte, written in large blocks
-outside the interpreter's lock. The layout of this memory is the same for the whole run, and so is planned once.
+own file format is not used: a zip archive for every tensor, and a new plan for every save, would cost the training thread seconds for
+VAN-B6. Here a rank's file is its staging memory, byte for byte, whose layout is planned once.
 """
 
 import math
@@ -61,10 +60,6 @@ class PieceTensor(torch.Tensor):
 class ShardReader(dcp.FileSystemReader):
     """Reads the ranges of 1-D tensors that a plan needs from the files of a checkpoint."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.folder = folder
-
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Reads the plan's ranges into the planner's tensors."""
         descriptors: dict[str, int] = {}
@@ -72,13 +67,13 @@ class ShardReader(dcp.FileSystemReader):
             for request in plan.items:
                 info = self.storage_data[request.storage_index]
                 if info.relative_path not in descriptors:
-                    descriptors[info.relative_path] = os.open(self.folder / info.relative_path, os.O_RDONLY)
+                    descriptors[info.relative_path] = os.open(Path(self.path) / info.relative_path, os.O_RDONLY)
                 target = planner.resolve_tensor(request).detach()
                 buffer = torch.empty(target.shape, dtype=target.dtype)
                 begin = info.offset + sum(request.storage_offsets) * target.itemsize  # a scalar has no offset, all else has one
                 assert math.prod(request.lengths) == target.numel()
                 memory = buffer.view(-1).view(torch.uint8).numpy().data
-                _read_into(descriptors[info.relative_path], memory, begin, self.folder / info.relative_path)
+                _read_into(descriptors[info.relative_path], memory, begin, Path(self.path) / info.relative_path)
                 target.copy_(buffer)
                 planner.commit_tensor(request, target)
         finally:
@@ -116,11 +111,6 @@ def name_shard(rank: int) -> str:
     return f"__{rank}_0.distcp"
 
 
-def make_load_planner() -> DefaultLoadPlanner:
-    """Returns a planner that takes names and pieces as they are."""
-    return DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-
 def list_tensors(path: Path) -> dict[str, Any]:
     """Returns size and type of each whole tensor in a checkpoint, by name."""
     return ShardReader(path).read_metadata().state_dict_metadata
@@ -130,10 +120,16 @@ def read_tensors(path: Path, kinds: tuple[str, ...]) -> dict[str, Tensor]:
     """Reads whole 1-D tensors of a checkpoint by name (`weight/NAME`, …), in one process, without DeepSpeed or process groups."""
     wanted = {name: saved for name, saved in list_tensors(path).items() if get_kind(name) in kinds}
     state = {name: torch.empty(saved.size, dtype=saved.properties.dtype) for name, saved in wanted.items()}
+    load_tensors(path, state)
+    return state
+
+
+def load_tensors(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Fills tensors and pieces by name from a checkpoint: collectively, or in this process alone without a group."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist
-        dcp.load(state, storage_reader=ShardReader(path), planner=make_load_planner(), no_dist=True)
-    return state
+        dcp.load(state, storage_reader=ShardReader(path), planner=planner, process_group=group, no_dist=group is None)
 
 
 def get_kind(name: str) -> str:

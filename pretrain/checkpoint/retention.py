@@ -26,27 +26,17 @@ class Saved:
 
 @dataclass(frozen=True)
 class Retention:
-    """Rules for the checkpoints to keep.
+    """Selects the checkpoints to keep."""
 
-    Args:
-        last: number of the newest to keep, at least 1.
-        every: keep those of steps that are a multiple of this; 0: none.
-        best: keep the best by this result of the evaluation, of the moving average where there is one; "none": none.
-    """
-
-    last: int
-    every: int = 0
-    best: Best = "none"
+    last: int  # number of the newest to keep, at least 1
+    every: int = 0  # keep those of steps that are a multiple of this; 0: none
+    best: Best = "none"  # keep the best by this result of the evaluation, of the moving average where there is one
 
     def select_expired(self, saved: Sequence[Saved], newest_whole: int) -> list[Path]:
-        """Returns the checkpoints that can be removed.
+        """Returns the checkpoints that can be removed; `newest_whole` is the step of the newest whole one, which stays.
 
-        Checkpoints of later steps than `newest_whole` are damaged: the run skipped them when it resumed. They neither count nor go, and
-        the run overwrites them when it gets there.
-
-        Args:
-            saved: all checkpoints.
-            newest_whole: step of the newest whole checkpoint, which stays.
+        Checkpoints of later steps are damaged: the run skipped them when it resumed. They neither count nor go, and the run overwrites them
+        when it gets there.
         """
         candidates = sorted((one for one in saved if one.step <= newest_whole), key=lambda one: one.step)
         keep = {one.step for one in candidates[-self.last :]} | {newest_whole}

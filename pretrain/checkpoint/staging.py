@@ -1,10 +1,5 @@
 """Copies the training state to host memory, from where a thread writes it while training continues.
 
-    staging = Staging(updated, running, device)      once: allocates, and merges tensors that lie end to end
-    staging.copy()                                   at the end of a step; on a GPU it only queues the copies
-    staging.before_update()                          before the next update of the weights
-    staging.wait()                                   in the writing thread, before it writes staging.memory
-
 The memory, page-locked for a GPU, is allocated once and serves every save: one save is in progress at a time, so a slow disk costs no
 memory. ZeRO's flat buffers are copied as the few long ranges that they are, not parameter by parameter.
 """

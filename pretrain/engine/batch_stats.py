@@ -1,11 +1,7 @@
 """BatchNorm over many ranks: running statistics that are equal on all ranks, and optionally statistics of a batch over all ranks.
 
-The running statistics of the whole model are one flat fp32 buffer, averaged over the ranks in every step.
-
-ZeRO ignores buffers: each rank would keep statistics of its own, a checkpoint would hold rank 0's, and a resumed run would differ. The
-running mean and variance are linear in the batches that the ranks saw. So averaging them in every step equals, but for rounding,
-averaging once before use, and leaves one state to evaluate, save, reshard and resume. It costs one all-reduce of 8 bytes a channel
-(0.2 MB for VAN-B3, 0.7 MB for B6) beside the gradients' 180 and 800 MB.
+ZeRO ignores buffers: each rank would keep statistics of its own, a checkpoint would hold rank 0's, and a resumed run would differ. Here the
+running statistics of the whole model are one flat fp32 buffer, averaged over the ranks in every step: an all-reduce of 8 bytes a channel.
 """
 
 import torch
@@ -17,11 +13,9 @@ KINDS = ("running_mean", "running_var")
 
 
 class BatchStats:
-    """The running means and variances of a model, end to end in `flat`; the modules' buffers become views of `flat`.
+    """Holds the running means and variances of a model, end to end in `flat`; the modules' buffers become views of `flat`.
 
-    Args:
-        model: its BatchNorms must be those that it will train with.
-        ema_decay: of the statistics' moving average, which belongs to that of the weights; 0 keeps none.
+    `model` must have the BatchNorms that it will train with. `ema_decay` is that of the moving average; 0 keeps none.
     """
 
     def __init__(self, model: nn.Module, ema_decay: float):
@@ -64,15 +58,15 @@ class BatchStats:
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """torch's SyncBatchNorm, which only GPUs have, and its formula on a CPU. Ranks must have batches of one size."""
+    """Extends torch's SyncBatchNorm, which only GPUs have, to CPUs. Ranks must have batches of one size."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalizes (N, C, H, W) to (N, C, H, W)."""
         if input.is_cuda or not self.training:
             return super().forward(input)
         assert self.running_mean is not None
-        assert self.momentum is not None
         assert self.running_var is not None
+        assert self.momentum is not None
         assert self.num_batches_tracked is not None
         ranks, axes = dist.get_world_size(), (0, 2, 3)
         x = input.float()

@@ -1,9 +1,8 @@
 """All uses of DeepSpeed's private names, written for one version of DeepSpeed; every other version is refused.
 
-DeepSpeed's public interface gives no access to the local pieces of the training state before the first update, to the gradients of
-a step, or to the order in which gradients are reduced. The names below were read in the source of the supported version:
-runtime/engine.py, runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py. To support another version, read them again there, update
-SUPPORTED_VERSION and the pins in pyproject.toml and requirements.txt, and run tests/pretrain/engine.
+DeepSpeed's public interface gives no access to the pieces of the training state before the first update, to the gradients of a step, or to
+the order in which gradients are reduced. To support another version, read the names below again in its source (runtime/engine.py,
+runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), update SUPPORTED_VERSION and the pins, and run tests/pretrain/engine.
 """
 
 import logging
@@ -27,7 +26,7 @@ _DYNAMO_SWITCH = "TORCHDYNAMO_DISABLE"
 
 @dataclass(frozen=True)
 class Location:
-    """Where this rank holds a part of a parameter: elements `offset` to `offset + length` of `flat`, a tensor of the optimizer.
+    """Locates this rank's part of a parameter: elements `offset` to `offset + length` of `flat`, a tensor of the optimizer.
 
     They are the elements from `start` on of the flattened parameter, which has `numel` elements in all.
     """
@@ -53,10 +52,10 @@ def require_supported_version() -> None:
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], device: torch.device) -> Any:
-    """Returns DeepSpeed's engine around a model; DeepSpeed adopts the process group of this process.
+    """Returns DeepSpeed's engine around a model on the CPU, whose weights get the values of rank 0; it adopts the process group.
 
     Args:
-        model: on the CPU; its weights get the values of rank 0.
+        model: on the CPU.
         optimizer: steps as torch.optim.AdamW does, element by element.
         settings: DeepSpeed's own configuration.
         device: of this rank.

@@ -1,10 +1,7 @@
-"""The processes of a job: starting and ending their process group, each rank's device, and exchanging values between ranks.
+"""The processes of a job: their process group, each rank's device, and the exchange of values between ranks.
 
-    device = distributed.start(config.engine)       on every rank, before any collective
-    hosts = distributed.gather_hosts()
-    distributed.stop()
-
-Only torch is needed here. DeepSpeed adopts the process group when it builds an engine (engine.py).
+device = distributed.start(config.engine)       on every rank, before any collective; DeepSpeed adopts the process group
+distributed.stop()
 """
 
 import os
@@ -29,11 +26,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def start(engine: EngineConfig) -> torch.device:
-    """Joins the process group with the backend of this rank's device, and returns the device.
-
-    Raises:
-        ValueError: engine.device=cuda and this rank has no GPU.
-    """
+    """Joins the process group with the backend of this rank's device, and returns the device; raises as `select_device` does."""
     device = select_device(engine)
     join("nccl" if device.type == "cuda" else "gloo")
     return device
@@ -42,8 +35,7 @@ def start(engine: EngineConfig) -> torch.device:
 def join(backend: str | None = None) -> None:
     """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or one of this process alone without RANK.
 
-    Args:
-        backend: of torch.distributed; the default serves tensors of the CPU and, where there is a GPU, of the GPU.
+    The default backend serves tensors of the CPU and, where there is a GPU, of the GPU.
     """
     if backend is None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -24,12 +24,9 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Any:
     Stages 0 and 1 reduce gradients by reductions.py; stages 2 and 3 run as DeepSpeed ships them.
 
     Args:
-        config: of the job. The model already has the layers, the recomputation and the compiled blocks that the settings ask for.
-        model: on the CPU. From here on its forward pass runs under autocast.
+        config: of the job.
+        model: on the CPU, with the layers that the settings ask for. From here on its forward pass runs under autocast.
         accumulation: micro-batches of an optimizer step.
-
-    Raises:
-        ValueError: the installed DeepSpeed is not the supported version.
     """
     device = torch.device(resolve_device_type(config.engine))
     model.forward = autocast(device, config.engine.precision)(model.forward)
@@ -65,9 +62,8 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Any:
 def choose_bucket_size(model: nn.Module) -> int:
     """Returns how many elements of the gradients are reduced together: an eighth of the model, or the largest parameter if that is more.
 
-    Eight buckets leave little to reduce after the backward pass, and messages are long: 45 MB for VAN-B3 with 21,841 classes, 108 MB for
-    VAN-B6. A parameter larger than a bucket would be reduced by itself. In stages 2 and 3 DeepSpeed allocates two buckets during
-    a backward pass; with its default of 500 M elements they would take 4 GB, and hold the whole model.
+    Eight buckets leave little to reduce after the backward pass, and their messages are long (45 MB for VAN-B3, 108 MB for VAN-B6).
+    DeepSpeed's default of 500 M elements would be one bucket for the whole model.
     """
     sizes = [parameter.numel() for parameter in model.parameters()]
     return max(-(-sum(sizes) // 8), *sizes)

@@ -24,11 +24,8 @@ TOLERANCE = 0.05
 def use_fast_ways(model: nn.Module, config: Config, device: torch.device) -> str:
     """Puts the ways that the settings ask for into a model that will train on `device`; returns a line for the log.
 
-    `model.kernels` is "torch"; "auto", which takes Triton's kernels where they run and agree with PyTorch; or "triton", which raises
-    where they don't. On a CPU a VAN trains in the CPU way, unless it is compiled.
-
-    Raises:
-        ValueError: "triton", and the kernels can't be used.
+    With model.kernels=auto Triton's kernels are used if they run and agree with PyTorch; with triton a fault is a ValueError. On a CPU a
+    VAN trains in the CPU way, unless it is compiled.
     """
     if not isinstance(model, VAN):
         return f"computing: PyTorch's operators; faster ways exist for VAN alone, not for {type(model).__name__}"

@@ -21,12 +21,8 @@ class Guard:
     """Guards the updates of an engine.
 
     A step calls `scale_loss` for the loss of each micro-batch; after its last backward pass `check`; then the engine's step; and then
-    `BatchStats.finish(found_inf)`.
-
-    Args:
-        engine: DeepSpeed's.
-        clip: the maximum norm of all gradients together; 0 does not clip.
-        should_scale: scale losses, as the small gradients of fp16 need it.
+    `BatchStats.finish(found_inf)`. `clip` is the maximum norm of all gradients together, 0 for none; `should_scale` scales losses, as the
+    small gradients of fp16 need.
     """
 
     def __init__(self, engine: Any, *, clip: float, should_scale: bool):

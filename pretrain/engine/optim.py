@@ -21,11 +21,6 @@ def group_parameters(model: nn.Module, weight_decay: float, layer_decay: float =
 
     With a `layer_decay` below 1 each layer has two such groups, whose `lr_scale` is layer_decay ** (number of later layers); the last
     layer, the head, has scale 1 (BEiT, arXiv 2106.08254; timm's param_groups_layer_decay). The model's group_matcher defines its layers.
-
-    Args:
-        model: parameters that need no gradient are in no group.
-        weight_decay: of the decayed groups.
-        layer_decay: the factor between the rates of successive layers, more than 0 and at most 1.
     """
     if layer_decay < 1:
         return [
@@ -42,16 +37,10 @@ def group_parameters(model: nn.Module, weight_decay: float, layer_decay: float =
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW, with an exponential moving average of the weights as one more state beside its two moments.
 
-    ZeRO partitions the average exactly as the moments. So the average costs each rank the same share of memory, and code that saves or
-    reshards the moments does so with the average.
+    ZeRO partitions, and checkpoints save and reshard, the average exactly as the moments. `ema_decay` is per step; 0 keeps no average.
 
     `found_inf` and `grad_scale` are scalars on the device, with the names that torch's fused optimizers define (torch.amp.GradScaler sets
     them): a step with a `found_inf` of 1 changes nothing, and gradients are divided by `grad_scale`. None disables either.
-
-    Args:
-        groups: parameter groups, as `group_parameters` returns them.
-        ema_decay: of the average, per step; 0 keeps none.
-        kwargs: of torch.optim.AdamW.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, ema_decay: float, **kwargs: Any):
@@ -90,16 +79,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(step: int, total: int, warmup: int, optim: OptimConfig) -> float:
-    """Returns the learning rate of an optimizer step: linear warm-up, then half a cosine from `lr` to `min_lr`.
+    """Returns the learning rate of an optimizer step, counted from 0: linear warm-up, then half a cosine from `lr` to `min_lr`.
 
-    The formula is that of timm's CosineLRScheduler without warmup_prefix, stepped by update: the cosine spans the whole training, and the
-    warm-up replaces its beginning.
-
-    Args:
-        step: counted from 0.
-        total: steps of the whole training.
-        warmup: steps of the warm-up.
-        optim: has `lr`, `min_lr` and `warmup_lr`.
+    As timm's CosineLRScheduler without warmup_prefix, stepped by update: the cosine spans all `total` steps, and the `warmup` steps replace
+    its beginning.
     """
     if step < warmup:
         return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup

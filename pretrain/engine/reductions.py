@@ -1,8 +1,8 @@
 """The mean of the gradients over all ranks, reduced in buckets beside the backward pass, in ZeRO stages 0 and 1.
 
-DeepSpeed runs some hundred lines of Python for each parameter of a backward pass: VAN-B3 has 862 parameters and B6 2,402. Here a parameter
-costs the host one count, and a bucket a few operators: 238 ms of host time a step against 378 ms (`python -m benchmarks.training host`).
-Stages 2 and 3 partition gradients, and DeepSpeed reduces them.
+DeepSpeed runs some hundred lines of Python for each parameter of a backward pass, and VAN-B6 has 2,402 parameters. Here a parameter costs
+the host one count: 238 ms of host time a step against 378 ms for VAN-B3 (`python -m benchmarks.training host`). Stages 2 and 3 partition
+gradients, and DeepSpeed reduces them.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,8 @@ from pretrain.engine import deepspeed_compat
 class Reductions:
     """Reduces an engine's gradients during the last backward pass of each step, instead of DeepSpeed.
 
-    Buckets are filled in the reverse order of the model's parameters. Every rank reduces them in this order in every step, whichever is
-    ready first: a resumed run so adds the same numbers in the same order.
-
-    Args:
-        engine: DeepSpeed's, of stage 0 or 1.
-        size: elements of a bucket, at most; a larger parameter has a bucket of its own.
+    Buckets of at most `size` elements are filled in the reverse order of the model's parameters. Every rank reduces them in this order in
+    every step, whichever is ready first: a resumed run so adds the same numbers in the same order. `engine` is of stage 0 or 1.
     """
 
     def __init__(self, engine: Any, size: int):

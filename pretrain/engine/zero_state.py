@@ -1,12 +1,10 @@
 """The part of the training state that this rank holds, by parameter name, in any ZeRO stage.
 
 ZeRO lays parameters end to end in flat buffers and gives each rank a range of them, differently in every stage. Here such a range becomes
-a list of pieces: parameter, position in the flattened parameter, and live views of the fp32 weight and its optimizer states.
-Checkpoints save and load these views, and evaluation assembles whole tensors from them.
+a list of pieces: parameter, position in the flattened parameter, and live views of the fp32 weight and its optimizer states. Checkpoints
+save and load these views, and evaluation assembles whole tensors from them.
 
-    pieces = list_pieces(engine)           the pieces of this rank
-    publish(engine)                         after writing into the pieces: makes the model compute with them
-    assemble_tensors(engine, "ema")            collective: whole tensors, on every rank
+    pieces = list_pieces(engine); …write into them…; publish(engine)
 """
 
 import itertools

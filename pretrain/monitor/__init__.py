@@ -1,1 +1,1 @@
-"""What training keeps an eye on: bad numbers and bad data, stops and hangs, slow ranks, speed and memory."""
+"""Watches training: bad numbers and bad data, stop requests and hangs, slow ranks, speed and memory."""

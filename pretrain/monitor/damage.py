@@ -1,6 +1,7 @@
-"""Reports damaged data to all ranks of a job, so that all of them draw the same conclusion."""
+"""Reports faults that concern all ranks: damaged data, of which all ranks draw the same conclusion, and errors that several ranks raise."""
 
 import itertools
+import time
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from pretrain.engine import distributed
 from pretrain.run.metrics import RunLog
 
 NAMED_SHARDS = 5  # in an error
+LINGER_S = 2.0  # ranks that fail alike do so within this time
 
 
 def check_shards(datasets: Sequence[Index], *, checksums: bool) -> None:
@@ -32,11 +34,7 @@ def check_shards(datasets: Sequence[Index], *, checksums: bool) -> None:
 
 
 def report_bad_images(quarantine: Quarantine, step: int, log: RunLog) -> None:
-    """Shares the bad images that each rank has found, and writes them to the log and to the run's file. Collective.
-
-    Raises:
-        ValueError: there are too many; the same error on all ranks.
-    """
+    """Shares the bad images of each rank, and writes them to the log and the run's file. Collective; ValueError if there are too many."""
     new = share_bad_images(quarantine)
     if dist.get_rank() == 0:
         quarantine.record(new, step)
@@ -58,3 +56,19 @@ def describe_bad_image(quarantine: Quarantine, bad: BadSample) -> str:
 
 def _gather_lists(values: list) -> list:
     return list(itertools.chain.from_iterable(distributed.all_gather_objects(values)))
+
+
+def is_first_to_report(message: str) -> bool:
+    """Returns whether no other rank has failed with the very same message so far; True before the ranks are connected."""
+    if not dist.is_initialized():
+        return True
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        count = store.add(message, 1)
+        # The store ends with rank 0, so rank 0 waits for the ranks that are about to ask.
+        deadline = time.monotonic() + LINGER_S
+        while dist.get_rank() == 0 and store.add(message, 0) < dist.get_world_size() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    except dist.DistError:  # rank 0 ended earlier, with another error
+        return True
+    return count == 1

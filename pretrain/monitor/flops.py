@@ -33,13 +33,9 @@ _PEAKS = {
 def training_flops(model: nn.Module, image_size: int) -> float:
     """Returns the floating-point operations of one image in training, forward and backward; a multiply-add counts as two.
 
-    Counts convolutions and matrix products. The backward pass counts as twice the forward pass, because it computes two gradients;
-    recomputation under activation checkpointing does not count. Nothing is computed, but the model must still have all of its weights and
-    PyTorch's own operators, so call this before layers are replaced and before the engine is built.
-
-    Args:
-        model: any timm model; it stays as it is.
-        image_size: pixels of a side.
+    Counts convolutions and matrix products; the backward pass counts as twice the forward pass, recomputation does not count. Nothing is
+    computed, but the model must still have all of its weights and PyTorch's own operators: call this before layers are replaced and the
+    engine is built.
     """
     on_meta = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -62,11 +58,5 @@ def peak_by_name(name: str, precision: str) -> float | None:
 
 
 def mfu(images_per_s_per_gpu: float, training_flops: float, peak_flops: float) -> float:
-    """Returns the model FLOPs utilization, 0 to 1.
-
-    Args:
-        images_per_s_per_gpu: speed of training.
-        training_flops: of one image.
-        peak_flops: FLOP/s of one GPU.
-    """
+    """Returns the model FLOPs utilization, 0 to 1, from the speed, the FLOP of one image and the FLOP/s of one GPU."""
     return images_per_s_per_gpu * training_flops / peak_flops

@@ -27,27 +27,16 @@ LAUNCH_BOUND_SHARE = 0.5  # of the steps, above which the log line gives advice
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Holds the measurements of an interval's steps. All but `seconds` and `data_seconds` are the same on all ranks.
+    """Holds the measurements of an interval's steps. All but `seconds` and `data_seconds` are the same on all ranks."""
 
-    Args:
-        numbers: of the steps, counted from 0.
-        losses: (ranks, steps), the mean loss of each rank's samples.
-        grad_norms: (steps,), before clipping.
-        skipped: (steps,), whether the step changed nothing because its numbers were not finite.
-        launch_bound: share of the steps, 0 to 1, in which the GPU of some rank was launch-bound; None if not measured.
-        seconds: of training.
-        data_seconds: of these, the time in which this rank waited for data.
-        has_bad_images: whether some rank has bad images to report.
-    """
-
-    numbers: list[int]
-    losses: np.ndarray
-    grad_norms: np.ndarray
-    skipped: np.ndarray
-    launch_bound: float | None
-    seconds: float
-    data_seconds: float
-    has_bad_images: bool
+    numbers: list[int]  # of the steps, counted from 0
+    losses: np.ndarray  # (ranks, steps), the mean loss of each rank's samples
+    grad_norms: np.ndarray  # (steps,), before clipping
+    skipped: np.ndarray  # (steps,), whether the step changed nothing because its numbers were not finite
+    launch_bound: float | None  # share of the steps, 0 to 1, in which the GPU of some rank was launch-bound; None if not measured
+    seconds: float  # of training
+    data_seconds: float  # of these, the time in which this rank waited for data
+    has_bad_images: bool  # whether some rank has bad images to report
 
     @property
     def mean_losses(self) -> np.ndarray:
@@ -73,14 +62,7 @@ class Steps:
 
 
 class Interval:
-    """Collects the measurements of steps on the device.
-
-    Args:
-        device: of the model.
-        capacity: the most steps that an interval may have.
-        accumulation: micro-batches of a step.
-        detects_launch_bound: whether to measure if GPUs are launch-bound.
-    """
+    """Collects the measurements of at most `capacity` steps, of `accumulation` micro-batches each, on the device."""
 
     def __init__(self, device: torch.device, capacity: int, accumulation: int, *, detects_launch_bound: bool):
         self._accumulation = accumulation
@@ -123,11 +105,7 @@ class Interval:
         self._numbers.append(number)
 
     def close(self, bad_images: int) -> Steps:
-        """Returns the steps so far and begins the next interval. Collective; waits for the device.
-
-        Args:
-            bad_images: how many bad images this rank has to report.
-        """
+        """Returns the steps so far, and shares how many bad images this rank has to report. Collective; waits for the device."""
         self._rows[-1] = bad_images
         self._rows[: len(self.launch_bound), 3] = torch.tensor(self.launch_bound, dtype=torch.float32)
         rows = distributed.all_gather_tensors(self._rows).cpu().numpy()

@@ -2,10 +2,9 @@
 
     with explain_out_of_memory(config, ranks, device, is_warm=lambda: step >= 3): …the loop…
 
-The estimate of a micro-batch's memory is linear: the state of the model (weights, moments and whatever else is allocated before the first
-step), the gradients, and for each sample the tensors that the forward pass keeps for the backward pass. These are counted by running the
-model's shapes through PyTorch's operators without computing anything, because the memory at the failure only shows that it was too
-much. A share stays free for the rest: workspaces, gradients of activations, fragmentation.
+The estimate of a micro-batch's memory is linear: the state of the model (all that is allocated before the first step), the gradients, and
+for each sample the tensors that the forward pass keeps for the backward pass. These are counted by running the model's shapes through
+PyTorch's operators without computing anything. A share stays free for workspaces, gradients of activations and fragmentation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,16 +26,9 @@ USABLE = 0.9  # of a GPU's memory
 
 @contextmanager
 def explain_out_of_memory(config: Config, ranks: int, device: torch.device, is_warm: Callable[[], bool]) -> Iterator[None]:
-    """Raises an error that names a micro-batch that fits, if a GPU runs out of memory inside.
+    """Raises ValueError, which names a micro-batch that fits, instead of torch.OutOfMemoryError.
 
-    Args:
-        config: of the job.
-        ranks: of the job.
-        device: of this rank.
-        is_warm: whether enough steps have succeeded. Running out of memory then is a fault of the machine, and is raised as it is.
-
-    Raises:
-        ValueError: instead of torch.OutOfMemoryError.
+    `is_warm` tells whether enough steps have succeeded: running out of memory then is a fault of the machine, and is raised as it is.
     """
     state, total = measure_memory(device)
     try:
@@ -99,21 +91,12 @@ def _can_recompute_more(config: Config) -> bool:
 
 
 def largest_that_fits(fixed: int, sample: int, total: int, sizes: Sequence[int]) -> int | None:
-    """Returns the largest micro-batch that leaves a tenth of the memory free; None if none does.
-
-    Args:
-        fixed: bytes that do not depend on the micro-batch.
-        sample: bytes of each sample.
-        total: bytes of the GPU.
-        sizes: micro-batches to choose from.
-    """
+    """Returns the largest of `sizes` for which `fixed` bytes and `sample` bytes a sample leave a tenth of the memory free, or None."""
     return max((size for size in sizes if fixed + size * sample <= USABLE * total), default=None)
 
 
 def activation_bytes(model: nn.Module, image_size: int, precision: str, device_type: str) -> int:
-    """Returns the bytes that the forward pass of one sample keeps for the backward pass, without weights.
-
-    Nothing is computed: only the shapes of the model matter.
+    """Returns the bytes that the forward pass of one sample keeps for the backward pass, without weights; computes nothing.
 
     Args:
         model: in training mode; it may be on the meta device.

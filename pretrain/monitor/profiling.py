@@ -21,12 +21,7 @@ from pretrain.run.position import Phase, SharedPosition
 
 
 class Profiler:
-    """Args:
-    position: of this process, which each phase updates.
-    steps: to trace, counted from 0; an empty range for none.
-    folder: of the traces.
-    log_line: logs where a trace is.
-    """
+    """Marks phases for `position` and the trace, and traces `steps`, counted from 0, into `folder`."""
 
     def __init__(self, position: SharedPosition, steps: range, folder: Path, log_line: Callable[[str], None]):
         self._steps = steps if os.environ["LOCAL_RANK"] == "0" else range(0)

@@ -21,19 +21,7 @@ from pretrain.schedule import Schedule
 
 @dataclass(frozen=True)
 class Reporter:
-    """Computes the figures of an interval and writes them.
-
-    Args:
-        log: of the run.
-        schedule: of the job.
-        steps_per_epoch: optimizer steps.
-        global_batch: samples of an optimizer step.
-        ranks: of the job.
-        device: of this rank.
-        image_flops: floating-point operations of one image in training (monitor/flops.py).
-        peak_flops: FLOP/s of one GPU by its data sheet; None if unknown, then no MFU is reported.
-        has_graphs: whether the job runs CUDA graphs, which the advice on launch-bound steps depends on.
-    """
+    """Computes the figures of an interval and writes them."""
 
     log: RunLog
     schedule: Schedule
@@ -41,17 +29,16 @@ class Reporter:
     global_batch: int
     ranks: int
     device: torch.device
-    image_flops: float
-    peak_flops: float | None
-    has_graphs: bool
+    image_flops: float  # floating-point operations of one image in training (monitor/flops.py)
+    peak_flops: float | None  # FLOP/s of one GPU by its data sheet; without it no MFU is reported
+    has_graphs: bool  # whether the job runs CUDA graphs, which the advice on launch-bound steps depends on
 
     def report(
         self, step: int, steps: Steps, slowest: SlowestRank, *, lr: float, bad_images: int, is_evaluated: bool, seconds_until_save: float
     ) -> None:
-        """Writes the line and the record of an interval.
+        """Writes the line and the record of an interval, after `step` steps.
 
         Args:
-            step: number of steps done.
             steps: of the interval, at least one.
             slowest: rank of the interval.
             lr: learning rate of the last step.

@@ -40,10 +40,7 @@ class Request:
 class Requests:
     """Collects the requests of this rank and agrees on them with the other ranks.
 
-    Args:
-        file: requests a stop while it exists.
-        save_seconds: time from the start, or from the last save, to the next requested save; None: never.
-        clock: returns seconds; rank 0's alone counts.
+    A stop is requested while `file` exists, a save `save_seconds` after the start or the last save by rank 0's `clock`; None: never.
     """
 
     def __init__(self, file: Path, save_seconds: float | None, clock: Callable[[], float] = time.monotonic):

@@ -104,23 +104,14 @@ def read_rollbacks(file: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Writes evidence of bad steps to a file and to the log.
+    """Writes evidence of bad steps to a file and to the log."""
 
-    Args:
-        file: RUN/bad_steps.jsonl.
-        log: of the run.
-        order: of the samples.
-        index: of the training data.
-        hosts: of all ranks.
-        has_loss_scale: whether losses are scaled (fp16). Then gradients that are not finite are normal, as long as the loss is finite.
-    """
-
-    file: Path
+    file: Path  # RUN/bad_steps.jsonl
     log: RunLog
     order: SampleOrder
-    index: Index
-    hosts: list[str]
-    has_loss_scale: bool
+    index: Index  # of the training data
+    hosts: list[str]  # of all ranks
+    has_loss_scale: bool  # whether losses are scaled (fp16): gradients that are not finite are normal then, as long as the loss is
 
     def keep(self, steps: Steps, bad: BadSteps | None) -> None:
         """Writes all steps of an interval that were skipped or that `bad` names."""

@@ -1,9 +1,5 @@
 """Finds the rank that slows the others down.
 
-    timer = RankTimer(engine, config.engine.zero_stage, hosts)
-    for each micro-step: timer.begin(); batch = next(batches); loss = f(engine(images)); engine.backward(loss); …
-    slowest = timer.close()          # at a log line, after waiting for the device
-
 Ranks wait for each other where they reduce gradients, so a step takes the same time on all of them. Ranks differ in the time before that,
 from the beginning of a micro-step to the end of its forward pass, in which no rank waits for another.
 """
@@ -45,13 +41,8 @@ class RankTimer:
     """Sums the time of this rank's micro-steps in which it waits for no other rank: data, mixing and the forward pass.
 
     On a GPU that is the device's time between two events on its stream, so a wait for data counts as far as the device is idle, and only
-    `close` waits. On a CPU it is the host's time. The backward pass is not measured, because its reductions wait for other ranks. ZeRO-3
-    gathers weights in the forward pass, so there the time ends before the forward pass, and only late data tells ranks apart.
-
-    Args:
-        engine: DeepSpeed's.
-        zero_stage: of the engine.
-        hosts: of all ranks.
+    `close` waits. On a CPU it is the host's time. ZeRO-3 gathers weights in the forward pass, so there the time ends before it, and only
+    late data tells ranks apart.
     """
 
     def __init__(self, engine: Any, zero_stage: int, hosts: Sequence[str]):

@@ -1,15 +1,9 @@
 """Counts the bytes that a training step sends between ranks, by collective, from the model's shapes.
 
-    collectives = communication([p.numel() for p in model.parameters()], channels, stage=1, accumulation=2)
-    print(sum(collective.sent(ranks) for collective in collectives))
-
 The bytes are those of bandwidth-optimal algorithms, such as a ring: every other rank's part of the tensors, once for an all-gather or a
-reduce-scatter, twice for an all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009). The 8 bytes of requests that the hosts
-exchange in a step are not counted, nor are the collectives of a log line and of SyncBatchNorm's forward pass.
-
-DeepSpeed 0.19.8 averages gradients by all-reduce in stages 0 to 2, although in stages 1 and 2 a rank keeps only its part; in stage 2 it
-does so in every micro-step. Stage 3 gathers weights in every micro-step, and keeps them from the forward to the backward pass, because its
-max_reuse_distance exceeds the size of these models.
+reduce-scatter, twice for an all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009). DeepSpeed 0.19.8 averages gradients by
+all-reduce in stages 0 to 2, in stage 2 in every micro-step. Stage 3 gathers weights once in every micro-step. The hosts' requests, log
+lines and SyncBatchNorm are not counted.
 """
 
 from collections.abc import Sequence
@@ -34,7 +28,7 @@ class Collective:
 
 
 def communication(parameters: Sequence[int], channels: int, *, stage: int, accumulation: int) -> list[Collective]:
-    """Returns the collectives of one optimizer step. Padding, a few elements per rank, is not counted.
+    """Returns the collectives of one optimizer step, without padding.
 
     Args:
         parameters: elements of each of the model's parameters.

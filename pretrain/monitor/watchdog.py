@@ -1,9 +1,5 @@
 """Ends a job that hangs, with the stacks of all ranks in the log.
 
-    watchdog = Watchdog(position, hosts, step_limit, start_limit)
-    for each step: position.set(step, "data", micro_step); …; position.set(step, "forward", micro_step); …      run/position.py
-    watchdog.close()
-
 Ranks wait for each other in every step, so one rank that hangs stops all of them, and all notice within moments. Each writes the Python
 stacks of all its threads to stderr, and sends its position to the others over a connection of its own to the store that joined them. The
 log names the rank that does not answer, or else the one with the least progress. Then all ranks end with EXIT_HUNG.
@@ -35,12 +31,7 @@ LONG_PHASES = {PHASES.index(phase) for phase in ("start", "evaluation", "save")}
 
 
 class Watchdog:
-    """Args:
-    position: of this process.
-    hosts: of all ranks.
-    step_limit: seconds that a step may take.
-    start_limit: seconds that the first step, an evaluation or a save may take.
-    """
+    """Ends the process if a step exceeds `step_limit` seconds, or the first step, an evaluation or a save `start_limit` seconds."""
 
     def __init__(self, position: SharedPosition, hosts: Sequence[str], step_limit: float, start_limit: float):
         self._position, self._hosts = position, hosts
@@ -96,12 +87,7 @@ def format_stacks() -> str:
 def exchange_positions(rank: int, positions: dict[int, Position], ranks: int) -> None:
     """Sends this rank's position to the other ranks, and fills in theirs until the caller stops waiting.
 
-    Ranks above 1 ask ranks 0 and 1 alone, to limit the load on the store of a large job.
-
-    Args:
-        rank: this one.
-        positions: by rank; holds this rank's at first.
-        ranks: of the job.
+    Ranks above 1 ask ranks 0 and 1 alone, to limit the load on the store of a large job. `positions` holds this rank's at first.
     """
     wanted = set(range(ranks)) if rank <= 1 else {0, 1}
     # A client of this thread's own, because the process's other client may be what hangs.
@@ -119,12 +105,7 @@ def exchange_positions(rank: int, positions: dict[int, Position], ranks: int) ->
 
 
 def find_hung_rank(positions: Mapping[int, Position], hosts: Sequence[str]) -> tuple[int, str]:
-    """Returns the rank that stops the others, and the reason: it does not answer, or it has the least progress.
-
-    Args:
-        positions: of the ranks that answer.
-        hosts: of all ranks.
-    """
+    """Returns the rank that stops the others, and the reason: it does not answer (no position), or it has the least progress."""
     most = max(positions.values())
     silent = sorted(set(range(len(hosts))) - set(positions))
     if silent:

@@ -1,1 +1,1 @@
-"""A run as others see it: what lies in its directory, what is recorded, how it stands, and what its processes end with."""
+"""A run as others see it: the files in its directory, its records, its state and the exit codes of its processes."""

@@ -1,8 +1,4 @@
-"""Names the files of a run directory and reads its lock. Imports neither torch nor DeepSpeed, so `status` starts in tenths of a second.
-
-RUN/checkpoints/step-000012500    list_checkpoints(RUN / CHECKPOINTS), oldest first
-RUN/lock-000007                   list_locks(RUN), newest last; read_lock(path) returns its holder, a process on one machine
-"""
+"""Names the files of a run directory and reads its lock. Imports neither torch nor DeepSpeed, so `status` starts in tenths of a second."""
 
 import json
 import os

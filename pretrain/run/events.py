@@ -1,9 +1,5 @@
 """Events: structured lines in a job's output, which carry facts from its processes to launch/.
 
-    emit_event("rank", rank=3, host="n1", code=137)      in any process of the job
-    reader = EventReader()                               in the process that reads the job's output
-    if is_event(line): event = reader.read(line)         None until the last line of an event has arrived
-
 They travel in the output because a shared file system can show other nodes a state that is seconds old.
 """
 

@@ -18,11 +18,7 @@ from pretrain.run.trackers import Trackers
 
 
 class RunLog:
-    """Writes lines, records and a progress bar.
-
-    Args:
-        path: of metrics.jsonl, which is appended to; None on a rank that does not write.
-    """
+    """Writes lines, records and a progress bar; `path` is that of metrics.jsonl, or None on a rank that does not write."""
 
     def __init__(self, path: Path | None):
         self.path = path

@@ -1,8 +1,5 @@
 """Shares the position of a process in its work with the process that started it.
 
-    launcher: page = create_page(); start(command, environment | {PAGE: str(page)}, pass_fds=[page]); …; Position.read(page)
-    process:  position = SharedPosition(); position.set(step, "forward", micro_step)
-
 The memory outlives the process, so the launcher also knows in which step a killed process was. Nothing here needs torch.
 """
 

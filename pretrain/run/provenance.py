@@ -47,14 +47,7 @@ def provenance() -> dict[str, object]:
 
 
 def record_start(run: Path, config: Config, data: Mapping[str, str], hosts: Sequence[dict[str, str]]) -> None:
-    """Writes the folder of this start.
-
-    Args:
-        run: run directory.
-        config: of the job.
-        data: fingerprints of the data sets, by split.
-        hosts: results of `describe_host`, by rank.
-    """
+    """Writes the folder of this start, with the fingerprints of the data sets by split and each rank's `describe_host`."""
     starts = run / STARTS
     starts.mkdir(exist_ok=True)
     folder = starts / f"{1 + max((int(path.name) for path in starts.iterdir()), default=0):04d}"

@@ -1,7 +1,6 @@
 """Determines the state of runs from the files in their directories and from Slurm's queue, without contacting the jobs.
 
-    runs = read([Path("runs/van_b3_in22k")])
-    state, remark = state_of(runs[0], time.time())
+    for run in read([Path("runs/van_b3_in22k")]): state, remark = state_of(run, time.time())
 
 Files may be half-written, of another version, or vanish during the read: whatever can't be read is skipped. The holder of a run's lock is
 alive if its process exists. On another machine it is alive if it has recently touched the lock or written a record, for which the clocks of
@@ -16,11 +15,11 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from data.common.text import format_duration
 from pretrain.run import attempts, directory
@@ -32,6 +31,7 @@ SQUEUE_TIMEOUT_S = 10.0
 QUEUED = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")  # Slurm's names for a job that waits
 State = Literal["waiting", "running", "stalled", "stopped", "failed", "complete"]
 Record = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Run:
-    """All that is known of a run. Two of them are equal if nothing but time has passed between them."""
+    """A run as its files and Slurm's queue describe it. Two of them are equal if nothing but time has passed between them."""
 
     folder: Path
     records: dict[str, Record]  # the newest of each kind near the end of metrics.jsonl
@@ -59,14 +59,14 @@ class Run:
     attempts: tuple[Attempt, ...]
     restarts: int
     holder: Holder | None
-    job_id: str | None  # of the newest attempt on Slurm
-    job: str | None  # its state in Slurm's queue, as in ask_slurm; None: not in the queue, or unknown
-    is_queue_known: bool
+    job_id: str | None  # Slurm job of the newest attempt, or of the lock's holder if no attempt is recorded
     should_stop: bool  # STOP exists
     bad_images: int
     skipped: int  # steps without an update
     size: int  # bytes of all checkpoints
     free: int | None = field(compare=False)  # bytes of their file system
+    job: str | None = None  # its state in Slurm's queue, as in ask_slurm; None: not in the queue, or unknown
+    is_queue_known: bool = False
 
     @property
     def last_sign(self) -> float:
@@ -94,16 +94,16 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def read(folders: Sequence[Path]) -> list[Run]:
-    ids = [_job_id(folder) for folder in folders]
-    jobs = ask_slurm([job for job in ids if job])
-    return [read_run(folder, job, jobs) for folder, job in zip(folders, ids, strict=True)]
+    runs = [read_run(folder) for folder in folders]
+    jobs = ask_slurm([run.job_id for run in runs if run.job_id])
+    return [with_queue(run, jobs) for run in runs]
 
 
-def _job_id(folder: Path) -> str | None:
-    """Returns the Slurm job of the newest attempt, or of the lock's holder if no attempt is recorded."""
-    tried, holder = attempts.read(folder), _read_holder(folder)
-    job = tried[-1].job if tried else holder.job if holder else None
-    return job if job and re.fullmatch(r"\d+(_\d+)?", job) else None
+def with_queue(run: Run, jobs: dict[str, str] | None) -> Run:
+    """Returns a run with the state of its job in Slurm's queue, from the result of `ask_slurm`."""
+    if jobs is None or run.job_id is None:
+        return run
+    return replace(run, job=jobs.get(run.job_id), is_queue_known=True)
 
 
 def ask_slurm(jobs: Sequence[str]) -> dict[str, str] | None:
@@ -129,65 +129,72 @@ def ask_slurm(jobs: Sequence[str]) -> dict[str, str] | None:
     return states
 
 
-def read_run(folder: Path, job_id: str | None, jobs: dict[str, str] | None) -> Run:
-    """Reads a run directory.
-
-    Args:
-        folder: the run directory, which need not exist.
-        job_id: its Slurm job.
-        jobs: the result of `ask_slurm`.
-    """
+def read_run(folder: Path) -> Run:
+    """Reads a run directory, which need not exist."""
     checkpoints = directory.list_checkpoints(folder / CHECKPOINTS)
     saved = tuple(map(step_of, checkpoints))
     history = read_records(folder / METRICS)
     records = {record["kind"]: record for record in history}
     steps = [record["step"] for record in history if record["kind"] in ("train", "rollback")]
+    times = [record["time"] for record in history if record["kind"] == "train"][-20:]
     total = number(records.get("train", {}), "total")
-    tried = tuple(attempts.read(folder))
+    tried, holder = tuple(attempts.read(folder)), _read_holder(folder)
     starts = len(tried) or len(list((folder / "starts").glob("[0-9]*")))
+    job_id = tried[-1].job if tried else holder.job if holder else None
     return Run(
-        folder=folder, records=records, interval=_interval(history), total=int(total) if total else None, saved=saved,
+        folder=folder, records=records, total=int(total) if total else None, saved=saved,
         step=steps[-1] if steps else (saved[-1] if saved else None), is_saving=any((folder / CHECKPOINTS).glob(".partial-*")),
-        attempts=tried, restarts=max(0, starts - 1), holder=_read_holder(folder),
-        job_id=job_id, job=jobs.get(job_id) if jobs and job_id else None, is_queue_known=jobs is not None and job_id is not None,
-        should_stop=(folder / STOP).exists(), bad_images=len(_json_lines(folder / "quarantine.jsonl")),
-        skipped=len({line.get("step") for line in _json_lines(folder / "bad_steps.jsonl") if line.get("skipped") is True}),
-        size=sum(map(_size, checkpoints)), free=_free(folder),
+        # The median: a restart between two records does not count.
+        interval=statistics.median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else None,
+        attempts=tried, restarts=max(0, starts - 1), holder=holder,
+        job_id=job_id if job_id and re.fullmatch(r"\d+(_\d+)?", job_id) else None,
+        should_stop=(folder / STOP).exists(), bad_images=len(_read_json_lines(folder / "quarantine.jsonl")),
+        skipped=len({line.get("step") for line in _read_json_lines(folder / "bad_steps.jsonl") if line.get("skipped") is True}),
+        size=sum(map(_size, checkpoints)),
+        free=_or_default(lambda: shutil.disk_usage(folder).free, None),
     )  # fmt: skip
+
+
+def _or_default(read: Callable[[], T], default: T) -> T:
+    """Returns the result of `read`, or `default` for files that vanish or can't be read."""
+    try:
+        return read()
+    except OSError:
+        return default
+
+
+def _modified(path: Path) -> float | None:
+    return _or_default(lambda: path.stat().st_mtime, None)
+
+
+def _size(folder: Path) -> int:
+    return _or_default(lambda: sum(entry.stat().st_size for entry in os.scandir(folder)), 0)
 
 
 def _read_holder(folder: Path) -> Holder | None:
     for path in directory.list_locks(folder)[-1:]:
-        lock, touched = _json_object(path), _modified(path)
+        lock = next(iter(_read_json_lines(path)), {})
+        touched = _modified(path)
         if touched is None:  # released a moment ago
             return None
         is_local = lock.get("machine") == directory.machine_id()
         exists = directory.process_start(lock.get("pid", 0)) == (lock.get("started") or 0) if is_local else None
+        try:
+            since = datetime.strptime(lock.get("since"), "%Y-%m-%d %H:%M:%S %z").timestamp()  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            since = None
         job, process = lock.get("job"), f"process {lock.get('pid', '?')} on {lock.get('host', '?')}"
-        return Holder(job if isinstance(job, str) else None, process, _epoch(lock.get("since")), exists, touched)
+        return Holder(job if isinstance(job, str) else None, process, since, exists, touched)
     return None
-
-
-def _epoch(text: Any) -> float | None:
-    try:
-        return datetime.strptime(text, "%Y-%m-%d %H:%M:%S %z").timestamp()
-    except (TypeError, ValueError):
-        return None
 
 
 def read_records(path: Path) -> list[Record]:
     """Returns the last records of metrics.jsonl, oldest first; each has a kind, a step and a time."""
     return [
         record
-        for record in _json_lines(path, TAIL_BYTES)
+        for record in _read_json_lines(path, TAIL_BYTES)
         if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int) and number(record, "time") is not None
     ]
-
-
-def _interval(records: Sequence[Record]) -> float | None:
-    """Returns the median of the seconds between two records of steps: a restart between them does not count."""
-    times = [record["time"] for record in records if record["kind"] == "train"][-20:]
-    return statistics.median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else None
 
 
 def number(record: Record, key: str) -> float | None:
@@ -195,8 +202,9 @@ def number(record: Record, key: str) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _json_lines(path: Path, last_bytes: int | None = None) -> list[Record]:
+def _read_json_lines(path: Path, last_bytes: int | None = None) -> list[Record]:
     """Returns the objects in a file of one JSON object a line. Incomplete and other lines are skipped."""
+    values = []
     try:
         with path.open("rb") as file:
             if last_bytes is not None:
@@ -204,43 +212,12 @@ def _json_lines(path: Path, last_bytes: int | None = None) -> list[Record]:
             lines = file.read().splitlines()
     except OSError:
         return []
-    return [value for line in lines if isinstance(value := _parse_json(line), dict)]
-
-
-def _json_object(path: Path) -> Record:
-    try:
-        value = _parse_json(path.read_bytes())
-    except OSError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _parse_json(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _modified(path: Path) -> float | None:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return None
-
-
-def _size(folder: Path) -> int:
-    try:
-        return sum(entry.stat().st_size for entry in os.scandir(folder))
-    except OSError:  # removed meanwhile
-        return 0
-
-
-def _free(folder: Path) -> int | None:
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
+    for line in lines:
+        try:
+            values.append(json.loads(line))
+        except ValueError:
+            continue
+    return [value for value in values if isinstance(value, dict)]
 
 
 # ---------------------------------------------------------------- decide
@@ -267,7 +244,7 @@ def state_of(run: Run, now: float) -> tuple[State, str]:
 
 
 def _state_of_process(run: Run, holder: Holder, now: float) -> tuple[State, str]:
-    """The state of a run whose lock is held by a live process."""
+    """Returns the state of a run whose lock is held by a live process."""
     record, evaluation = run.records.get("train"), run.records.get("evaluation", {})
     remarks = ["saving a checkpoint"] if run.is_saving else []
     remarks += [f"{STOP} exists: the job saves and ends"] if run.should_stop else []
@@ -282,7 +259,7 @@ def _state_of_process(run: Run, holder: Holder, now: float) -> tuple[State, str]
 
 
 def _state_at_rest(run: Run, now: float) -> tuple[State, str]:
-    """The state of an incomplete run without a live process or a job in the queue."""
+    """Returns the state of an incomplete run without a live process or a job in the queue."""
     last, holder, saved = run.attempts[-1] if run.attempts else None, run.holder, run.saved[-1] if run.saved else 0
     if last is not None and last.end is not None:
         if last.end.again and not run.is_queue_known:

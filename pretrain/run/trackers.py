@@ -1,10 +1,5 @@
 """Sends the records of a run to tools that draw curves: TensorBoard always, Weights & Biases and MLflow by setting.
 
-    trackers = Trackers(log.line)
-    trackers.open(config, folder, step)          # after the run's checkpoint is loaded
-    trackers.send("train", {"step": 50, "loss": 9.1})
-    trackers.close()
-
 RUN/tensorboard       event files, one for each start: tensorboard --logdir runs
 run.wandb=PROJECT     or ENTITY/PROJECT; wandb finds its key, server and mode by itself (wandb login, WANDB_MODE=offline)
 run.mlflow=EXPERIMENT MLflow finds its store by itself (MLFLOW_TRACKING_URI)
@@ -35,8 +30,6 @@ CLOSE_S = 30.0  # that the end of training waits for a server
 
 
 class Tracker(Protocol):
-    """A tool that draws curves."""
-
     name: str
 
     def write(self, step: int, scalars: dict[str, float]) -> None: ...
@@ -45,11 +38,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Sends records to the open trackers. Before `open`, and on ranks that do not call it, records go nowhere.
-
-    Args:
-        log_line: logs which records are lost.
-    """
+    """Sends records to the open trackers. Before `open`, and on ranks that do not call it, records go nowhere."""
 
     def __init__(self, log_line: Callable[[str], None]):
         self._log_line = log_line
@@ -58,12 +47,7 @@ class Trackers:
         self._thread: threading.Thread | None = None
 
     def open(self, config: Config, folder: Path, step: int) -> None:
-        """Opens the trackers of the settings.
-
-        Args:
-            config: of the job.
-            folder: of the run.
-            step: that the run has come to.
+        """Opens the trackers of the settings for a run that is at `step`.
 
         Raises:
             ValueError: a tracker refuses, at step 0. A resumed run continues without the tracker, and logs that.

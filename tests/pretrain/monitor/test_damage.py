@@ -80,7 +80,7 @@ def test_a_damaged_shard_is_named_at_the_start_by_all_ranks(drawn: Path, tmp_pat
 
 
 def is_first(messages: list[str]) -> bool:
-    from pretrain.monitor.faults import is_first_to_report
+    from pretrain.monitor.damage import is_first_to_report
 
     dist.init_process_group("gloo")
     return is_first_to_report(messages[dist.get_rank()])

@@ -76,7 +76,7 @@ def pid_of_ended_process() -> int:
 
 def read_with_queue(run: Path, queue: dict[str, str] | None = None) -> Run:
     """Reads a run as if Slurm's queue held these jobs; None: there is no squeue."""
-    return state.read_run(run, state._job_id(run), queue)
+    return state.with_queue(state.read_run(run), queue)
 
 
 # ---------------------------------------------------------------- states
