@@ -1,4 +1,4 @@
-"""A disk that fails, dies, is slow or is watched: what the writing thread of a checkpoint asks of the operating system, call by call."""
+"""Disks that fail, die, are slow or watched: the system calls of a checkpoint's writing thread, call by call."""
 
 import errno
 import itertools
@@ -23,7 +23,7 @@ class Killed(BaseException):
 
 @contextmanager
 def small_file_system(place: Path, size: str) -> Iterator[Path]:
-    """Mounts an empty one there, of a size in mount's words; skips the test where that is not allowed."""
+    """Mounts an empty file system of a size in the words of `mount`; skips the test where that is not allowed."""
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
     if mounted.returncode:
@@ -36,7 +36,7 @@ def small_file_system(place: Path, size: str) -> Iterator[Path]:
 
 @contextmanager
 def disk(act: Act) -> Iterator[None]:
-    """The writing thread's calls go through `act(number, name, original, args, kwargs)`, counted from 0."""
+    """Sends the writing thread's calls through `act(number, name, original, args, kwargs)`, counted from 0."""
     originals = {name: getattr(os, name) for name in CALLS}
     numbers = itertools.count()
 
@@ -58,7 +58,7 @@ def disk(act: Act) -> Iterator[None]:
 
 
 class FailsOnce:
-    """One call, and only that, fails; a write fails after half of its bytes."""
+    """Lets one call fail; a write fails after half of its bytes."""
 
     def __init__(self, at: int, code: int = errno.ENOSPC):
         self.at, self.code, self.hit = at, code, False
@@ -73,7 +73,7 @@ class FailsOnce:
 
 
 class Dies:
-    """From one call on nothing gets to the disk; of a write half of its bytes do."""
+    """Lets no call reach the disk from one call on; of a write half of the bytes do."""
 
     def __init__(self, at: int):
         self.at, self.hit = at, False
@@ -88,17 +88,8 @@ class Dies:
         raise Killed
 
 
-class ReadOnly:
-    """Nothing can be changed."""
-
-    def __call__(self, number: int, name: str, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if name == "open" and args[1] == os.O_RDONLY:
-            return original(*args, **kwargs)
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(args[0]))
-
-
 class Slow:
-    """Each call takes so many seconds more."""
+    """Delays each call."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -109,8 +100,10 @@ class Slow:
 
 
 class Watched:
-    """Follows what a loss of power would leave, by the rule that bytes survive once their file is synced, and a name once its directory
-    is. `unsafe` lists all that was built on something that would not have survived: the promise is that it stays empty."""
+    """Follows what a loss of power would leave: bytes survive once their file is synced, a name once its directory is.
+
+    `unsafe` lists everything that was built on something that would not have survived.
+    """
 
     def __init__(self) -> None:
         self.bytes: set[Path] = set()  # files with bytes that are not durable

@@ -1,9 +1,8 @@
-"""Whole training jobs on two ranks of this machine, of which one may be told to hit itself (points.py)."""
+"""Runs whole training jobs on two ranks of this machine, one of which may send itself a signal (points.py)."""
 
 import json
 import multiprocessing
 import re
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,8 @@ from pretrain import checkpoint
 from tests.faults.points import POINTS, Fault, inject
 from tests.support.ranks import Ended, join, start_training
 
-# All that has randomness or state in it is on: accumulation (2), drop path, mixup and cutmix (by default), the moving average. 32 images
-# and a global batch of 8: 4 steps an epoch, so that the fifth step, which is hit, lies behind an epoch's end and before a second one's.
+# Every part with randomness or state is on: accumulation (2), drop path, mixup and cutmix (by default), the moving average. 32 images and a
+# global batch of 8 make 4 steps an epoch, so the fifth step, which is hit, follows an epoch's end.
 CONFIG = """
 name: fault
 seed: 5
@@ -36,11 +35,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 def start(
     folder: Path, dataset: Path, *overrides: str, fault: Fault | None = None, change: Change | None = None, job: str = "1"
 ) -> list[multiprocessing.Process]:
-    """Starts a job whose run directory is `folder`/run; output goes to `folder`/log, appended.
-
-    Args:
-        change: is called in every rank's process before anything else, to switch something off.
-    """
+    """Starts a job in the run directory FOLDER/run; its output is appended to FOLDER/log. `change` runs first in every rank's process."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fault.yaml").write_text(CONFIG)
     arguments = [str(folder / "fault.yaml"), f"data.train={dataset / 'train'}", f"data.val={dataset / 'val'}", f"run.dir={folder / 'run'}"]
@@ -66,17 +61,17 @@ def log_of(folder: Path) -> str:
 
 
 def resumed_steps(folder: Path) -> list[int]:
-    """The steps at which the job's later starts went on."""
+    """Returns the steps at which the job's later starts resumed."""
     return [int(step) for step in re.findall(r"resumed at step (\d+) of", log_of(folder))]
 
 
 def reached(folder: Path) -> int:
-    """The last step that was made."""
+    """Returns the last step that was made."""
     return max(losses(folder), default=0)
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Of each step, the last time it was made."""
+    """Returns the loss of each step, from the last time that it was made."""
     path = folder / "run" / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
@@ -90,10 +85,6 @@ def final_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_end(folder: Path, other: Path) -> bool:
-    """Whether two jobs ended with the same bits of weights, optimizer and statistics, and saw the same losses at every step."""
+    """Returns whether two jobs ended with the same bits of weights, optimizer and statistics, and the same losses at every step."""
     one, two = final_state(folder), final_state(other)
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one) and losses(folder) == losses(other)
-
-
-def clear(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

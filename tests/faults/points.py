@@ -1,8 +1,8 @@
-"""Where a job can be hit, and how a rank's process is made to hit itself there.
+"""Points at which a rank's process sends itself a signal.
 
-A point wraps one function of the running code in the rank's own process, so the code that is tested has no hooks. The jobs that are
-hit (jobs.py) have four steps an epoch, save after steps 2, 4, 6 and 7 and evaluate after 3, 6 and 7. The hit comes in the fifth step,
-when step 4 is on disk, or in the save of step 4, or in the evaluation after step 6.
+A point wraps one function of the running code in the rank's own process, so the tested code has no hooks. The jobs (jobs.py) have four
+steps an epoch, save after steps 2, 4, 6 and 7 and evaluate after 3, 6 and 7. The signal comes in the fifth step, when step 4 is on disk, or
+in the save of step 4, or in the evaluation after step 6.
 """
 
 import itertools
@@ -30,15 +30,9 @@ class Fault:
 
 @dataclass(frozen=True)
 class Point:
-    """Args:
-    rank: which rank is hit.
-    resumes: the step from which a job that was killed here goes on.
-    wrap: installs the hit, given what hits.
-    """
-
-    rank: int
-    resumes: int
-    wrap: Callable[[Callable[[], None]], None]
+    rank: int  # that is hit
+    resumes: int  # the step from which a job that was killed here resumes
+    wrap: Callable[[Callable[[], None]], None]  # installs the hit
 
 
 def inject(fault: Fault) -> None:

@@ -1,4 +1,4 @@
-"""A small model that trains and saves for real, in a process a rank (tests/support/ranks.py): what the tests of failing disks play with."""
+"""A small model that trains and saves for real, in one process a rank (tests/support/ranks.py), for tests of failing disks."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -39,7 +39,7 @@ class Memory(RunLog):
 
 
 class Session:
-    """One rank of a run in `folder`. `states` holds what the state was after each step that was saved, or tried to."""
+    """One rank of a run in `folder`. `states` holds the state after each step that was saved, or should have been."""
 
     def __init__(self, folder: str, keep: int = 2, width: int = 4, **engine: Any):
         self.run = Path(folder)
@@ -61,7 +61,7 @@ class Session:
         self.start()
 
     def start(self) -> int | None:
-        """As at the start of a job: a run's checkpoints are opened and the newest whole one is loaded; returns its step."""
+        """Opens the run's checkpoints and loads the newest whole one, as the start of a job does; returns its step."""
         self.checkpoints = checkpoint.Checkpoints(
             self.folder, self.engine, self.stats, retention=checkpoint.Retention(self.keep), lock=self.lock, log=self.log
         )
@@ -70,7 +70,7 @@ class Session:
         return self.step if trainer else None
 
     def train(self) -> None:
-        """One step on images that follow from its number."""
+        """Makes one step on images that follow from its number."""
         images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(self.step))
         for number in range(self.rank * 4 // self.ranks, (self.rank + 1) * 4 // self.ranks):
             loss = nn.functional.cross_entropy(self.engine(images[number : number + 1]), torch.tensor([number % 3]))
@@ -82,7 +82,7 @@ class Session:
         self.step += 1
 
     def save(self, on: AbstractContextManager[None] | None = None) -> BaseException | None:
-        """A step and a save, waited for; `on` is the disk that it is made on. Returns what `wait` raised."""
+        """Makes a step and a save on the disk `on`, and waits for it; returns the error that `wait` raised."""
         self.train()
         self.states[self.step] = self.state()
         with on or nullcontext():
@@ -97,7 +97,7 @@ class Session:
         self.checkpoints.save({"step": self.step, "identity": {}, "evaluation": None})
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Copies of all that a checkpoint holds. Collective."""
+        """Returns copies of everything that a checkpoint holds. Collective."""
         whole = {key: zero_state.assemble_tensors(self.engine, key) for key in ("weight", "exp_avg", "exp_avg_sq", "ema")}
         state = {f"{key}/{name}": tensor.flatten() for key, tensors in whole.items() for name, tensor in tensors.items()}
         state |= {f"buffer/{name}": buffer for name, buffer in self.model.named_buffers()}
@@ -105,7 +105,7 @@ class Session:
         return {name: tensor.detach().clone() for name, tensor in state.items()}
 
     def on_disk(self) -> int:
-        """The step of the newest whole checkpoint; raises AssertionError when its content is not what the state was then."""
+        """Returns the step of the newest whole checkpoint; raises AssertionError if its content differs from the state at that step."""
         path = checkpoint.find_newest_whole(self.folder, self.log.line)
         assert path is not None
         step = int(path.name.removeprefix("step-"))
@@ -113,7 +113,7 @@ class Session:
         return step
 
     def kinds(self) -> list[str]:
-        """Of the records so far; forgets them."""
+        """Returns the kinds of the records so far, and forgets these."""
         found = [record["kind"] for record in self.log.records]
         self.log.records.clear()
         return found
@@ -124,13 +124,13 @@ class Session:
 
 
 def different(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that are not the same bits."""
+    """Returns the names of the tensors that differ in a bit."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def everywhere(value: Any, rank: int) -> Any:
-    """A rank's value, on all. Collective."""
+    """Returns the value of one rank on all ranks. Collective."""
     holder = [value]
     dist.broadcast_object_list(holder, src=rank)
     return holder[0]

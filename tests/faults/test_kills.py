@@ -1,5 +1,6 @@
-"""A job that is hit anywhere goes on from the last save and ends bit for bit as one that was left alone."""
+"""A job that is hit anywhere resumes from the last save and ends bit for bit as an undisturbed one."""
 
+import itertools
 import re
 import shutil
 import signal
@@ -18,23 +19,23 @@ from data.synthetic.synthesize import synthesize
 from pretrain import checkpoint
 from tests.faults import jobs
 from tests.faults.disk import small_file_system
-from tests.faults.points import Fault
-from tests.faults.sweep import Case, cases, play
+from tests.faults.points import POINTS, Fault
 from tests.support.ranks import PATIENCE_S, join, kill
 
 pytestmark = pytest.mark.slow
 
-# Of `make test`, and of continuous integration: each signal, in and beside the save, in one ZeRO stage, where all are compared with the
-# same. The whole sweep takes long.
+SIGNALS, STAGES = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP), itertools.cycle((1, 2, 3, 0))
+# Each signal at each point; the ZeRO stages take turns, so that each point and each signal meets several.
+CASES = [(number, point, next(STAGES)) for point in POINTS for number in SIGNALS]
 ONE = "SIGKILL, before the manifest"
 MORE = ("SIGTERM, optimizer's step", "SIGSTOP, before the pointer", "SIGKILL, pruning")
 
 
-def mark(case: str) -> Any:
-    return () if case.startswith(ONE) else pytest.mark.long if case.startswith(MORE) else pytest.mark.full
-
-
-ALL = [pytest.param(case, id=str(case), marks=mark(str(case))) for case in cases()]
+def as_parameters(number: signal.Signals, point: str, stage: int) -> Any:
+    """Returns a case with its name and marks: one is quick enough for `make test`, three for continuous integration."""
+    name = f"{number.name}, {point}, ZeRO-{stage}"
+    marks = () if name.startswith(ONE) else pytest.mark.long if name.startswith(MORE) else pytest.mark.full
+    return pytest.param(number, point, stage, id=name, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[int], Path]:
-    """The folder of a job that was left alone, by ZeRO stage."""
+    """Returns the folder of an undisturbed job of a ZeRO stage."""
 
     @cache
     def of_stage(stage: int) -> Path:
@@ -58,13 +59,33 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Calla
     return of_stage
 
 
-@pytest.mark.parametrize("case", ALL)
-def test_a_job_that_is_hit_ends_as_one_that_is_not(case: Case, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]) -> None:
-    play(case, tmp_path, images, undisturbed(case.stage))
+@pytest.mark.parametrize(("number", "point", "stage"), [as_parameters(*case) for case in CASES])
+def test_a_job_that_is_hit_ends_as_an_undisturbed_one(
+    number: signal.Signals, point: str, stage: int, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
+) -> None:
+    option = f"engine.zero_stage={stage}"
+    ended = jobs.run(tmp_path, images, option, fault=Fault(point, number, tmp_path / "run"))
+    assert (tmp_path / "run" / "hit").exists(), f"the point was not reached:\n{jobs.log_of(tmp_path)[-3000:]}"
+    reached = jobs.reached(tmp_path)
+    if number == signal.SIGKILL:
+        victim = POINTS[point].rank
+        assert ended.codes[victim] == -signal.SIGKILL
+        assert ended.codes[1 - victim] not in (0, 85)
+    elif number == signal.SIGSTOP:
+        assert ended.stopped  # the others wait; killed from outside
+    else:
+        assert ended.codes in ([0, 0], [85, 85]), f"{ended.codes}\n{jobs.log_of(tmp_path)[-3000:]}"
+    assert jobs.run(tmp_path, images, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
+    resumed = jobs.resumed_steps(tmp_path)[-1]
+    if number != signal.SIGTERM:
+        assert resumed == POINTS[point].resumes, jobs.log_of(tmp_path)[-3000:]
+    elif ended.codes == [85, 85]:
+        assert resumed == reached  # no step is lost
+    assert jobs.same_end(tmp_path, undisturbed(stage)), jobs.log_of(tmp_path)[-3000:]
 
 
 def not_restored(kind: str) -> None:
-    """Leaves a part of the state out when a job resumes."""
+    """Makes a resumed job skip a part of the state."""
     import torch.distributed.checkpoint as dcp
 
     from pretrain.engine import zero_state
@@ -93,7 +114,7 @@ PARTS = ["buffer", *(pytest.param(kind, marks=pytest.mark.full) for kind in (*jo
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_control_what_is_not_restored_shows(
+def test_control_a_part_that_is_not_restored_changes_the_end(
     kind: str, tmp_path: Path, images: Path, in_mid_course: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     folder = shutil.copytree(in_mid_course, tmp_path / "job")
@@ -104,10 +125,10 @@ def test_control_what_is_not_restored_shows(
 
 
 @pytest.mark.long
-def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
+def test_a_second_job_on_a_live_run_is_refused_and_resumes_it_after_a_kill(
     tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """The first job is stopped in the middle of a step: it lives, and may go on."""
+    """The first job is stopped in the middle of a step: it lives, and may continue."""
     option = "engine.zero_stage=2"
     first = jobs.start(tmp_path, images, option, fault=Fault("forward", signal.SIGSTOP, tmp_path / "run"), job="17")
     try:
@@ -139,22 +160,22 @@ def test_a_second_job_on_a_live_run_stops_and_after_a_kill_it_goes_on(
 
 
 def files_of(run: Path) -> dict[Path, bytes]:
-    """But for TensorBoard's, which a thread of the first job may still be writing."""
+    """Returns the content of a run's files except TensorBoard's, which a thread of the first job may still be writing."""
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "tensorboard" not in path.parts}
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system on which one checkpoint of the job has room, and not a second one."""
+    """Returns a file system with room for one checkpoint of the job, but not for two."""
     with small_file_system(tmp_path / "small", "100m") as place:
         yield place
 
 
 @pytest.mark.long
-def test_a_job_on_a_full_disk_trains_on_and_says_at_its_end_what_is_not_saved(
+def test_a_job_on_a_full_disk_trains_on_and_ends_with_an_error(
     small_disk: Path, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
 ) -> None:
-    """From the first checkpoint on nothing more can be written to the run directory; with more space the job goes on from there."""
+    """From the first checkpoint on nothing more can be written to the run directory; with more space the job resumes from there."""
     option = "engine.zero_stage=2"
     folder, run = tmp_path / "job", small_disk / "run"
     folder.mkdir()

@@ -1,5 +1,4 @@
-"""Settings files: how they build on one another, text that stays as typed, the problems of a bad file, and schemas that are a part of
-the settings in the files."""
+"""Settings files: layers, text as typed, problems of bad files, and schemas that are a part of the settings in the files."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -76,13 +75,7 @@ def test_later_files_win_and_the_command_line_wins_last(tmp_path: Path, job: Pat
 def test_each_value_has_the_place_that_set_it(tmp_path: Path, job: Path) -> None:
     last = write(tmp_path / "last.yaml", "base: job.yaml\n\noptim:\n  decay: 0.3\n")
     places = config_files.resolve(Job, last, ["seed=1"], conflicts)[1]
-    chosen = {key: places[key] for key in ("name", "optim.decay", "seed", "dir")}
-    assert chosen == {
-        "name": f"{job}:1",
-        "optim.decay": f"{last}:4",
-        "seed": "command line",
-        "dir": "default",
-    }
+    assert [places[key] for key in ("name", "optim.decay", "seed", "dir")] == [f"{job}:1", f"{last}:4", "command line", "default"]
 
 
 def test_mappings_are_merged_by_name(tmp_path: Path, job: Path) -> None:
@@ -93,10 +86,9 @@ def test_mappings_are_merged_by_name(tmp_path: Path, job: Path) -> None:
 
 
 def test_values_of_a_mapping_keep_their_types(tmp_path: Path, job: Path) -> None:
-    texts = ["1e3", "010", "true", "null", "~", "inf", ".inf", "nan", "2026-12-01", "yes", "1:30", "${name}", "x"]
-    config = load(job, [f"kwargs.quoted={texts}", "kwargs.plain=[1e3, 010, true, null, ~, inf, .inf, nan, 2026-12-01, yes]"])
-    assert config.kwargs["quoted"] == [*texts[:-2], "tiny", "x"]
-    assert config.kwargs["plain"] == [1000.0, 8, True, None, None, "inf", math.inf, "nan", "2026-12-01", True]
+    config = load(job, ["kwargs.quoted=['1e3', 'true', '${name}']", "kwargs.plain=[1e3, 010, true, ~, inf, .inf, 2026-12-01, yes]"])
+    assert config.kwargs["quoted"] == ["1e3", "true", "tiny"]
+    assert config.kwargs["plain"] == [1000.0, 8, True, None, "inf", math.inf, "2026-12-01", True]
     assert load(write(tmp_path / "saved.yaml", config_files.to_yaml(config))) == config
 
 
@@ -123,12 +115,9 @@ def test_missing_base_is_named_with_who_named_it_and_the_nearest(tmp_path: Path)
     ("text", "problem"),
     [
         ("base: [a.yaml, b.yaml]\n", "base = [a.yaml, b.yaml] (PATH:1): must be the name of one file"),
-        ("base:\n", "base = null (PATH:1): must be the name of one file"),
         ("epochs: 1\nepochs: 2\n", "duplicate key epochs (PATH:2)"),
-        ("optim: {lr: 1}\noptim: {decay: 2}\n", "duplicate key optim (PATH:2)"),
         ("a: b: c\n", "line 1, column 5"),
         ("- epochs\n", "not a mapping of keys to values"),
-        ("3\n", "not a mapping of keys to values"),
         ("labels: &x [*x]\n", "not valid YAML: maximum recursion depth"),
         ("kwargs: {a: 1, a: 2}\n", "found duplicate key a"),
         ("a: !!python/object/apply:os.getcwd []\n", "unknown key"),
@@ -171,18 +160,32 @@ def test_values_that_can_not_work_together(job: Path) -> None:
 
 # ---------------------------------------------------------------- text as typed
 
-TYPED = ["2026_12", "010", "1.10", "1e3", "yes", "no", "on", "off", "0x1f", "0b11", "1:30", "12:30:45", ".5", "1_000", "2026-12-01"]
-TYPED += ["true", "~", "NULL", "????", "+1", "-0", ".inf", "nan", "1.", "=", "<<"]
+TYPED = ["2026_12", "010", "1.10", "1e3", "yes", "0x1f", "1:30", ".5", "2026-12-01", "true", "~", "????", "-0", ".inf", "=", "<<"]
 TYPED += ["a b", "a=b=c", "C:\\new", "größe", "a'b", 'a"b', "a, b", "http://h:1/a?b=c#d"]
-ONLY_ON_THE_COMMAND_LINE = ["a #b", "#a", " a ", "[a", "{a}", "'a'", '"a"', "a: b", "&a", "*a", "!a", "%a", "@a", "`a", "- a", "? a"]
-ONLY_ON_THE_COMMAND_LINE += ["|", ">", "???", "\\???", "${nam}", "x${", "a\\${x}", "\t", "a\nb", "\x1b[1m"]
+ONLY_ON_THE_COMMAND_LINE = [
+    "a #b",
+    " a ",
+    "[a",
+    "{a}",
+    "'a'",
+    "a: b",
+    "*a",
+    "!a",
+    "- a",
+    "|",
+    "???",
+    "\\???",
+    "${nam}",
+    "x${",
+    "a\\${x}",
+    "a\nb",
+]
 
 
 @pytest.mark.parametrize("text", [*TYPED, *ONLY_ON_THE_COMMAND_LINE, "null"])
-@pytest.mark.parametrize("key", ["name", "dir", "cache"])
-def test_text_on_the_command_line_is_taken_as_typed(tmp_path: Path, job: Path, key: str, text: str) -> None:
-    config = load(job, [f"{key}={text}"])
-    assert getattr(config, key) == (None if (key, text) == ("cache", "null") else text)
+def test_text_on_the_command_line_is_taken_as_typed(tmp_path: Path, job: Path, text: str) -> None:
+    config = load(job, [f"name={text}", f"cache={text}"])
+    assert (config.name, config.cache) == (text, None if text == "null" else text)
     assert load(write(tmp_path / "saved.yaml", config_files.to_yaml(config))) == config
     assert config_files.from_dict(Job, asdict(config)) == config
     assert config_files.override(config, []) == config
@@ -214,36 +217,25 @@ def test_text_can_not_be_empty(tmp_path: Path, job: Path) -> None:
     assert the_problem(path) == f"name =  ({path}:2): is empty"
 
 
-NO_WHOLE_NUMBERS = ["0x1f", "1e3", "1.0", "1:30", "yes", "", "null"]
-
-
-@pytest.mark.parametrize(("text", "value"), [("010", 10), ("1_000", 1000), ("-3", -3), *((text, None) for text in NO_WHOLE_NUMBERS)])
-def test_whole_numbers_are_decimal(tmp_path: Path, job: Path, text: str, value: int | None) -> None:
-    path = write(tmp_path / "more.yaml", f"base: job.yaml\nseed: {text}\n")
-    for arguments in ((job, [f"seed={text}"]), (path, [])):
-        if value is None:
-            assert the_problem(arguments[0], *arguments[1]).endswith(": must be a whole number")
-        else:
-            assert load(*arguments).seed == value
-
-
-NO_NUMBERS = ["inf", "nan", ".inf", "1:30", "null"]
+NUMBERS = {"seed": {"010": 10, "1_000": 1000, "-3": -3}, "epochs": {"1e-3": 0.001, ".5": 0.5, "5": 5}}
+NO_NUMBERS = {"seed": ("0x1f", "1.0", "1:30", "yes", ""), "epochs": ("inf", ".inf", "nan", "1:30")}
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("1e-3", 0.001), (".5", 0.5), ("1_000", 1000), ("5", 5), *((text, None) for text in NO_NUMBERS)]
+    ("key", "text", "value"),
+    [(key, text, NUMBERS[key].get(text)) for key in NUMBERS for text in (*NUMBERS[key], *NO_NUMBERS[key])],
 )
-def test_numbers_are_decimal_and_finite(tmp_path: Path, job: Path, text: str, value: float | None) -> None:
-    path = write(tmp_path / "more.yaml", f"base: job.yaml\nepochs: {text}\n")
-    for arguments in ((job, [f"epochs={text}"]), (path, [])):
+def test_numbers_are_decimal_and_finite(tmp_path: Path, job: Path, key: str, text: str, value: float | None) -> None:
+    path = write(tmp_path / "more.yaml", f"base: job.yaml\n{key}: {text}\n")
+    for arguments in ((job, [f"{key}={text}"]), (path, [])):
         if value is None:
-            assert the_problem(arguments[0], *arguments[1]).endswith((": must be a number", ": must be finite"))
+            assert the_problem(arguments[0], *arguments[1]).endswith((": must be a whole number", ": must be a number", ": must be finite"))
         else:
-            assert load(*arguments).epochs == value
+            assert getattr(load(*arguments), key) == value
 
 
 def test_booleans_and_choices(job: Path) -> None:
-    assert [load(job, [f"fast={text}"]).fast for text in ("true", "Yes", "on", "1", "false", "NO", "off", "0")] == [True] * 4 + [False] * 4
+    assert [load(job, [f"fast={text}"]).fast for text in ("Yes", "on", "1", "false", "NO", "0")] == [True] * 3 + [False] * 3
     assert the_problem(job, "fast=maybe") == "fast = maybe (command line): must be true or false"
 
 
@@ -270,15 +262,13 @@ def test_references_between_settings(tmp_path: Path, job: Path, monkeypatch: pyt
         ("out/${zebra.x}", "Interpolation key 'zebra.x' not found"),
         ("out/${name", "no viable alternative at input '${name'"),
         ("${dir}", "Recursive interpolation detected"),
-        ("${cache}", "Recursive interpolation detected"),
         ("${env:HOME}", "Unsupported interpolation type env"),
         ("${oc.env:NOWHERE}", "KeyError raised while resolving interpolation: \"Environment variable 'NOWHERE' not found\""),
     ],
 )
 def test_a_reference_that_leads_nowhere(tmp_path: Path, job: Path, text: str, problem: str) -> None:
     path = write(tmp_path / "more.yaml", f"base: job.yaml\ncache: ~\ndir: '{text}'\n")
-    overrides = ["cache=${dir}"] if text == "${cache}" else []
-    assert f"dir = {text} ({path}:3): {problem}" in problems(path, *overrides)
+    assert f"dir = {text} ({path}:3): {problem}" in problems(path)
 
 
 def test_a_value_that_another_file_must_set(tmp_path: Path, job: Path) -> None:
@@ -301,11 +291,8 @@ def test_settings_of_another_version(tmp_path: Path, job: Path) -> None:
     config = config_files.from_dict(Job, values)
     assert (config.seed, config.optim) == (0, Optim(lr=2))
     path = write(tmp_path / "saved.yaml", config_files.to_yaml(values))
-    assert {key: config_files.read_saved(Job, path)[key] for key in ("seed", "optim.lr", "dir")} == {
-        "seed": 0,
-        "optim.lr": 2,
-        "dir": "runs/tiny",
-    }
+    saved = config_files.read_saved(Job, path)
+    assert (saved["seed"], saved["optim.lr"], saved["dir"]) == (0, 2, "runs/tiny")
 
 
 def test_override_checks_what_it_sets(job: Path) -> None:

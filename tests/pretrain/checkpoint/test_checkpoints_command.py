@@ -47,7 +47,7 @@ def test_a_job_keeps_the_last_one_an_epoch_and_the_best(made: Path) -> None:
     assert [record["step"] for record in records if record["kind"] == "checkpoint"] == [3, 4, 6, 7]
 
 
-def test_it_lists(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_options_it_lists(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, run) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [int(line.split()[0]) for line in lines] == names(run)

@@ -107,36 +107,32 @@ def test_training_with_graphs_equals_training_without() -> None:
 
 
 def imported() -> tuple[list[bool], str]:
-    """Returns whether inductor is imported by engines of all stages, and then by torch.compile, as the control."""
+    """Returns whether inductor is imported by an engine, and then by torch.compile, as the control."""
     os.environ[SWITCH] = "0"
-    for stage in range(4):
-        run(1, zero_stage=stage)
+    run(1, zero_stage=1)
     before = INDUCTOR in sys.modules
     torch.compile(torch.neg)
     return [before, INDUCTOR in sys.modules], os.environ[SWITCH]
 
 
 def test_an_engine_does_not_import_inductor() -> None:
-    assert run_on_ranks(2, imported) == [([False, True], "0")] * 2
+    assert run_on_ranks(1, imported) == [([False, True], "0")]
 
 
 # ---------------------------------------------------------------- memory and compilation
 
 
 def every_way() -> dict[str, Any]:
+    every: dict[str, Any] = {"checkpoint_stages": [0, 1, 2, 3]}
     ways: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "recomputed": {"model": {"checkpoint_stages": [0, 2]}},
-        "everything recomputed": {"model": {"checkpoint_stages": [0, 1, 2, 3]}},
-    }
-    found = {name: run(3, **way) for name, way in ways.items()}
-    both = {"model": {"checkpoint_stages": [0, 1, 2, 3]}, "sync_bn": True}
-    return found | {"synchronized": run(3, sync_bn=True), "both": run(3, **both)}
+        "plain": {}, "recomputed": {"model": every}, "synchronized": {"sync_bn": True}, "both": {"model": every, "sync_bn": True},
+    }  # fmt: skip
+    return {name: run(3, **way) for name, way in ways.items()}
 
 
 def test_recomputation_changes_no_bit_and_updates_statistics_once() -> None:
     for found in run_on_ranks(2, every_way):
-        assert found["recomputed"] == found["everything recomputed"] == found["plain"]
+        assert found["recomputed"] == found["plain"]
         assert found["plain"]["counted"] == {6}
         assert found["both"] == found["synchronized"]
         assert found["synchronized"]["losses"] != found["plain"]["losses"]

@@ -1,10 +1,6 @@
 """Which fast ways a job's model takes, and that a wrong or failing kernel is found before the first step."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +14,6 @@ from pretrain.engine.fast_ways import use_fast_ways
 from pretrain.model.fast import cpu, triton
 from pretrain.model.fast.triton import block
 from pretrain.model.van import VAN, Block
-from tests.support import REPOSITORY
 
 pytestmark = pytest.mark.slow
 
@@ -103,15 +98,3 @@ def test_kernels_at_fault_are_not_taken(monkeypatch: pytest.MonkeyPatch, kind: s
     assert not any(isinstance(module, triton.Block) for module in model.modules())
     with pytest.raises(ValueError, match=r"model\.kernels=triton can't be used: stage 0"):
         use_fast_ways(model, job(kernels="triton"), CPU)
-
-
-def test_a_job_reports_at_its_start_that_triton_cannot_run(tmp_path: Path, drawn: Path) -> None:
-    """Exit code 2, before anything is trained."""
-    arguments = (
-        f"data.train={drawn / 'train'}", "data.val=null", "data.image_size=32", f"run.dir={tmp_path / 'run'}", "steps=1",
-        "model.name=van_b0", "model.classes=10", "global_batch=4", "engine.micro_batch=4", "engine.device=cpu", "model.kernels=triton",
-    )  # fmt: skip
-    command = [sys.executable, "-m", "launch", "configs/van_b3_in22k.yaml", *arguments]
-    job = subprocess.run(command, env=os.environ | {"RANKS": "1"}, cwd=REPOSITORY, capture_output=True, text=True)
-    assert job.returncode == 2
-    assert "model.kernels=triton can't be used: the device is cpu" in job.stderr + job.stdout

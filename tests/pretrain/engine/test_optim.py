@@ -41,7 +41,6 @@ def test_the_learning_rate_equals_timms(warmup_epochs: int, total: int) -> None:
 # configs/recipes name): 90 epochs with 5 of warm-up from 1e-6 to 4e-3 and down to 1e-6; 30 epochs from 5e-5 down to 1e-6.
 RATES = {
     "van_b3_in22k": {0: 1e-6, 1: 8.008e-4, 4: 3.2002e-3, 5: 3.969626e-3, 45: 2.0005e-3, 89: 2.218041e-6},
-    "van_b6_in22k_ft_in1k_384": {0: 5e-5, 10: 3.775e-5, 15: 2.55e-5, 29: 1.134214e-6},
 }
 
 
@@ -61,8 +60,6 @@ def test_the_recipes_rates_equal_those_of_the_authors_code(name: str, dataset: P
         ({}, (900, 50)),
         ({"steps": 77, "optim.warmup_steps": 7}, (77, 7)),
         ({"samples": 16_000, "optim.warmup_samples": 1_600}, (1000, 100)),
-        ({"steps": 77, "optim.warmup_samples": 160}, (77, 10)),
-        ({"optim.warmup_steps": 0}, (900, 0)),
     ],
 )  # fmt: skip
 def test_lengths_in_epochs_steps_and_samples(given: dict[str, int], expected: tuple[int, int], dataset: Path) -> None:
@@ -172,18 +169,6 @@ def test_the_average_follows_its_formula() -> None:
     for weight, average in zip(weights, averages, strict=True):
         torch.testing.assert_close(optimizer.state[weight]["ema"].double(), average, rtol=1e-6, atol=1e-7)
         assert not torch.allclose(weight.double(), average, rtol=1e-3)
-
-
-@pytest.mark.parametrize(("ema_decay", "keys"), [(0.0, ("exp_avg", "exp_avg_sq")), (0.9, ("exp_avg", "exp_avg_sq", "ema"))])
-def test_state_keys_name_what_has_a_weights_shape(ema_decay: float, keys: tuple[str, ...]) -> None:
-    weights, groups, kwargs = made_up()
-    optimizer = AdamW(groups, **kwargs, ema_decay=ema_decay)
-    optimizer.start_states(weights)
-    for when in ("before the first update", "after it"):
-        for weight in weights:
-            state = optimizer.state[weight]
-            assert tuple(key for key in state if state[key].shape == weight.shape) == optimizer.state_keys == keys, when
-        steps(optimizer, weights, 1)
 
 
 class Operators(TorchDispatchMode):

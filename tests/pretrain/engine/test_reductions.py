@@ -115,25 +115,6 @@ def test_streams_order_the_reductions_without_a_wait_of_the_host() -> None:
             assert any("cat" in race or "copy_" in race or "div_" in race for race in found[f"{stage}, deaf reductions"][2])
 
 
-def test_memory_that_is_freed_in_use_is_a_race() -> None:
-    from tests.support.streams import Streams
-
-    found = []
-    for records in (False, True):
-        streams = Streams()
-        with streams.watched():
-            tensor, other = torch.ones(3), streams.Stream()
-            other.wait_stream(streams.main)
-            with streams.stream(other):
-                tensor.add_(1)
-                if records:
-                    tensor.record_stream(other)
-            del tensor
-            torch.ones(3)
-        found.append(streams.races)
-    assert found == [["memory freed in use, before a tensor of (3,)"], []]
-
-
 # ---------------------------------------------------------------- bits
 
 

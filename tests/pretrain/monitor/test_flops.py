@@ -22,23 +22,12 @@ def test_training_takes_three_times_the_published_forward_pass(name: str, multip
     assert training_flops(model, 224) / 6e9 == pytest.approx(multiply_adds, abs=0.05, rel=0.01)
 
 
-def test_the_model_stays_as_it_was() -> None:
-    model = timm.create_model("van_b0", num_classes=10)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    at_224 = training_flops(model, 224)
-    assert training_flops(model, 448) == pytest.approx(4 * at_224, rel=1e-3)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
 @pytest.mark.parametrize(
     ("name", "precision", "teraflops"),
     [
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312), ("NVIDIA A100 80GB PCIe", "bf16", 312), ("A100-SXM4-40GB", "fp32", 156),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989), ("NVIDIA H100 80GB HBM3", "fp16", 989), ("NVIDIA H100 80GB HBM3", "fp32", 494.5),
-        ("NVIDIA H100 PCIe", "bf16", 756), ("NVIDIA H100 NVL", "bf16", 835.5), ("NVIDIA H200", "bf16", 989),
-        ("NVIDIA H200 NVL", "bf16", 835.5), ("NVIDIA GH200 480GB", "bf16", 989), ("NVIDIA B200", "bf16", 2250),
-        ("NVIDIA L40S", "bf16", 362), ("Tesla V100-SXM2-32GB", "fp16", None), ("NVIDIA L40", "bf16", None),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None), ("NVIDIA GeForce RTX 4090", "bf16", None),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312), ("A100-SXM4-40GB", "fp32", 156), ("NVIDIA H100 80GB HBM3", "fp16", 989),
+        ("NVIDIA H100 80GB HBM3", "fp32", 494.5), ("NVIDIA H100 NVL", "bf16", 835.5), ("NVIDIA H200", "bf16", 989),
+        ("NVIDIA GH200 480GB", "bf16", 989), ("NVIDIA L40", "bf16", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),
     ],
 )  # fmt: skip
 def test_peaks_by_name(name: str, precision: str, teraflops: float | None) -> None:

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -123,19 +122,6 @@ def test_a_step_over_its_limit_ends(phase: str) -> None:
     assert f"in step 1 ({phase})" in output
     assert "most recent call first" in errors
     assert time.monotonic() - began < 30
-
-
-def test_stacks_are_written_in_one_piece() -> None:
-    """Ranks that share a log write at the same moment, and their words would mix."""
-    end, other_end = socket.socketpair(type=socket.SOCK_DGRAM)  # in which each write stays by itself
-    end.settimeout(60)
-    code = ALONE + 'position.set(0, "data"); position.set(1, "data"); time.sleep(100)'
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    with end, other_end, subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment, stderr=other_end) as process:
-        while "has not finished" not in (told := end.recv(1 << 20).decode()):
-            pass
-        assert process.wait(timeout=60) == EXIT_HUNG
-    assert re.search(r"it is in step 1 \(data\); its threads:\n(.|\n)*most recent call first(.|\n)* in <module>\n$", told)
 
 
 def test_a_process_that_never_releases_the_interpreters_lock_ends_too() -> None:

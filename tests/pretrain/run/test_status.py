@@ -20,7 +20,7 @@ from pretrain.run import attempts, state
 from pretrain.run.attempts import ATTEMPTS, Attempt, End
 from pretrain.run.directory import machine_id, process_start
 from pretrain.run.state import Run, read, read_records, state_of
-from pretrain.run.status import size, status
+from pretrain.run.status import status
 from tests.support import REPOSITORY, jobs
 from tests.support.ranks import join
 
@@ -114,30 +114,23 @@ STATES: dict[str, tuple[tuple[Write, ...], dict[str, str] | None, str, str]] = {
     "STOP": ((add_records, add_lock, lambda run: (run / "STOP").touch()), None, "running", "^STOP exists: the job saves and ends$"),
     "late record": ((records(ago=500), add_lock), None, "stalled", "^no record for 8 min 20 s, expected every 1 min 0 s$"),
     "evaluation": ((records(ago=500, evaluates=True), add_lock), None, "running", "^evaluating$"),
-    "after the evaluation": ((records(evaluates=True), lambda run: append(run / "metrics.jsonl", {"kind": "evaluation", "step": 50,
-                              "time": NOW}), add_lock), None, "running", ""),
     "lock elsewhere, touched": ((records(ago=30), lock_elsewhere(touched=15)), None, "running", ""),
-    "lock elsewhere, not touched, new record": ((records(ago=90), lock_elsewhere(touched=150)), None, "running", ""),
     "silent elsewhere": (SILENT, None, "stalled", "^no sign of life for 11 min 40 s$"),
     "silent elsewhere, in Slurm's queue": ((*SILENT, attempt()), {"17": RUNNING}, "stalled",
                                            "^no sign of life for 11 min 40 s; job 17 RUNNING$"),
     "silent elsewhere, not in the queue": ((lock_elsewhere(touched=700, job="17"),), {}, "failed", "^job 17 is no longer in the queue"),
-    "silent elsewhere, without a job": (SILENT, {}, "stalled", "^no sign of life for"),
     "killed process": ((add_records, checkpoint(40), lambda run: add_lock(run, pid=pid_of_ended_process())), None, "failed",
                        "has ended without a message; the same command resumes at step 40$"),
     "no lock": ((add_records, checkpoint(50)), None, "stopped", ""),
     "no lock, steps after the checkpoint": ((add_records, checkpoint(40)), None, "stopped", "^the last 10 steps are not saved$"),
     "last step saved": ((add_records, checkpoint(200)), None, "complete", ""),
-    "last step saved, job still there": ((add_records, attempt(), checkpoint(200)), {"17": RUNNING}, "complete", "^job 17 RUNNING$"),
     "queued": ((add_records, REQUEUED), {"17": PENDING}, "waiting", r"^job 17 PENDING \(Priority\), expected to start 2030"),
     "queued, lock of the lost attempt": ((add_records, attempt(), lock_elsewhere(touched=5, job="17")), {"17": PENDING}, "waiting",
                                          "^job 17 PENDING"),
     "queued, another job trains": ((add_records, attempt(), lock_elsewhere(touched=5, job="18")), {"17": PENDING}, "running", ""),
     "job began": ((attempt(),), {"17": RUNNING}, "running", "^job 17 RUNNING$"),
-    "job began again": ((records(ago=900), attempt()), {"17": RUNNING}, "running", "^job 17 RUNNING$"),
     "job began again, lock of the earlier attempt": ((records(ago=900), lock_elsewhere(touched=900), attempt()), {"17": RUNNING},
                                                      "running", "^job 17 RUNNING$"),
-    "lock released, job ends": ((add_records, attempt()), {"17": "COMPLETING"}, "running", "^job 17 COMPLETING$"),
     "job lost": ((attempt(),), {}, "failed", "^job 17 is no longer in the queue and did not report its end"),
     "job, no squeue": ((attempt(),), None, "stalled", "^no sign of life for 11 min 40 s$"),
     "crash": ((attempt(ended("crashed", "rank 3 on n1: exit code 1", step=44)),), {}, "failed", "^rank 3 on n1: exit code 1$"),
@@ -213,7 +206,6 @@ def test_table_of_all_runs_below_a_folder(tmp_path: Path, capsys: pytest.Capture
     add_attempt(tmp_path / "b", ended("crashed", "rank 3 on n1: exit code 1"), restart=0)
     add_attempt(tmp_path / "b")
     add_lock(tmp_path / "b")
-    (tmp_path / "notes").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path)
     assert status([tmp_path], follow=False) == 0
     rows = capsys.readouterr().out.splitlines()
@@ -221,8 +213,6 @@ def test_table_of_all_runs_below_a_folder(tmp_path: Path, capsys: pytest.Capture
         ["run", "state"], [f"{tmp_path}/a", "complete"], [f"{tmp_path}/b", "running"], [f"{tmp_path}/old/c", "stopped"],
     ]  # fmt: skip
     assert re.search(r"  50 of 200 \(25%\)  6\.2500     1,234  14 min 50 s         1 .* free  last restart: rank 3 on n1: exit", rows[2])
-    status([tmp_path / "b", tmp_path / "a"], follow=False)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [str(tmp_path / "b"), str(tmp_path / "a")]
 
 
 def test_folders_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -234,16 +224,11 @@ def test_folders_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert capsys.readouterr().out.startswith(f"{tmp_path / 'later'}: waiting: no such folder yet\n")
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (999_600, "1 MB"), (3.34e9, "3.34 GB"), (5.2e15, "5.2e+03 TB")])
-def test_sizes(count: float, text: str) -> None:
-    assert size(count) == text
-
-
 # ---------------------------------------------------------------- damaged and long files
 
 FOREIGN = [
     b'{"kind": "train", "step": 1, "time": NaN}\n{"kind": "train", "step": 1, "time": 1, "loss": NaN, "left_s": Infinity}',
-    b"", b"\xff\x00\x80", b"null", b"[]\n3", b'{"kind": "train", "st', b'{"kind": ["train"], "step": 1, "time": 1}',
+    b"", b"\xff\x00\x80", b"null\n[]\n3", b'{"kind": ["train"], "step": 1, "time": 1}',
     b'{"kind": "train", "step": "1", "time": null, "end": 3, "job": [], "restart": {}}', b'{"kind": "train", "step": 1, "time": 1}\n{"ki',
     b'{"job": "1", "restart": 0, "began": "soon", "nodes": ["n0"], "ranks": 1, "saved": 0}\n{"job": "1", "restart": 0, "end": {"at": 1}}',
     b'{"job": 1, "restart": 0, "began": 1, "nodes": ["n0"], "ranks": 1, "saved": 0}',
@@ -251,14 +236,15 @@ FOREIGN = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", FOREIGN)
-def test_damaged_files_are_skipped(tmp_path: Path, content: bytes) -> None:
-    run = tmp_path / "run"
-    add_checkpoint(run, 40)
-    names = ("metrics.jsonl", ATTEMPTS, "STOP", "quarantine.jsonl", "bad_steps.jsonl", "lock-000001", "checkpoints/step-000000050")
-    for name in names:
-        (run / name).write_bytes(content)
-    assert status([run], follow=False) == status([tmp_path], follow=False) == 0
+def test_damaged_files_are_skipped(tmp_path: Path) -> None:
+    for number, content in enumerate(FOREIGN):
+        run = tmp_path / str(number)
+        add_checkpoint(run, 40)
+        names = ("metrics.jsonl", ATTEMPTS, "STOP", "quarantine.jsonl", "bad_steps.jsonl", "lock-000001", "checkpoints/step-000000050")
+        for name in names:
+            (run / name).write_bytes(content)
+        assert status([run], follow=False) == 0
+    assert status([tmp_path], follow=False) == 0
 
 
 def test_sound_lines_beside_damaged_ones_are_read(tmp_path: Path) -> None:
@@ -355,8 +341,7 @@ def test_states_of_a_real_job(tmp_path: Path, drawn: Path) -> None:
 
     def start() -> tuple[Any, list[tuple[str, str]]]:
         """Starts the job and returns after its first new step, with the states until then."""
-        processes, states = jobs.start(tmp_path, drawn, *settings, ranks=1), [observe()[1:]]
-        deadline = time.monotonic() + 120
+        processes, states, deadline = jobs.start(tmp_path, drawn, *settings, ranks=1), [observe()[1:]], time.monotonic() + 120
         while states[-1][0] != "running" or "starting" in states[-1][1]:
             assert time.monotonic() < deadline, (tmp_path / "log").read_text()
             states.append(observe()[1:])
@@ -368,16 +353,11 @@ def test_states_of_a_real_job(tmp_path: Path, drawn: Path) -> None:
     assert any(remark.startswith("starting") for _, remark in states)
     found, *_ = observe()
     assert (found.total, found.records["train"]["next_save"]) == (30, 10 * (found.records["train"]["step"] // 10 + 1))
-    assert found.holder is not None
-    assert found.holder.exists
     os.kill(processes[0].pid, signal.SIGKILL)
     processes[0].join()
-    _, final, remark = observe()
-    assert final == "failed"
-    assert "has ended without a message" in remark
+    assert observe()[1] == "failed"
 
-    processes, states = start()
-    assert states[0][0] in ("failed", "running")
+    processes, _ = start()
     os.kill(processes[0].pid, signal.SIGUSR1)
     assert join(processes).first == 85
     found, *final_state = observe()
