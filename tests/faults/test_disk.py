@@ -41,10 +41,10 @@ def every_call_fails(folder: str, victim: int, code: int) -> int:
             break
         if session.rank == 0:
             newest, kinds = session.on_disk(), session.kinds()
-            # Either the save is dropped with a complaint, or all is well and only the tidying up after it failed.
-            assert (newest, kinds) in [(session.step, ["checkpoint"]), (session.step - 1, ["save_failed"])] or (
-                newest == session.step and kinds == ["save_failed"]  # the name was given, making it durable failed
-            ), (call, session.step, newest, kinds)
+            # Dropped with a complaint; or saved, and only the tidying up failed; or named, and making the name durable failed.
+            assert (newest, kinds) in [
+                (session.step - 1, ["save_failed"]), (session.step, ["checkpoint"]), (session.step, ["save_failed"]),
+            ], (call, session.step, newest, kinds)  # fmt: skip
             if kinds == ["save_failed"]:
                 assert f"SAVING FAILED at step {session.step}" in session.log.lines[-1]
                 assert os.strerror(code) in session.log.lines[-1]
@@ -180,8 +180,6 @@ def check_slow_disk(folder: Path, unprotected: str | None) -> None:
     assert found["blocked"][0] < found["records"][0]["total_s"] / 2  # the first waits for its copy alone
     for record, blocked in zip(found["records"], found["blocked"], strict=True):
         assert record["bytes"] > 5000
-        assert record["total_s"] > 0.1
-        assert record["mb_per_s"] >= record["bytes"] / 1e6 / record["total_s"]  # a little more: without the copy
         assert record["mb_per_s"] == pytest.approx(record["bytes"] / 1e6 / record["total_s"], rel=0.5)
         assert record["blocked_s"] <= blocked
     assert max(record["blocked_s"] for record in found["records"][1:]) > 0.05  # the others for the one before

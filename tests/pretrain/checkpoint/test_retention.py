@@ -35,10 +35,6 @@ def test_the_best_stays(best: str, stays: list[int]) -> None:
     assert keep(Retention(1, best=best), (1, 2, 3, 4, 5), 5, scores if best != "none" else None) == stays  # type: ignore[arg-type]
 
 
-def test_of_equally_good_ones_the_newer_stays() -> None:
-    assert keep(Retention(1, best="top1"), (1, 2, 3), 3, {1: 0.5, 2: 0.5}) == [2, 3]
-
-
 def test_a_score_is_of_the_checkpoints_own_weights() -> None:
     """The moving average's where there is one; a checkpoint that carries an earlier evaluation has none."""
     evaluation = {"step": 5, "weight": {"top1": 0.3, "loss": 2.0}, "ema": {"top1": 0.4, "loss": 1.5}}

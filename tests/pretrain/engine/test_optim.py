@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.model.van  # noqa: F401  registers the family with timm
-from data.synthetic.synthesize import synthesize
 from pretrain import config as settings
 from pretrain.config import OptimConfig
 from pretrain.engine.optim import AdamW, group_parameters, learning_rate, set_learning_rate
 from tests.support import REFERENCE, REPOSITORY
-
-CONFIGS = REPOSITORY / "configs"
 
 
 @pytest.mark.parametrize(("warmup_epochs", "total"), [(2, 35), (1, 7), (0, 21)])
@@ -45,8 +41,8 @@ RATES = {
 
 
 @pytest.mark.parametrize("name", RATES)
-def test_the_recipes_rates_equal_those_of_the_authors_code(name: str, dataset: Path) -> None:
-    config, per_epoch = load_recipe(name, dataset), 100
+def test_the_recipes_rates_equal_those_of_the_authors_code(name: str) -> None:
+    config, per_epoch = load_recipe(name), 100
     total, warmup = settings.lengths(config, per_epoch)
     assert (total, warmup) == (100 * config.epochs, 100 * config.optim.warmup_epochs)
     assert {epoch: learning_rate(epoch * per_epoch, total, warmup, config.optim) for epoch in RATES[name]} == pytest.approx(
@@ -62,26 +58,18 @@ def test_the_recipes_rates_equal_those_of_the_authors_code(name: str, dataset: P
         ({"samples": 16_000, "optim.warmup_samples": 1_600}, (1000, 100)),
     ],
 )  # fmt: skip
-def test_lengths_in_epochs_steps_and_samples(given: dict[str, int], expected: tuple[int, int], dataset: Path) -> None:
-    config = load_recipe("van_b3_in22k", dataset, "global_batch=16", *(f"{key}={value}" for key, value in given.items()))
+def test_lengths_in_epochs_steps_and_samples(given: dict[str, int], expected: tuple[int, int]) -> None:
+    config = load_recipe("van_b3_in22k", "global_batch=16", *(f"{key}={value}" for key, value in given.items()))
     assert settings.lengths(config, 10) == expected
 
 
-def test_two_lengths_at_once_are_refused(dataset: Path) -> None:
+def test_two_lengths_at_once_are_refused() -> None:
     with pytest.raises(settings.ConfigError, match="can't be given beside steps"):
-        load_recipe("van_b3_in22k", dataset, "steps=3", "samples=5")
+        load_recipe("van_b3_in22k", "steps=3", "samples=5")
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set that settings can name; tests must not change it."""
-    folder = tmp_path_factory.mktemp("data") / "drawn"
-    synthesize(folder, classes=2, train=2, val=2)
-    return folder / "train"
-
-
-def load_recipe(name: str, dataset: Path, *overrides: str) -> settings.Config:
-    return settings.load(CONFIGS / f"{name}.yaml", [f"data.train={dataset}", "data.val=null", "model.init_from=null", *overrides])
+def load_recipe(name: str, *overrides: str) -> settings.Config:
+    return settings.load(REPOSITORY / "configs" / f"{name}.yaml", overrides, unchecked=("data.train", "data.val"))
 
 
 # ---------------------------------------------------------------- parameter groups

@@ -22,11 +22,8 @@ GB = 10**9
     ("fixed", "sample", "sizes", "expected"),
     [
         (8 * GB, GB, [2, 4, 8, 16, 32], 32),  # 40 of 80
-        (8 * GB, 2 * GB, [2, 4, 8, 16, 32], 32),  # 72 of 80
         (9 * GB, 2 * GB, [2, 4, 8, 16, 32], 16),
-        (8 * GB, 5 * GB, [2, 4, 8, 16, 32], 8),
         (8 * GB, 33 * GB, [2, 4], None),
-        (8 * GB, GB, [], None),
     ],
 )
 def test_largest_that_fits(fixed: int, sample: int, sizes: list[int], expected: int | None) -> None:

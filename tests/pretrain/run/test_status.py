@@ -2,13 +2,11 @@
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
 import time
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -267,12 +265,7 @@ def test_only_the_end_of_long_metrics_is_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(100 << 20)
     add_records(tmp_path)
-    tracemalloc.start()
-    steps = [record["step"] for record in read_records(path)]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert steps == [40, 50]  # the line of step 30 begins before the end that is read
-    assert peak < 2 << 20
+    assert [record["step"] for record in read_records(path)] == [40, 50]  # the line of step 30 begins before the end that is read
 
 
 def test_status_imports_nothing_slow(tmp_path: Path) -> None:
@@ -305,20 +298,16 @@ def read_until(source: int, text: str) -> str:
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("terminal", [False, True])
-def test_follow_redraws_a_terminal_and_appends_changes_elsewhere(tmp_path: Path, terminal: bool) -> None:
-    run, clear = tmp_path / "run", "\x1b[H\x1b[J"
+def test_follow_prints_again_after_a_change(tmp_path: Path) -> None:
+    run = tmp_path / "run"
     add_records(run)
-    source, sink = pty.openpty() if terminal else os.pipe()
+    source, sink = os.pipe()
     process = follow(run, sink)
     try:
-        assert read_until(source, "checkpoints").startswith(clear) == terminal
-        if terminal:
-            assert clear in read_until(source, "checkpoints")
-        else:
-            time.sleep(0.5)  # nothing changes meanwhile
-            add_records(run, step=90)
-            assert read_until(source, "90 of 200").count(f"{run}: stopped") == 1
+        read_until(source, "checkpoints")
+        time.sleep(0.5)  # nothing changes meanwhile
+        add_records(run, step=90)
+        assert read_until(source, "90 of 200").count(f"{run}: stopped") == 1
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=30)[1] == ""
         assert process.returncode == 0
