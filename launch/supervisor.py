@@ -128,12 +128,7 @@ def read_output(output: IO[bytes], log: IO[bytes] | None) -> Report:
 
 
 def classify_end(report: Report, saved: int, ranks: int) -> End:
-    """Classifies the end of an attempt and names the rank and node that caused it.
-
-    Args:
-        saved: step of the newest checkpoint.
-        ranks: number of ranks of the attempt.
-    """
+    """Classifies the end of an attempt of `ranks` ranks, after a checkpoint of step `saved`; names the rank and node that caused it."""
     now = time.time()
     stopped = End(now, "stopped", f"stopped by a signal; saved at step {saved}", saved)
     if report.code == 128 + signal.SIGUSR1:  # it killed a task that could not handle it yet; other failures follow from that
@@ -184,12 +179,12 @@ def export_weights(run: Path, end: End) -> End:
 
 
 def decide_restart(history: Sequence[Attempt], attempt: Attempt, restarts: int) -> End:
-    """Decides whether the job is requeued, and which nodes it then avoids.
+    """Decides whether the job is requeued after `attempt`, and which nodes it then avoids.
 
     Args:
         history: the job's earlier attempts.
         attempt: the attempt that has ended.
-        restarts: the number of failures without a new checkpoint that are allowed (guard.restarts).
+        restarts: failures without a new checkpoint that are allowed (guard.restarts).
 
     Returns:
         The end of `attempt` with `again`, `excluded` and the final reason set.

@@ -4,11 +4,11 @@
     bash launch/job.sh preflight CONFIG [--force-config] key=value …       the nodes of a Slurm allocation
 
 launch/job.sh runs it before each start of a job, in two steps: one task on each node inspects the node (node.py, gpus.py); if all
-nodes are fit, all ranks import torch and time the network (network.py). For each step,
+nodes are fit, all ranks import torch and time the network (network.py). A reader of each step,
 
     srun … -m launch.preflight.step nodes|network CONFIG … | python -m launch.preflight --step nodes|network CONFIG …
 
-reads the reports of the tasks, shows them, and names the nodes that are unfit (verdict.py). Exit codes:
+shows the reports of the tasks and names the nodes that are unfit (verdict.py). Exit codes:
 
     0   fit, perhaps with warnings
     2   settings, data or software are wrong on all nodes; all problems that could be found are listed
@@ -21,7 +21,6 @@ import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from data.common.command_line import parse
 from data.common.text import format_table
@@ -29,7 +28,6 @@ from launch.preflight.node import Inspection, Node, read_settings
 from launch.preflight.verdict import (
     Task,
     Verdict,
-    clock_offsets,
     exchange_rates,
     judge_network,
     judge_nodes,
@@ -70,12 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def judge_step(step: str, tasks: Sequence[Task], ranks: int, config: Config) -> Verdict:
-    """Prints the results of a step's tasks; returns the verdict about the nodes of the job.
-
-    Args:
-        step: "nodes" or "network".
-        ranks: of the job.
-    """
+    """Prints the results of the tasks of a step, "nodes" or "network"; returns the verdict about the nodes of the job."""
     nodes = os.environ["NODES"].split()
     per_node = ranks // len(nodes)
     if step == "nodes":
@@ -120,19 +113,14 @@ def report_nodes(nodes: Sequence[Node], expected: int, per_node: int, config: Co
 
 
 def report_network(tasks: Sequence[Task]) -> Verdict:
-    """Prints a table of the network's times; returns the verdict about them."""
-    results: dict[str, dict[str, Any]] = {}  # of the first rank of each node
-    for task in tasks:
-        if task.result:
-            results.setdefault(task.host, task.result)
-    rates, clocks = exchange_rates(tasks), clock_offsets(results)
+    """Prints the times of the network; returns the verdict about them."""
+    rates = exchange_rates(tasks)
     if rates:
-        rows = [[name, f"{clocks[name] * 1e3:+.0f} ms", f"{rate / 1e9:.2f} GB/s"] for name, rate in rates.items()]
-        print(format_table([["node", "clock", "network"], *rows], left=[0]))
-    seconds = max(task.result["all_reduce_s"] for task in tasks if task.result)
-    size = next(iter(results.values()))["bytes"]
+        print(format_table([["node", "network"], *([name, f"{rate / 1e9:.2f} GB/s"] for name, rate in rates.items())], left=[0]))
+    results = [task.result for task in tasks if task.result]
+    size, seconds = results[0]["bytes"], max(result["all_reduce_s"] for result in results)
     print(f"all-reduce of {size / 1e6:.0f} MB over {len(tasks)} ranks: {seconds * 1e3:.3g} ms", flush=True)
-    return judge_network(results, rates)
+    return judge_network(rates)
 
 
 def show_verdict(verdict: Verdict, step: str | None) -> None:

@@ -2,8 +2,8 @@
 
 Every rank calls `time_network`. Uses NCCL on GPUs and gloo on CPUs.
 
-An all-reduce takes equally long on every rank, whichever node is slow. So the nodes form a ring and the first rank of each exchanges
-data with one neighbor at a time. The better of a node's two figures is its own: only a slow node has two bad ones.
+An all-reduce takes equally long on every rank, whichever node is slow. So the nodes form a ring, and the first rank of each node exchanges
+data with one neighbor at a time. The faster of a node's two exchanges counts: only a slow node has two slow exchanges.
 """
 
 import os
@@ -26,11 +26,11 @@ def time_network(device: str, join_s: float, report_progress: Callable[..., None
     Args:
         device: engine.device; "auto" uses GPUs if torch sees any.
         join_s: seconds for all ranks to join.
-        report_progress: called with a phrase, and the seconds if not the usual, before each thing that can hang.
+        report_progress: called with a phrase, and the seconds if not the usual, before each operation that can hang.
 
     Returns:
         `bytes`: the size of a buffer; `all_reduce_s`: seconds of an all-reduce over all ranks; `exchange_s`: (rank of the peer, seconds)
-        for each exchange of a buffer in both directions; `clock`: seconds since the epoch at a moment common to all ranks.
+        for each exchange of a buffer in both directions.
     """
     kind = "cuda" if device == "cuda" or (device == "auto" and torch.cuda.is_available()) else "cpu"
     rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -56,11 +56,9 @@ def time_network(device: str, join_s: float, report_progress: Callable[..., None
                 peer = one + other - rank
                 report_progress(f"exchanging data with rank {peer}")
                 exchange_s.append((peer, _fastest(lambda peer=peer: _exchange(outgoing, incoming, peer), kind)))  # type: ignore[misc]
-    dist.all_reduce(torch.zeros(1))
-    clock = time.time()
     dist.all_reduce(torch.zeros(1))  # rank 0 has the store and must be the last to leave
     dist.destroy_process_group()
-    return {"bytes": BYTES[kind], "all_reduce_s": all_reduce_s, "exchange_s": exchange_s, "clock": clock}
+    return {"bytes": BYTES[kind], "all_reduce_s": all_reduce_s, "exchange_s": exchange_s}
 
 
 def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:

@@ -1,9 +1,7 @@
 """Inspects a node before a job: GPUs, software versions, settings, disks, data sets and the speed of reading. Does not import torch.
 
-    config, problems = read_settings(path, overrides, ranks)
-    node = Inspection(name, config, problems).run(number, nodes, report_progress)
-
-verdict.py compares the nodes of a job.
+config, problems = read_settings(path, overrides, ranks)
+node = Inspection(name, config, problems).run(number, nodes, report_progress)        verdict.py compares the nodes of a job
 """
 
 import os
@@ -36,7 +34,7 @@ SHARD_CHECKERS = 2  # nodes that check each shard: one with a bad disk differs f
 MAX_DAMAGED = 20  # shards that a node reports
 TMP_BYTES = 1 << 30  # for compiled kernels and files of running processes
 READ_BYTES, READ_SECONDS, READ_THREADS = 64 << 20, 2.0, 8
-# (parameters without the head, features at the head). The models themselves take seconds to import; a test compares them.
+# (parameters without the head, features at the head). To build a model instead would import torch on every node.
 BACKBONES = {
     "van_b0": (3_848_800, 256),
     "van_b1": (13_348_800, 512),
@@ -79,11 +77,7 @@ class Node:
 
 
 def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Config, list[str]]:
-    """Reads the settings; returns them and the problems that other nodes may not have, such as a missing folder.
-
-    Raises:
-        ConfigError: problems that all nodes have; lists the others too.
-    """
+    """Returns the settings, and problems that only this node may have (a missing folder). Raises ConfigError for all other problems."""
     problems: list[str] = []
     try:
         config = settings.load(path, overrides)
@@ -100,14 +94,7 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
 
 
 class Inspection:
-    """Inspects the node of this process.
-
-    Args:
-        name: of the node.
-        config: the job's settings.
-        problems: of the settings on this node; each text begins with a key.
-        force_config: whether a run may be resumed with changed settings.
-    """
+    """Inspects the node of this process. Each of `problems`, with the settings on this node, begins with a key."""
 
     def __init__(self, name: str, config: Config, problems: Sequence[str], force_config: bool = False) -> None:
         self.config, self.force_config = config, force_config
@@ -168,8 +155,7 @@ class Inspection:
     def _check_disks(self) -> None:
         size = checkpoint_bytes(self.config)
         more = self.config.run.keep + 1 - min(self.config.run.keep, self._checkpoints())
-        purpose = f"{more} more checkpoints of {size / 1e9:.3g} GB each"
-        self._check_disk("run.dir", Path(self.config.run.dir), size * more, purpose)
+        self._check_disk("run.dir", Path(self.config.run.dir), size * more, f"{more} more checkpoints of {size / 1e9:.3g} GB each")
         self._check_disk("TMPDIR", Path(os.environ.get("TMPDIR", "/tmp")), TMP_BYTES, "compiled kernels and temporary files")
 
     def _check_disk(self, name: str, path: Path, needed: int, purpose: str) -> None:
@@ -217,10 +203,7 @@ class Inspection:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Returns the size of a checkpoint: weights, two moments and, if set, the moving average, in fp32.
-
-    Returns 0 for a model whose size is not known without building it, which would import torch on every node.
-    """
+    """Returns the size of a checkpoint: weights, two moments and, if set, the moving average, in fp32; 0 for a model not in BACKBONES."""
     if config.model.name not in BACKBONES or config.model.kwargs:
         return 0
     backbone, features = BACKBONES[config.model.name]

@@ -3,8 +3,8 @@
     srun --ntasks-per-node=1 … -m launch.preflight.step nodes CONFIG key=value …          one task on each node
     srun --ntasks-per-node=8 … -m launch.preflight.step network CONFIG key=value …        one task for each rank
 
-A task reports "doing" before each thing it does and "result" or "failed" at its end (pretrain/run/events.py);
-python -m launch.preflight reads that from the output of the step. A task that does one thing for too long is ended by the kernel.
+A task reports "doing" before each operation and "result" or "failed" at its end (pretrain/run/events.py), and
+`python -m launch.preflight` reads these events from the output of the step. The kernel ends a task whose operation takes too long.
 """
 
 import os
@@ -24,7 +24,7 @@ from pretrain.run.events import emit_event
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 from pretrain.run.position import host_name
 
-PATIENCE_S = 20  # for one thing
+PATIENCE_S = 20  # for one operation
 IMPORT_S = 60  # for the import of torch from a cold file system
 
 
@@ -56,7 +56,7 @@ def _run(step: str, *words: str) -> dict[str, Any]:
 
 
 def report_progress(doing: str, seconds: float = PATIENCE_S) -> None:
-    """Reports the next thing this process does, which must take less than `seconds`: SIGALRM ends the process after that."""
+    """Reports the next operation of this process. SIGALRM ends the process if the operation takes longer than `seconds`."""
     _report("doing", doing=doing)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 

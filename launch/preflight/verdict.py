@@ -4,8 +4,6 @@ What is wrong on every node is a matter of settings, data or software: starting 
 nodes makes these unfit (3), and the job may start again without them. A defect, such as a broken GPU, always makes its node unfit.
 """
 
-import hashlib
-import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,6 @@ from launch.preflight.gpus import is_hot, list_faults
 from launch.preflight.node import Node, Problem
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 
-MAX_SKEW_S = 1.0
 SLOW_SHARE = 0.5  # of the other nodes' median rate
 MIN_READ_BYTES = 8 << 20  # for a rate; reading less is too short to measure a disk
 
@@ -54,13 +51,10 @@ class Verdict:
 
 
 def judge_tasks(tasks: Sequence[Task], nodes: Sequence[str], per_node: int, *, collective: bool) -> Verdict:
-    """Names the nodes with tasks that gave no result.
+    """Names those of `nodes` with a task, of `per_node` on each, that gave no result.
 
-    Args:
-        nodes: all nodes of the step.
-        per_node: number of tasks on each node.
-        collective: whether tasks wait for each other. Then a failure can follow from another task's: the tasks that stopped responding
-            are the cause, and among these the ones with the least progress.
+    Tasks of a `collective` step wait for each other, so that one failure causes others. The cause then is the tasks that stopped
+    responding, and among these the ones with the least progress.
     """
     reasons: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
@@ -80,12 +74,7 @@ def judge_tasks(tasks: Sequence[Task], nodes: Sequence[str], per_node: int, *, c
 
 
 def judge_nodes(nodes: Sequence[Node], device: str, tasks: int) -> Verdict:
-    """Compares inspected nodes.
-
-    Args:
-        device: engine.device.
-        tasks: number of ranks that will run on each node.
-    """
+    """Compares inspected nodes of a job with this engine.device and number of tasks (ranks) on each node."""
     verdict = Verdict(warnings=_hot_gpus(nodes))
     gpus_used = uses_gpus(nodes, device)
     problems = {node.name: [*node.problems, *(_gpu_problems(node, device, tasks) if gpus_used else [])] for node in nodes}
@@ -105,29 +94,9 @@ def judge_nodes(nodes: Sequence[Node], device: str, tasks: int) -> Verdict:
     return verdict
 
 
-def judge_network(results: Mapping[str, Mapping[str, Any]], rates: Mapping[str, float]) -> Verdict:
-    """Warns of slow nodes and of clocks that differ.
-
-    Args:
-        results: of the first rank of each node, by node (network.py).
-        rates: of the exchanges, by node, in bytes per second.
-    """
-    clocks = clock_offsets(results)
-    first = next(iter(clocks))
-    warnings = [
-        f"{name}: its clock is {seconds:+.1f} s off the clock of {first}, which confuses logs and locks; check NTP on this node"
-        for name, seconds in clocks.items()
-        if abs(seconds) > MAX_SKEW_S
-    ]
-    if len(rates) > 2:  # each of two nodes has the other's figure
-        warnings += _slow(rates, "exchanges data with its neighbors")
-    return Verdict(warnings=warnings)
-
-
-def clock_offsets(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the seconds that each node's clock is ahead of the first node's."""
-    first = next(iter(results.values()))["clock"]
-    return {name: result["clock"] - first for name, result in results.items()}
+def judge_network(rates: Mapping[str, float]) -> Verdict:
+    """Warns of nodes with slow exchanges, from three nodes on: of two nodes, each has the rate of the other."""
+    return Verdict(warnings=_slow(rates, "exchanges data with its neighbors") if len(rates) > 2 else [])
 
 
 def exchange_rates(tasks: Sequence[Task]) -> dict[str, float]:
@@ -203,9 +172,6 @@ def _slow(rates: Mapping[str, float], activity: str) -> list[str]:
     return warnings
 
 
-# ---------------------------------------------------------------- tables
-
-
 def node_table(nodes: Sequence[Node], device: str) -> str:
     """Returns a line with what all nodes have in common and a row for each node."""
     folders = list(dict.fromkeys(name for node in nodes for name in node.free_bytes))
@@ -222,10 +188,7 @@ def node_table(nodes: Sequence[Node], device: str) -> str:
             ]
         )
     shared = [f"{name} {value}" for name, value in nodes[0].versions.items() if all(node.versions.get(name) == value for node in nodes)]
-    hashes = {hashlib.sha256(json.dumps(node.settings, sort_keys=True).encode()).hexdigest()[:12] for node in nodes}
-    return "\n".join(
-        [", ".join([*shared, *(f"settings {value}" for value in hashes if len(hashes) == 1)]), format_table(rows, left=range(len(rows[0])))]
-    )
+    return ", ".join(shared) + "\n" + format_table(rows, left=range(len(rows[0])))
 
 
 def _describe_gpus(node: Node) -> str:

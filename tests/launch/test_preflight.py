@@ -19,7 +19,7 @@ from data.dataset.index import Index
 from launch.__main__ import free_port
 from launch.preflight.__main__ import main
 from launch.preflight.node import Inspection, Node, read_settings
-from launch.preflight.verdict import Verdict, judge_nodes, node_table
+from launch.preflight.verdict import Verdict, judge_nodes
 from pretrain.config import ConfigError
 from tests.support import REPOSITORY
 from tests.support.events import event_line, read_events, without_events
@@ -69,7 +69,7 @@ def machine(tmp_path: Path, drawn: Path) -> Machine:
     return Machine(tmp_path, {"TRAIN": str(drawn / "train"), "VAL": str(drawn / "val"), "TMPDIR": str(tmp_path)})
 
 
-def test_shards_at_urls_are_read(machine: Machine, drawn: Path) -> None:
+def test_shards_at_urls_are_inspected(machine: Machine, drawn: Path) -> None:
     url = f"file://{drawn / 'train'}"
     verdict = machine.inspect(1, f"data.cache={machine.folder / 'cache'}", "model.classes=11", n0={"TRAIN": url})
     assert verdict.settings == [f"{url} has 10 classes, but model.classes=11; make them agree"]
@@ -77,21 +77,21 @@ def test_shards_at_urls_are_read(machine: Machine, drawn: Path) -> None:
     assert "data.cache" in machine.nodes[0].free_bytes
 
 
-def test_data_missing_on_one_node(machine: Machine) -> None:
+def test_a_node_without_the_data_is_unfit(machine: Machine) -> None:
     verdict = machine.inspect(2, "run.keep_best=top1", n1={"TRAIN": "/nowhere/train", "VAL": "/nowhere/val"})
     assert (verdict.code, list(verdict.unfit)) == (3, ["n1"])
     assert verdict.unfit["n1"][0].startswith("data.train = ")
     assert "no such folder; make it with" in verdict.unfit["n1"][0]
 
 
-def test_data_missing_everywhere(machine: Machine) -> None:
+def test_data_missing_on_every_node_ends_the_job(machine: Machine) -> None:
     verdict = machine.inspect(2, "data.train=/nowhere/train")
     assert (verdict.code, verdict.unfit, len(verdict.settings)) == (2, {}, 1)
     assert verdict.settings[0].startswith("on every node: data.train = /nowhere/train (command line): no such folder")
 
 
 @pytest.mark.parametrize("hurt", [["n0"], ["n1", "n2"], ["n0", "n1", "n2"]])
-def test_a_damaged_shard(machine: Machine, drawn: Path, hurt: list[str]) -> None:
+def test_a_shard_damaged_on_some_nodes_makes_these_unfit(machine: Machine, drawn: Path, hurt: list[str]) -> None:
     """Two of three nodes check each shard."""
     copy = shutil.copytree(drawn / "train", machine.folder / "copy")
     shard = sorted(copy.glob("*.tar"))[0]
@@ -111,7 +111,7 @@ def test_a_damaged_shard(machine: Machine, drawn: Path, hurt: list[str]) -> None
         assert f"{shard.name} has no image where the index says" in verdict.unfit[hurt[-1]][0]
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 3, 5])
+@pytest.mark.parametrize("nodes", [1, 3])
 def test_each_shard_is_checked_by_two_nodes(machine: Machine, dataset: Index, nodes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[list[int]] = []
     monkeypatch.setattr("launch.preflight.node.find_damaged_shards", lambda index, shards, **options: checked.append(shards) or [])
@@ -120,7 +120,7 @@ def test_each_shard_is_checked_by_two_nodes(machine: Machine, dataset: Index, no
         assert sum(shard in shards for shards in checked) == min(nodes, 2)
 
 
-def test_another_commit(machine: Machine) -> None:
+def test_a_node_with_another_commit_is_unfit(machine: Machine) -> None:
     other = machine.folder / "other"
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org", "-C", str(other)]
     other.mkdir()
@@ -132,26 +132,21 @@ def test_another_commit(machine: Machine) -> None:
     assert verdict.unfit["n1"][0].startswith("commit is ")
 
 
-def test_settings_that_differ_between_nodes(machine: Machine) -> None:
-    verdict = machine.inspect(2, "run.keep=${oc.env:KEEP}", n0={"KEEP": "3"}, n1={"KEEP": "4"})
-    assert (verdict.code, verdict.settings) == (2, ["run.keep differs: 3 on n0; 4 on n1"])
-
-
-def test_wrong_settings_are_listed_with_those_of_this_node(machine: Machine) -> None:
+def test_wrong_settings_are_listed_with_problems_of_this_node(machine: Machine) -> None:
     with pytest.raises(ConfigError) as wrong:
         machine.inspect(1, "engine.micro_batch=5", "run.keep=0", "data.val=/nowhere/val")
     for text in ("engine.micro_batch = 5 (command line): must be even", "run.keep = 0", "data.val = /nowhere/val"):
         assert text in str(wrong.value)
 
 
-def test_a_disk_that_is_too_small(machine: Machine) -> None:
+def test_a_disk_that_is_too_small_is_reported(machine: Machine) -> None:
     verdict = machine.inspect(1, "run.keep=9999999")
     assert (verdict.code, len(verdict.settings)) == (2, 1)
     assert "run.dir = " in verdict.settings[0]
     assert "GB are needed for 10000000 more checkpoints of 0.0462 GB each; free space there" in verdict.settings[0]
 
 
-def test_a_run_directory_of_other_settings(machine: Machine) -> None:
+def test_a_run_directory_of_other_settings_is_reported(machine: Machine) -> None:
     run = machine.folder / "run"
     (run / "checkpoints" / "step-000000001").mkdir(parents=True)
     (run / "config.yaml").write_text(JOB.replace("1e-3", "2e-3"))
@@ -161,22 +156,14 @@ def test_a_run_directory_of_other_settings(machine: Machine) -> None:
     assert machine.inspect(1, force_config=True).code == 0
 
 
-def test_a_node_without_gpus(machine: Machine) -> None:
+def test_a_node_without_gpus_is_reported(machine: Machine) -> None:
     verdict = machine.inspect(1, "engine.device=cuda", n0={"CUDA_VISIBLE_DEVICES": ""})
     assert verdict.code == 2
     assert "engine.device=cuda, but this node has no GPU (" in verdict.settings[0]
     assert "--gpus-per-node" in verdict.settings[0]
 
 
-def test_a_report_arrives_as_it_was(machine: Machine) -> None:
-    machine.inspect(1, "data.val=/nowhere/val")
-    (node,) = machine.nodes
-    assert Node.from_json(json.loads(json.dumps(node.to_json()))) == node
-    assert "train " in node_table([node], "cpu")
-
-
-def test_this_machine_is_fit(machine: Machine) -> None:
-    """Nothing that takes long to import is imported."""
+def test_this_machine_is_fit_without_slow_imports(machine: Machine) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "launch.preflight", "job.yaml", f"run.dir={machine.folder / 'run'}"]
     environment = {**os.environ, **machine.environment, "PYTHONPATH": str(REPOSITORY)}
     ended = subprocess.run(command, cwd=machine.folder, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -242,7 +229,6 @@ def test_two_nodes_are_inspected(run_step: Callable[..., Ended], drawn: Path) ->
     assert (ended.code, ended.err, ended.unfit) == (0, "", {})
     assert ended.out[0] == "preflight: 2 of 2 nodes inspected, for 1 ranks on each"
     assert "torch 2." in ended.out[1]
-    assert "settings " in ended.out[1]
     fingerprint = json.loads((drawn / "train" / "dataset.json").read_text())["fingerprint"][:8]
     for node, line in zip(("n0", "n1"), ended.out[3:5], strict=True):
         assert line.startswith(f"{node}  ")
@@ -254,7 +240,7 @@ def test_two_nodes_time_the_network(run_step: Callable[..., Ended]) -> None:
     ended = run_step("network")
     assert (ended.code, ended.err, ended.unfit) == (0, "", {})
     header, *rows, all_reduce, conclusion = ended.out
-    assert header.split() == ["node", "clock", "network"]
+    assert header.split() == ["node", "network"]
     assert [row.split()[0] for row in rows] == ["n0", "n1"]
     assert all(row.endswith("GB/s") for row in rows)
     assert all_reduce.startswith("all-reduce of 4 MB over 2 ranks: ")
@@ -284,7 +270,7 @@ def test_a_node_that_hangs_or_fails_is_named(run_step: Callable[..., Ended], tro
     assert ended.out[-1] == "preflight of the nodes: unfit: n1"
 
 
-def test_a_rank_that_dies_in_the_network_is_told_from_those_that_wait_for_it(run_step: Callable[..., Ended]) -> None:
+def test_a_rank_that_dies_in_the_network_is_named_and_not_those_that_wait(run_step: Callable[..., Ended]) -> None:
     trouble = "import launch.preflight.network as network; network._fastest = lambda *given: os.kill(os.getpid(), signal.SIGKILL)"
     ended = run_step("network", troubles={1: trouble})
     assert (ended.code, ended.unfit) == (3, {"n1": "rank 1 stopped responding while all-reducing over all ranks"})
@@ -297,5 +283,5 @@ def test_wrong_settings_are_reported_once(run_step: Callable[..., Ended]) -> Non
     assert "global_batch = 9 can't be divided over 2 ranks of engine.micro_batch = 4" in ended.err
 
 
-def test_a_request_to_stop_is_passed_on(run_step: Callable[..., Ended]) -> None:
+def test_a_request_to_stop_sets_the_exit_code(run_step: Callable[..., Ended]) -> None:
     assert run_step("nodes", code=128 + signal.SIGUSR1, troubles={1: "os.kill(os.getpid(), signal.SIGUSR1)"}).code == 128 + signal.SIGUSR1

@@ -48,46 +48,39 @@ def outcomes(jobs: Jobs, job: int) -> list[str]:
     return [attempt.end.outcome if attempt.end else "not recorded" for attempt in jobs.attempts(job)]
 
 
-def test_the_time_limit_twice(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
-    """USR1 before the time limit, by --signal. Slurm checks every half minute and sends it half a minute early: here 15 to 45 seconds
-    after the job's start."""
-    job = jobs.submit(SCRIPT, *QUICK, options=["--time=4", "--signal=USR1@195"], PYTHONPATH=POISON, POISON="slow twice")
-    for number in range(2):
-        attempt = jobs.wait_for_attempt(job, number)
-        assert attempt.end is not None
-        assert (attempt.end.outcome, attempt.end.again) == ("stopped", True)
-        cluster.wait(job, "PENDING", timeout=30)
-        if number == 1:
-            cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
-        cluster.skip_requeue_wait(job)
-    jobs.complete(job)
-    assert outcomes(jobs, job) == ["stopped", "stopped", "complete"]
-    assert cluster.job(job)["Restarts"] == "2"
-    assert compare(jobs.newest(), undisturbed.newest()) == 0
-
-
-@pytest.mark.full
-def test_preemption_and_signals_during_the_save(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
-    job = jobs.submit(SCRIPT, *QUICK, "run.save_every=1000")
-    jobs.wait_for_step(job, 3)
-    urgent = tmp_path / "urgent.sh"
-    urgent.write_text("#!/bin/bash\nsleep 1\n")
-    preempting = cluster.sbatch(urgent, cwd=tmp_path, options=["--partition=urgent", "--nodes=3", f"--cpus-per-task={cluster.cpus}"])
+def test_time_limit_and_preemption_lose_no_step(jobs: Jobs, cluster: Cluster, tmp_path: Path, undisturbed: Jobs) -> None:
+    """USR1 before the time limit, by --signal: Slurm checks every half minute and sends it half a minute early, here 15 to 45 seconds
+    after the job's start. Then TERM by preemption, and more signals during the save."""
+    settings = (*QUICK, "run.save_every=1000")
+    job = jobs.submit(SCRIPT, *settings, options=["--time=4", "--signal=USR1@195"], PYTHONPATH=POISON, POISON="slow twice")
     jobs.wait_for_attempt(job, 0)
-    cluster.wait(preempting, "COMPLETED", timeout=600)
+    cluster.wait(job, "PENDING", timeout=30)
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     cluster.skip_requeue_wait(job)
 
     jobs.wait_for(job, lambda: len(resumed_at(cluster.output(job))) == 1)
-    jobs.wait_for_step(job, resumed_at(cluster.output(job))[0] + 3)
-    for number in ("USR1", "TERM", "USR1", "TERM"):  # the later ones arrive during the save or after it
-        cluster.signal(job, number)
-    jobs.wait_for_attempt(job, 1)
+    jobs.wait_for_step(job, resumed_at(cluster.output(job))[0] + 1)
+    urgent = tmp_path / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 1\n")
+    preempting = cluster.sbatch(urgent, cwd=tmp_path, options=["--partition=urgent", "--nodes=3", f"--cpus-per-task={cluster.cpus}"])
+    jobs.wait_for(job, lambda: cluster.job(job)["PreemptTime"] != "None")
+
+    def has_ended() -> bool:
+        with suppress(RuntimeError):  # no task is left to be signalled
+            cluster.signal(job, "USR1")
+            cluster.signal(job, "TERM")
+        return outcomes(jobs, job)[1] != "not recorded"
+
+    jobs.wait_for(job, has_ended)
+    cluster.wait(preempting, "COMPLETED", timeout=600)
     cluster.skip_requeue_wait(job)
+
     output = jobs.complete(job)
     stopped = [int(step) for step in re.findall(r"stopped at step (\d+) of 40 and saved", output)]
     assert resumed_at(output) == stopped
     assert len(stopped) == 2
     assert outcomes(jobs, job) == ["stopped", "stopped", "complete"]
+    assert cluster.job(job)["Restarts"] == "2"
     assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
@@ -164,11 +157,13 @@ def test_a_lost_node(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
 
 
 @pytest.mark.long
-def test_a_node_that_preflight_rejects_is_excluded(jobs: Jobs, cluster: Cluster) -> None:
-    job = jobs.submit(SCRIPT, *QUICK, "steps=2", PYTHONPATH=POISON, POISON="preflight on n1")
+def test_a_node_that_does_not_respond_is_excluded(jobs: Jobs, cluster: Cluster) -> None:
+    """Preflight is stopped on this node, so that srun has to end it."""
+    job = jobs.submit(SCRIPT, *QUICK, "steps=2", PYTHONPATH=POISON, POISON="stopped on n1")
     end = jobs.wait_for_attempt(job, 0).end
     assert end is not None
     assert (end.outcome, end.excluded, end.again) == ("unfit", ("n1",), True)
+    assert "preflight of the nodes: unfit: n1" in cluster.output(job)
     cluster.skip_requeue_wait(job)
     output = jobs.complete(job)
     assert "excluding n1 from now on" in output
@@ -234,21 +229,6 @@ def test_other_sizes_resume_with_the_same_samples(cluster: Cluster, tmp_path: Pa
     finally:
         jobs.end()
         whole.end()
-
-
-@pytest.mark.full
-def test_two_jobs_in_one_run_directory(jobs: Jobs, cluster: Cluster, undisturbed: Jobs) -> None:
-    first = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2", "--output=/dev/null"])
-    jobs.wait_for(first, lambda: (jobs.run / "metrics.jsonl").exists())
-    send(cluster, 1, signal.SIGSTOP)  # so that it runs until the second one has checked the lock
-    second = jobs.submit(SCRIPT, *QUICK, nodes="1", options=["--ntasks-per-node=2"])
-    assert cluster.wait(second, timeout=600) == "FAILED"
-    assert cluster.job(second)["ExitCode"] == f"{EXIT_CONFIG}:0"
-    assert cluster.job(second)["Restarts"] == "0"
-    assert f"is in use by job {first}" in cluster.output(second)
-    send(cluster, 1, signal.SIGCONT)
-    cluster.wait(first, "COMPLETED", timeout=600)
-    assert compare(jobs.newest(), undisturbed.newest()) == 0
 
 
 def test_a_job_with_wrong_settings_is_never_requeued(jobs: Jobs, cluster: Cluster) -> None:

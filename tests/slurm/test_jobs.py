@@ -1,4 +1,4 @@
-"""The job scripts as a user submits them: two nodes train the real models, and wrong settings are reported."""
+"""The job scripts as a user submits them: two nodes train the real models, with settings of the site; without Slurm, this machine."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pretrain.checkpoint import verify
@@ -14,12 +15,6 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import ENVIRONMENT, PATIENCE, REPOSITORY, SMALL, Jobs, ranks
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-
-
-def available_memory() -> int:
-    """Returns the available memory in bytes by the kernel's estimate."""
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return 1024 * int(fields["MemAvailable"].split()[0])
 
 
 def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, drawn: Path) -> None:
@@ -37,31 +32,14 @@ def test_two_nodes_pretrain_van_b3(jobs: Jobs, cluster: Cluster, drawn: Path) ->
     assert {path.name for path in newest.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}  # both ranks wrote a part
 
 
-LARGER = [
-    pytest.param("van_b4", "59.78", 5, marks=pytest.mark.full),
-    pytest.param("van_b5", "89.21", 6, marks=pytest.mark.full),
-    pytest.param("van_b6", "199.07", 12, marks=pytest.mark.full),
-]
-
-
-@pytest.mark.parametrize(("name", "millions", "gigabytes"), LARGER)
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "millions", "gigabytes"), [("van_b4", "59.78", 5), ("van_b5", "89.21", 6), ("van_b6", "199.07", 12)])
 def test_larger_models_train(jobs: Jobs, name: str, millions: str, gigabytes: int) -> None:
-    if available_memory() < gigabytes * 1e9:
+    if psutil.virtual_memory().available < gigabytes * 1e9:
         pytest.skip(f"two ranks of {name} need {gigabytes} GB of free memory")
     output = jobs.complete(jobs.submit(f"{name}_in22k.sh", "steps=1"))
     assert f"{name}, {millions} M parameters" in output
     assert "complete after 1 steps" in output
-    assert verify(jobs.run / "checkpoints" / "step-000000001") == []
-
-
-def test_wrong_setting_ends_the_job_with_one_message(jobs: Jobs, cluster: Cluster) -> None:
-    job = jobs.submit("van_b3_in22k.sh", "engine.micro_bach=2")
-    assert cluster.wait(job, timeout=60) == "FAILED"
-    assert cluster.job(job)["ExitCode"] == "2:0"
-    assert cluster.job(job)["Restarts"] == "0"
-    output = cluster.output(job)
-    assert output.count("engine.micro_bach = 2 (command line): unknown key; did you mean engine.micro_batch?") == 1
-    assert "Traceback" not in output
 
 
 @pytest.mark.long

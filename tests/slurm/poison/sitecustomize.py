@@ -1,7 +1,6 @@
-"""Breaks a job from outside: Python imports a module of this name when it starts.
+"""Breaks a job from outside, by the variable POISON: Python imports a module of this name when it starts.
 
-POISON="rank 1, step 7"      the rank dies in that step, as of a broken library
-POISON="preflight on n1"     preflight dies on that node, as of a broken driver
+POISON="rank 1, step 7"      the rank dies in that step, as with a broken library
 POISON="stopped on n1"       preflight stops responding on that node, as if the node hangs
 POISON="slow twice"          a step takes three seconds more, until the job has been restarted twice
 """
@@ -64,10 +63,6 @@ def take_three_seconds(optim: Any) -> None:
     optim.learning_rate = learning_rate
 
 
-def die_in_inspection(node: Any) -> None:
-    node.Inspection.run = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
-
-
 def stop_in_inspection(node: Any) -> None:
     node.Inspection.run = lambda *args: os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -79,7 +74,5 @@ if found := re.fullmatch(r"rank (\d+), step (\d+)", os.environ["POISON"]):
 elif os.environ["POISON"] == "slow twice":
     if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < 2:
         sys.meta_path.insert(0, Changed("pretrain.engine.optim", take_three_seconds))
-elif os.environ["POISON"] == f"preflight on {os.environ.get('SLURMD_NODENAME')}":
-    sys.meta_path.insert(0, Changed("launch.preflight.node", die_in_inspection))
 elif os.environ["POISON"] == f"stopped on {os.environ.get('SLURMD_NODENAME')}":
     sys.meta_path.insert(0, Changed("launch.preflight.node", stop_in_inspection))
