@@ -5,7 +5,6 @@ due = schedule.due(step, is_save_requested=False)
 if due.evaluate: …
 """
 
-import math
 from dataclasses import dataclass
 
 from pretrain.config import RunConfig
@@ -38,14 +37,6 @@ class Schedule:
         save = is_save_requested or is_last or _is_multiple(step, self.save_every) or _is_multiple(step, self.keep_every)
         save = save or (evaluate and self.saves_evaluations)
         return Due(log=save or evaluate or _is_multiple(step, self.log_every), evaluate=evaluate, save=save)
-
-    def next_save(self, step: int, steps_until_clock: float) -> int:
-        """Returns the step of the next checkpoint after `step`; the clock asks for one in `steps_until_clock`, which may be infinite."""
-        periods = [self.save_every, self.keep_every, self.evaluate_every if self.saves_evaluations else None]
-        saves = [(step // period + 1) * period for period in periods if period is not None]
-        if math.isfinite(steps_until_clock):
-            saves.append(step + max(1, math.ceil(steps_until_clock)))
-        return min(self.total, *saves) if saves else self.total
 
 
 def make_schedule(run: RunConfig, total: int, steps_per_epoch: int, *, evaluates: bool) -> Schedule:

@@ -100,7 +100,8 @@ class Trainer:
         memory = explain_out_of_memory(self.config, self.ranks, self.device, is_warm=lambda: self.step >= first + WARM_UP_STEPS)
         with self.val_loader or nullcontext(), self.requests, memory:
             self.engine.train()
-            self._capture_graphs()
+            if self.config.model.graphs:
+                self.log.line(use_graphs(self.engine, self.config))
             while not self.is_done:
                 with self._open_train_loader() as loader:  # opened again after each rollback
                     batches, bad = iter(loader), None
@@ -174,7 +175,7 @@ class Trainer:
         return None
 
     def roll_back(self, bad: BadSteps) -> None:
-        """Loads the newest checkpoint from before bad steps, whose batches are skipped from then on; ValueError if it can't."""
+        """Loads the newest checkpoint from before bad steps, whose batches are skipped from then on; raises ValueError if there is none."""
         guard = self.config.guard
         reason = f"steps {bad.first} to {bad.last} are bad: {bad.reason}; see {self.evidence.file}"
         if len(self.rollbacks.entries) >= guard.rollbacks:
@@ -272,10 +273,6 @@ class Trainer:
             use_cpu_way(model)
         return model
 
-    def _capture_graphs(self) -> None:
-        if self.config.model.graphs:
-            self.log.line(use_graphs(self.engine, self.config))
-
     def _restore(self) -> None:
         """Loads the newest checkpoint of the run, if there is one."""
         config = self.config
@@ -354,7 +351,6 @@ class Trainer:
         if steps.numbers:  # not if the batches of all of them were skipped
             self.reporter.report(
                 self.step, steps, slowest, lr=self.lr, bad_images=self.quarantine.count, is_evaluated=is_evaluated,
-                seconds_until_save=self.requests.seconds_until_save(),
             )  # fmt: skip
         return bad
 

@@ -1,12 +1,7 @@
-"""Reports an interval of training steps as a line of the log and as a record of metrics.jsonl.
-
-reporter = Reporter(log, schedule, steps_per_epoch=1733, global_batch=8192, …)
-reporter.report(step, steps, slowest, lr=4e-3, bad_images=0, seconds_until_save=300.0)
-"""
+"""Reports an interval of training steps as a line of the log and as a record of metrics.jsonl."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -33,9 +28,7 @@ class Reporter:
     peak_flops: float | None  # FLOP/s of one GPU by its data sheet; without it no MFU is reported
     has_graphs: bool  # whether the job runs CUDA graphs, which the advice on launch-bound steps depends on
 
-    def report(
-        self, step: int, steps: Steps, slowest: SlowestRank, *, lr: float, bad_images: int, is_evaluated: bool, seconds_until_save: float
-    ) -> None:
+    def report(self, step: int, steps: Steps, slowest: SlowestRank, *, lr: float, bad_images: int, is_evaluated: bool) -> None:
         """Writes the line and the record of an interval, after `step` steps.
 
         Args:
@@ -44,7 +37,6 @@ class Reporter:
             lr: learning rate of the last step.
             bad_images: known so far, of the whole run.
             is_evaluated: whether an evaluation follows.
-            seconds_until_save: until the clock requests a save; infinite if it never does.
         """
         images_per_s = len(steps.numbers) * self.global_batch / steps.seconds
         steps_per_s = images_per_s / self.global_batch
@@ -61,13 +53,18 @@ class Reporter:
         counts = {name: count for name, count in (("skipped", int(steps.skipped.sum())), ("bad_images", bad_images)) if count}
         epoch = step / self.steps_per_epoch
         self.log.line(self._line(step, epoch, lr, values, counts) + steps.launch_bound_advice(self.has_graphs) + slowest.remark())
-        plan: dict[str, Any] = {
-            "total": self.schedule.total,
-            "next_save": self.schedule.next_save(step, seconds_until_save * steps_per_s),
-            "evaluates": is_evaluated,
-        }
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.log.record("train", step=step, epoch=epoch, lr=lr, **finite, **counts, **plan, **slowest.record())
+        self.log.record(
+            "train",
+            step=step,
+            epoch=epoch,
+            lr=lr,
+            **finite,
+            **counts,
+            total=self.schedule.total,
+            evaluates=is_evaluated,
+            **slowest.record(),
+        )
 
     def _line(self, step: int, epoch: float, lr: float, values: dict[str, float], counts: dict[str, int]) -> str:
         parts = [

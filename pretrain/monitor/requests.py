@@ -11,7 +11,6 @@ rank 0 looks for. A save is requested by rank 0's clock. The answer travels betw
 a request is granted at the end of the step that follows it.
 """
 
-import math
 import signal
 import threading
 import time
@@ -76,7 +75,7 @@ class Requests:
 
     def ask(self) -> None:
         """Sends this rank's requests to the other ranks. Collective; returns at once. Call at the beginning of each step."""
-        is_save_due = self._is_rank_0 and self.seconds_until_save() <= 0
+        is_save_due = self._is_rank_0 and self._save_seconds is not None and self._clock() >= self._saved_at + self._save_seconds
         self._requests = torch.tensor([self.exit_code, is_save_due], dtype=torch.int32)
         self._work = dist.all_reduce(self._requests, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
@@ -92,7 +91,3 @@ class Requests:
     def restart_clock(self) -> None:
         """Measures the time to the next requested save from now. Call after each save."""
         self._saved_at = self._clock()
-
-    def seconds_until_save(self) -> float:
-        """Returns the seconds until this rank's clock requests a save; infinite if it never does."""
-        return math.inf if self._save_seconds is None else self._saved_at + self._save_seconds - self._clock()

@@ -85,7 +85,6 @@ def details(run: Run, now: float) -> str:
         ),
         "last record": f"{format_duration(now - record['time'])} ago" if record else "",
         "left": _left(run, now) if is_running else "",
-        "next save": _numbers(record, ("next_save", "step {:,.0f}")) if is_running else "",
         "checkpoints": _checkpoints(run),
         "evaluation": _evaluation(run),
         "job": _job(run),

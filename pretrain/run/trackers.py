@@ -25,7 +25,7 @@ from pretrain import config as settings
 from pretrain.config import Config
 
 IDS = "trackers.json"
-NO_CURVES = ("step", "total", "next_save", "evaluates")  # numbers of a record that describe the course of the job
+NO_CURVES = ("step", "total", "evaluates")  # numbers of a record that describe the course of the job
 CLOSE_S = 30.0  # that the end of training waits for a server
 
 

@@ -1,7 +1,6 @@
 """What is due after each optimizer step, for every combination of small periods."""
 
 import itertools
-import math
 
 import pytest
 
@@ -31,14 +30,3 @@ def test_each_period_and_each_request_is_due(requested: set[int]) -> None:
         assert {step for step in due if due[step].evaluate} == evaluates, schedule
         assert {step for step in due if due[step].save} == saves, schedule
         assert {step for step in due if due[step].log} == multiples(schedule.log_every) | evaluates | saves, schedule
-
-
-def test_the_next_save_is_the_first_that_is_due() -> None:
-    for schedule in SCHEDULES:
-        saves = [step for step in range(1, TOTAL + 1) if schedule.due(step, is_save_requested=False).save]
-        for step in range(TOTAL):
-            first = min(save for save in saves if save > step)
-            assert schedule.next_save(step, math.inf) == first, schedule
-            for left in (-1.0, 0.0, 0.5, 1.0, 2.3):  # steps until the clock asks; at the earliest it does after the next one
-                assert schedule.next_save(step, left) == min(first, step + max(1, math.ceil(left))), schedule
-        assert schedule.next_save(TOTAL, 3.0) == TOTAL

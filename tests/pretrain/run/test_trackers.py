@@ -27,7 +27,7 @@ def train(folder: Path, job: Config, first: int, last: int, loss: float) -> None
     log = RunLog(folder / "metrics.jsonl")
     log.trackers.open(job, folder, first)
     for step in range(first + 1, last + 1):
-        log.record("train", step=step, loss=loss + step, slowest_host="node3", total=9, next_save=5, evaluates=False)
+        log.record("train", step=step, loss=loss + step, slowest_host="node3", total=9, evaluates=False)
     log.record("evaluation", step=last, ema={"top1": 0.5, "images": 20})
     log.close()
 
