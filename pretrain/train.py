@@ -315,7 +315,7 @@ class Trainer:
         self.profiler = Profiler(self.position, settings.profiled_steps(config.profile), self.folder / "profile", self.log.line)
         self.requests = Requests(self.folder / STOP, 60 * config.run.save_minutes if config.run.save_minutes is not None else None)
         self.reporter = Reporter(
-            self.log, self.schedule, self.order.steps_per_epoch, config.global_batch, self.ranks, device, self.image_flops,
+            self.log, self.schedule.total, self.order.steps_per_epoch, config.global_batch, self.ranks, device, self.image_flops,
             peak_flops(device, config.engine.precision), has_graphs=config.model.graphs,
         )  # fmt: skip
 

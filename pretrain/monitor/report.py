@@ -11,7 +11,6 @@ from pretrain.monitor.flops import mfu
 from pretrain.monitor.interval import Steps
 from pretrain.monitor.stragglers import SlowestRank
 from pretrain.run.metrics import RunLog
-from pretrain.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Reporter:
     """Computes the figures of an interval and writes them."""
 
     log: RunLog
-    schedule: Schedule
+    total: int  # steps of the whole training
     steps_per_epoch: int
     global_batch: int
     ranks: int
@@ -44,7 +43,7 @@ class Reporter:
             "images_per_s": images_per_s,
             "data_wait": steps.data_seconds / steps.seconds,
             "memory_gb": distributed.get_peak_memory_gb(self.device),
-            "left_s": (self.schedule.total - step) / steps_per_s,
+            "left_s": (self.total - step) / steps_per_s,
         }
         if self.peak_flops is not None:
             values["mfu"] = mfu(images_per_s / self.ranks, self.image_flops, self.peak_flops)
@@ -54,21 +53,12 @@ class Reporter:
         epoch = step / self.steps_per_epoch
         self.log.line(self._line(step, epoch, lr, values, counts) + steps.launch_bound_advice(self.has_graphs) + slowest.remark())
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self.log.record(
-            "train",
-            step=step,
-            epoch=epoch,
-            lr=lr,
-            **finite,
-            **counts,
-            total=self.schedule.total,
-            evaluates=is_evaluated,
-            **slowest.record(),
-        )
+        plan = {"total": self.total, "evaluates": is_evaluated}
+        self.log.record("train", step=step, epoch=epoch, lr=lr, **finite, **counts, **plan, **slowest.record())
 
     def _line(self, step: int, epoch: float, lr: float, values: dict[str, float], counts: dict[str, int]) -> str:
         parts = [
-            f"step {step}/{self.schedule.total}",
+            f"step {step}/{self.total}",
             f"epoch {epoch:.2f}",
             f"loss {values['loss']:.4f}",
             f"lr {lr:.2e}",

@@ -15,11 +15,8 @@ from pretrain.engine import distributed, zero_state
 from pretrain.engine.batch_stats import BatchStats
 from pretrain.engine.engine import build_engine
 from pretrain.run.metrics import RunLog
+from tests.support.configs import make_config
 
-CONFIG = {
-    "name": "tiny", "seed": 1, "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3}, "data": {"train": "unused"},
-    "optim": {"lr": 1e-2}, "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 1},
-}  # fmt: skip
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 
 
@@ -45,9 +42,7 @@ class Session:
         self.run = Path(folder)
         self.folder = self.run / "checkpoints"
         self.keep = keep
-        config = settings.from_dict(CONFIG)
-        for key, value in engine.items():
-            setattr(config.engine, key, value)
+        config = make_config(engine={"ema_decay": 0.9, "micro_batch": 1} | engine)
         distributed.start(config.engine)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         torch.manual_seed(config.seed)

@@ -7,6 +7,8 @@ import timm
 import torch
 from torch import nn
 
+from tests.support.configs import make_config
+
 CLASSES = [f"class {number}" for number in range(7)]
 
 
@@ -20,13 +22,8 @@ def make_runs(folder: str) -> None:
     from pretrain.model.build import build_model
     from pretrain.run.metrics import RunLog
 
-    config = settings.from_dict(
-        {
-            "name": "tiny", "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": len(CLASSES)},
-            "data": {"train": "unused", "image_size": 32, "mean": [0.4, 0.5, 0.6]}, "optim": {"lr": 1e-3},
-            "engine": {"micro_batch": 4, "device": "cpu"},
-        }
-    )  # fmt: skip
+    data = {"image_size": 32, "mean": [0.4, 0.5, 0.6]}
+    config = make_config(classes=len(CLASSES), lr=1e-3, data=data, engine={"micro_batch": 4, "precision": "bf16"})
     distributed.start(config.engine)
     for name, ema_decay in (("averaged", 0.9), ("plain", 0.0)):
         config.engine.ema_decay, config.data.eval_resize = ema_decay, "crop" if ema_decay else "squash"

@@ -10,12 +10,8 @@ import torch
 
 from pretrain import checkpoint
 from tests.faults.session import Memory
+from tests.support.configs import make_config
 from tests.support.ranks import run_on_ranks
-
-CONFIG = {
-    "name": "tiny", "seed": 1, "global_batch": 12, "epochs": 1.0, "model": {"name": "van_b0", "classes": 7, "drop_path": 0.1},
-    "data": {"train": "unused"}, "optim": {"lr": 1e-3}, "engine": {"ema_decay": 0.9, "device": "cpu"},
-}  # fmt: skip
 
 
 def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: bool, ema_decay: float) -> dict[str, Any]:
@@ -29,8 +25,8 @@ def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, s
     from pretrain.engine.engine import build_engine
     from pretrain.model.build import build_model
 
-    config = settings.from_dict(CONFIG)
-    config.engine.zero_stage, config.engine.micro_batch, config.engine.ema_decay = stage, micro_batch, ema_decay
+    engine_settings = {"zero_stage": stage, "micro_batch": micro_batch, "ema_decay": ema_decay, "precision": "bf16"}
+    config = make_config(12, classes=7, lr=1e-3, model={"drop_path": 0.1}, engine=engine_settings)
     distributed.start(config.engine)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(config.seed if not load else 999)  # loading must overwrite these weights

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.engine.precision import DTYPES, autocast, resolve_precision
+from tests.support.configs import make_config
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -34,13 +35,7 @@ def run(
     from pretrain.model.van import VAN
     from tests.pretrain.model.fast.test_cuda_graphs import Rerun
 
-    config = settings.from_dict(
-        {
-            "name": "narrow", "seed": 1, "global_batch": 16, "epochs": 1.0, "data": {"train": "unused"}, "optim": {"lr": lr},
-            "model": {"name": "van_b0", "classes": 4} | (model or {}),
-            "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 4} | engine,
-        }
-    )  # fmt: skip
+    config = make_config(16, classes=4, lr=lr, model=model or {}, engine={"ema_decay": 0.9, "micro_batch": 4} | engine)
     if not dist.is_initialized():
         distributed.start(config.engine)
     rank = dist.get_rank()

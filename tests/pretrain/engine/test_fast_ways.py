@@ -8,12 +8,12 @@ import timm
 import torch
 from torch import Tensor
 
-from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine.fast_ways import use_fast_ways
 from pretrain.model.fast import cpu, triton
 from pretrain.model.fast.triton import block
 from pretrain.model.van import VAN, Block
+from tests.support.configs import make_config
 
 pytestmark = pytest.mark.slow
 
@@ -21,11 +21,7 @@ CPU = torch.device("cpu")
 
 
 def job(**model: Any) -> Config:
-    values = {
-        "name": "tiny", "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3, **model},
-        "data": {"train": "unused", "image_size": 32}, "optim": {"lr": 1e-2}, "engine": {"micro_batch": 4, "device": "cpu"},
-    }  # fmt: skip
-    return settings.from_dict(values)
+    return make_config(model=model, data={"image_size": 32}, engine={"micro_batch": 4, "precision": "bf16"})
 
 
 def tiny() -> VAN:

@@ -10,14 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.support.configs import make_config
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
 
-CONFIG = {
-    "name": "tiny", "seed": 1, "global_batch": 8, "epochs": 1.0, "model": {"name": "van_b0", "classes": 3}, "data": {"train": "unused"},
-    "optim": {"lr": 1e-2}, "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 2},
-}  # fmt: skip
 IMAGES, LABELS = (8, 3, 8, 8), torch.arange(8) % 3
 
 
@@ -36,8 +33,7 @@ class Rank:
         from pretrain.engine.engine import build_engine
         from pretrain.engine.guard import Guard
 
-        config = settings.from_dict(CONFIG)
-        config.engine.zero_stage, config.engine.ema_decay = zero_stage, ema_decay
+        config = make_config(8, engine={"micro_batch": 2, "zero_stage": zero_stage, "ema_decay": ema_decay})
         if not dist.is_initialized():
             distributed.start(config.engine)
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()

@@ -12,6 +12,7 @@ from torch import nn
 
 from benchmarks.training.overlap import Overlap, measure_overlap, read
 from pretrain.engine.reductions import fill_buckets
+from tests.support.configs import make_config
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -22,19 +23,12 @@ WHOLE = 500_000_000  # elements: DeepSpeed's default, and one bucket for the who
 
 def build(stage: int) -> tuple[Any, Any]:
     """Returns the engine of one rank, with two micro-batches of two samples a step, and its guard."""
-    from pretrain import config as settings
     from pretrain.engine import distributed
     from pretrain.engine.engine import build_engine
     from pretrain.engine.guard import Guard
     from pretrain.model.van import VAN
 
-    config = settings.from_dict(
-        {
-            "name": "narrow", "seed": 1, "global_batch": 8, "epochs": 1.0, "data": {"train": "unused"}, "optim": {"lr": 1e-3},
-            "model": {"name": "van_b0", "classes": 4},
-            "engine": {"ema_decay": 0.9, "device": "cpu", "precision": "fp32", "micro_batch": 2, "zero_stage": stage},
-        }
-    )  # fmt: skip
+    config = make_config(8, classes=4, lr=1e-3, engine={"ema_decay": 0.9, "micro_batch": 2, "zero_stage": stage})
     if not dist.is_initialized():
         distributed.start(config.engine)
     torch.manual_seed(0)

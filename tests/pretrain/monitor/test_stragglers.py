@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import config as settings
 from pretrain.monitor.stragglers import SlowestRank
+from tests.support.configs import make_config
 from tests.support.ranks import run_on_ranks
 
 pytestmark = pytest.mark.slow
@@ -26,12 +26,7 @@ def session(zero_stage: int, slow_rank: int, where: str) -> tuple[SlowestRank, l
     from pretrain.monitor.stragglers import RankTimer
 
     torch.set_num_threads(1)
-    config = settings.from_dict(
-        {
-            "name": "slow", "global_batch": 12, "epochs": 1.0, "model": {"name": "van_b0", "classes": 7}, "data": {"train": "unused"},
-            "optim": {"lr": 1e-3}, "engine": {"micro_batch": 2, "device": "cpu", "zero_stage": zero_stage, "precision": "fp32"},
-        }
-    )  # fmt: skip
+    config = make_config(12, classes=7, engine={"micro_batch": 2, "zero_stage": zero_stage})
     distributed.start(config.engine)
     model = build_model(config)
     slow = dist.get_rank() == slow_rank

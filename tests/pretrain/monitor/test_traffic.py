@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain.monitor.traffic import Collective, communication
+from tests.support.configs import make_config
 from tests.support.ranks import run_on_ranks
 
 KINDS = {"c10d::allreduce_": "all-reduce", "c10d::_allgather_base_": "all-gather", "c10d::_reduce_scatter_base_": "reduce-scatter"}
@@ -45,13 +46,7 @@ def measure_step() -> tuple[list[int], int, dict[int, dict[str, int]]]:
 
     ranks, found = int(os.environ["WORLD_SIZE"]), {}
     for stage in range(4):
-        config = settings.from_dict(
-            {
-                "name": "sent", "global_batch": 2 * ACCUMULATION * ranks, "epochs": 1.0, "data": {"train": "unused"}, "optim": {"lr": 1e-3},
-                "model": {"name": "van_b0", "classes": 1000},
-                "engine": {"device": "cpu", "precision": "fp32", "micro_batch": 2, "zero_stage": stage},
-            }
-        )  # fmt: skip
+        config = make_config(2 * ACCUMULATION * ranks, classes=1000, engine={"micro_batch": 2, "zero_stage": stage})
         if not dist.is_initialized():
             distributed.start(config.engine)
         model = timm.create_model("van_b0", num_classes=1000)

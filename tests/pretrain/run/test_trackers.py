@@ -15,11 +15,11 @@ from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.run import trackers
 from pretrain.run.metrics import RunLog
+from tests.support.configs import make_config
 
 
 def config(**run: Any) -> Config:
-    values = {"name": "tiny", "global_batch": 4, "epochs": 1.0, "model": {"name": "van_b0", "classes": 7}, "optim": {"lr": 1e-3}}
-    return settings.from_dict({**values, "data": {"train": "unused"}, "run": run})
+    return make_config(run=run)
 
 
 def train(folder: Path, job: Config, first: int, last: int, loss: float) -> None:
