@@ -1,4 +1,4 @@
-"""Cost of saving a checkpoint: the blocking of training beside a plain copy, the background write beside a plain sequential write.
+"""Measures the cost of saving a checkpoint: the blocking of training beside a plain copy, the background write beside a plain sequential write.
 
     python -m benchmarks.checkpoint [--model van_b6] [--rounds 8] [--folder FOLDER]
 
@@ -31,7 +31,7 @@ BLOCK = 8 << 20
 
 
 class LastRecord(RunLog):
-    """A run's log that keeps the last record only."""
+    """Keeps the last record of a run's log only."""
 
     def __init__(self) -> None:
         super().__init__(None)

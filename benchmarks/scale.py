@@ -1,4 +1,4 @@
-"""Estimated pretraining time of VAN-B3 to B6 on 8 to 512 GPUs: arithmetic only, nothing is measured.
+"""Estimates the pretraining time of VAN-B3 to B6 on 8 to 512 GPUs: arithmetic only, nothing is measured.
 
     python -m benchmarks.scale [--stage 1]
 

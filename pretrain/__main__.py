@@ -1,4 +1,4 @@
-"""The command line of pretraining; `python -m pretrain COMMAND --help` lists the options of a command.
+"""Runs the commands of pretraining; `python -m pretrain COMMAND --help` lists the options of a command.
 
 train CONFIG key=value …              one rank of a training job; `python -m launch` starts one for each GPU
 config CONFIG key=value …             the settings of a job and where each was set; --list and --markdown show all settings

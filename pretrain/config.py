@@ -1,4 +1,4 @@
-"""The settings of a job: the schema, the constraints between its fields, and the arithmetic that depends on the number of ranks.
+"""Defines the settings of a job: the schema, its constraints, and the batch sizes that depend on the number of ranks.
 
     config = load("configs/van_b3_in22k.yaml", ["engine.micro_batch=128", "data.train=/data/in22k/train"])
 

@@ -1,4 +1,4 @@
-"""The command `python -m pretrain config`: lists all settings, shows those of a job, and writes docs/configuration.md."""
+"""Runs `python -m pretrain config`: lists all settings, shows those of a job, and writes docs/configuration.md."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby

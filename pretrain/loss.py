@@ -1,4 +1,4 @@
-"""The loss of training."""
+"""Computes the loss of training."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The training job: one rank of it, from settings to trained weights.
+"""Trains a model, as one rank of a job: from settings to trained weights.
 
     python -m pretrain train configs/van_b3_in22k.yaml key=value …
 
@@ -117,7 +117,7 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether training is complete or has to stop."""
+        """Returns whether training is complete or has to stop."""
         return self.step == self.schedule.total or self.exit_code != 0
 
     def train_step(self, batches: Iterator[Batch]) -> None:

@@ -27,11 +27,11 @@ _COUNTER = "optimizer_steps"
 
 
 class SaveFailed(RuntimeError):
-    """The last state of a run is not on disk."""
+    """Reports that the last state of a run is not on disk."""
 
 
 class Checkpoints:
-    """A run's checkpoints on one of its ranks. Construction, `save`, `load` and `roll_back` are collective.
+    """Saves and loads a run's checkpoints on one of its ranks. Construction, `save`, `load` and `roll_back` are collective.
 
     A save that fails because of the disk is logged and dropped: training continues, and existing checkpoints stay.
 

@@ -1,4 +1,4 @@
-"""The command `python -m pretrain checkpoints RUN`: lists, verifies, compares or prunes a run's checkpoints, in one process."""
+"""Runs `python -m pretrain checkpoints RUN`: lists, verifies, compares or prunes a run's checkpoints, in one process."""
 
 import json
 import os

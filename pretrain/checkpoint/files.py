@@ -1,4 +1,4 @@
-"""The files of a checkpoint: hashed while they are written, listed in a manifest, published by a rename, verified when they are read.
+"""Writes, lists, publishes and verifies the files of a checkpoint: with checksums, a manifest and a rename.
 
 Nothing here depends on a checkpoint's content or on ranks.
 """
@@ -24,7 +24,7 @@ _VERIFY_THREADS = 8
 
 
 class HashedFile:
-    """An open file with the checksum of everything that was written to it."""
+    """Writes an open file and keeps the checksum of everything written."""
 
     def __init__(self, descriptor: int):
         self._descriptor, self._bytes, self._digest = descriptor, 0, new_hash()
@@ -40,7 +40,7 @@ class HashedFile:
 
     @property
     def entry(self) -> Entry:
-        """The file's entry in the manifest."""
+        """Returns the file's entry in the manifest."""
         return {"bytes": self._bytes, "xxh3_128": self._digest.hexdigest()}
 
 

@@ -28,7 +28,7 @@ from pretrain.run.position import host_name
 
 
 class RunLock:
-    """The lock of a run directory; only rank 0 has a `path`, and only there is it checked and released."""
+    """Holds the lock of a run directory; only rank 0 has a `path`, and only there is it checked and released."""
 
     def __init__(self, path: Path | None):
         self.path = path

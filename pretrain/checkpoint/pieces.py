@@ -28,7 +28,7 @@ METADATA = ".metadata"
 
 
 class PieceTensor(torch.Tensor):
-    """A range of a flattened parameter for torch.distributed.checkpoint: it has the size of the whole parameter, and holds the range."""
+    """Represents a range of a flattened parameter for torch.distributed.checkpoint: it has the size of the whole parameter, and holds the range."""
 
     piece: Tensor
     start: int

@@ -17,7 +17,7 @@ Best = Literal["none", "top1", "top5", "loss"]
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint on disk; `score` is the evaluation of its weights, or None if they were not evaluated."""
+    """Describes a checkpoint on disk; `score` is the evaluation of its weights, or None if they were not evaluated."""
 
     path: Path
     step: int

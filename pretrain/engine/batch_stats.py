@@ -1,4 +1,4 @@
-"""BatchNorm over many ranks: running statistics that are equal on all ranks, and optionally statistics of a batch over all ranks.
+"""Keeps BatchNorm's running statistics equal on all ranks, and optionally normalizes by the batch of all ranks.
 
 ZeRO ignores buffers: each rank would keep statistics of its own, a checkpoint would hold rank 0's, and a resumed run would differ. Here the
 running statistics of the whole model are one flat fp32 buffer, averaged over the ranks in every step: an all-reduce of 8 bytes a channel.

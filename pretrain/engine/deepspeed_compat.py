@@ -1,4 +1,4 @@
-"""All uses of DeepSpeed's private names, written for one version of DeepSpeed; every other version is refused.
+"""Contains all uses of DeepSpeed's private names, for one version of DeepSpeed; refuses every other version.
 
 DeepSpeed's public interface gives no access to the pieces of the training state before the first update, to the gradients of a step, or to
 the order in which gradients are reduced. To support another version, read the names below again in its source (runtime/engine.py,

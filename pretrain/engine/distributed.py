@@ -1,4 +1,4 @@
-"""The processes of a job: their process group, each rank's device, and the exchange of values between ranks.
+"""Joins the processes of a job, selects each rank's device, and exchanges values between ranks.
 
 device = distributed.start(config.engine)       on every rank, before any collective; DeepSpeed adopts the process group
 distributed.stop()

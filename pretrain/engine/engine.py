@@ -1,4 +1,4 @@
-"""The DeepSpeed engine of a job: model, optimizer and ZeRO stage.
+"""Builds the DeepSpeed engine of a job: model, optimizer and ZeRO stage.
 
 Weights are fp32, and the model computes under torch's autocast. DeepSpeed's own bf16 mode would keep BatchNorm's statistics in bf16,
 and its torch_autocast would reduce the gradients of convolutions and linear layers in bf16. The guard (guard.py) measures, clips and

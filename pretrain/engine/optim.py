@@ -1,4 +1,4 @@
-"""The optimizer: parameter groups, AdamW with a moving average of the weights, and the learning rate of each step.
+"""Defines the optimizer: parameter groups, AdamW with a moving average of the weights, and the learning rate of each step.
 
 The recipe is the authors' (VAN-Classification, main.py and train.sh, which are timm's): AdamW, no weight decay on biases and other
 1-D parameters, a linear warm-up and a cosine down to the minimum rate. Fine-tuning can also decay the rate from layer to layer towards

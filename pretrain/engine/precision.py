@@ -1,4 +1,4 @@
-"""The arithmetic of a model: fp32 weights computed under torch's autocast in the precision that the settings ask for."""
+"""Selects the arithmetic of a model: fp32 weights under torch's autocast, in the precision that the settings ask for."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The mean of the gradients over all ranks, reduced in buckets beside the backward pass, in ZeRO stages 0 and 1.
+"""Averages gradients over all ranks, in buckets and during the backward pass, in ZeRO stages 0 and 1.
 
 DeepSpeed runs some hundred lines of Python for each parameter of a backward pass, and VAN-B6 has 2,402 parameters. Here a parameter costs
 the host one count: 238 ms of host time a step against 378 ms for VAN-B3 (`python -m benchmarks.training host`). Stages 2 and 3 partition

@@ -1,4 +1,4 @@
-"""The part of the training state that this rank holds, by parameter name, in any ZeRO stage.
+"""Lists the part of the training state that this rank holds, by parameter name, in any ZeRO stage.
 
 ZeRO lays parameters end to end in flat buffers and gives each rank a range of them, differently in every stage. Here such a range becomes
 a list of pieces: parameter, position in the flattened parameter, and live views of the fp32 weight and its optimizer states. Checkpoints
@@ -22,7 +22,7 @@ WEIGHT = "weight"
 
 @dataclass(frozen=True)
 class Piece:
-    """A contiguous range of one flattened parameter and of its optimizer states.
+    """Holds a contiguous range of one flattened parameter and of its optimizer states.
 
     `tensors` maps "weight" and the name of each state to a 1-D fp32 view. All views have one length, and begin at element `start` of
     the parameter's `numel`.

@@ -1,4 +1,4 @@
-"""The steps since the last log line: loss, gradient norm, speed and waiting times.
+"""Collects loss, gradient norm, speed and waiting times of the steps since the last log line.
 
     interval = Interval(device, capacity=50, accumulation=2, detects_launch_bound=True)
     for each step: interval.add(loss) for each micro-batch; interval.end_step(step, guard)

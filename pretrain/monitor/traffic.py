@@ -16,7 +16,7 @@ TIMES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 @dataclass(frozen=True)
 class Collective:
-    """One kind of collective in a step. `bytes` counts whole tensors, or all ranks' parts of them, over all calls in the step."""
+    """Describes one kind of collective in a step. `bytes` counts whole tensors, or all ranks' parts of them, over all calls in the step."""
 
     what: Literal["gradients", "weights", "statistics", "norm"]
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]

@@ -112,5 +112,5 @@ def find_hung_rank(positions: Mapping[int, Position], hosts: Sequence[str]) -> t
         return silent[0], f"rank {silent[0]} on {hosts[silent[0]]} gives no answer, while others wait in {most}"
     rank = min(positions, key=lambda other: (positions[other], other))
     if positions[rank] == most:
-        return rank, f"no rank is behind the others: all are in {most}"
-    return rank, f"rank {rank} on {hosts[rank]} is behind: it is in {positions[rank]}, while others wait in {most}"
+        return rank, f"no rank has less progress than the others: all are in {most}"
+    return rank, f"rank {rank} on {hosts[rank]} has the least progress: it is in {positions[rank]}, while others wait in {most}"

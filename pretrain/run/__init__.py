@@ -1,1 +1,1 @@
-"""A run as others see it: the files in its directory, its records, its state and the exit codes of its processes."""
+"""Describes a run to others: the files in its directory, its records, its state and the exit codes of its processes."""

@@ -1,4 +1,4 @@
-"""The output of a run: lines on the terminal or in the job's log, records in RUN/metrics.jsonl, and curves (trackers.py).
+"""Writes the output of a run: lines on the terminal or in the job's log, records in RUN/metrics.jsonl, and curves (trackers.py).
 
 Only rank 0 writes; on the other ranks every method does nothing.
 """

@@ -31,7 +31,7 @@ class Position:
 
     @property
     def computed_step(self) -> int | None:
-        """The step that is being computed; None at the start and at the end of a job."""
+        """Returns the step that is being computed; None at the start and at the end of a job."""
         return None if PHASES[self.phase] in ("start", "end") else self.step
 
     @classmethod

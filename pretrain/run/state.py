@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that holds the run's lock. Times are in seconds since the epoch."""
+    """Describes the process that holds the run's lock. Times are in seconds since the epoch."""
 
     job: str | None
     process: str  # "process 4711 on node3"
@@ -47,7 +47,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its files and Slurm's queue describe it. Two of them are equal if nothing but time has passed between them."""
+    """Describes a run by its files and Slurm's queue. Two values are equal if nothing but time has passed between them."""
 
     folder: Path
     records: dict[str, Record]  # the newest of each kind near the end of metrics.jsonl
@@ -70,12 +70,12 @@ class Run:
 
     @property
     def last_sign(self) -> float:
-        """When the job's processes last touched the lock or wrote a record; 0 if never."""
+        """Returns when the job's processes last touched the lock or wrote a record; 0 if never."""
         return max([record["time"] for record in self.records.values()] + [self.holder.touched if self.holder else 0.0])
 
     @property
     def patience(self) -> float:
-        """Seconds without a record after which a run counts as stalled."""
+        """Returns the seconds without a record after which a run counts as stalled."""
         return max(PATIENCE_S, 3 * (self.interval or 0.0))
 
 

@@ -21,7 +21,7 @@ SECOND_SAVE = 1
 
 @dataclass(frozen=True)
 class Fault:
-    """A signal that a rank sends to itself at a point."""
+    """Describes a signal that a rank sends to itself at a point."""
 
     point: str
     signal: signal.Signals

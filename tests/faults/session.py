@@ -21,7 +21,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")
 
 
 class Memory(RunLog):
-    """A run's log, kept in memory."""
+    """Keeps a run's log in memory."""
 
     def __init__(self) -> None:
         super().__init__(None)

@@ -70,7 +70,7 @@ def test_any_failing_call_costs_at_most_that_save(tmp_path: Path, ranks: int, vi
 
 
 def killed_at_every_call(folder: str, unprotected: bool) -> int:
-    if unprotected:  # files are written under their final name, and whatever is there is taken for whole
+    if unprotected:  # files are written under their final name, and every checkpoint counts as whole
         files.make_temporary_path = lambda folder, purpose, name: folder / (name if purpose == "partial" else f".{purpose}-{name}")
         files.verify = lambda path: []
     files._BLOCK_BYTES = 1000
@@ -137,11 +137,11 @@ def test_control_without_syncing_it_does_not(tmp_path: Path, unprotected: str) -
     assert run_on_ranks(1, unsafe_moments, folder=str(tmp_path), unprotected=unprotected)[0] != []
 
 
-# ---------------------------------------------------------------- a slow disk, beside training that goes on
+# ---------------------------------------------------------------- a slow disk, beside training
 
 
 def saves_on_a_slow_disk(folder: str, unprotected: str | None) -> dict[str, Any]:
-    if unprotected == "staging":  # the writing thread copies when it gets to it, while training goes on
+    if unprotected == "staging":  # the writing thread copies when it gets to it, beside training
         copied = staging.Staging.__init__
 
         def shared(self: staging.Staging, updated: Any, running: Any, device: Any) -> None:
@@ -200,13 +200,13 @@ def test_control_without_copies_or_waiting_they_are_not(tmp_path: Path, unprotec
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1.5 MB."""
+    """Returns a file system of 1.5 MB."""
     with small_file_system(tmp_path / "small", "1536k") as place:
         yield place
 
 
 def fills_the_disk(folder: str, checked: bool) -> dict[str, Any]:
-    """A state of 0.65 MB on a disk of 1.5 MB, of which something else takes 0.6 MB for a while."""
+    """Saves a state of 0.65 MB on a disk of 1.5 MB, of which another file takes 0.6 MB for a while."""
     session = Session(folder, keep=1, width=300)
     if not checked:
         session.checkpoints.bytes = 0

@@ -103,7 +103,7 @@ def not_restored(kind: str) -> None:
 
 @pytest.fixture(scope="module")
 def in_mid_course(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
-    """The folder of a job that was killed after step 4; to be copied."""
+    """Returns the folder of a job that was killed after step 4; tests must copy it."""
     folder = tmp_path_factory.mktemp("in-mid-course")
     fault = Fault("backward", signal.SIGKILL, folder / "run")
     assert jobs.run(folder, images, "engine.zero_stage=2", fault=fault).codes[1] == -signal.SIGKILL

@@ -145,7 +145,7 @@ def test_on_other_ranks_and_stage_it_resumes_with_the_same_samples(undisturbed: 
     assert list(after) == list(range(13, 21))
     for step, loss in after.items():
         assert loss == pytest.approx(before[step], rel=1e-3)
-    # The control: other samples, or the same in another order of steps, are told apart by this comparison.
+    # The control: other samples, or the same in another order of steps, differ in this comparison.
     assert after[13] != pytest.approx(before[14], rel=1e-3)
     # And the bits do differ, so the comparisons of the tests above can see a difference.
     assert jobs.differing(jobs.final_state(four, STEPS), jobs.final_state(two, STEPS)) != []
@@ -153,7 +153,7 @@ def test_on_other_ranks_and_stage_it_resumes_with_the_same_samples(undisturbed: 
 
 @pytest.mark.parametrize("stage", TESTED)
 def test_golden_losses(undisturbed: Callable[[int], Path], stage: int) -> None:
-    """A change that is not about the computation leaves every loss as it was. To record new ones, after a change that is:
+    """Every loss stays as it was recorded, unless a change is about the computation. Then record new ones:
 
     python -m tests.pretrain.test_resume
     """

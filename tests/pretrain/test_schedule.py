@@ -1,4 +1,4 @@
-"""What is due after each optimizer step, for every combination of small periods."""
+"""The work that is due after each optimizer step, for every combination of small periods."""
 
 import itertools
 

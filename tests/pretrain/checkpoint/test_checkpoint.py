@@ -15,7 +15,7 @@ from tests.support.ranks import run_on_ranks
 
 
 def session(folder: str, stage: int, micro_batch: int, steps: int, load: bool, save: bool, ema_decay: float) -> dict[str, Any]:
-    """One rank: builds an engine, loads if asked, trains `steps` steps, saves if asked; returns the step and the log."""
+    """Builds an engine on one rank, loads if asked, trains `steps` steps, saves if asked; returns the step and the log."""
     import torch.distributed as dist
 
     from data.common.counter_rng import hash64
@@ -152,7 +152,7 @@ def with_another_state(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def saved_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints of steps 1 and 2 of two ranks; tests work on copies."""
+    """Returns a folder with the checkpoints of steps 1 and 2 of two ranks; tests must copy it."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     run(folder, 2, stage=1, steps=1, save=True)
     run(folder, 2, stage=1, steps=1, load=True, save=True)

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a job of seven steps, four an epoch, that keeps the last, one an epoch, and the best."""
+    """Returns the run directory of a job of seven steps, four an epoch, that keeps the last, one an epoch, and the best."""
     folder = tmp_path_factory.mktemp("job")
     synthesize(folder / "images", classes=4, train=32, val=8)
     keep = ("run.keep=1", "run.keep_every=1", "run.keep_best=loss", "run.save_every=100")

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps."""
+"""Checkpoints that a run keeps."""
 
 import itertools
 from pathlib import Path

@@ -13,7 +13,7 @@ STEPS, RANKS, DECAY = 4, 2, 0.8
 
 
 def worker(averaging: str, ema_decay: float) -> dict[str, Any]:
-    """One rank: a small network sees other data on each rank; statistics are averaged after every step, after the last, or never."""
+    """Runs one rank: a small network sees other data on each rank; statistics are averaged after every step, after the last, or never."""
     from pretrain.engine.batch_stats import BatchStats
 
     dist.init_process_group("gloo")
@@ -63,7 +63,7 @@ def test_buffers_are_views_of_one_flat_tensor(every_step: list[dict[str, Any]]) 
         assert list(result["averages"]) == list(result["buffers"])
 
 
-def test_ranks_agree_on_the_mean_of_what_each_saw(every_step: list[dict[str, Any]]) -> None:
+def test_ranks_agree_on_the_mean_of_their_statistics(every_step: list[dict[str, Any]]) -> None:
     one, other = every_step
     for (mine, after), (theirs, after_there) in zip(one["steps"], other["steps"], strict=True):
         assert after == after_there

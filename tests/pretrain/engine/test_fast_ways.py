@@ -1,4 +1,4 @@
-"""Which fast ways a job's model takes, and that a wrong or failing kernel is found before the first step."""
+"""Fast ways of a job's model; a wrong or failing kernel is found before the first step."""
 
 import dataclasses
 from typing import Any
@@ -31,7 +31,7 @@ def tiny() -> VAN:
 
 @pytest.fixture
 def usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels run in Triton's interpreter."""
+    """Runs the kernels in Triton's interpreter."""
     monkeypatch.setattr(triton, "why_unusable", lambda model, device: None)
 
 

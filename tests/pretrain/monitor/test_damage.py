@@ -36,7 +36,7 @@ def report(folder: str, out: str, found: list[list[int]], max_bad: float) -> dic
     except ValueError as raised:
         error = str(raised)
     dist.destroy_process_group()
-    return {"known": quarantine.count, "stand_in": quarantine.find_replacement(0), "error": error}
+    return {"known": quarantine.count, "replacement": quarantine.find_replacement(0), "error": error}
 
 
 @pytest.mark.parametrize(("max_bad", "too_many"), [(0.025, True), (0.04, False)])
@@ -44,7 +44,7 @@ def test_all_ranks_know_the_bad_images_of_each(drawn: Path, tmp_path: Path, max_
     """Each rank has found two, which 3 of 120 allow; together there are four."""
     results = run_on_ranks(2, report, folder=str(drawn / "train"), out=str(tmp_path), found=[[0, 1], [2, 1, 119]], max_bad=max_bad)
     assert results[0] == results[1]
-    assert (results[0]["known"], results[0]["stand_in"]) == (4, 3)
+    assert (results[0]["known"], results[0]["replacement"]) == (4, 3)
     assert (results[0]["error"] is not None) == too_many
     entries = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert [(entry["sample"], entry["replaced_by"], entry["step"]) for entry in entries][:3] == [(0, 3, 50), (1, 3, 50), (2, 3, 50)]
