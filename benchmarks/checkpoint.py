@@ -1,4 +1,4 @@
-"""Measures the cost of saving a checkpoint: the blocking of training beside a plain copy, the background write beside a plain sequential write.
+"""Measures the cost of saving a checkpoint: blocking beside a plain copy, and the background write beside a plain write.
 
     python -m benchmarks.checkpoint [--model van_b6] [--rounds 8] [--folder FOLDER]
 

@@ -28,7 +28,7 @@ METADATA = ".metadata"
 
 
 class PieceTensor(torch.Tensor):
-    """Represents a range of a flattened parameter for torch.distributed.checkpoint: it has the size of the whole parameter, and holds the range."""
+    """Gives torch.distributed.checkpoint a range of a flattened parameter: with the size of the parameter and the data of the range."""
 
     piece: Tensor
     start: int
