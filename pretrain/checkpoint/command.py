@@ -76,10 +76,9 @@ def compare(one: Path, other: Path) -> int:
     is_different = False
     for kind in kinds:  # one kind at a time, to bound the memory for a large model
         first, second = read_tensors(one, (kind,)), read_tensors(other, (kind,))
-        alone = first.keys() ^ second.keys()
         common = [name for name in first if name in second and first[name].shape == second[name].shape]
         unlike = [name for name in common if not first[name].equal(second[name])]
-        alone |= {name for name in first if name in second} - set(common)
+        alone = (first | second).keys() - set(common)
         line = f"{kind:12} {len(common) - len(unlike)} of {len(first | second)} tensors are equal bit for bit"
         if unlike:
             distance = {name: float((first[name].double() - second[name].double()).abs().max()) for name in unlike}

@@ -27,7 +27,6 @@ from pretrain.monitor.interval import Steps
 from pretrain.run.metrics import RunLog
 
 AVERAGED_STEPS = 100  # that the moving average of losses covers
-RANKS_SHOWN = 3  # in the log line of a bad step
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,14 @@ class Evidence:
     def keep(self, steps: Steps, bad: BadSteps | None) -> None:
         """Writes all steps of an interval that were skipped or that `bad` names."""
         for position in self.find(steps, bad):
-            self._write(self.describe(steps, position))
+            facts = self.describe(steps, position)
+            self.log.append(self.file, facts)
+            first, others = facts["ranks"][0], len(facts["ranks"]) - 1
+            self.log.line(
+                f"bad step {facts['step']}{' skipped' if facts['skipped'] else ''}: loss {facts['loss']}, "
+                f"gradient norm {facts['grad_norm']}; rank {first['rank']} on {first['host']}{f' and {others} more' if others else ''}; "
+                f"the samples are in {self.file}"
+            )
 
     def find(self, steps: Steps, bad: BadSteps | None) -> list[int]:
         """Returns the positions in `steps` to keep evidence of."""
@@ -148,16 +154,6 @@ class Evidence:
             "skipped": bool(steps.skipped[position]),
             "ranks": parts,
         }
-
-    def _write(self, facts: dict[str, Any]) -> None:
-        self.log.append(self.file, facts)
-        shown, hidden = facts["ranks"][:RANKS_SHOWN], len(facts["ranks"]) - RANKS_SHOWN
-        ranks = [f"rank {part['rank']} on {part['host']}: {part['keys'][0]} and {len(part['keys']) - 1} more" for part in shown]
-        ranks += [f"and {hidden} more ranks"] if hidden > 0 else []
-        self.log.line(
-            f"bad step {facts['step']}{' skipped' if facts['skipped'] else ''}: loss {facts['loss']}, gradient norm {facts['grad_norm']}; "
-            f"{'; '.join(ranks)}; all in {self.file}"
-        )
 
 
 def _as_json(value: float) -> float | str:

@@ -4,10 +4,8 @@ import itertools
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,9 @@ import psutil
 import pytest
 
 from data.synthetic.synthesize import synthesize
-from pretrain import checkpoint
 from tests.faults import jobs
-from tests.faults.disk import small_file_system
 from tests.faults.points import POINTS, Fault
-from tests.support.ranks import PATIENCE_S, join, kill
+from tests.support.ranks import PATIENCE_S, kill
 
 pytestmark = pytest.mark.slow
 
@@ -162,41 +158,3 @@ def test_a_second_job_on_a_live_run_is_refused_and_resumes_it_after_a_kill(
 def files_of(run: Path) -> dict[Path, bytes]:
     """Returns the content of a run's files except TensorBoard's, which a thread of the first job may still be writing."""
     return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and "tensorboard" not in path.parts}
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Returns a file system with room for one checkpoint of the job, but not for two."""
-    with small_file_system(tmp_path / "small", "100m") as place:
-        yield place
-
-
-@pytest.mark.long
-def test_a_job_on_a_full_disk_trains_on_and_ends_with_an_error(
-    small_disk: Path, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
-) -> None:
-    """From the first checkpoint on nothing more can be written to the run directory; with more space the job resumes from there."""
-    option = "engine.zero_stage=2"
-    folder, run = tmp_path / "job", small_disk / "run"
-    folder.mkdir()
-    run.mkdir()
-    (folder / "run").symlink_to(run)
-    processes = jobs.start(folder, images, option)
-    checkpoints = run / "checkpoints"
-    while not (checkpoints / "latest").exists():
-        assert any(process.exitcode is None for process in processes), jobs.log_of(folder)
-        time.sleep(0.01)
-    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
-        while filler.write(bytes(4096)):
-            pass
-    ended = join(processes)
-    assert all(code not in (0, 85) for code in ended.codes)
-    for words in ("SAVING FAILED at step 4", "SAVING FAILED at step 7", "SaveFailed: the last state of this run is not saved: "):
-        assert words in jobs.log_of(folder), words
-    assert [path.name for path in checkpoint.list_checkpoints(checkpoints)] == ["step-000000002"]
-    assert checkpoint.verify(checkpoints / "step-000000002") == []
-    subprocess.run(["mount", "-o", "remount,size=400m", small_disk], check=True)
-    (small_disk / "filler").unlink()
-    assert jobs.run(folder, images, option).codes == [0, 0], jobs.log_of(folder)[-3000:]
-    assert jobs.resumed_steps(folder) == [2]
-    assert jobs.same_end(folder, undisturbed(2))

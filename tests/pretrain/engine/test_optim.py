@@ -107,13 +107,6 @@ def test_layer_decay_falls_towards_the_input() -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {3.0 * one for one in scale.values()}
 
 
-def test_frozen_parameters_are_in_no_group() -> None:
-    model = timm.create_model("van_b0", num_classes=7)
-    model.head.requires_grad_(False)
-    trained = {id(p) for group in group_parameters(model, 0.05) for p in group["params"]}
-    assert trained == {id(p) for name, p in model.named_parameters() if not name.startswith("head.")}
-
-
 def steps(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter], count: int = 5) -> list[list[Tensor]]:
     """Makes updates with random gradients, and returns the weights after each."""
     generator = torch.Generator().manual_seed(1)

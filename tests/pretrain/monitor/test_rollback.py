@@ -114,7 +114,7 @@ def test_evidence_names_ranks_and_samples(drawn: Path, tmp_path: Path, capsys: p
     part = kept[0]["ranks"][0]
     assert part["samples"] == evidence.order.batch(*evidence.order.locate(3))[:4].tolist()
     assert len(part["keys"]) == 4
-    line = f"bad step 3 skipped: loss nan, gradient norm nan; rank 0 on one: {part['keys'][0]} and 3 more; all in {evidence.file}\n"
+    line = f"bad step 3 skipped: loss nan, gradient norm nan; rank 0 on one; the samples are in {evidence.file}\n"
     assert line in capsys.readouterr().out
 
 
