@@ -7,7 +7,7 @@
 Only `close` reads from the device, so no step in between waits for it.
 
 A GPU is launch-bound in a step if it has finished all backward passes when the host has launched the whole step. That can be seen without
-waiting, but says nothing where the host waits for the GPU within a step, as in ZeRO-2 and 3: there it is not measured.
+waiting, but not where the host waits for the GPU within a step, as in ZeRO-2 and 3.
 """
 
 import time

@@ -28,7 +28,7 @@ USABLE = 0.9  # of a GPU's memory
 def explain_out_of_memory(config: Config, ranks: int, device: torch.device, is_warm: Callable[[], bool]) -> Iterator[None]:
     """Raises ValueError, which names a micro-batch that fits, instead of torch.OutOfMemoryError.
 
-    `is_warm` tells whether enough steps have succeeded: running out of memory then is a fault of the machine, and is raised as it is.
+    `is_warm` returns whether enough steps have succeeded: running out of memory then is a fault of the machine, and is raised as it is.
     """
     state, total = measure_memory(device)
     try:
