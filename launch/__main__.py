@@ -25,8 +25,8 @@ from launch import task
 from pretrain import config as settings
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_REQUEUE, EXIT_STOP_FILE
 
-GRACE_S = 120  # for the other ranks to save after one was stopped; those that hang are killed then
-LEAVE_S = 5  # for the other ranks after one failed: a rank that is failing of the same cause can still report it
+GRACE_S = 120  # that the other ranks have to save after one was stopped, before they are killed
+LEAVE_S = 5  # that the other ranks have after one failed, as a rank with the same fault can still report it
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the job scripts share:
+# Runs the jobs of the job scripts:
 #
 #   job.sh CONFIG [key=value …]             trains; in a Slurm job, launch/supervisor.py decides whether to requeue it
 #   job.sh preflight CONFIG [key=value …]   checks the nodes of a Slurm allocation, or this machine
@@ -7,7 +7,7 @@
 #   job.sh export RUN …                     exports the weights of complete runs
 #   job.sh pack SOURCE OUT …                arguments as of `python -m data pack`; each task of an array job packs a part
 #
-# In a Slurm job it runs one task per GPU on every node, elsewhere all processes on this machine.
+# In a Slurm job it runs one task per GPU on every node, without Slurm all processes on this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -78,7 +78,7 @@ NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
 tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 cpus=${SLURM_CPUS_ON_NODE:-1}
 RANKS=$((tasks * SLURM_JOB_NUM_NODES))
-# The first node's address as Slurm itself reaches it, and a port of this job alone, another one after each restart.
+# The address of the first node as Slurm itself reaches it, and a port for this job and restart.
 MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
 MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > tasks ? cpus / tasks : 1))}
@@ -100,8 +100,8 @@ reader() {
     (trap '' TERM USR1 && exec "${python[@]}" "$@")
 }
 
-# preflight nodes|network …: a step of preflight, whose reader judges it. Its tasks end by themselves; those that do not are ended a
-# minute after the first.
+# preflight nodes|network …: a step of preflight, and its reader, which names unfit nodes. srun ends tasks that have not ended a minute after
+# the first one.
 preflight() {
     local code=0 per_node=1
     if [[ $1 == network ]]; then
@@ -113,7 +113,7 @@ preflight() {
     } 2>&1 | reader -m launch.preflight --step "$@"
 }
 
-# The step that trains or evaluates. Its first task that fails ends it.
+# The step that trains or evaluates. The first task that fails ends the step.
 run_ranks() {
     step "$tasks" --kill-on-bad-exit=1 --wait=300 "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" -m launch "$@"
 }
@@ -133,7 +133,7 @@ requeue() {
         echo "Slurm has ended or restarted this job: not requeueing it"
         exit 1
     fi
-    trap '' TERM # `scontrol requeue` ends this script, which has more to do
+    trap '' TERM # `scontrol requeue` sends TERM to this script, which still has to set nodes and start time
     scontrol requeue "$SLURM_JOB_ID"
     if [[ -n "${2:-}" ]]; then
         excluded=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -oP 'ExcNodeList=\K\S+' | grep -v '(null)' || true)

@@ -68,7 +68,7 @@ class Report:
 
 def main() -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # sent to the whole job; this process has to report how the ranks end
+        signal.signal(number, signal.SIG_IGN)  # Slurm signals the whole job; this process still has to report the ends of the ranks
     try:
         # Paths that are missing on this node only are reported by preflight.
         config = settings.load(*job_words(sys.argv[1:]), unchecked=settings.ON_A_NODE)
@@ -131,7 +131,7 @@ def classify_end(report: Report, saved: int, ranks: int) -> End:
     """Classifies the end of an attempt of `ranks` ranks, after a checkpoint of step `saved`; names the rank and node that caused it."""
     now = time.time()
     stopped = End(now, "stopped", f"stopped by a signal; saved at step {saved}", saved)
-    if report.code == 128 + signal.SIGUSR1:  # it killed a task that could not handle it yet; other failures follow from that
+    if report.code == 128 + signal.SIGUSR1:  # the signal killed a task without a handler yet; other failures follow from that
         return stopped
     if report.unfit:
         reason = "; ".join(f"{node}: {reason}" for node, reason in report.unfit.items())

@@ -20,12 +20,12 @@ from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_HUNG, EXIT_REQUEUE, EXIT_S
 from pretrain.run.position import PAGE, Position, create_page, host_name
 
 LAST_LINES = 20
-# Errors of a rank that lost the connection to another rank: a consequence of that rank's end.
+# Errors of a rank that lost its connection to another rank. They follow from the end of the other rank.
 LOST_PEER = re.compile(
     r"connection (was )?(closed|reset)|remote process exited|broken pipe|Dist(Backend|Network|Store)Error", re.IGNORECASE
 )
-FLUSH_S = 1.0  # srun drops output that reaches it after the message about the end of its last task (seen with Slurm 22.05)
-LEAVE_S = 3.0  # delay before srun ends the other ranks: a rank that is failing of the same cause can still report it
+FLUSH_S = 1.0  # srun drops output that arrives after the message about the end of its last task (seen with Slurm 22.05)
+LEAVE_S = 3.0  # delay before srun ends the other ranks, as a rank with the same fault can still report it
 
 
 def run(command: Sequence[str]) -> int:

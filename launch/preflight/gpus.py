@@ -89,8 +89,3 @@ def list_faults(gpu: Gpu) -> list[str]:
     if gpu.used > USED_SHARE * gpu.memory:
         faults.append(f"{gpu.used / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB are in use by other processes")
     return [f"GPU {gpu.number}: {fault}" for fault in faults]
-
-
-def is_hot(gpu: Gpu) -> bool:
-    """Returns whether the driver holds clocks down for the temperature: the GPU is slow but not faulty."""
-    return bool(gpu.clocks & pynvml.nvmlClocksEventReasonSwThermalSlowdown)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.common.text import format_table
-from launch.preflight.gpus import is_hot, list_faults
+from launch.preflight.gpus import list_faults
 from launch.preflight.node import Node, Problem
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
 
@@ -75,7 +75,7 @@ def judge_tasks(tasks: Sequence[Task], nodes: Sequence[str], per_node: int, *, c
 
 def judge_nodes(nodes: Sequence[Node], device: str, tasks: int) -> Verdict:
     """Compares inspected nodes of a job with this engine.device and number of tasks (ranks) on each node."""
-    verdict = Verdict(warnings=_hot_gpus(nodes))
+    verdict = Verdict()
     gpus_used = uses_gpus(nodes, device)
     problems = {node.name: [*node.problems, *(_gpu_problems(node, device, tasks) if gpus_used else [])] for node in nodes}
     verdict.settings, outliers = _compare(nodes)
@@ -158,10 +158,6 @@ def _group(values: Mapping[str, str]) -> str:
     return "; ".join(f"{value} on {', '.join(name for name in values if values[name] == value)}" for value in distinct)
 
 
-def _hot_gpus(nodes: Sequence[Node]) -> list[str]:
-    return [f"{node.name}: GPU {gpu.number} is hot, and its clocks are held down" for node in nodes for gpu in node.gpus if is_hot(gpu)]
-
-
 def _slow(rates: Mapping[str, float], activity: str) -> list[str]:
     """Warns of nodes whose rate is far below the median of the others."""
     warnings = []
@@ -195,6 +191,4 @@ def _describe_gpus(node: Node) -> str:
     if not node.gpus:
         return "none"
     names = Counter(f"{gpu.name} {gpu.memory / 1e9:.0f} GB" for gpu in node.gpus)
-    text = ", ".join(f"{count} x {name}" for name, count in names.items())
-    faulty = sum(bool(list_faults(gpu)) for gpu in node.gpus)
-    return f"{text}, at most {max(gpu.used for gpu in node.gpus) / 1e9:.1f} GB used" + (f", {faulty} faulty" if faulty else "")
+    return ", ".join(f"{count} x {name}" for name, count in names.items())

@@ -15,6 +15,7 @@ from pretrain.config import accumulation, load
 from tests.support import REPOSITORY
 from tests.support.events import without_events
 from tests.support.jobs import SMALL
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -46,13 +47,6 @@ def end(launcher: subprocess.Popen) -> int:
         return launcher.wait(timeout=30)
     finally:
         launcher.kill()
-
-
-def wait_for(*paths: Path) -> None:
-    deadline = time.monotonic() + 30
-    while not all(path.exists() for path in paths):
-        assert time.monotonic() < deadline, f"none of {paths}"
-        time.sleep(0.02)
 
 
 def is_running(pid: int) -> bool:
@@ -138,7 +132,7 @@ Path(f"stopped{rank}").write_text(str(stopping))
 sys.exit(85)
 """
     launcher = start(tmp_path, code, 3)
-    wait_for(*(tmp_path / f"ready{rank}" for rank in range(3)))
+    wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(3)))
     launcher.send_signal(number)
     assert end(launcher) == 85
     assert [(tmp_path / f"stopped{rank}").read_text() for rank in range(3)] == [str(int(number))] * 3
@@ -147,7 +141,7 @@ sys.exit(85)
 def test_usr1_does_not_kill_ranks_that_are_starting(tmp_path: Path) -> None:
     code = "Path(f'{rank}').touch(); time.sleep(1); Path(f'pending {rank}').write_text(str(signal.SIGUSR1 in signal.sigpending()))"
     launcher = start(tmp_path, code, 2)
-    wait_for(tmp_path / "0", tmp_path / "1")
+    wait_until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists())
     launcher.send_signal(signal.SIGUSR1)
     assert end(launcher) == 0
     assert [(tmp_path / f"pending {rank}").read_text() for rank in range(2)] == ["True", "True"]
@@ -203,11 +197,7 @@ def test_torchrun_trains_stops_resumes_and_exports(tmp_path: Path, drawn: Path) 
 
     job = local(tmp_path, *places)
     try:
-        deadline = time.monotonic() + 120
-        while "step 2/8" not in log():
-            assert job.poll() is None, log()
-            assert time.monotonic() < deadline, log()
-            time.sleep(0.05)
+        wait_until(lambda: "step 2/8" in log() or job.poll() is not None, 120, log)
         job.terminate()
         assert job.wait(timeout=120) == 1, log()
         assert re.search(r"stopped at step \d of 8 and saved", log())

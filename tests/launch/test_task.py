@@ -14,6 +14,7 @@ import pytest
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_REQUEUE, EXIT_STOP_FILE
 from tests.support import REPOSITORY
 from tests.support.events import read_events, without_events
+from tests.support.waiting import wait_until
 
 TASK = "import sys; from launch import task; task.LEAVE_S = task.FLUSH_S = 0.2; sys.exit(task.run([sys.executable, '-c', sys.argv[1]]))"
 RANK = """
@@ -81,10 +82,7 @@ def test_a_signal_to_the_task_does_not_reach_the_rank(tmp_path: Path) -> None:
 signal.signal(signal.SIGUSR1, lambda *_: (open({str(stopped)!r}, 'w').close(), sys.exit({EXIT_REQUEUE})))
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {{signal.SIGUSR1}})
 open({str(ready)!r}, 'w').close(); time.sleep(60)""")
-    deadline = time.monotonic() + 60
-    while not ready.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(ready.exists)
     task.send_signal(signal.SIGUSR1)
     task.send_signal(signal.SIGTERM)
     time.sleep(0.2)

@@ -6,7 +6,6 @@ A job runs as it does for users: script, preflight, launcher, data loading, Deep
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from pretrain.run.attempts import Attempt
 from pretrain.run.directory import list_checkpoints
 from tests.slurm.cluster import Cluster, processes
 from tests.support import REPOSITORY
+from tests.support.waiting import wait_until
 
 # gloo would look for its interface by the machine's name, which may not resolve. All nodes share the cores of this machine.
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
@@ -53,14 +53,13 @@ class Jobs:
         return job
 
     def wait_for(self, job: int, reached: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while True:
+        def check() -> bool:
             state = self.cluster.job(job)["JobState"]
-            if reached():
-                return
-            assert state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{self.cluster.output(job)}"
-            assert time.monotonic() < deadline, self.cluster.output(job)
-            time.sleep(0.1)
+            is_reached = reached()
+            assert is_reached or state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), f"{state}\n{self.cluster.output(job)}"
+            return is_reached
+
+        wait_until(check, PATIENCE, lambda: self.cluster.output(job))
 
     def wait_for_step(self, job: int, step: int) -> None:
         """Waits until the job has logged this step or a later one."""
@@ -68,13 +67,12 @@ class Jobs:
 
     def wait_for_attempt(self, job: int, number: int) -> Attempt:
         """Waits for the end of the job's attempt of this number, counted from 0; returns it."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            for attempt in self.attempts(job):
-                if attempt.restart == number and attempt.end:
-                    return attempt
-            assert time.monotonic() < deadline, self.cluster.output(job)
-            time.sleep(0.1)
+
+        def ended() -> list[Attempt]:
+            return [attempt for attempt in self.attempts(job) if attempt.restart == number and attempt.end]
+
+        wait_until(ended, PATIENCE, lambda: self.cluster.output(job))
+        return ended()[0]
 
     def attempts(self, job: int) -> list[Attempt]:
         return [attempt for attempt in attempts.read(self.run) if attempt.job == str(job)]
@@ -91,9 +89,7 @@ class Jobs:
         """Cancels the jobs and removes their run: a checkpoint of VAN-B6 has 2.4 GB."""
         for job in self.submitted:
             self.cluster.run("scancel", str(job))
-        deadline = time.monotonic() + 30
-        while self.cluster.run("squeue", "--noheader") and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_until(lambda: not self.cluster.run("squeue", "--noheader"))
         shutil.rmtree(self.run, ignore_errors=True)
 
 

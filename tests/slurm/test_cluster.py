@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.slurm.cluster import processes
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.slurm
 
@@ -43,8 +43,5 @@ def test_no_process_is_left(slurm_programs: None, tmp_path: Path, killed: bool) 
     if killed:
         tests.send_signal(signal.SIGKILL)
     tests.communicate()
-    deadline = time.monotonic() + 10
     # A process that has ended and that init hasn't collected yet no longer has a program.
-    while running := [pid for pid in pids if Path(f"/proc/{pid}/exe").exists()]:
-        assert time.monotonic() < deadline, running
-        time.sleep(0.1)
+    wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), 10)

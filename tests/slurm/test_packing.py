@@ -6,8 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from data.packing.plan import Settings
 from data.synthetic.synthesize import draw_images
 from tests.slurm.cluster import Cluster, processes
 from tests.support import REPOSITORY
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -36,13 +35,6 @@ def source(tmp_path: Path) -> Path:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def wait_for(reached: Callable[[], object], timeout: float = 60) -> None:
-    deadline = time.monotonic() + timeout
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def ids_of_tasks(cluster: Cluster, job: int) -> dict[int, int]:
@@ -64,10 +56,10 @@ def test_an_array_of_tasks_packs_stops_and_resumes(cluster: Cluster, source: Pat
         return any(int(path.stem) % 3 == part for path in done.glob("*.npz"))
 
     job = submit()
-    wait_for(lambda: all(map(packed, range(3))))
+    wait_until(lambda: all(map(packed, range(3))))
     tasks = ids_of_tasks(cluster, job)
     cluster.signal(tasks[0], "USR1", batch=True)  # as --signal does before the time limit
-    wait_for(lambda: "requeueing task 0 of job" in (tmp_path / "0.out").read_text())
+    wait_until(lambda: "requeueing task 0 of job" in (tmp_path / "0.out").read_text())
     for pid in processes(cluster.config):  # another is killed, as when a node fails
         with contextlib.suppress(OSError):  # it ended meanwhile
             environment = Path("/proc", str(pid), "environ").read_bytes().split(b"\0")
@@ -80,7 +72,7 @@ def test_an_array_of_tasks_packs_stops_and_resumes(cluster: Cluster, source: Pat
     assert re.search(r"\d+ of \d+ shards remain for other parts", (tmp_path / "0.out").read_text() + (tmp_path / "2.out").read_text())
 
     again = submit()
-    wait_for(lambda: not cluster.run("squeue", "--noheader", f"--jobs={again}"))
+    wait_until(lambda: not cluster.run("squeue", "--noheader", f"--jobs={again}"))
     pack(source, tmp_path / "whole" / "in22k", Settings(name="in22k", shard_bytes=round(0.02 * 2**20), holdout=0.1))
     assert files_of(out) == files_of(tmp_path / "whole" / "in22k")
     assert len(open_index(out / "train")) + len(open_index(out / "val")) == 1500
