@@ -1,8 +1,18 @@
 """Files that appear whole or not at all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+
+@contextmanager
+def open_to_replace(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+    """Opens a temporary file that becomes `path`, whole and durable, when the block ends without an error."""
+    with open(path.with_name(path.name + ".tmp"), mode, **options) as file:
+        yield file
+        publish(file, path)
 
 
 def publish(file: IO[Any], path: Path) -> None:

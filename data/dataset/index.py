@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from data.common.files import publish
+from data.common.files import open_to_replace
 from data.common.hashing import hash_file, new_hash
 from data.storage.cache import Cache, choose_cache_root
 from data.storage.remote import Remote, is_url
@@ -95,9 +95,8 @@ def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
 def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray], classes: Sequence[str], **about: Any) -> None:
     """Writes the index of the shards in a folder, and so makes it a dataset. `about` holds further entries of dataset.json."""
     samples = np.concatenate([np.zeros(0, DTYPE), *rows])
-    with open(folder / "index.npy.tmp", "wb") as file:
+    with open_to_replace(folder / "index.npy", "wb") as file:
         np.save(file, samples)
-        publish(file, folder / "index.npy")
     _write_json(folder / "classes.json", list(classes))
     description = {
         "format": FORMAT,
@@ -112,9 +111,8 @@ def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray
 
 
 def _write_json(path: Path, value: Any) -> None:
-    with open(path.with_name(path.name + ".tmp"), "w", encoding="utf-8") as file:
+    with open_to_replace(path, encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)
-        publish(file, path)
 
 
 def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes: bool = True) -> Index:

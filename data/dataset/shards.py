@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from data.common.files import publish
+from data.common.files import open_to_replace
 from data.common.hashing import new_hash
 from data.dataset.headers import read_image_size
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
@@ -113,12 +113,10 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarra
     """Writes a shard and its .idx; returns its description and the index rows of its samples, read back from the written file."""
     from webdataset.writer import TarWriter  # takes seconds and hundreds of MB, as webdataset imports torch
 
-    with open(path.with_name(path.name + ".tmp"), "wb") as file:
-        with TarWriter(file, user="data", group="data", mode=0o644, mtime=0, encoder=False) as tar:
-            tar.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter 1.0.2 ignores its `format`
-            for sample in samples:
-                tar.write({"__key__": sample.key, "cls": str(sample.label).encode(), sample.extension: sample.encoded})
-        publish(file, path)
+    with open_to_replace(path, "wb") as file, TarWriter(file, user="data", group="data", mode=0o644, mtime=0, encoder=False) as tar:
+        tar.tarstream.format = tarfile.USTAR_FORMAT  # TarWriter 1.0.2 ignores its `format`
+        for sample in samples:
+            tar.write({"__key__": sample.key, "cls": str(sample.label).encode(), sample.extension: sample.encoded})
     contents = read_shard(path)
     if contents.faults:
         raise ValueError("; ".join(f"{path}: sample {contents.keys[number]}: {fault}" for number, fault in contents.faults.items()))
@@ -262,6 +260,5 @@ def format_idx_line(sample: list[Member]) -> str:
 
 def write_idx(path: Path, text: str) -> None:
     """Writes the text of an .idx file, which appears once it is complete."""
-    with open(path.with_name(path.name + ".tmp"), "w", encoding="ascii") as file:
+    with open_to_replace(path, encoding="ascii") as file:
         file.write(text)
-        publish(file, path)

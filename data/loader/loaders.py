@@ -16,7 +16,7 @@ on a GPU, to which encoded bytes are copied; pixels are never copied back. pipel
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from data.common.placement import Placement
 from data.dataset.index import Index
 from data.loader.order import (
     SampleOrder,
+    ShardUse,
     compute_evaluation_peak_bytes,
     compute_peak_bytes,
     plan_evaluation_uses,
@@ -41,7 +42,6 @@ from data.loader.order import (
 )
 from data.loader.pipeline import Loader, Slots
 from data.loader.quarantine import Quarantine
-from data.loader.store import FetchedShards, ShardStore
 from data.settings import DataConfig
 
 
@@ -64,8 +64,7 @@ class TrainLoader(Loader):
         is_skipped: Callable[[int], bool] = lambda step: False,
         quarantine: Quarantine | None = None,
     ) -> None:
-        self.is_skipped = is_skipped
-        self.order, self.placement = order, placement
+        self.is_skipped, self.order = is_skipped, order
         self.slots = select_rank_slots(order.global_batch, placement.rank, placement.ranks)
         self.start, self.end = start, end
         self.recipe = Recipe(order.seed, settings)
@@ -74,18 +73,12 @@ class TrainLoader(Loader):
         matrix = value = DALIDataType.FLOAT
         dtypes = (crop_start, crop_shape, size, linear, mirror, *(branch, matrix, value) * self.recipe.layers)
         quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
-        super().__init__(index, settings, quarantine, dtypes, max_batch=placement.micro_batch, device=placement.device)
+        super().__init__(index, settings, quarantine, dtypes, placement)
         self._start()
 
-    def _open_store(self) -> ShardStore:
-        index, order = self.index, self.order
-        if not index.remote:
-            return ShardStore(index)
-        peak_bytes = compute_peak_bytes(order, index.shard_bytes, self.placement.ranks, self.start, self.end)
-        uses = plan_shard_uses(order, self.slots, self.start, self.end)
-        return FetchedShards(
-            index, uses, peak_bytes=peak_bytes, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node
-        )
+    def _plan_uses(self) -> tuple[Iterable[ShardUse], int]:
+        uses = plan_shard_uses(self.order, self.slots, self.start, self.end)
+        return uses, compute_peak_bytes(self.order, self.index.shard_bytes, self.placement.ranks, self.start, self.end)
 
     def _list_slots(self) -> Iterator[Slots]:
         copies = self.order.copies[self.slots].reshape(-1, self.placement.micro_batch)
@@ -147,22 +140,16 @@ class EvalLoader(Loader):
         quarantine: Quarantine | None = None,
         samples: np.ndarray | None = None,
     ) -> None:
-        self.placement = placement
         self.samples = select_evaluated(index, settings) if samples is None else samples
         self.rank_samples = self.samples[select_evaluation_ids(len(self.samples), placement.rank, placement.ranks)]
         size = linear = corner = DALIDataType.INT32
         quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
-        super().__init__(index, settings, quarantine, (size, linear, corner), max_batch=placement.micro_batch, device=placement.device)
+        super().__init__(index, settings, quarantine, (size, linear, corner), placement)
 
-    def _open_store(self) -> ShardStore:
-        index = self.index
-        if not index.remote:
-            return ShardStore(index)
-        uses = plan_evaluation_uses(np.searchsorted(self.samples, index.shard_start), self.placement.micro_batch, self.placement.ranks)
-        peak_bytes = compute_evaluation_peak_bytes(uses, index.shard_bytes)
-        return FetchedShards(
-            index, uses, peak_bytes=peak_bytes, cache_gb=self.settings.cache_gb, ranks_on_node=self.placement.ranks_on_node
-        )
+    def _plan_uses(self) -> tuple[Iterable[ShardUse], int]:
+        shard_start = np.searchsorted(self.samples, self.index.shard_start)
+        uses = plan_evaluation_uses(shard_start, self.placement.micro_batch, self.placement.ranks)
+        return uses, compute_evaluation_peak_bytes(uses, self.index.shard_bytes)
 
     def _list_slots(self) -> Iterator[Slots]:
         micro_batch = self.placement.micro_batch

@@ -9,10 +9,10 @@ its header is wrong. Otherwise DALI fails on it: then each image inside DALI is 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,13 @@ from nvidia.dali.types import DALIDataType
 from data.augment.operators import CpuResizer
 from data.augment.recipe import ErasedBoxes
 from data.augment.sampling import Mix
+from data.common.placement import Placement
 from data.dataset.headers import BadImage, check_header
 from data.dataset.index import Index
+from data.loader.order import ShardUse
 from data.loader.quarantine import Quarantine
 from data.loader.read_ahead import ReadAhead
-from data.loader.store import ShardStore
+from data.loader.store import FetchedShards, ShardStore
 from data.settings import DataConfig
 
 
@@ -86,14 +88,14 @@ class MicroBatch:
 CanDecode = Callable[[int, int, int, np.ndarray], bool]
 
 
-class Loader:
-    """Runs a graph over micro-batches of at most `max_batch` samples, in order. Subclasses implement the methods of the first part.
+class Loader(AbstractContextManager):
+    """Runs a graph over a rank's micro-batches, in order. Subclasses implement the methods of the first part.
 
-    `dtypes` are DALI's types of the graph's parameters. `device` receives the batches.
+    `dtypes` are DALI's types of the graph's parameters.
     """
 
-    def _open_store(self) -> ShardStore:
-        """Opens a store for one pass over the slots."""
+    def _plan_uses(self) -> tuple[Iterable[ShardUse], int]:
+        """Plans the uses of shards of one pass over the slots; returns them and the most bytes of shards in use at once."""
         raise NotImplementedError
 
     def _list_slots(self) -> Iterator[Slots]:
@@ -116,18 +118,9 @@ class Loader:
         """Defines the graph: from nodes of encoded images and parameters to nodes of uint8 images and mirror flags."""
         raise NotImplementedError
 
-    def __init__(
-        self,
-        index: Index,
-        settings: DataConfig,
-        quarantine: Quarantine,
-        dtypes: Sequence[Any],
-        *,
-        max_batch: int,
-        device: torch.device,
-    ) -> None:
-        self.index, self.settings, self.quarantine, self.device = index, settings, quarantine, device
-        self._dtypes, self._max_batch = dtypes, max_batch
+    def __init__(self, index: Index, settings: DataConfig, quarantine: Quarantine, dtypes: Sequence[Any], placement: Placement) -> None:
+        self.index, self.settings, self.quarantine, self.placement = index, settings, quarantine, placement
+        self.device, self._dtypes = placement.device, dtypes
         self._store: ShardStore | None = None
         self._reader: ReadAhead[Slots, MicroBatch] | None = None
         self._inside: deque[MicroBatch] = deque()  # inside DALI
@@ -137,7 +130,11 @@ class Loader:
         self._closed = False
 
     def _start(self) -> None:
-        self._store = self._open_store()
+        if self.index.remote:
+            (uses, peak_bytes), ranks = self._plan_uses(), self.placement.ranks_on_node
+            self._store = FetchedShards(self.index, uses, peak_bytes=peak_bytes, cache_gb=self.settings.cache_gb, ranks_on_node=ranks)
+        else:
+            self._store = ShardStore(self.index)
         threads = self.settings.read_threads
         self._reader = ReadAhead(self._list_slots(), self._read, threads=threads, depth=threads + 2)
 
@@ -225,7 +222,7 @@ class Loader:
         try:
             while not self._closed:
                 if self._pipeline is None:
-                    self._pipeline = self._build_pipeline(self._max_batch, self._feed, prefetch=2)
+                    self._pipeline = self._build_pipeline(self.placement.micro_batch, self._feed, prefetch=2)
                 # On the consumer's stream, outputs are ready and are freed in that stream's order, without synchronization.
                 stream = (torch.cuda.current_stream(self.device),) if self.device.type == "cuda" else ()
                 try:
@@ -284,10 +281,7 @@ class Loader:
         self._drop_pipeline()
         self._resizer.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

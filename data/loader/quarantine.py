@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.common.files import publish
+from data.common.files import open_to_replace
 from data.dataset.index import Index, read_key
 
 _NAMED = 5  # samples in the error of too many
@@ -129,9 +129,8 @@ class Quarantine:
         for bad in new:
             fields = {"time": round(time.time(), 3), "step": step, "dataset": self.index.fingerprint}
             lines += json.dumps(fields | vars(bad) | {"replaced_by": self.find_replacement(bad.sample)}) + "\n"
-        with open(self.file.with_name(self.file.name + ".tmp"), "w") as file:
+        with open_to_replace(self.file) as file:
             file.write(lines)
-            publish(file, self.file)
 
 
 def _candidates(index: Index, sample: int) -> Iterator[int]:

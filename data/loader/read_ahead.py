@@ -9,14 +9,14 @@ The threads also advance `work`, one at a time, so the consumer does not wait fo
 
 import threading
 from collections.abc import Callable, Iterator
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class ReadAhead(Generic[Item, Result]):
+class ReadAhead(AbstractContextManager, Generic[Item, Result]):
     """An iterator over the results of `read`, which several threads call, in the order of `work`.
 
     At most `depth` items are read, or being read, beyond the last one that was returned. An error in `work` or `read` is raised at the
@@ -93,8 +93,5 @@ class ReadAhead(Generic[Item, Result]):
             thread.join()
         self._results.clear()
 
-    def __enter__(self) -> "ReadAhead[Item, Result]":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

@@ -21,11 +21,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -68,7 +66,7 @@ class _PinnedShard(_OpenShard):
         release(self.descriptor)
 
 
-class ShardStore:
+class ShardStore(AbstractContextManager):
     """Reads local shards by position (os.pread). The `max_open` most recently used files stay open."""
 
     waited_s = 0.0  # seconds that all readers together have waited for shards to be fetched
@@ -139,10 +137,7 @@ class ShardStore:
             self.max_open = 0  # also for reads in progress
             self._open.clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data.common.files import publish
+from data.common.files import open_to_replace
 from data.common.hashing import hash_bytes
 from data.common.progress import report_progress
 from data.dataset.headers import read_image_size
@@ -97,9 +97,8 @@ def _read_shard(path: Path, *, results: Path, field: str | None, classes: tuple[
         return [f"{path.name}: no samples in it; remove it, as DALI accepts no empty shard"]
     write_idx(results / f"{path.stem}.idx", contents.idx)
     about = {"origin": origin, "shard": asdict(contents.shard), "numbers": labels.has_numbers, "names": labels.list_new_names()}
-    with open(saved.with_suffix(".tmp"), "wb") as file:
+    with open_to_replace(saved, "wb") as file:
         np.savez(file, rows=contents.rows, about=json.dumps(about))
-        publish(file, saved)
     return []
 
 
