@@ -1,4 +1,4 @@
-"""What tests of this folder share: datasets of several shards, in folders and at URLs; odd files, and what packing makes of them."""
+"""Fixtures of the data tests: datasets of several shards, in folders and on S3, and a source with odd and broken files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +14,13 @@ from tests.support.servers import Proxy, s3_server
 
 @pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """67 files in 4 class folders, three of which are no usable images; not to be changed."""
+    """67 files in 4 class folders, three of them no usable images; read-only."""
     return write_files(tmp_path_factory.mktemp("source") / "source", make_source_files())
 
 
 @pytest.fixture(scope="session")
 def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What an uninterrupted packing in one process makes of the source with a holdout; not to be changed."""
+    """The source packed in one process without an interruption, with a holdout; read-only."""
     out = tmp_path_factory.mktemp("packed") / "in"
     pack_small(source, out, HOLDOUT)
     return out
@@ -28,7 +28,7 @@ def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def many_shards(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """100 images in 20 or so shards of about 55 KB; not to be changed."""
+    """100 images in about 20 shards of about 55 KB; read-only."""
     index = make_dataset(tmp_path_factory.mktemp("many") / "train", 100, shard_bytes=45_000)
     assert len(index.shards) >= 15
     return index
@@ -51,7 +51,7 @@ def _s3(many_shards: Index) -> Iterator[Proxy]:
 
 @pytest.fixture
 def s3(_s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """An S3 server that the environment points to, with many_shards at s3://bucket/train; retries come soon."""
+    """An S3 server with many_shards at s3://bucket/train; the environment points to it, and pauses between tries are short."""
     monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)
     _s3.clear()
     yield _s3

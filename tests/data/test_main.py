@@ -125,9 +125,7 @@ def test_order_prints_the_samples_of_a_job(dataset: Index, tmp_path: Path, capsy
         (["order", "{}", "--steps", "14:16"], "outside of an epoch of 15 steps"),
     ],
 )
-def test_an_error_is_one_line(
-    dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_error_is_one_line(dataset: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     job = write_job(tmp_path, dataset.folder, "global_batch: 10")
     assert main([argument.format(job) for argument in arguments]) == 2
     error = capsys.readouterr().err
@@ -135,7 +133,7 @@ def test_an_error_is_one_line(
     assert error.count("\n") == 1
 
 
-def test_all_problems_of_a_job_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_problems_of_a_job_are_all_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(tmp_path, tmp_path / "nowhere", "model: {name: any}")
     assert main(["order", str(job), "data.flp=1", "--steps", "0:2", "seed=x"]) == 2
     assert capsys.readouterr().err == (
@@ -165,13 +163,13 @@ def test_all_problems_of_a_job_are_listed(tmp_path: Path, capsys: pytest.Capture
         (["stats", "folder", "seed=1"], "unrecognized arguments: seed=1"),
     ],
 )
-def test_invalid_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_argument_is_an_error(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert message in capsys.readouterr().err
 
 
-def test_the_package_is_a_program(tmp_path: Path) -> None:
+def test_package_is_a_program(tmp_path: Path) -> None:
     program = [sys.executable, "-m", "data", "synthesize", str(tmp_path / "out"), "--classes", "2", "--train", "4", "--val", "2"]
     first = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
     assert first.returncode == 0, first.stderr

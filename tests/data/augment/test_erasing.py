@@ -1,3 +1,5 @@
+"""Boxes of random erasing are distributed as in timm, and filled with normal noise."""
+
 import random
 from typing import Any
 
@@ -16,10 +18,10 @@ UNLIKELY = 1e-5
 
 
 def timms_boxes(probability: float, count: int, images: int) -> list[list[tuple[int, ...]]]:
-    """What timm erases of each image: y, x, height, width, found by what it asks to be written where."""
+    """Records the boxes, y, x, height, width, that timm erases in each image."""
 
     class Recorder:
-        """Stands for an image tensor, and takes what is assigned to its slices."""
+        """Replaces an image tensor and records the slices that are assigned to."""
 
         def __init__(self) -> None:
             self.boxes: list[tuple[int, ...]] = []
@@ -54,15 +56,15 @@ def check_against_timm(mine: np.ndarray, theirs: list[list[tuple[int, ...]]]) ->
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_boxes_are_distributed_as_timms(count: int) -> None:
+def test_boxes_are_distributed_as_in_timm(count: int) -> None:
     mine = draw_erased_boxes(0, 0, np.arange(DRAWS), image_size=SIZE, probability=0.25, count=count)
     check_against_timm(mine, timms_boxes(0.25, count, DRAWS))
 
 
-@pytest.mark.parametrize(("change", "told"), [({"probability": 0.27}, "numbers"), ({"image_size": SIZE - 6}, "area")], ids=str)
-def test_the_comparison_finds_other_boxes(change: dict[str, Any], told: str) -> None:
+@pytest.mark.parametrize(("change", "message"), [({"probability": 0.27}, "numbers"), ({"image_size": SIZE - 6}, "area")], ids=str)
+def test_comparison_detects_other_boxes(change: dict[str, Any], message: str) -> None:
     options = {"image_size": SIZE, "probability": 0.25} | change
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=message):
         check_against_timm(draw_erased_boxes(0, 0, np.arange(DRAWS), **options), timms_boxes(0.25, 1, DRAWS))
 
 

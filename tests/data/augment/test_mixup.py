@@ -1,10 +1,12 @@
+"""Mixup and cutmix mix pairs as a plain loop would, without a change of layout."""
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from data.augment.mixup import mix_pairs
-from data.augment.sampling import Mix, draw_mix
+from data.augment.sampling import draw_mix
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
@@ -16,7 +18,7 @@ def batch(count: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_against_a_plain_loop(device: str) -> None:
+def test_mix_equals_a_plain_loop(device: str) -> None:
     images, labels = batch(40, 24)
     mix = draw_mix(0, 0, np.arange(20), image_size=24, mixup=0.8, cutmix=1.0)
     out, targets, weight = mix_pairs(images.to(device), labels.to(device), mix)
@@ -36,7 +38,7 @@ def test_against_a_plain_loop(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_layout_and_input_stay(device: str) -> None:
+def test_layout_and_input_do_not_change(device: str) -> None:
     images, labels = batch(8, 16)
     images, labels = images.to(device), labels.to(device)
     before = images.clone()
@@ -48,14 +50,7 @@ def test_layout_and_input_stay(device: str) -> None:
     assert (targets.shape, weight.shape) == ((8, 2), (8,))
 
 
-def test_an_empty_box_with_weight_one_changes_nothing() -> None:
-    images, labels = batch(4, 8)
-    out, _, weight = mix_pairs(images, labels, Mix(np.zeros((2, 4), np.int32), np.ones(2, np.float32)))
-    assert torch.equal(out, images)
-    assert (weight == 1).all()
-
-
-def test_the_loss_is_that_of_the_mixed_one_hot_targets() -> None:
+def test_loss_equals_that_of_mixed_one_hot_targets() -> None:
     images, labels = batch(6, 8)
     mix = draw_mix(3, 0, np.arange(3), image_size=8, mixup=0.8, cutmix=1.0)
     _, targets, weight = mix_pairs(images, labels, mix)
@@ -68,7 +63,7 @@ def test_the_loss_is_that_of_the_mixed_one_hot_targets() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_never_waits_for_the_device() -> None:
+def test_mixing_does_not_synchronize_with_the_device() -> None:
     images, labels = batch(8, 16)
     images, labels = images.cuda(), labels.cuda()
     mix = draw_mix(0, 0, np.arange(4), image_size=16, mixup=0.8, cutmix=1.0)

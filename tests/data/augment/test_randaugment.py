@@ -1,3 +1,5 @@
+"""Operators, magnitudes and jitter have the distributions of timm and torchvision."""
+
 import random
 from typing import Any
 
@@ -16,11 +18,11 @@ pytestmark = pytest.mark.slow
 
 DRAWS = 100_000
 RECIPE = "rand-m9-mstd0.5-inc1"
-POLICIES = [RECIPE, "rand-m9-mstd0.5", "rand-m6-n3-mstd1-inc1", "rand-m15-n1-p0.8-mmax20-inc1", "rand-m8-mstd101-inc1", "rand"]
-# That equal distributions differ by so much is as likely as this; a hundred comparisons are made.
+POLICIES = [RECIPE, "rand-m6-n3-mstd1", "rand-m15-n1-p0.8-mmax20-inc1", "rand-m8-mstd101-inc1"]
+# Probability that samples of equal distributions differ by so much; a hundred comparisons are made.
 UNLIKELY = 1e-5
 
-# How timm calls its operators.
+# Timm's names of the operators.
 TIMM = {
     "AutoContrast": Operator.AUTO_CONTRAST,
     "Equalize": Operator.EQUALIZE,
@@ -39,12 +41,12 @@ TIMM = {
     "TranslateYRel": Operator.TRANSLATE_Y,
 }
 
-# What is applied to each image: its operators and their arguments, in order.
+# Operators and arguments that are applied to each image, in order.
 Applied = list[list[tuple[int, float]]]
 
 
 def timms(text: str, images: int) -> Applied:
-    """By timm's RandAugment, whose operators tell what they are called with."""
+    """Records the operators and arguments that timm's RandAugment applies."""
     transform = rand_augment_transform(text, {"translate_const": 100, "img_mean": (0, 0, 0)})
     calls: list[tuple[int, float]] = []
 
@@ -76,7 +78,7 @@ def ours(layers: list[Layer]) -> Applied:
 
 
 def alike(one: list[Any], other: list[Any]) -> float:
-    """How likely it is that counts of two samples differ as much as these, where both are from one distribution."""
+    """Returns the probability that counts of two samples of one distribution differ as much as these."""
     kinds = sorted(set(one) | set(other))
     counts = np.array([[sample.count(kind) for kind in kinds] for sample in (one, other)])
     return float(chi2_contingency(counts).pvalue) if len(kinds) > 1 else 1.0
@@ -95,42 +97,33 @@ def check_against_timm(mine: Applied, theirs: Applied) -> None:
 
 
 @pytest.mark.parametrize("text", POLICIES)
-def test_operators_and_arguments_are_distributed_as_timms(text: str) -> None:
+def test_operators_and_arguments_are_distributed_as_in_timm(text: str) -> None:
     draws = DRAWS if text == RECIPE else DRAWS // 5
     check_against_timm(ours(draw_rand_augment(3, 1, np.arange(draws), parse_policy(text))), timms(text, draws))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"probability": 0.55}, "numbers of operators"),
-        pytest.param({"magnitude_std": 0.6}, "arguments", marks=pytest.mark.long),
-        pytest.param({"increasing": False}, "arguments", marks=pytest.mark.long),
         ({"magnitude": 8}, "arguments"),
     ],
     ids=str,
 )
-def test_the_comparison_finds_another_policy(change: dict[str, Any], told: str) -> None:
+def test_comparison_detects_another_policy(change: dict[str, Any], message: str) -> None:
     policy = Policy(**{**vars(parse_policy(RECIPE)), **change})
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=message):
         check_against_timm(ours(draw_rand_augment(3, 1, np.arange(DRAWS), policy)), timms(RECIPE, DRAWS))
 
 
-def test_layers_are_independent_of_one_another() -> None:
-    first, second = draw_rand_augment(0, 0, np.arange(DRAWS), parse_policy("rand-m9-p1-mstd0.5"))
-    assert chi2_contingency(np.histogram2d(first.operator, second.operator, bins=15)[0]).pvalue > UNLIKELY
-    both = (first.operator == Operator.ROTATE) & (second.operator == Operator.ROTATE)
-    assert abs(np.corrcoef(first.argument[both], second.argument[both])[0, 1]) < 0.2
-
-
-def test_policies_are_read() -> None:
+def test_policy_is_parsed() -> None:
     assert parse_policy(RECIPE) == Policy(magnitude=9, magnitude_std=0.5, increasing=True)
     assert parse_policy("rand-m7-n3-p0.25-mmax12") == Policy(magnitude=7, layers=3, probability=0.25, magnitude_max=12)
     assert parse_policy("rand-mstdinf").magnitude_std == parse_policy("rand-mstd101").magnitude_std == np.inf
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("augmix-m3", "must be RandAugment"),
         ("rand-m9-tweights", "'tweights'"),
@@ -140,13 +133,13 @@ def test_policies_are_read() -> None:
         ("rand-n0", "at least 1"),
     ],
 )
-def test_what_is_wrong_with_a_policy_is_told(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_invalid_policy_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         parse_policy(text)
 
 
 @pytest.mark.parametrize("strength", [0.4, 1.5])
-def test_jitter_is_torchvisions(strength: float) -> None:
+def test_jitter_is_distributed_as_in_torchvision(strength: float) -> None:
     layers = draw_color_jitter(0, 0, np.arange(DRAWS // 5), strength)
     torch.manual_seed(0)
     params = [ColorJitter.get_params(*[(max(0, 1 - strength), 1 + strength)] * 3, None) for _ in range(DRAWS // 5)]

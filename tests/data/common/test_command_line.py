@@ -18,10 +18,10 @@ def test_overrides_stand_anywhere(words: str) -> None:
 
 
 @pytest.mark.parametrize("word", ["run.dir=", "data.val=a/b=c", "x=--y", "größe=1"])
-def test_a_key_makes_an_override(word: str) -> None:
+def test_word_with_a_key_is_an_override(word: str) -> None:
     assert is_override(word)
 
 
 @pytest.mark.parametrize("word", ["runs/a=b.yaml", "=1", "1=2", "--steps=3", "job.yaml", "a b=c"])
-def test_a_path_with_an_equals_sign_is_no_override(word: str) -> None:
+def test_path_with_an_equals_sign_is_no_override(word: str) -> None:
     assert not is_override(word)

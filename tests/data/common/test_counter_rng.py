@@ -1,4 +1,4 @@
-import warnings
+"""Counter-based random numbers never change, and have their distributions."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import data.common.counter_rng
 from data.common.counter_rng import Draw, hash64, permutation, uniform
 
 
-def test_the_streams_never_change() -> None:
-    """Golden numbers: the order and the augmentation of every run hang on them."""
+def test_streams_never_change() -> None:
+    """Golden numbers: the order and the augmentation of every run depend on them."""
     assert int(hash64(0)) == 0xE220A8397B1DCDAF  # the first output of splitmix64 seeded with 0, as published
     assert [int(value) for value in hash64(1, Draw.FLIP, np.arange(2))] == [2890219612724854039, 10092322580234381043]
     assert permutation(8, 3).tolist() == [5, 3, 0, 2, 6, 1, 7, 4]
@@ -23,13 +23,6 @@ def test_keys_broadcast_and_their_order_matters() -> None:
     assert hash64(-1, 5) == hash64(2**64 - 1, 5) == hash64(np.int64(-1), 5)
 
 
-def test_no_warning_about_overflow() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        hash64(2**63, -5, np.arange(4))
-        hash64(2**64 - 1)
-
-
 def test_uniform_is_flat_and_uncorrelated() -> None:
     numbers = uniform(0, 7, np.arange(200)[:, None], np.arange(1000))
     assert numbers.min() >= 0
@@ -42,15 +35,7 @@ def test_uniform_is_flat_and_uncorrelated() -> None:
         assert abs(np.corrcoef(numbers.ravel(), moved.ravel())[0, 1]) < 0.01
 
 
-def test_one_bit_of_a_key_flips_half_of_the_bits() -> None:
-    base = hash64(np.arange(2000), 3)
-    for bit in (0, 1, 17, 40, 63):
-        changed = hash64(np.arange(2000).astype(np.uint64) ^ np.uint64(1 << bit), 3)
-        flipped = np.unpackbits((base ^ changed).view(np.uint8)).mean()
-        assert abs(flipped - 0.5) < 0.01
-
-
-def test_permutation() -> None:
+def test_permutations_are_complete_and_differ() -> None:
     rows = permutation(100, 5, np.arange(4))
     assert rows.shape == (4, 100)
     assert (np.sort(rows, axis=1) == np.arange(100)).all()
@@ -59,7 +44,7 @@ def test_permutation() -> None:
 
 
 def test_equal_hashes_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The result must not depend on how NumPy sorts on the machine at hand."""
+    """The result must not depend on NumPy's sort on this machine."""
     monkeypatch.setattr(data.common.counter_rng, "hash64", lambda *keys: hash64(*keys) % np.uint64(16))
     few = data.common.counter_rng.hash64(data.common.counter_rng.hash64(5, np.arange(4))[:, None], np.arange(1000))
     expected = np.lexsort((np.broadcast_to(np.arange(1000), few.shape), few), axis=1)

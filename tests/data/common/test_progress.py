@@ -1,10 +1,12 @@
+"""Progress is logged with rate and remaining time."""
+
 import pytest
 
 import data.common.progress
 from data.common.progress import report_progress
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_plain_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(report_progress(iter("abc"), 3, "letters")) == ["a", "b", "c"]
     assert capsys.readouterr().err == "letters: 3 of 3 in 0 s\n"
     monkeypatch.setattr(data.common.progress, "SECONDS_BETWEEN_LINES", 0.0)

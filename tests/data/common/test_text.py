@@ -1,3 +1,5 @@
+"""Durations and tables as text."""
+
 import pytest
 
 from data.common.text import format_duration, format_table

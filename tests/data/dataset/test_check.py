@@ -1,4 +1,4 @@
-"""What is looked at before a job starts."""
+"""The check before a job finds damaged shards."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ def overwrite(index: Index, shard: int, place: int, data: bytes) -> None:
         file.write(data)
 
 
-def test_a_packed_dataset_has_no_faults(dataset: Index) -> None:
+def test_packed_dataset_has_no_faults(dataset: Index) -> None:
     assert check_all(dataset, checksums=False) == check_all(dataset, checksums=True) == []
 
 
 @pytest.mark.parametrize("which", ["first", "last"])
-def test_another_file_of_the_same_size(dataset: Index, tmp_path: Path, which: str) -> None:
-    """Other members, or no tar at all: the sizes say nothing, a header does; each rank looks at its own shards."""
+def test_other_file_of_the_same_size_is_found(dataset: Index, tmp_path: Path, which: str) -> None:
+    """Other members, or no tar at all: only a header reveals them. Each rank checks its own shards."""
     index = damaged_copy(dataset, tmp_path / "copy", {})
     sample = int(index.shard_start[1]) if which == "first" else int(index.shard_start[2]) - 1
     header = int(index.samples["offset"][sample]) - 512
@@ -41,7 +41,7 @@ def test_another_file_of_the_same_size(dataset: Index, tmp_path: Path, which: st
     assert find_damaged_shards(index, [1], checksums=True, quiet=True)[0].startswith(f"{name} has the checksum ")
 
 
-def test_a_single_bit_is_found_by_its_checksum_alone(dataset: Index, tmp_path: Path) -> None:
+def test_single_bit_is_found_by_its_checksum_alone(dataset: Index, tmp_path: Path) -> None:
     index = damaged_copy(dataset, tmp_path / "copy", {})
     place = int(index.samples["offset"][30]) + int(index.samples["size"][30]) // 2
     shard = index.shard_of(30)
@@ -53,13 +53,8 @@ def test_a_single_bit_is_found_by_its_checksum_alone(dataset: Index, tmp_path: P
     assert fault.endswith(f" instead of {index.shards[shard].xxh3_128}")
 
 
-def test_a_missing_shard(dataset: Index, tmp_path: Path) -> None:
+def test_missing_shard_is_found(dataset: Index, tmp_path: Path) -> None:
     index = damaged_copy(dataset, tmp_path / "copy", {})
     (index.folder / index.shards[2].name).unlink()
     for checksums in (False, True):
         assert check_all(index, checksums=checksums) == [f"{index.shards[2].name} can't be read (No such file or directory)"]
-
-
-def test_progress_is_reported(dataset: Index, capsys: pytest.CaptureFixture[str]) -> None:
-    find_damaged_shards(dataset, range(3), checksums=True)
-    assert f"checksums of {dataset.folder}, this rank's shards: 3 of 3" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+"""An index opens if its files are complete and belong together."""
+
 import json
 import os
 import shutil
@@ -15,7 +17,7 @@ def copy(dataset: Index, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset.folder, tmp_path / "copy"))
 
 
-def test_open_index(dataset: Index) -> None:
+def test_index_has_rows_classes_and_fingerprint(dataset: Index) -> None:
     assert DTYPE.itemsize == 20
     assert len(dataset) == 150
     assert isinstance(dataset.samples, np.memmap)
@@ -33,7 +35,7 @@ def test_key_comes_from_the_idx_file(dataset: Index) -> None:
         assert read_key(dataset, sample_id) == f"{sample_id:09d}"
 
 
-def test_fingerprint_sees_rows_names_and_checksums(dataset: Index) -> None:
+def test_fingerprint_depends_on_rows_names_and_checksums(dataset: Index) -> None:
     rows = np.array(dataset.samples)
     rows["label"][3] += 1
     first, *others = dataset.shards
@@ -46,14 +48,14 @@ def test_fingerprint_sees_rows_names_and_checksums(dataset: Index) -> None:
     assert len(set(found)) == 4
 
 
-def test_a_missing_or_cut_shard_is_named(copy: Path, dataset: Index) -> None:
+def test_missing_or_cut_shard_is_named(copy: Path, dataset: Index) -> None:
     os.truncate(copy / dataset.shards[2].name, 1024)
     (copy / dataset.shards[4].name).unlink()
     with pytest.raises(ValueError, match=rf"{dataset.shards[2].name} has 1024 bytes instead of \d+; {dataset.shards[4].name} is missing"):
         open_index(copy)
 
 
-def test_errors_say_what_is_missing(copy: Path, tmp_path: Path) -> None:
+def test_missing_file_is_named(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         open_index(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no dataset\.json"):
@@ -63,7 +65,7 @@ def test_errors_say_what_is_missing(copy: Path, tmp_path: Path) -> None:
         open_index(copy)
 
 
-def test_files_of_different_datasets(copy: Path, dataset: Index) -> None:
+def test_files_of_different_datasets_are_an_error(copy: Path, dataset: Index) -> None:
     np.save(copy / "index.npy", dataset.samples[:-1])
     with pytest.raises(ValueError, match="149 rows of"):
         open_index(copy)

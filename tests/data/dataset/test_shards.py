@@ -1,9 +1,10 @@
+"""Shards are reproducible, and read as webdataset and DALI read them."""
+
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import webdataset
 import xxhash
@@ -11,12 +12,11 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 
 from data.dataset.headers import read_image_size
-from data.dataset.index import Index
 from data.dataset.shards import Sample, read_shard, write_idx, write_shard
 from data.synthetic.synthesize import draw_images
 from tests.support.foreign_shards import JPEGS, reencode, write_tar
 
-# Names that tars may hold and that a .idx, whose fields end at blanks, can't hold as they are.
+# Names that tars may have; an .idx, whose fields end at blanks, needs them encoded.
 ODD_KEYS = [
     "plain",
     "in/a folder.of/many",
@@ -35,7 +35,7 @@ PIXEL = bytes.fromhex(  # a PNG of one black pixel
 )
 
 
-def test_a_shard_is_reproducible(tmp_path: Path) -> None:
+def test_shard_is_reproducible(tmp_path: Path) -> None:
     samples = [Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(draw_images(10, 12, 0, 0))]
     first = write_shard(tmp_path / "a.tar", samples)
     second = write_shard(tmp_path / "b.tar", iter(samples))
@@ -51,23 +51,15 @@ def test_a_shard_is_reproducible(tmp_path: Path) -> None:
         assert data[row["offset"] : row["offset"] + row["size"]] == sample.encoded
 
 
-def test_the_bytes_of_a_shard_never_change(tmp_path: Path) -> None:
+def test_bytes_of_a_shard_never_change(tmp_path: Path) -> None:
     """The checksum is that of plain tar headers without times, also for a key that is not ASCII."""
     keys_and_labels = {"000000000": 7, "n01/1%20_~": 21840, "é": 0}
     shard, _ = write_shard(tmp_path / "x.tar", [Sample(key, PIXEL, label, "png") for key, label in keys_and_labels.items()])
     assert (shard.bytes, shard.xxh3_128) == (10240, "9aa652a265f7c6ab2982a1f1a8daa89e")
 
 
-def test_webdataset_reads_the_shards(dataset: Index) -> None:
-    urls = [str(dataset.folder / shard.name) for shard in dataset.shards]
-    found = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [sample["__key__"] for sample in found] == [f"{number:09d}" for number in range(150)]
-    assert [int(sample["cls"]) for sample in found] == dataset.samples["label"].tolist()
-    assert [len(sample["jpg"]) for sample in found] == dataset.samples["size"].tolist()
-
-
 def dali_reads(paths: list[Path], batch: int) -> list[tuple[bytes, bytes]]:
-    """(image, label) of the first `batch` samples, as DALI's own reader finds them by the .idx files."""
+    """Reads image and label of the first `batch` samples by DALI's reader and the .idx files."""
     pipeline = Pipeline(batch_size=batch, num_threads=1, device_id=None)
     with pipeline:
         outputs: Any = fn.readers.webdataset(
@@ -82,16 +74,8 @@ def dali_reads(paths: list[Path], batch: int) -> list[tuple[bytes, bytes]]:
     return [(bytes(encoded.at(place)), bytes(labels.at(place))) for place in range(batch)]
 
 
-def test_dali_reads_the_shards_by_their_idx_files(dataset: Index) -> None:
-    paths = [dataset.folder / shard.name for shard in dataset.shards]
-    for (encoded, label), row in zip(dali_reads(paths, len(dataset)), dataset.samples, strict=True):
-        assert len(encoded) == row["size"]
-        assert int(label) == row["label"]
-        assert read_image_size(encoded) == (row["width"], row["height"])
-
-
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_samples_of_any_name_are_those_of_webdataset_and_dali(tmp_path: Path, format: int) -> None:
+def test_webdataset_and_dali_read_the_same_samples(tmp_path: Path, format: int) -> None:
     path = tmp_path / "odd.tar"
     members = [("__meta__", b"x"), ("no extension", b"x"), (".hidden.jpg", b"x")]
     for number, key in enumerate(ODD_KEYS):
@@ -124,13 +108,13 @@ def test_hidden_files_in_folders_are_skipped(tmp_path: Path) -> None:
     assert not contents.faults
 
 
-def test_an_incomplete_tar(tmp_path: Path) -> None:
+def test_incomplete_tar_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "cut.tar"
     write_tar(path, [part for number in range(4) for part in ((f"{number}.cls", b"1"), (f"{number}.jpg", JPEGS[number]))])
     whole = path.read_bytes()
     with tarfile.open(path) as tar:
         *_, last = tar
-    boundary = last.offset_data + -(-last.size // 512) * 512  # all members are there, and nothing says that these are all
+    boundary = last.offset_data + -(-last.size // 512) * 512  # all members are there, without the end of the archive
     for size in (0, 100, 512, 700, 1024, len(whole) // 2, last.offset_data, boundary - 1, boundary, boundary + 100):
         path.write_bytes(whole[:size])
         for describe in ({}, {"describe": None}):
@@ -146,7 +130,7 @@ def test_an_incomplete_tar(tmp_path: Path) -> None:
         read_shard(path)
 
 
-def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
+def test_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     path = tmp_path / "flipped.tar"
     write_tar(path, [part for number in range(4) for part in ((f"{number}.cls", b"1"), (f"{number}.jpg", JPEGS[number]))])
     whole = path.read_bytes()
@@ -173,7 +157,7 @@ def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         ({"cls": b"1", "jpg": JPEGS[0], "JPG": JPEGS[1]}, "it has several members of one extension: cls, jpg, jpg"),
     ],
 )
-def test_samples_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], fault: str) -> None:
+def test_unusable_sample_is_a_fault(tmp_path: Path, members: dict[str, bytes], fault: str) -> None:
     path = tmp_path / "x.tar"
     good = [("0.cls", b"7"), ("0.jpg", JPEGS[0])]
     write_tar(path, [*good, *((f"1.{extension}", data) for extension, data in members.items()), ("2.cls", b"8"), ("2.png", JPEGS[1])])
@@ -182,9 +166,3 @@ def test_samples_that_cannot_be_used(tmp_path: Path, members: dict[str, bytes], 
     assert list(contents.faults) == [1]
     assert fault in contents.faults[1]
     assert contents.rows["label"].tolist() == [7, 0, 8]
-
-
-def test_rows_are_read_from_the_headers(dataset: Index) -> None:
-    rows = read_shard(dataset.folder / dataset.shards[1].name).rows
-    assert (rows == dataset.samples[dataset.shard_start[1] : dataset.shard_start[2]]).all()
-    assert len(np.unique(rows["width"])) > 5

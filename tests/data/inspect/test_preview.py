@@ -26,7 +26,7 @@ def load_pictures(index: Index, settings: DataConfig, images: int = 10) -> list[
     return load_step(index, order, settings, epoch=1, step=2, images=images)
 
 
-def test_normalization_is_undone(dataset: Index) -> None:
+def test_preview_undoes_the_normalization(dataset: Index) -> None:
     normalized = DataConfig(image_size=48, mixup=0, cutmix=0, lanes=5)
     for plain, restored in zip(load_pictures(dataset, PLAIN), load_pictures(dataset, normalized), strict=True):
         assert np.abs(plain.pixels - restored.pixels).max() < 1e-5
@@ -57,11 +57,6 @@ def test_lines_list_the_parameters_of_the_sample(dataset: Index) -> None:
     parameters = list_parameters(Recipe(1, settings), 1, ids, np.zeros_like(ids), dataset)
     for picture, texts in zip(load_pictures(dataset, settings, images=20), parameters, strict=True):
         assert picture.lines == [f"{name} {value}" for name, value in texts.items()]
-
-
-@pytest.mark.parametrize(("images", "expected"), [(20, 20), (19, 10), (8, 4), (3, 2)])
-def test_the_number_of_images_divides_the_batch_and_is_even(dataset: Index, images: int, expected: int) -> None:
-    assert len(load_pictures(dataset, replace(PLAIN, mixup=0.8), images=images)) == expected
 
 
 def test_evaluation_view_has_evenly_spaced_samples(dataset: Index) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.dataset.index import DTYPE, Index, open_index, read_key
 from data.dataset.shards import Sample, write_dataset
-from data.inspect.report import count_bins, format_bars, format_stats, load_thumbnails, write_report
+from data.inspect.report import format_stats, load_thumbnails, write_report
 from tests.support.foreign_shards import JPEGS
 
 pytestmark = pytest.mark.slow
@@ -42,19 +42,6 @@ def test_stats_of_many_classes(tmp_path: Path) -> None:
     assert re.search(r"^ +0 █+.? +10 +25.00%$", text, re.MULTILINE)
     assert re.search(rf"^ +20 to 49 █+ +{((counts >= 20) & (counts < 50)).sum()} ", text, re.MULTILINE)
     assert max(map(len, text.splitlines()[1:])) <= 80
-
-
-def test_bins_count_every_value_once() -> None:
-    values = np.array([0, 1, 2, 4, 5, 9, 9])
-    assert count_bins(values, (0, 1, 2, 5, 10, 20))[0] == ["0", "1", "2 to 4", "5 to 9"]
-    assert count_bins(values, (0, 1, 2, 5, 10, 20))[1].tolist() == [1, 1, 2, 3]
-    assert count_bins(np.array([0.5, 7.0]), (0.0, 0.5, 3.0, np.inf))[0] == ["0.50 to 3.00", "3.00 and more"]
-
-
-def test_small_counts_have_a_visible_bar() -> None:
-    lines = format_bars("title", ["many", "one", "none"], np.array([10_000, 1, 0]))
-    assert ["▏" in line or "█" in line for line in lines] == [False, False, True, True, False]
-    assert len({len(line) for line in lines[2:]}) == 1
 
 
 def test_thumbnails_come_from_all_shards_and_are_labeled(dataset: Index) -> None:
@@ -109,7 +96,7 @@ def test_html_report_is_self_contained_and_escaped(tmp_path: Path) -> None:
         assert name in page.text
 
 
-def test_png_report_marks_images_that_can_not_be_decoded(tmp_path: Path, dataset: Index) -> None:
+def test_png_report_marks_undecodable_images(tmp_path: Path, dataset: Index) -> None:
     copy = Path(shutil.copytree(dataset.folder, tmp_path / "copy"))
     with open(copy / "train-000000.tar", "r+b") as file:
         for row in dataset.samples[: dataset.shard_start[1]]:

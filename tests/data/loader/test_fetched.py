@@ -22,7 +22,6 @@ from data.loader.store import FetchedShards
 from data.storage.cache import Cache
 from data.storage.remote import Stopped
 from tests.data.loader.test_store import read_images
-from tests.support.datasets import upload
 from tests.support.servers import Proxy
 
 pytestmark = pytest.mark.slow
@@ -32,20 +31,20 @@ TRAIN = "s3://bucket/train"
 
 @pytest.fixture
 def remote(s3: Proxy, tmp_path: Path) -> Index:
-    """many_shards, from S3; nothing but its index is in the cache."""
+    """Opens many_shards on S3; the cache has only its index."""
     index = open_index(TRAIN, str(tmp_path / "cache"))
     s3.clear()
     return index
 
 
 def sequence(index: Index, micro_batch: int = 1) -> tuple[list[ShardUse], int]:
-    """The uses of one reader that goes through all samples in order, a micro-batch a step, and the bytes that takes at once."""
+    """Returns the uses of a reader of all samples in order, one micro-batch a step, and their peak bytes."""
     uses = plan_evaluation_uses(index.shard_start, micro_batch, 1)
     return uses, compute_evaluation_peak_bytes(uses, index.shard_bytes)
 
 
 def store_of(index: Index, *, shards: float, **options: Any) -> FetchedShards:
-    """A store with room for so many shards of the largest size, of which it may hold half."""
+    """Opens a store with room for so many shards of the largest size, half of which it may pin."""
     uses, at_once = sequence(index)
     options = {"peak_bytes": at_once, "cache_gb": shards * index.shard_bytes.max() / 1e9} | options
     return FetchedShards(index, options.pop("uses", uses), **options)
@@ -60,7 +59,7 @@ def read_all(store: FetchedShards) -> list[bytes]:
 
 
 def cached_bytes(index: Index) -> int:
-    """Bytes of shards in the cache, complete or partial, at a moment in which nobody adds or removes any."""
+    """Returns the bytes of complete and partial shards in the cache, while its lock is held."""
     with Cache(index.folder)._locked():
         return sum(path.stat().st_size for path in index.folder.iterdir() if path.name.endswith((".tar", ".tar.part")))
 
@@ -76,8 +75,7 @@ def fetch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("fetch-")]
 
 
-def test_all_samples_in_order_with_a_small_cache(s3: Proxy, remote: Index, many_shards: Index) -> None:
-    """Each shard is fetched once, and at no moment is there more in the cache than its bound."""
+def test_small_cache_fetches_each_shard_once_and_keeps_its_bound(s3: Proxy, remote: Index, many_shards: Index) -> None:
     most, done = [0], threading.Event()
 
     def sample() -> None:
@@ -98,17 +96,7 @@ def test_all_samples_in_order_with_a_small_cache(s3: Proxy, remote: Index, many_
     assert not list(remote.folder.glob("reserved-*"))
 
 
-@pytest.mark.parametrize("micro_batch", [1, 25])
-def test_a_cache_of_just_what_is_needed_at_once_is_enough(remote: Index, many_shards: Index, micro_batch: int) -> None:
-    uses, at_once = sequence(remote, micro_batch)
-    expected = read_images(many_shards)
-    with FetchedShards(remote, uses, peak_bytes=at_once, cache_gb=at_once / 1e9) as store:
-        for step in range(0, 100, micro_batch):
-            assert [store.read(step + i).tobytes() for i in range(micro_batch)] == expected[step : step + micro_batch]
-            store.advance(step // micro_batch + 1)
-
-
-def test_a_second_epoch_fetches_nothing_where_there_is_room(s3: Proxy, remote: Index, many_shards: Index) -> None:
+def test_second_epoch_fetches_nothing_if_all_shards_fit(s3: Proxy, remote: Index, many_shards: Index) -> None:
     room = len(remote.shards) + 1
     for _ in range(2):
         with store_of(remote, shards=room) as store:
@@ -139,7 +127,7 @@ def test_shards_are_fetched_in_order_of_need_as_far_as_the_cache_allows(s3: Prox
         assert list(s3.shards())[: len(expected) + 2] == [remote.shards[use.shard].name for use in uses[: len(expected) + 2]]
 
 
-def test_a_slow_fetch_delays_only_its_readers(s3: Proxy, remote: Index, many_shards: Index) -> None:
+def test_slow_fetch_delays_only_its_readers(s3: Proxy, remote: Index, many_shards: Index) -> None:
     slow = remote.shards[2]
     s3.fail(slow.name, "stall")
     first = int(remote.shard_start[2])
@@ -166,10 +154,12 @@ def test_temporary_faults_change_nothing(s3: Proxy, remote: Index, many_shards: 
     assert {name for name, count in s3.shards().items() if count == 3} == {shard.name for shard in remote.shards[::3]}
 
 
-@pytest.mark.parametrize("fault", ["500", "reset", "short", "corrupt"])
-def test_a_failed_try_leaves_no_shard_pinned(s3: Proxy, remote: Index, fault: str) -> None:
-    """Also while no collection frees the exceptions that the store's libraries keep in cycles, with all frames below them: what stayed
-    pinned could not be evicted, and ranks that share the cache would wait for its room for ever."""
+@pytest.mark.parametrize("fault", ["reset", "corrupt"])
+def test_failed_download_leaves_no_shard_pinned(s3: Proxy, remote: Index, fault: str) -> None:
+    """Also without a garbage collection of the exceptions that the store's libraries keep in reference cycles, with their frames.
+
+    A shard that stays pinned can't be evicted, and ranks that share the cache would wait forever.
+    """
     for shard in remote.shards[:6]:
         s3.fail(shard.name, fault)
     gc.collect()
@@ -185,12 +175,12 @@ def test_a_failed_try_leaves_no_shard_pinned(s3: Proxy, remote: Index, fault: st
 
 
 def pinned(index: Index) -> set[str]:
-    """The dataset's shards that this process has open."""
+    """Returns the names of the dataset's shards that this process has open."""
     files = [Path(os.readlink(file)) for file in Path("/proc/self/fd").iterdir() if file.exists()]
     return {file.name for file in files if file.parent == index.folder and file.suffix == ".tar"}
 
 
-def test_a_stalled_download_is_retried(s3: Proxy, tmp_path: Path, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stalled_download_is_retried(s3: Proxy, tmp_path: Path, many_shards: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.storage.remote.STALL", 0.3)
     index = open_index(TRAIN, str(tmp_path))
     s3.fail(index.shards[1].name, "stall", "stall")
@@ -222,8 +212,8 @@ def test_permanent_faults_are_raised_when_the_shard_is_read(s3: Proxy, remote: I
 
 
 @pytest.mark.parametrize(("change", "message"), [(-7, r"\d+ bytes instead of \d+"), (7, r"more than the \d+ bytes")])
-def test_a_shard_of_another_size(s3: Proxy, many_shards: Index, tmp_path: Path, change: int, message: str) -> None:
-    """One that was changed after the listing, or is on a server that has none."""
+def test_shard_of_another_size_is_an_error(s3: Proxy, many_shards: Index, tmp_path: Path, change: int, message: str) -> None:
+    """The shard has changed after the listing, or its server has no listing."""
     folder = shutil.copytree(many_shards.folder, tmp_path / "train")
     index = open_index(f"file://{folder}", str(tmp_path / "cache"))
     os.truncate(folder / index.shards[0].name, index.shards[0].bytes + change)
@@ -247,7 +237,7 @@ def test_close_does_not_wait_for_a_stalled_download(s3: Proxy, remote: Index) ->
     assert not list(remote.folder.glob("*.part"))
 
 
-def test_the_error_of_a_small_cache_names_a_size_that_works(remote: Index) -> None:
+def test_error_of_a_small_cache_names_a_size_that_works(remote: Index) -> None:
     uses, at_once = sequence(remote, micro_batch=8)
     message = r"data\.cache_gb=0\.0001 is too small: the shards that the ranks of a node \(8\) need at the same time take (\S+) GB"
     with pytest.raises(ValueError, match=message) as caught:
@@ -290,7 +280,7 @@ class Readers:
         self.processes = [subprocess.Popen([*command, str(rank)], stdout=pipe, stderr=pipe, text=True) for rank in range(count)]
 
     def results(self) -> list[str]:
-        """What each printed, or its error."""
+        """Returns the output of each process, or its error."""
         outputs = [process.communicate(timeout=60) for process in self.processes]
         return [output.strip() or error for output, error in outputs]
 
@@ -310,15 +300,14 @@ def digest(many_shards: Index) -> str:
     return hashlib.sha256(b"".join(read_images(many_shards))).hexdigest()
 
 
-def test_the_ranks_of_a_node_fetch_a_shard_once(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
-    """Three processes, from an empty cache: index and shards are asked for once each."""
+def test_ranks_of_a_node_fetch_a_shard_once(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
     with Readers(3, tmp_path, 1.0) as readers:
         assert readers.results() == [digest] * 3
     assert s3.gets["index.npy"] == 1
     assert s3.shards() == {shard.name: 1 for shard in many_shards.shards}
 
 
-def test_ranks_share_a_cache_that_is_too_small_for_all_shards(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
+def test_ranks_keep_the_bound_of_a_shared_cache(s3: Proxy, many_shards: Index, tmp_path: Path, digest: str) -> None:
     bound = 7 * int(many_shards.shard_bytes.max())
     folder = tmp_path / many_shards.fingerprint
     most = 0
@@ -330,13 +319,3 @@ def test_ranks_share_a_cache_that_is_too_small_for_all_shards(s3: Proxy, many_sh
             time.sleep(0.002)
         assert readers.results() == [digest] * 3
     assert bound / 2 < most <= bound
-
-
-def test_two_datasets_in_one_cache_folder(s3: Proxy, dataset: Index, many_shards: Index, tmp_path: Path) -> None:
-    upload(dataset.folder, "s3://bucket/other")
-    first, second = open_index(TRAIN, str(tmp_path)), open_index("s3://bucket/other", str(tmp_path))
-    with store_of(first, shards=4) as one, store_of(second, shards=4) as two:
-        images = [(one.read(0).tobytes(), two.read(0).tobytes())]
-        assert images == [(read_images(many_shards)[0], read_images(dataset)[0])]
-        assert read_all(two) == read_images(dataset)
-        assert read_all(one) == read_images(many_shards)

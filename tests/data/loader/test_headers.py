@@ -45,7 +45,7 @@ def size(dataset: Index) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("case", load_corpus(), ids=lambda case: case.name)
-def test_images_that_packing_keeps_pass_and_cut_images_fail(case: Any) -> None:
+def test_kept_images_pass_and_cut_images_fail(case: Any) -> None:
     encoded = np.frombuffer(case.encoded, np.uint8)
     if case.bad is None and case.is_kept:
         with Image.open(io.BytesIO(case.encoded)) as image:
@@ -57,7 +57,7 @@ def test_images_that_packing_keeps_pass_and_cut_images_fail(case: Any) -> None:
             check_header(encoded, 56, 40)
 
 
-def test_a_cut_jpeg_would_be_bad_in_some_epochs_only(loader: TrainLoader, jpeg: bytes, size: tuple[int, int]) -> None:
+def test_cut_jpeg_would_decode_in_some_epochs_only(loader: TrainLoader, jpeg: bytes, size: tuple[int, int]) -> None:
     cut = np.frombuffer(KINDS["cut"](jpeg), np.uint8)
     decoder = SingleImageDecoder(loader)
     assert {decoder.can_decode(epoch, SAMPLE, 0, cut) for epoch in range(30)} == {True, False}
@@ -65,7 +65,7 @@ def test_a_cut_jpeg_would_be_bad_in_some_epochs_only(loader: TrainLoader, jpeg: 
         check_header(cut, *size)
 
 
-def test_an_image_that_passes_is_good_or_bad_for_every_crop(loader: TrainLoader) -> None:
+def test_accepted_header_means_the_same_for_every_crop(loader: TrainLoader) -> None:
     """Tests files with a dozen kinds of damage, none of which ends the process."""
     outcomes = []
     for encoded in damage_files(300, seed=11):
@@ -94,7 +94,7 @@ def can_decode_crop(loader: TrainLoader, encoded: np.ndarray, y: int, x: int, he
     return SingleImageDecoder(loader).can_decode(0, 0, 0, encoded)
 
 
-def test_the_end_of_a_thumbnail_is_not_the_end_of_the_image(jpeg: bytes, size: tuple[int, int]) -> None:
+def test_end_of_a_thumbnail_is_not_the_end_of_the_image(jpeg: bytes, size: tuple[int, int]) -> None:
     with_thumbnail = jpeg[:2] + b"\xff\xe1\x00\x0aExif\0\0\xff\xd9" + jpeg[2:]
     for complete in (with_thumbnail, with_thumbnail + b"after the image"):
         check_header(np.frombuffer(complete, np.uint8), *size)

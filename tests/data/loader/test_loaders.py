@@ -1,3 +1,5 @@
+"""The loaders: batches, evaluation, threads, and batches from S3."""
+
 import gc
 import io
 import os
@@ -61,7 +63,7 @@ def evaluation(dataset: Index, **options: Any) -> Iterator[Batch]:
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """Undoes the normalisation: 0 to 255."""
+    """Undoes the normalization: 0 to 255."""
     return (images * STD + MEAN) * 255
 
 
@@ -91,7 +93,7 @@ def group_by_step(batches: Iterator[Batch]) -> dict[int, list[Batch]]:
 
 
 def concatenate(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
-    """Images, labels, ids, boxes and lam of batches, one after another."""
+    """Concatenates images, labels, ids, boxes and lam of batches."""
     mixes = [batch.mix for batch in batches if batch.mix is not None]
     return (
         torch.cat([batch.images for batch in batches]),
@@ -102,8 +104,9 @@ def concatenate(batches: list[Batch]) -> tuple[torch.Tensor, ...]:
     )
 
 
-def test_a_batch(dataset: Index, order: SampleOrder) -> None:
-    for batch in train(dataset, order, end=2):
+def test_batch_has_the_samples_of_the_order_in_channels_last(dataset: Index, order: SampleOrder) -> None:
+    for number, batch in enumerate(train(dataset, order, end=2)):
+        assert batch.ids.tolist() == order.batch(0, number // 4)[number % 4 * 4 :][:4].tolist()
         assert batch.images.shape == (4, 3, 32, 32)
         assert batch.images.dtype == torch.float32
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -115,42 +118,7 @@ def test_a_batch(dataset: Index, order: SampleOrder) -> None:
     assert all(batch.mix is None for batch in train(dataset, order, end=1, mixup=0.0, cutmix=0.0))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_the_first_50_global_batches_for_any_number_of_ranks(dataset: Index, order: SampleOrder, ranks: int) -> None:
-    micro_batch = GLOBAL_BATCH // ranks
-    loaders = [train(dataset, order, rank=rank, ranks=ranks, end=50, micro_batch=micro_batch, image_size=8) for rank in range(ranks)]
-    for step in range(50):
-        batches = [next(loader) for loader in loaders]
-        epoch, step_in_epoch = order.locate(step)
-        assert {(batch.epoch, batch.step) for batch in batches} == {(epoch, step)}
-        assert (np.concatenate([batch.ids for batch in batches]) == order.batch(epoch, step_in_epoch)).all()
-    for loader in loaders:
-        assert next(loader, None) is None
-
-
-@pytest.mark.parametrize("start", [1, 8, 9, 10, 31])
-def test_a_restart_at_any_step(dataset: Index, order: SampleOrder, start: int) -> None:
-    batches = group_by_step(train(dataset, order, start=start, end=start + 3, image_size=8))
-    assert list(batches) == [start, start + 1, start + 2]
-    for step, parts in batches.items():
-        epoch, step_in_epoch = order.locate(step)
-        assert (np.concatenate([part.ids for part in parts]) == order.batch(epoch, step_in_epoch)).all()
-        assert {part.epoch for part in parts} == {epoch}
-
-
-def test_another_epoch_or_seed_augments_otherwise(dataset: Index) -> None:
-    def first_sample(seed: int = 7, **options: int) -> torch.Tensor:
-        whole = SampleOrder(dataset.shard_start, seed=seed, global_batch=150)
-        (batch,) = train(dataset, whole, micro_batch=150, **options)
-        return batch.images[int(np.flatnonzero(batch.ids == 7)[0])]
-
-    base = first_sample(end=1)
-    assert not torch.equal(base, first_sample(start=1, end=2))
-    assert not torch.equal(base, first_sample(end=1, seed=8))
-    assert torch.equal(base, first_sample(end=1, decode_threads=2))
-
-
-def test_batches_kept_are_not_overwritten(dataset: Index, order: SampleOrder) -> None:
+def test_kept_batches_are_not_overwritten(dataset: Index, order: SampleOrder) -> None:
     kept = [(batch.images, batch.images.clone()) for batch in train(dataset, order, end=20)]
     gc.collect()
     assert len({images.data_ptr() for images, _ in kept}) == len(kept)
@@ -158,8 +126,8 @@ def test_batches_kept_are_not_overwritten(dataset: Index, order: SampleOrder) ->
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_same_graph_on_a_gpu(dataset: Index, order: SampleOrder) -> None:
-    """The decoders differ a little in chroma, the rest must not; and batches kept stay what they were."""
+def test_gpu_graph_gives_the_images_of_the_cpu_graph(dataset: Index, order: SampleOrder) -> None:
+    """The decoders differ a little in chroma. Kept batches do not change."""
     kept = []
     for host, device in zip(train(dataset, order, end=12), train(dataset, order, end=12, device=torch.device("cuda:0")), strict=True):
         assert device.images.device == device.labels.device == torch.device("cuda:0")
@@ -177,22 +145,8 @@ def test_the_same_graph_on_a_gpu(dataset: Index, order: SampleOrder) -> None:
         assert (pixels(device.images.cpu()) - pixels(host.images)).abs().mean() < 1.5
 
 
-def test_crop_resize_and_flip_are_pillows(dataset: Index, order: SampleOrder) -> None:
-    for batch in train(dataset, order, end=2, image_size=64, micro_batch=16):
-        samples = dataset.samples[batch.ids]
-        boxes = draw_crops(order.seed, batch.epoch, batch.ids, samples["width"], samples["height"])
-        mirrored = draw_flips(order.seed, batch.epoch, batch.ids)
-        for place, sample_id in enumerate(batch.ids.tolist()):
-            y, x, h, w = boxes[place].tolist()
-            crop = read_picture(dataset, sample_id).crop((x, y, x + w, y + h)).resize((64, 64), Image.Resampling.BICUBIC)
-            if mirrored[place]:
-                crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            expected = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float()
-            assert (pixels(batch.images[place]) - expected).abs().mean() <= 2
-
-
 def test_crops_are_exact_to_the_pixel(dataset: Index) -> None:
-    """With the size of the result equal to the crop's nothing is resampled: what is left is the decoder's own crop."""
+    """Where the result has the size of the crop nothing is resampled, so the pixels are those of the decoder's crop."""
     whole = SampleOrder(dataset.shard_start, seed=7, global_batch=150)
     (batch,) = train(dataset, whole, micro_batch=150, end=1, crop_area=(0.1, 0.5), crop_ratio=(1.0, 1.0), image_size=60)
     samples = dataset.samples[batch.ids]
@@ -209,8 +163,8 @@ def test_crops_are_exact_to_the_pixel(dataset: Index) -> None:
         assert (found == crop).all()
 
 
-@pytest.mark.parametrize(("image_size", "crop_pct"), [(64, 0.875), (224, 0.875), (96, 0.9), (64, 1.0)])
-def test_evaluation_is_timms(dataset: Index, image_size: int, crop_pct: float) -> None:
+@pytest.mark.parametrize(("image_size", "crop_pct"), [(96, 0.875), (64, 1.0)])
+def test_evaluation_gives_timms_images(dataset: Index, image_size: int, crop_pct: float) -> None:
     transform = create_transform(
         image_size, is_training=False, interpolation="bicubic", crop_pct=crop_pct, mean=IMAGENET_MEAN, std=IMAGENET_STD
     )
@@ -220,8 +174,8 @@ def test_evaluation_is_timms(dataset: Index, image_size: int, crop_pct: float) -
         assert (pixels(batch.images[place]) - pixels(expected)).abs().mean() <= 1
 
 
-def test_evaluation_of_photographs_is_timms(tmp_path: Path) -> None:
-    """Of 500 x 375 pixels, as most of ImageNet's are."""
+def test_evaluation_of_photographs_gives_timms_images(tmp_path: Path) -> None:
+    """The images have 500 x 375 pixels, as most of ImageNet's."""
     samples = (Sample(str(number), encoded, label) for number, (encoded, label) in enumerate(draw_images(10, 8, 0, 0, photographs=True)))
     index = write_dataset(tmp_path, samples, list(PATTERNS), shard_bytes=1 << 30, name="val")
     for size, resize, mode in ((224, "crop", "center"), (384, "squash", "squash")):
@@ -236,7 +190,7 @@ def test_evaluation_of_photographs_is_timms(tmp_path: Path) -> None:
 
 
 def test_exif_orientation_is_applied_nowhere(tmp_path: Path) -> None:
-    """As in Pillow and timm: the index speaks of the image as stored, and so must the pixels."""
+    """The index describes images as stored, so pixels must be those of the stored image, as in Pillow and timm."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 60, 3), np.uint8)).resize((120, 40))
     exif = image.getexif()
     exif[0x0112] = 6  # "rotate by 90 degrees to display"
@@ -252,11 +206,10 @@ def test_exif_orientation_is_applied_nowhere(tmp_path: Path) -> None:
     assert batch.images.shape == (1, 3, 40, 40)
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_evaluation_sees_every_sample_once(dataset: Index, ranks: int) -> None:
+def test_ranks_evaluate_every_sample_once(dataset: Index) -> None:
     ids = []
-    for rank in range(ranks):
-        batches = list(evaluation(dataset, image_size=8, rank=rank, ranks=ranks))
+    for rank in range(3):
+        batches = list(evaluation(dataset, image_size=8, rank=rank, ranks=3))
         assert all(len(batch.ids) == 8 for batch in batches[:-1])
         assert all(len(batch.ids) == len(batch.images) == len(batch.labels) for batch in batches)
         assert all(batch.mix is None for batch in batches)
@@ -264,11 +217,7 @@ def test_evaluation_sees_every_sample_once(dataset: Index, ranks: int) -> None:
     assert sorted(np.concatenate(ids).tolist()) == list(range(150))
 
 
-def test_a_rank_without_samples(dataset: Index) -> None:
-    assert list(evaluation(dataset, image_size=8, rank=150, ranks=151)) == []
-
-
-def test_resized_shape() -> None:
+def test_resized_shape_follows_timm() -> None:
     width, height = np.array([500, 375, 256, 72], np.uint16), np.array([375, 500, 256, 219], np.uint16)
     assert compute_resized_shape(width, height, DataConfig()).tolist() == [[256, 341], [341, 256], [256, 256], [778, 256]]
     assert compute_resized_shape(width, height, DataConfig(image_size=384, eval_resize="squash")).tolist() == [[384, 384]] * 4
@@ -290,7 +239,7 @@ def test_closing_ends_all_threads(dataset: Index, order: SampleOrder) -> None:
 
 
 def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after a pass that was broken off; and between passes no thread reads."""
+    """Also after an incomplete pass. Between passes no thread reads."""
     built = []
     build = EvalLoader._build_pipeline
     monkeypatch.setattr(EvalLoader, "_build_pipeline", lambda self, *args, **options: built.append(1) or build(self, *args, **options))
@@ -312,10 +261,9 @@ def test_evaluation_can_be_repeated_with_one_pipeline(dataset: Index, monkeypatc
     assert has_at_most_threads(before)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("start", [0, 30])
-def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_path: Path, ranks: int, start: int) -> None:
-    """Bit for bit, over the end of an epoch, through a cache of just the size that is needed, from a step that a run resumes at."""
+@pytest.mark.parametrize(("ranks", "start"), [(1, 0), (2, 30)])
+def test_batches_from_s3_equal_those_from_a_folder(s3: Proxy, many_shards: Index, tmp_path: Path, ranks: int, start: int) -> None:
+    """Bit for bit, over the end of an epoch, through the smallest cache that works, also from a step at which a run resumes."""
     order = SampleOrder(many_shards.shard_start, seed=3, global_batch=4, lanes=2, window=6)
     at_once = compute_peak_bytes(order, many_shards.shard_bytes, ranks, start, 60)
     assert at_once * ranks < many_shards.shard_bytes.sum() / 2
@@ -337,8 +285,8 @@ def test_from_s3_the_batches_are_the_same(s3: Proxy, many_shards: Index, tmp_pat
     assert threads_named("fetch") == []
 
 
-def test_evaluation_from_s3_is_the_same(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
-    """Also the second time, with no shard fetched again."""
+def test_evaluation_from_s3_equals_that_from_a_folder(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
+    """A second pass fetches no shard again."""
     index = open_index("s3://bucket/train", str(tmp_path))
     settings = DataConfig(decode_threads=1, cache_gb=0.002)
     for rank in range(3):
@@ -350,21 +298,7 @@ def test_evaluation_from_s3_is_the_same(s3: Proxy, many_shards: Index, tmp_path:
     assert s3.shards() == {shard.name: 1 for shard in index.shards}
 
 
-def test_a_loader_closes_while_it_waits_for_a_shard(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
-    order = SampleOrder(many_shards.shard_start, seed=3, global_batch=4, lanes=2, window=6)
-    index = open_index("s3://bucket/train", str(tmp_path))
-    stalled = next(iter(plan_shard_uses(order, select_rank_slots(4, 0, 1), 0, 1)))
-    s3.fail(index.shards[stalled.shard].name, "stall")
-    settings = DataConfig(image_size=8, decode_threads=1)
-    loader = TrainLoader(index, order, settings, Placement(CPU, micro_batch=4), end=20)
-    assert s3.stalled.wait(10)
-    began = time.monotonic()
-    loader.close()
-    assert time.monotonic() - began < 5
-    assert threads_named("read-ahead") == []
-
-
-def test_a_step_is_done_with_its_last_micro_batch(dataset: Index, order: SampleOrder) -> None:
+def test_step_is_done_with_its_last_micro_batch(dataset: Index, order: SampleOrder) -> None:
     settings = DataConfig(image_size=8, decode_threads=1)
     with TrainLoader(dataset, order, settings, Placement(CPU, micro_batch=8), start=7, end=9) as loader:
         assert [(slots.step, slots.done) for slots in loader._list_slots()] == [(7, 7), (7, 8), (8, 8), (8, 9)]

@@ -41,7 +41,7 @@ def resident_bytes_after_epochs(drawn: Path, kept: list[Batch] | None) -> Iterat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("leak", [False, True])
-def test_memory_does_not_grow(drawn: Path, leak: bool) -> None:
+def test_memory_does_not_grow_with_epochs(drawn: Path, leak: bool) -> None:
     """Growth after the third epoch is less than half a batch per epoch; the control keeps one batch of each epoch.
 
     Buffers of the loaders, DALI and its decoders, which never shrink, are full by then.

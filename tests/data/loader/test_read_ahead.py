@@ -1,3 +1,5 @@
+"""Reading ahead keeps order and depth, and raises errors at their turn."""
+
 import threading
 import time
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ def readers() -> list[threading.Thread]:
 
 
 @pytest.mark.parametrize(("threads", "depth"), [(1, 1), (3, 2), (2, 6), (8, 8)])
-def test_in_order_and_complete(threads: int, depth: int) -> None:
+def test_results_are_in_order_and_complete(threads: int, depth: int) -> None:
     with ReadAhead(numbers(60), square, threads=threads, depth=depth) as reader:
         assert list(reader) == [number**2 for number in range(60)]
         assert next(reader, None) is None
@@ -45,7 +47,7 @@ def test_reads_ahead_but_no_further_than_depth() -> None:
     assert not readers()
 
 
-def test_a_failure_comes_at_its_turn() -> None:
+def test_error_is_raised_at_its_turn() -> None:
     def broken(number: int) -> int:
         if number == 20:
             raise ValueError("number 20 is broken")
@@ -59,7 +61,7 @@ def test_a_failure_comes_at_its_turn() -> None:
     assert not readers()
 
 
-def test_a_failure_of_the_work_itself() -> None:
+def test_error_of_the_work_is_raised() -> None:
     def broken() -> Iterator[int]:
         yield from numbers(3)
         raise RuntimeError("no more order")

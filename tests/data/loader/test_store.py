@@ -23,7 +23,7 @@ def read_images(index: Index) -> list[bytes]:
     return images
 
 
-def test_many_threads_and_few_open_files(dataset: Index) -> None:
+def test_threads_share_few_open_files(dataset: Index) -> None:
     expected = read_images(dataset)
     ids = np.random.default_rng(0).integers(0, len(dataset), 3000)
     with ShardStore(dataset, max_open=2) as store, ThreadPoolExecutor(8) as pool:
@@ -60,7 +60,7 @@ def test_errors_name_the_shard(copy: Index) -> None:
 
 
 @pytest.mark.parametrize("failures", [1, 5, 6])
-def test_a_read_that_fails_is_tried_again(copy: Index, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
+def test_failed_read_is_tried_again(copy: Index, monkeypatch: pytest.MonkeyPatch, failures: int) -> None:
     """With growing pauses, and a new descriptor; the sixth failure is the last."""
     pauses, reads = [], []
     pread = os.pread
@@ -86,7 +86,7 @@ def test_a_read_that_fails_is_tried_again(copy: Index, monkeypatch: pytest.Monke
     assert pauses == [0.001 * 2**number for number in range(min(failures, 5))]
 
 
-def test_a_shard_that_is_gone_costs_its_pauses_once(copy: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_shard_costs_its_pauses_once(copy: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     path = copy.folder / copy.shards[1].name
     with ShardStore(copy) as store:
@@ -114,12 +114,3 @@ def test_closing_ends_a_pause(copy: Index, monkeypatch: pytest.MonkeyPatch) -> N
         store.close()
         with pytest.raises(Stopped):
             reading.result(timeout=5)
-
-
-def test_local_folders_are_neither_copied_nor_cached(dataset: Index, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TMPDIR", "SLURM_TMPDIR"):
-        monkeypatch.delenv(name, raising=False)
-    index = open_index(dataset.folder)
-    assert index.remote is None
-    assert index.folder == dataset.folder
-    assert Path(index.samples.filename) == dataset.folder / "index.npy"

@@ -1,11 +1,8 @@
-"""Shards that other tools wrote become a dataset in place, or nothing is written."""
+"""Indexing makes shards of other tools a dataset in place, or writes nothing."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +14,6 @@ import data.packing.adopt
 from data.dataset.index import DTYPE, Index, open_index, read_key
 from data.loader.store import ShardStore
 from data.packing.adopt import index_shards
-from tests.data.packing.test_workers import list_session
-from tests.support import REPOSITORY
 from tests.support.foreign_shards import JPEGS, reencode, write_tar
 from tests.support.packs import encode
 
@@ -40,7 +35,7 @@ def write_img2dataset(folder: Path, *, shards: int = 3, samples: int = 4) -> Non
         (folder / f"{shard:05d}_stats.json").write_text("{}")
 
 
-def test_shards_of_webdatasets_writer(tmp_path: Path) -> None:
+def test_shards_of_webdatasets_writer_become_a_dataset(tmp_path: Path) -> None:
     encoded = {"jpg": JPEGS[0], "jpeg": JPEGS[1], "PNG": reencode(JPEGS[2], "PNG"), "WebP": reencode(JPEGS[3], "WEBP")}
     with webdataset.ShardWriter(str(tmp_path / "w-%06d.tar"), maxcount=3, encoder=False, verbose=0) as writer:
         for number in range(7):
@@ -59,7 +54,7 @@ def test_shards_of_webdatasets_writer(tmp_path: Path) -> None:
     assert [read_key(index, number) for number in range(7)] == [f"sub/key {number}" for number in range(7)]
 
 
-def test_labels_in_json_members(tmp_path: Path) -> None:
+def test_labels_are_read_from_json_members(tmp_path: Path) -> None:
     write_img2dataset(tmp_path)
     index = index_shards(tmp_path, field="breed")
     assert index.classes == tuple(f"dog {number}" for number in range(5))
@@ -113,7 +108,7 @@ def test_faults_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
         ({"txt": b"2"}, {}, "sample 1: it has txt, jpg, and no cls"),
     ],
 )
-def test_invalid_labels(tmp_path: Path, members: dict[str, bytes], arguments: dict, fault: str) -> None:
+def test_invalid_label_is_an_error(tmp_path: Path, members: dict[str, bytes], arguments: dict, fault: str) -> None:
     write_tar(tmp_path / "a.tar", [*((f"1.{extension}", value) for extension, value in members.items()), ("1.jpg", JPEGS[0])])
     with pytest.raises(ValueError, match=f"a.tar: {fault}"):
         index_shards(tmp_path, **arguments)
@@ -128,7 +123,7 @@ def test_numbers_and_names_need_a_list_of_classes(tmp_path: Path) -> None:
     assert index_shards(tmp_path, field="x", classes=("cat", "dog")).samples["label"].tolist() == [1, 0]
 
 
-def test_folders_and_tars_without_samples(tmp_path: Path) -> None:
+def test_folder_or_tar_without_samples_is_an_error(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"no \.tar files"):
             index_shards(folder)
@@ -138,13 +133,13 @@ def test_folders_and_tars_without_samples(tmp_path: Path) -> None:
         index_shards(tmp_path)
 
 
-def test_an_image_too_large_for_the_index(tmp_path: Path) -> None:
+def test_image_too_large_for_the_index_is_an_error(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("1.cls", b"0"), ("1.png", encode(Image.new("L", (70_000, 1)), "PNG"))])
     with pytest.raises(ValueError, match="sample 1: its image has 70000 x 1 pixels"):
         index_shards(tmp_path)
 
 
-def test_a_dataset_changes_only_by_force(dataset: Index, tmp_path: Path) -> None:
+def test_dataset_changes_only_by_force(dataset: Index, tmp_path: Path) -> None:
     """Indexing a dataset's shards again restores the .idx files and index.npy; any other result needs --force."""
     copy = Path(shutil.copytree(dataset.folder, tmp_path / "copy"))
     before = {path.name: path.read_bytes() for path in copy.iterdir()}
@@ -167,7 +162,7 @@ def test_a_dataset_changes_only_by_force(dataset: Index, tmp_path: Path) -> None
     assert open_index(copy).fingerprint == smaller.fingerprint
 
 
-def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_index_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_img2dataset(tmp_path, shards=4)
     read: list[str] = []
     real_read = data.packing.adopt.read_shard
@@ -191,25 +186,3 @@ def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert read == ["00001.tar", "00002.tar", "00003.tar"]
     assert len(index) == 16
     assert not (tmp_path / ".index").exists()
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_no_worker_and_resumes(tmp_path: Path) -> None:
-    """A resumed run in two processes gives the result of an uninterrupted run in one."""
-    write_img2dataset(tmp_path, shards=40, samples=20)
-    command = [sys.executable, "-m", "data", "index", str(tmp_path), "--label", "breed", "--workers", "2"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL)
-    while len(list((tmp_path / ".index").glob("*.npz"))) < 5:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 20
-    while list_session(process.pid):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.05)
-    assert not (tmp_path / "dataset.json").exists()
-    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-    first = {name: data for name, (_, data) in read_folder(tmp_path).items()}
-    assert len(index_shards(tmp_path, field="breed", force=True)) == 800
-    assert {name: data for name, (_, data) in read_folder(tmp_path).items()} == first

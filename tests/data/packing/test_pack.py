@@ -1,6 +1,5 @@
 """Packing: content, order and names of the result, and the errors."""
 
-import contextlib
 import io
 import json
 import random
@@ -14,7 +13,6 @@ from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-import data.packing.pack
 from data.__main__ import main
 from data.dataset.index import open_index, read_key
 from data.packing.images import ImageRules
@@ -163,23 +161,17 @@ def test_unusable_samples_of_shards_are_rejected(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("is_tar", [False, True], ids=["folder", "tar"])
-def test_odd_names_are_read_by_webdataset_and_by_dali(tmp_path: Path, is_tar: bool) -> None:
+def test_odd_names_are_read_by_webdataset_and_by_dali(tmp_path: Path) -> None:
     class_name = "__cl\udce4ss 1.5__"  # WebDataset skips members whose names begin with __
     files = {f"{class_name}/{name}": DRAWN[number][0] for number, name in enumerate(ODD_NAMES)}
-    if is_tar:
-        members = {name.partition("/")[2]: data for name, data in files.items()}
-        write_files(tmp_path / "root", {f"{class_name}.tar": make_tar(members)})
-    else:
-        write_files(tmp_path / "root", files | {f"{class_name}/not \udce9.jpg": b"x"})
+    write_files(tmp_path / "root", files | {f"{class_name}/not \udce9.jpg": b"x"})
     [index] = pack_small(tmp_path / "root", tmp_path / "out", Settings(name="in", shard_bytes=40_000))
     assert index.classes == ("__cl\\xe4ss 1.5__",)
     expected = read_samples(index)
     assert sorted(encoded for encoded, _ in expected.values()) == sorted(files.values())
-    if not is_tar:
-        assert [(line["key"], line["path"]) for line in read_rejected(index.folder)] == [
-            ("%5F_cl%E4ss%201%2E5__/not%20%E9", "__cl\\xe4ss 1.5__/not \\xe9.jpg")
-        ]
+    assert [(line["key"], line["path"]) for line in read_rejected(index.folder)] == [
+        ("%5F_cl%E4ss%201%2E5__/not%20%E9", "__cl\\xe4ss 1.5__/not \\xe9.jpg")
+    ]
     paths = [str(index.folder / shard.name) for shard in index.shards]
     from_webdataset = {
         sample["__key__"]: (sample["jpg"], int(sample["cls"])) for sample in webdataset.WebDataset(paths, shardshuffle=False)
@@ -239,17 +231,7 @@ def test_too_many_rejected_images_stop_the_packing(source: Path, tmp_path: Path)
     assert packed.items() <= read_files(out / "train").items()
 
 
-def test_the_limit_of_rejected_images_holds_for_all_parts_together(source: Path, tmp_path: Path) -> None:
-    for part in range(2):
-        with contextlib.suppress(ValueError):
-            pack_small(source, tmp_path / "in", part=(part, 2), max_rejected=2)
-    with pytest.raises(ValueError, match=r"--max-rejected allows 2|not packed yet"):
-        pack_small(source, tmp_path / "in", max_rejected=2, merge_only=True)
-    assert not (tmp_path / "in" / "train" / "dataset.json").exists()
-    assert len(pack_small(source, tmp_path / "in", max_rejected=3)) == 1
-
-
-def test_shards_without_a_usable_image(tmp_path: Path) -> None:
+def test_shard_without_a_usable_image_is_not_written(tmp_path: Path) -> None:
     source = write_files(tmp_path / "source", {"a/1.jpg": DRAWN[0][0], "a/2.jpg": b"x" * 5000, "b/3.jpg": DRAWN[1][0]})
     [index] = pack_small(source, tmp_path / "out", Settings(name="in", shard_bytes=1000))
     assert (len(index), len(index.shards)) == (2, 2)
@@ -280,19 +262,7 @@ def test_resuming_with_other_settings_is_an_error(source: Path, tmp_path: Path) 
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == finished, "packing again changes nothing"
 
 
-def test_library_versions_must_not_change_during_a_packing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "in"
-    pack_small(source, out, part=(0, 2))
-    with monkeypatch.context() as patch:
-        patch.setattr(data.packing.pack, "version", lambda name: "0.0")
-        with pytest.raises(ValueError, match=r"versions \{'pillow'.* instead of \{'pillow': '0\.0'"):
-            pack_small(source, out)
-    pack_small(source, out)
-    monkeypatch.setattr(data.packing.pack, "version", lambda name: "0.0")
-    assert len(pack_small(source, out)) == 1, "a finished packing may be opened with any version"
-
-
-def test_another_split_takes_the_classes_of_train(source: Path, tmp_path: Path) -> None:
+def test_second_split_takes_the_classes_of_train(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "in"
     val = write_files(tmp_path / "val", {"n0002/1.jpg": DRAWN[0][0], "n0003/2.jpg": DRAWN[1][0]})
     settings = Settings(name="in", split="val")

@@ -1,8 +1,8 @@
 """Packing ends with the same bytes however often it is killed, and in however many processes and parts it runs."""
 
+import contextlib
 import errno
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -41,26 +41,6 @@ def check_final_files(out: Path, reference: dict[str, bytes]) -> None:
         assert path.read_bytes() == reference.get(name), name
 
 
-def kill_and_resume(source: Path, packed: Path, folder: Path, moments: list[float]) -> None:
-    reference = read_files(packed)
-    for number, moment in enumerate(moments):
-        out = folder / str(number) / "in"
-        process = start_packing(source, out, "--workers", str(1 + number % 3))
-        wait_for_plan(process, out)
-        try:
-            process.wait(timeout=moment)
-        except subprocess.TimeoutExpired:
-            # Kills all processes, as when a node fails, or the parent alone, whose workers may briefly overlap with the next run's.
-            (os.killpg if number % 4 else os.kill)(process.pid, signal.SIGKILL)
-        process.wait(timeout=30)
-        check_final_files(out, reference)
-        again = start_packing(source, out, "--workers", str(1 + (number + 1) % 3))
-        _, errors = again.communicate(timeout=60)
-        assert again.returncode == 0, errors
-        assert read_files(out) == reference, f"killed after {moment:.2f} s"
-        shutil.rmtree(out)
-
-
 def wait_for_plan(process: subprocess.Popen, out: Path) -> None:
     """Returns when packing begins to write; before, it only imports modules."""
     while process.poll() is None and not out.exists():
@@ -77,16 +57,22 @@ def measure_packing(source: Path, out: Path) -> float:
     return time.monotonic() - began
 
 
-def test_packing_resumes_after_kills(source: Path, packed: Path, tmp_path: Path) -> None:
-    seconds = measure_packing(source, tmp_path / "whole" / "in")
-    kill_and_resume(source, packed, tmp_path, [seconds * 0.6, seconds * 0.8])
-
-
-@pytest.mark.full
-def test_packing_resumes_after_kills_at_twenty_moments(source: Path, packed: Path, tmp_path: Path) -> None:
-    seconds = measure_packing(source, tmp_path / "whole" / "in")
-    draw = random.Random(0)
-    kill_and_resume(source, packed, tmp_path, [seconds * (number + draw.random()) / 20 for number in range(20)])
+@pytest.mark.parametrize("share", [0.6, 0.8])
+def test_packing_resumes_after_a_kill(source: Path, packed: Path, tmp_path: Path, share: float) -> None:
+    reference, out = read_files(packed), tmp_path / "in"
+    moment = share * measure_packing(source, tmp_path / "whole" / "in")
+    process = start_packing(source, out, "--workers", "2")
+    wait_for_plan(process, out)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=moment)
+    # Kills all processes, as when a node fails, or the parent alone, whose workers may briefly overlap with the next run's.
+    (os.killpg if share < 0.7 else os.kill)(process.pid, signal.SIGKILL)
+    process.wait(timeout=30)
+    check_final_files(out, reference)
+    again = start_packing(source, out, "--workers", "3")
+    _, errors = again.communicate(timeout=60)
+    assert again.returncode == 0, errors
+    assert read_files(out) == reference, f"killed after {moment:.2f} s"
 
 
 # Ends the process, as kill -9 would, just before the n-th call that syncs, creates or renames a file or folder.
@@ -193,7 +179,7 @@ def test_packing_resumes_after_a_crash_at_every_call(small_source: tuple[Path, d
     assert crash_and_resume(small_source, tmp_path / "in", first=1, step=1) > 75
 
 
-def test_the_crash_test_detects_half_written_files(small_source: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_crash_test_detects_half_written_files(small_source: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="in-"):
         crash_and_resume(small_source, tmp_path / "in", first=26, step=1, torn=True)
 
@@ -263,8 +249,10 @@ def test_processes_race_on_a_file_system_without_locks(source: Path, packed: Pat
     assert read_files(tmp_path / "in") == read_files(packed)
 
 
-@pytest.mark.parametrize("is_after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", ["recognize_source", "open_plan", "_pack_shards", "pack_shard", "_merge"])
+@pytest.mark.parametrize(
+    ("step", "is_after"),
+    [("recognize_source", False), ("open_plan", True), ("pack_shard", True), ("_merge", False)],
+)
 def test_another_process_finishes_first(
     source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_after: bool
 ) -> None:
@@ -287,7 +275,7 @@ def test_another_process_finishes_first(
     assert read_files(out) == read_files(packed)
 
 
-def test_a_changed_source_stops_the_packing(tmp_path: Path) -> None:
+def test_changed_source_stops_the_packing(tmp_path: Path) -> None:
     source = write_files(tmp_path / "source", make_source_files())
     out = tmp_path / "in"
     pack_small(source, out, part=(0, 3))
@@ -301,7 +289,7 @@ def test_a_changed_source_stops_the_packing(tmp_path: Path) -> None:
     assert read_files(out) == read_files(tmp_path / "other" / "in")
 
 
-def test_a_full_disk_stops_the_packing_and_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_stops_the_packing_and_loses_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "in"
     real_write, shards = data.packing.pack.write_shard, 0
 

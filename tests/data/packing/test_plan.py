@@ -12,7 +12,7 @@ def hash_keys(keys: list[str]) -> np.ndarray:
     return np.array([xxhash.xxh3_64_intdigest(key.encode()) for key in keys], np.uint64)
 
 
-def test_any_prefix_of_the_shards_is_an_unbiased_draw() -> None:
+def test_prefix_of_the_shards_is_an_unbiased_draw() -> None:
     """Compares class counts and sizes of the first shards with those of all: as for a random draw, and unlike listing order."""
     random_sizes = np.random.default_rng(1)
     labels = np.repeat(np.arange(100), 300)
@@ -52,7 +52,7 @@ def test_cuts_are_even_and_lose_nothing() -> None:
     assert cut_shards(np.zeros(0), 100) == []
 
 
-def test_holdout_of_small_and_large_classes() -> None:
+def test_holdout_takes_at_most_half_of_a_class() -> None:
     labels = np.repeat(np.arange(4), [1, 2, 5, 1000])
     hashes = hash_keys([f"{label}/{number}" for number, label in enumerate(labels)])
     order = np.random.default_rng(0).permutation(len(labels))

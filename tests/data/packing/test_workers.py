@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data.packing.workers import start_workers
@@ -18,15 +17,6 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 def square(number: int) -> int:
     return number * number
-
-
-def count_threads(number: int) -> int:
-    np.ones((300, 300)) @ np.ones((300, 300))
-    return len(os.listdir("/proc/self/task"))
-
-
-def has_imported_colorsys(number: int) -> bool:
-    return "colorsys" in sys.modules
 
 
 def fail_at_three(number: int) -> int:
@@ -69,42 +59,15 @@ def test_results_are_in_order(count: int) -> None:
         assert list(run(square, [])) == []
 
 
-def test_numpy_has_one_thread_in_a_worker_and_the_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")  # as in a Slurm job
-    environment = dict(os.environ)
-    with start_workers(2) as run:
-        assert set(run(count_threads, range(4))) == {2}  # the main thread and the one that watches the parent
-    assert dict(os.environ) == environment
-
-
-def test_modules_are_imported_before_the_workers_are_forked() -> None:
-    program = """
-from data.packing.workers import start_workers
-from tests.data.packing.test_workers import has_imported_colorsys
-if __name__ == "__main__":
-    with start_workers(2, preload=["colorsys"]) as run:
-        print(*run(has_imported_colorsys, [0, 1]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT, check=True)
-    assert done.stdout == "True True\n"
-
-
 @pytest.mark.parametrize(
     ("function", "error", "message"), [(fail_at_three, OSError, "No space left"), (die_at_three, ValueError, "killed")]
 )
-def test_an_error_or_a_killed_worker_ends_all(function: object, error: type[Exception], message: str) -> None:
+def test_error_or_killed_worker_ends_all(function: object, error: type[Exception], message: str) -> None:
     before = list_children()
     with pytest.raises(error, match=message) as raised, start_workers(2) as run:
         list(run(function, range(1000)))
     assert error is not OSError or raised.value.errno == 28  # type: ignore[attr-defined]
     assert len(list_children() - before) <= 2, "the resource tracker and the fork server stay"
-
-
-def test_busy_workers_are_ended_at_once() -> None:
-    with start_workers(2) as run:
-        next(run(sleep, [0, 30, 30]))
-        began = time.monotonic()
-    assert time.monotonic() - began < 10
 
 
 PARENT = """

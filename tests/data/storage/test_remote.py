@@ -18,7 +18,7 @@ from tests.support.servers import Proxy, web_server
 pytestmark = pytest.mark.slow
 
 
-def test_the_index_comes_through_the_cache_once(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
+def test_index_comes_through_the_cache_once(s3: Proxy, many_shards: Index, tmp_path: Path) -> None:
     s3.clear()
     index = open_index(TRAIN, str(tmp_path))
     assert index.folder == tmp_path / many_shards.fingerprint
@@ -34,7 +34,7 @@ def test_the_index_comes_through_the_cache_once(s3: Proxy, many_shards: Index, t
     assert sum(count for name, count in s3.gets.items() if name.endswith(".idx")) == 3
 
 
-def test_an_index_of_another_dataset_never_enters_the_cache(s3: Proxy, tmp_path: Path) -> None:
+def test_index_of_another_dataset_never_enters_the_cache(s3: Proxy, tmp_path: Path) -> None:
     s3.fail("index.npy", "ever-corrupt")
     with pytest.raises(ValueError, match=r"s3://bucket/train/index\.npy: .*\(6 tries\)"):
         open_index(TRAIN, str(tmp_path))
@@ -56,7 +56,7 @@ def url(request: pytest.FixtureRequest, many_shards: Index) -> Iterator[str]:
         store.rm("/train", recursive=True)
 
 
-def test_other_protocols(url: str, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_protocols_give_the_same_bytes(url: str, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)
     index = open_index(url, str(tmp_path))
     assert index.place == url
@@ -74,12 +74,12 @@ def test_other_protocols(url: str, many_shards: Index, tmp_path: Path, monkeypat
         ("http://127.0.0.1:1/train", r"http://127\.0\.0\.1:1/train/dataset\.json: ClientConnectorError.*\(6 tries\)"),
     ],
 )
-def test_errors_of_places_that_cannot_be_opened(s3: Proxy, tmp_path: Path, url: str, message: str) -> None:
+def test_place_that_cannot_be_opened_is_an_error(s3: Proxy, tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_index(url, str(tmp_path))
 
 
-def test_missing_credentials(s3: Proxy, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_an_error(s3: Proxy, many_shards: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     upload(many_shards.folder, "s3://bucket/public", ACL="public-read")
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
@@ -93,7 +93,7 @@ def test_missing_credentials(s3: Proxy, many_shards: Index, tmp_path: Path, monk
     assert len(open_index("s3://bucket/public", str(tmp_path))) == 100
 
 
-def test_a_listing_shows_shards_that_are_missing_or_cut(s3: Proxy, dataset: Index, tmp_path: Path) -> None:
+def test_listing_shows_missing_and_cut_shards(s3: Proxy, dataset: Index, tmp_path: Path) -> None:
     upload(dataset.folder, "s3://bucket/cut")
     store = fsspec.filesystem("s3")
     store.rm_file(f"bucket/cut/{dataset.shards[1].name}")
@@ -103,14 +103,14 @@ def test_a_listing_shows_shards_that_are_missing_or_cut(s3: Proxy, dataset: Inde
         open_index("s3://bucket/cut", str(tmp_path))
 
 
-def test_a_store_that_may_be_read_but_not_listed(s3: Proxy, tmp_path: Path) -> None:
+def test_store_without_permission_to_list_is_read(s3: Proxy, tmp_path: Path) -> None:
     s3.fail("bucket", "ever-403")
     index = open_index(TRAIN, str(tmp_path))
     assert index.remote is not None
     assert index.remote.list_sizes() is None
 
 
-def test_stats_order_and_verify_of_a_url(
+def test_stats_order_and_verify_read_urls(
     s3: Proxy, many_shards: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data.storage.remote.FIRST_PAUSE", 0.01)

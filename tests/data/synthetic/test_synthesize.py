@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.dataset.index import Index
 from data.loader.store import ShardStore
 from data.synthetic.drawings import PATTERNS, SHAPES, SURFACES
 from data.synthetic.synthesize import SETS, draw_images, synthesize
@@ -33,20 +32,8 @@ def test_synthesize_repeats_with_the_seed(tmp_path: Path) -> None:
         synthesize(tmp_path / "more", classes=11)
 
 
-def test_images_are_varied(dataset: Index) -> None:
-    width, height = dataset.samples["width"], dataset.samples["height"]
-    assert min(width.min(), height.min()) >= 72
-    assert max(width.max(), height.max()) <= 220
-    assert (width / height).min() < 0.6
-    assert (width / height).max() > 1.6
-    with ShardStore(dataset) as store:
-        modes = [Image.open(io.BytesIO(store.read(number).tobytes())).mode for number in range(len(dataset))]
-    assert 1 <= modes.count("L") < 30
-    assert modes.count("L") + modes.count("RGB") == 150
-
-
 @pytest.mark.parametrize(("draw", "classes"), [("patterns", 10), ("figures", 50), ("other-figures", 10)])
-def test_the_mean_color_does_not_reveal_the_class(draw: str, classes: int) -> None:
+def test_mean_color_does_not_reveal_the_class(draw: str, classes: int) -> None:
     """A nearest-centroid classifier on mean colors stays near chance, which is 10 % or 2 %."""
     features, labels = [], []
     for encoded, label in itertools.chain(draw_images(classes, 600, 0, 0, draw=draw), draw_images(classes, 300, 0, 1, draw=draw)):
@@ -83,32 +70,6 @@ def test_figure_sets_split_all_combinations() -> None:
     assert sorted(name.split()[1] for name in others) == sorted(SHAPES)
     assert {name.split()[0] for name in others} == {name.split()[0] for name in figures} == set(SURFACES)
     assert {name.split()[1] for name in figures} == set(SHAPES)
-
-
-def test_a_figure_has_the_shape_and_surface_of_its_name() -> None:
-    """With equal random numbers, another shape changes the outline, and another surface only its inside."""
-
-    def draw(name: str) -> np.ndarray:
-        return np.asarray((SETS["figures"] | SETS["other-figures"])[name](np.random.default_rng(5)).convert("RGB"), np.int16)
-
-    plain = draw("solid disc")
-    inside = np.abs(draw("solid cross") - plain).sum(axis=2) > 0  # neither the disc nor the cross contains the other
-    assert 0.1 < inside.mean() < 0.6
-    drawn = {surface: np.abs(draw(f"{surface} disc") - plain).sum(axis=2) > 0 for surface in SURFACES if surface != "solid"}
-    ground = ~np.logical_or.reduce([*drawn.values()])
-    assert 0.2 < ground.mean() < 0.6
-    assert len({marks.tobytes() for marks in drawn.values()}) == len(drawn)
-
-
-def test_figure_sets_repeat_and_differ(tmp_path: Path) -> None:
-    first, again = (synthesize(tmp_path / name, draw="figures", train=50, val=10)[0] for name in "ab")
-    assert first.classes == tuple(SETS["figures"])
-    assert first.fingerprint == again.fingerprint
-    others, others_val = synthesize(tmp_path / "c", draw="other-figures", train=50, val=10)
-    sides = [list(zip(index.samples["width"].tolist(), index.samples["height"].tolist(), strict=True)) for index in (first, others)]
-    assert sides[0] != sides[1]  # the sets have different random numbers
-    with ShardStore(others) as store, ShardStore(others_val) as val_store:
-        assert len({store.read(n).tobytes() for n in range(50)} | {val_store.read(n).tobytes() for n in range(10)}) == 60
 
 
 def test_photographs_have_the_size_of_imagenets(tmp_path: Path) -> None:
