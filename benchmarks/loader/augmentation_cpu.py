@@ -1,4 +1,4 @@
-"""CPU time of each stage of the loader's graph, beside DALI's own resize, and of RandAugment here, in DALI and in timm.
+"""CPU time of each stage of the loader's graph and of RandAugment, beside DALI's own operators and timm.
 
     python -m benchmarks.loader.augmentation_cpu [--images 256]
 

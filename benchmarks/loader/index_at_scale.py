@@ -82,7 +82,7 @@ def measure(samples: int = SAMPLES, shards: int = SHARDS) -> list[Figure]:
 
 
 def sorted_shards(samples: int = SAMPLES, shards: int = SHARDS) -> dict[str, list[dict[str, Any]]]:
-    """Measures how the order mixes shards sorted by class, with several lanes and windows: a table for each size of dataset."""
+    """Measures how orders of several lanes and windows mix shards sorted by class: a table for each size of dataset."""
     labels_22k = np.sort(uneven_labels(np.random.default_rng(0), samples))
     labels_1k = np.arange(SAMPLES_1K) * CLASSES_1K // SAMPLES_1K
     tables = {}
@@ -128,7 +128,7 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 def slowest_step(index: Index, seed: int = 0) -> float:
-    """Returns the seconds to compute a rank's ids of a step: the slowest of random steps, epochs and numbers of ranks.
+    """Returns the seconds to compute a rank's ids in the slowest of random steps, epochs and numbers of ranks.
 
     Successive steps belong to different epochs, so none profits from cached work of the one before. The fastest of three runs of a step
     counts, to exclude other load of the machine.
@@ -149,7 +149,7 @@ def slowest_step(index: Index, seed: int = 0) -> float:
 
 @dataclass(frozen=True)
 class Rank:
-    """Measurements of a process: seconds to open the dataset, and growth of its private memory, in bytes, by opening and using it."""
+    """Measurements of a process: seconds to open the dataset, and growth of its private memory in bytes."""
 
     opening: float
     private: int
@@ -220,7 +220,7 @@ class Mixing:
 
 
 def measure_mixing(labels: np.ndarray, batches: Iterable[tuple[float, np.ndarray]]) -> Mixing:
-    """Measures batches, (place in the epoch from 0 to 1, sample ids); `labels`, (N,), are in the order of the shards."""
+    """Measures batches of (place in the epoch from 0 to 1, sample ids). `labels`, (N,), are in shard order."""
     steps = []
     for place, ids in batches:
         pairs = labels[ids].reshape(-1, 2)

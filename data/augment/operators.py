@@ -26,7 +26,10 @@ from data.augment.randaugment import Layer, Operator
 
 
 class Branch:
-    """The branches of the graph, with the meaning of `matrix` and `value`. Plain integers, because DALI compares nodes only with those."""
+    """The branches of the graph, with the meaning of `matrix` and `value`.
+
+    They are plain integers, because DALI compares nodes only with those.
+    """
 
     NONE = 0
     WARP_CUBIC = 1  # matrix: homography, from pixels of the result to those of the image
@@ -126,7 +129,7 @@ def compute_operator_inputs(
 
 
 def _compute_homography(operator: np.ndarray, argument: np.ndarray, mirrored: np.ndarray, size: int) -> np.ndarray:
-    """Computes matrices from result pixels to image pixels, float64 (n, 3, 3). The origin is the corner, as in Pillow's AFFINE."""
+    """Computes matrices from result pixels to image pixels, float64 (n, 3, 3), with the corner as origin, as in Pillow's AFFINE."""
     matrix = np.tile(np.eye(3), (len(operator), 1, 1))
     rotated = operator == Operator.ROTATE
     angle, center = np.deg2rad(argument[rotated]), size / 2
@@ -147,7 +150,7 @@ def _compute_homography(operator: np.ndarray, argument: np.ndarray, mirrored: np
 
 
 def apply_layer(images: Any, branch: Any, matrix: Any, value: Any, fill: list[float]) -> Any:
-    """Adds one layer to the graph of uint8 HWC images. `fill` is the color, 0 to 255, of pixels from outside of the image."""
+    """Adds one layer to the graph of uint8 HWC images. `fill` is the color outside of the image, 0 to 255."""
     if branch == Branch.NONE:
         result = images
     elif branch == Branch.WARP_CUBIC:

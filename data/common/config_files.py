@@ -92,7 +92,10 @@ def from_dict(schema: type[Schema], settings: Mapping[str, Any]) -> Schema:
 
 
 def read_saved(schema: type, path: Path) -> dict[str, Any]:
-    """Returns the values in a file of `to_yaml` by dotted key; keys that the schema lacks are skipped, missing ones get their default."""
+    """Returns the values in a file of `to_yaml` by dotted key.
+
+    Keys that the schema lacks are skipped; missing ones get their default.
+    """
     return _convert(schema, _parse(schema, path.read_bytes(), path), str(path), sections=())[0]
 
 
@@ -294,7 +297,7 @@ def _not_taken(error: OmegaConfBaseException, hint: Any, value: Any, keys: list[
 
 
 def _is_foreign(key: str, keys: list[str], sections: Collection[str]) -> bool:
-    """Whether a key belongs to another schema: it is no setting, section or part of a setting of this one, and in none of `sections`."""
+    """Returns whether a key belongs to another schema: it is not part of this one, and in none of `sections`."""
     related = any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for name in keys)
     return not related and key.partition(".")[0] not in sections
 
@@ -309,7 +312,7 @@ def _unknown(key: str, keys: list[str]) -> str:
 
 
 def _nearest_key(key: str, keys: list[str]) -> str | None:
-    """Returns the name that was probably meant. A key in the wrong section is as common a slip as a misspelled one."""
+    """Returns the nearest setting's key. A key in the wrong section is as common a slip as a misspelled one."""
 
     def likeness(name: str) -> tuple[float, float]:
         pairs = (key, name), (key.rpartition(".")[2], name.rpartition(".")[2])

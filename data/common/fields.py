@@ -76,7 +76,7 @@ class Setting:
         return NoneType in get_args(self.type)
 
     def problem(self, value: Any) -> str | None:
-        """Returns what is wrong with a value of the right type, or None."""
+        """Returns the problem of a value of the right type, or None."""
         parts = value if isinstance(value, list | tuple) else (value,)
         if parts is value and any(isinstance(part, list | tuple | dict) for part in parts):  # OmegaConf accepts lists in a list of texts
             return f"must be {type_in_words(self.type)}"

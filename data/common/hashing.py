@@ -1,6 +1,6 @@
 """Checksums: 128-bit xxhash in hex, of bytes, JSON values and files.
 
-They find damage and tell contents apart. They are no protection against forgery.
+They detect damage and distinguish contents, but do not protect against forgery.
 """
 
 import json

@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def report_progress(items: Iterable[T], total: int, label: str, weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-    """Yields the items and reports, as `label`, how much of `total` is done: the sum of the weights of all items."""
+    """Yields the items and reports, as `label`, how much of `total`, the sum of all weights, is done."""
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit="", unit_scale=total > 99_999) as bar:
             for item in items:

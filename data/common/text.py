@@ -4,7 +4,7 @@ from collections.abc import Container, Sequence
 
 
 def format_duration(seconds: float) -> str:
-    """Formats a duration in its two largest units, such as `12 min 5 s`, `3 h 40 min` and, from two days on, `2 d 3 h`."""
+    """Formats a duration in its two largest units: `12 min 5 s`, `3 h 40 min`, and from two days on `2 d 3 h`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:

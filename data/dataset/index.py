@@ -93,7 +93,7 @@ def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
 
 
 def write_index(folder: Path, shards: Sequence[Shard], rows: Sequence[np.ndarray], classes: Sequence[str], **about: Any) -> None:
-    """Writes the index of the shards in a folder, and so makes it a dataset. `about` holds further entries of dataset.json."""
+    """Writes the index of a folder's shards, which makes it a dataset. `about` holds further entries of dataset.json."""
     samples = np.concatenate([np.zeros(0, DTYPE), *rows])
     with open_to_replace(folder / "index.npy", "wb") as file:
         np.save(file, samples)

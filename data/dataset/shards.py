@@ -39,7 +39,10 @@ _IDX_SAFE = string.punctuation.replace("%", "")
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample to be written. `key` has no dot, where WebDataset ends a key, and at most 95 bytes, which fit a plain tar header."""
+    """A sample to be written.
+
+    `key` has no dot, where WebDataset ends a key, and at most 95 bytes, which fit a plain tar header.
+    """
 
     key: str
     encoded: bytes
@@ -68,7 +71,7 @@ Describe = Callable[[list[Member]], tuple[int, int, int]]
 
 @dataclass(frozen=True, eq=False)
 class ShardContents:
-    """The contents of a shard: keys and index rows of its samples, the text of its .idx, and faults by number of the sample.
+    """The contents of a shard: keys and index rows of its samples, the text of its .idx, and faults by sample number.
 
     Where only headers were read, checksum, labels, widths and heights are empty or 0.
     """
@@ -110,7 +113,7 @@ def _fill_shard(samples: Iterator[Sample], shard_bytes: int) -> Iterator[Sample]
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarray]:
-    """Writes a shard and its .idx; returns its description and the index rows of its samples, read back from the written file."""
+    """Writes a shard and its .idx; returns its description and its samples' index rows, as read back from the file."""
     from webdataset.writer import TarWriter  # takes seconds and hundreds of MB, as webdataset imports torch
 
     with open_to_replace(path, "wb") as file, TarWriter(file, user="data", group="data", mode=0o644, mtime=0, encoder=False) as tar:

@@ -35,7 +35,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image to draw: `pixels` are RGB, float32 (H, W, 3) from 0 to 1, and `lines` the text under it."""
+    """An image to draw, RGB, float32 (H, W, 3) from 0 to 1, and the text under it."""
 
     pixels: np.ndarray
     title: str
@@ -43,7 +43,7 @@ class Picture:
 
 
 def write_preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], images: int) -> None:
-    """Writes a .png of the first slots of each step, and of samples of data.val if the job has one; at most `images` of each.
+    """Writes a .png of the first `images` slots of each step, and of as many samples of data.val, if there is one.
 
     Raises ValueError for another file extension, and for a step that the epoch does not have.
     """
@@ -64,7 +64,7 @@ def write_preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], 
 
 
 def load_step(index: Index, order: SampleOrder, settings: DataConfig, epoch: int, step: int, images: int) -> list[Picture]:
-    """Loads the first slots of a step of the training set, as many as divide the global batch, up to `images`.
+    """Loads the first slots of a training step, as many as divide the global batch, up to `images`.
 
     Raises ValueError for a step that the epoch does not have.
     """

@@ -52,7 +52,7 @@ def list_facts(index: Index) -> dict[str, str]:
 
 
 def format_stats(index: Index) -> str:
-    """Formats the facts, and histograms of classes and image sizes, in lines of at most 80 columns (except for a long path)."""
+    """Formats the facts, and histograms of classes and image sizes, in lines of at most 80 columns."""
     counts = count_classes(index)
     width, height = _read_columns(index, "width", "height")
     if len(counts) <= _MAX_LISTED_CLASSES:
@@ -91,7 +91,7 @@ def _format_spread(values: np.ndarray, digits: int = 0) -> str:
 
 
 def _choose_class_edges(low: int, high: int) -> list[int]:
-    """Chooses bins of equal width, or 0, 1, 2, 5, 10, 20, 50 … where the numbers span more than a power of ten."""
+    """Chooses bins of equal width, or 0, 1, 2, 5, 10, 20 … for numbers that span more than a power of ten."""
     if high < 10 * low:
         width = -(-(high + 1 - low) // 10)
         return list(range(low, high + width + 1, width))
@@ -99,7 +99,10 @@ def _choose_class_edges(low: int, high: int) -> list[int]:
 
 
 def count_bins(values: np.ndarray, edges: Sequence[float]) -> tuple[list[str], np.ndarray]:
-    """Counts the values in each bin [edges[i], edges[i + 1]); returns names and counts from the first to the last filled bin."""
+    """Counts the values in each bin [edges[i], edges[i + 1]).
+
+    Returns names and counts from the first to the last filled bin.
+    """
     counts = np.bincount(np.searchsorted(edges, values, side="right") - 1, minlength=len(edges) - 1)
     first, last = np.flatnonzero(counts)[[0, -1]].tolist()
     return [_name_bin(edges[number], edges[number + 1]) for number in range(first, last + 1)], counts[first : last + 1]

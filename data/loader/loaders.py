@@ -101,7 +101,7 @@ class TrainLoader(Loader):
         self._noise.erase(images, erased)
 
     def _draw_mix(self, slots: Slots) -> Mix | None:
-        """Draws the mix for the samples of the order, not for replacements, so that partners of bad samples keep their mix."""
+        """Draws the mix for the samples of the order, not for replacements: partners of bad samples keep their mix."""
         return self.recipe.draw_mix(slots.epoch, slots.ids, slots.copies)
 
     def _define_graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:

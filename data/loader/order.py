@@ -164,7 +164,7 @@ class ShardUse:
 
 
 def plan_shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> Iterator[ShardUse]:
-    """Yields the uses of shards by one rank's slots in the steps from `start` up to `end`, in the order of first need.
+    """Yields the uses of shards by one rank's slots in steps `start` to `end` - 1, in the order of first need.
 
     A shard has a use for each of its slices: one in every lane and epoch. `last` is the end of the last window of the slice.
     """
@@ -184,7 +184,7 @@ def plan_shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> I
 
 
 def compute_peak_bytes(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start: int, end: int) -> int:
-    """Computes the most bytes of shards, int64 (shards,), that any rank needs in one of the steps from `start` up to `end`."""
+    """Computes the most bytes of shards, int64 (shards,), that any rank needs in a step from `start` to `end` - 1."""
     lanes = count_lanes(order.distinct, order.lanes)
     share, per_lane = order.global_batch // ranks, order.distinct // lanes
     # A rank's slots may continue from the last lane of one copy to the first lane of the next, so the lanes are laid out twice.

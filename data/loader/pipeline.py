@@ -1,8 +1,8 @@
-"""The base of the data loaders: runs a DALI graph over micro-batches that are read ahead. loaders.py has the two loaders.
+"""The base of the data loaders: runs a DALI graph over micro-batches that are read ahead.
 
-A loader lists the samples of its micro-batches (`_list_slots`), computes the parameters of each (`_compute_parameters`) and defines
-the graph (`_define_graph`). Threads read encoded images ahead and compute the parameters (read_ahead.py); labels and ids bypass DALI.
-One pipeline serves all epochs.
+A loader (loaders.py has two) lists the samples of its micro-batches (`_list_slots`), computes the parameters of each
+(`_compute_parameters`) and defines the graph (`_define_graph`). Threads read encoded images ahead and compute the parameters
+(read_ahead.py); labels and ids bypass DALI. One pipeline serves all epochs.
 
 A bad image goes into quarantine (quarantine.py) and is replaced, or skipped in evaluation. The threads find it when it can't be read or
 its header is wrong. Otherwise DALI fails on it: then each image inside DALI is decoded alone, and a new pipeline gets the good ones.
@@ -95,7 +95,7 @@ class Loader(AbstractContextManager):
     """
 
     def _plan_uses(self) -> tuple[Iterable[ShardUse], int]:
-        """Plans the uses of shards of one pass over the slots; returns them and the most bytes of shards in use at once."""
+        """Plans the uses of shards of one pass over the slots; returns also the most bytes in use at once."""
         raise NotImplementedError
 
     def _list_slots(self) -> Iterator[Slots]:
@@ -252,9 +252,9 @@ class Loader(AbstractContextManager):
         self._retried.clear()
 
     def _remove_bad(self, error: RuntimeError) -> None:
-        """Replaces the images that DALI can't decode in the micro-batches inside it. They go to a new pipeline, as the old one is broken.
+        """Replaces the images that DALI can't decode in the micro-batches inside it.
 
-        Raises ValueError if DALI can decode every image alone.
+        The repaired micro-batches go to a new pipeline, as the old one is broken. Raises ValueError if DALI can decode every image alone.
         """
         failed = list(self._inside)
         decoder = SingleImageDecoder(self)

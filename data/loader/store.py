@@ -150,7 +150,7 @@ class _BookedShard:
 
 
 class FetchedShards(ShardStore):
-    """Reads the shards of a dataset at a URL through the local cache, of which at most `cache_gb` (10^9 bytes) hold shards.
+    """Reads the shards of a dataset at a URL through the local cache of at most `cache_gb` (10^9 bytes).
 
     A shard is pinned from the booking of its first use until the last step of its booked uses is read. Pinned shards fit into this
     process's reservation: half of the bound, divided by the ranks of the node. The other half keeps shards for the next epoch, and has
@@ -208,7 +208,7 @@ class FetchedShards(ShardStore):
             self._changed.notify_all()
 
     def _book(self) -> int | None:
-        """Books uses, each as soon as there is room, until a shard must be fetched; returns its number, or None at the end."""
+        """Books uses, as soon as there is room, until a shard must be fetched; returns its number, None at the end."""
         with self._next_lock:
             for use in self._uses:
                 with self._changed:
@@ -234,7 +234,7 @@ class FetchedShards(ShardStore):
         return file.read(size, offset)
 
     def _wait_for(self, shard: int, planned: bool) -> _OpenShard | None:
-        """Waits until a shard is fetched. A planned one is awaited until it is booked; None if it is not booked."""
+        """Waits until a shard is fetched, or, if planned, until it is booked and fetched; returns None if it is not booked."""
 
         def is_decided() -> bool:
             booked = self._booked_shards.get(shard)
@@ -291,7 +291,7 @@ def fetch_shard(cache: Cache, index: Index, shard: int, stop: threading.Event | 
 
 @contextmanager
 def open_whole_shard(index: Index, shard: int) -> Iterator[Path]:
-    """Yields the path of a shard, which has its .idx beside it. A shard at a URL is fetched into the cache first."""
+    """Yields the path of a shard, with its .idx beside it; a shard at a URL is fetched into the cache first."""
     path = index.folder / index.shards[shard].name
     if index.remote is None:
         yield path

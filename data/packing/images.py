@@ -169,7 +169,7 @@ def _encode_jpeg(image: Image.Image, encoding: dict[str, Any]) -> bytes:
 
 
 def _scale_size(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
-    """Returns width and height under the rules; raises BadImage for an image too large to decode or to store as a JPEG."""
+    """Returns width and height under the rules; raises BadImage for an image too large to decode or store."""
     if width * height > rules.max_pixels:
         raise BadImage(f"{width} x {height} pixels; the limit is {rules.max_pixels}")
     long, short = max(width, height), min(width, height)

@@ -1,4 +1,4 @@
-"""Class lists and label files: read class names in label order, and the class of each image of a folder without class folders."""
+"""Class lists and label files: class names in label order, and the class of each image without a class folder."""
 
 import csv
 import json
@@ -18,12 +18,10 @@ def escape_name(name: str) -> str:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Reads class names in label order from a packed folder, its classes.json, or a text file with one name per line.
+    """Reads class names in label order from a packed folder, its classes.json, or a text file of names.
 
-    A line that begins with a WordNet id, such as `n01440764 tench`, names the class n01440764.
-
-    Raises:
-        ValueError: for any other file, an empty list, and a name that occurs twice.
+    A line of the text file that begins with a WordNet id, such as `n01440764 tench`, names the class n01440764. Raises ValueError for any
+    other file, an empty list, and a name that occurs twice.
     """
     file = path / "classes.json" if path.is_dir() else path
     try:

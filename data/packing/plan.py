@@ -140,10 +140,11 @@ def open_plan(folder: Path) -> Plan:
 
 
 def write_plan(folder: Path, source: Source, settings: Settings, made: dict[str, Any], run: Run) -> None:
-    """Lists a source and writes the plan to an empty folder. Labels are positions in the given classes, or else in the sorted class names.
+    """Lists a source and writes the plan to an empty folder.
 
-    `made` describes source and settings for dataset.json. Raises ValueError for a source without files, a class that is not among the
-    given ones, keys that repeat, and a holdout that holds out no image.
+    Labels are positions in the given classes, or else in the sorted class names. `made` describes source and settings for dataset.json.
+    Raises ValueError for a source without files, a class that is not among the given ones, keys that repeat, and a holdout that holds out
+    no image.
     """
     for shard_in_key in (False, True):
         classes, faults = write_listing(folder, source, settings.classes, run, shard_in_key=shard_in_key)
@@ -270,7 +271,7 @@ def measure_stored_share(plan: Plan) -> float:
 
 
 def cut_shards(cost: np.ndarray, shard_bytes: int) -> list[tuple[int, int]]:
-    """Cuts entries of `cost` bytes each into shards of equal size, as close to `shard_bytes` as possible: (start, stop) of each."""
+    """Cuts entries of `cost` bytes each into shards, (start, stop), of equal size close to `shard_bytes`."""
     if not len(cost):
         return []
     ends = np.cumsum(cost)

@@ -338,7 +338,7 @@ def list_tar(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Fi
 
 
 def read_entry(root: Path, container: Container, name: str, offset: int, size: int) -> bytes:
-    """Reads the bytes of an entry: those at `offset` of the container's tar, or of the file `name` in a folder.
+    """Reads the bytes of an entry: at `offset` of the container's tar, or of the file `name` in a folder.
 
     Raises ValueError naming the file, if it can't be read or has another size than when it was listed.
     """

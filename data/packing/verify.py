@@ -28,7 +28,7 @@ _KEEP_ALL = ImageRules(keep_original=True, max_pixels=DALI_PIXELS)
 def verify(
     place: str | Path, cache: str | None = None, *, deep: bool = False, processes: int = 1, log: Callable[[str], None] = print
 ) -> int:
-    """Logs one line per fault of the dataset in a folder or at a URL, and a summary; returns the number of faults.
+    """Logs one line per fault of the dataset in a folder or at a URL; returns the number of faults.
 
     A quick check finds missing, extra and resized files; a classes.json, index.npy or .idx that differs from the one written; tar headers
     that differ from these; and labels without a class. A `deep` check reads every byte and decodes every image, and so also finds every

@@ -58,7 +58,7 @@ class Cache:
             raise ValueError(f"{folder}: can't be created ({error}); set data.cache to a folder that you may write to") from error
 
     def keep(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Returns the path of a file that is never evicted. Calls `write` with a temporary path if it does not exist."""
+        """Returns the path of a file that is never evicted; `write` makes it, at a temporary path, if it does not exist."""
         os.close(self.pin(name, 0, write))
         return self.folder / name
 
@@ -110,7 +110,7 @@ class Cache:
         return descriptor
 
     def _claim(self, part: Path, size: int) -> int | None:
-        """Opens and locks a temporary file of `size` bytes; returns None if another process has it or there is no room."""
+        """Opens and locks a temporary file of `size` bytes; returns None if another process has it or room is missing."""
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
         if not _try_lock(descriptor):
             os.close(descriptor)
@@ -191,7 +191,7 @@ class Cache:
             os.close(descriptor)
 
     def check_disk(self, wanted: int) -> None:
-        """Raises ValueError if the disk is too small for the bound, or for `wanted` bytes of shards if those are fewer."""
+        """Raises ValueError if the disk is too small for the bound, or for `wanted` bytes if those are fewer."""
         with self._locked():
             cached = sum(path.stat().st_size for path in self.folder.iterdir() if path.name.endswith(_SHARDS))
             room = shutil.disk_usage(self.folder).free + cached

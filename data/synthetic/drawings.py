@@ -92,7 +92,7 @@ def draw_pattern(pattern: Pattern, random: np.random.Generator) -> Image.Image:
 
 
 def draw_figure(shape: Pattern, surface: Pattern, random: np.random.Generator) -> Image.Image:
-    """Draws an image of a shape with a surface, repeated on plain ground, 72 to 128 pixels a side; all other properties are random."""
+    """Draws a shape with a surface, repeated on plain ground, 72 to 128 pixels a side; all else is random."""
     x, y, angle, scale = _draw_view(128, 0.85, 1.15, random)
     u, v = (cell / FIGURE_RADIUS for cell in _wrap(*_rotate(x, y, angle), 2 * FIGURE_RADIUS))
     inside, marked = (_cover(pattern(u, v), scale / FIGURE_RADIUS) for pattern in (shape, surface))
@@ -103,7 +103,10 @@ def draw_figure(shape: Pattern, surface: Pattern, random: np.random.Generator) -
 def _draw_view(
     max_side: int, min_scale: float, max_scale: float, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Draws size, angle, scale and center; returns coordinates x and y, float32 (H, W), the angle, and the size of a pixel."""
+    """Draws size, angle, scale and center of a view.
+
+    Returns coordinates x and y, float32 (H, W), the angle, and the size of a pixel.
+    """
     width, height = random.integers(72, max_side + 1, 2)
     angle, scale = random.uniform(0, 2 * np.pi), random.uniform(min_scale, max_scale) * 2 / min(width, height)
     center_y, center_x = random.uniform(0.3, 0.7, 2)
@@ -117,12 +120,12 @@ def _rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.
 
 
 def _cover(distance: np.ndarray, scale: float) -> np.ndarray:
-    """Returns the share of each pixel that is inside, float32 (H, W), from signed distances in units of 1 / scale pixels."""
+    """Returns the share of each pixel inside, float32 (H, W), from signed distances in units of 1 / scale pixels."""
     return np.clip(0.5 + distance / scale, 0, 1).astype(np.float32)
 
 
 def _draw_colors(count: int, gap: float, random: np.random.Generator) -> np.ndarray:
-    """Draws colors (count, 3) whose luminances, 0 to 255, differ by at least `gap`, so that they differ in gray too."""
+    """Draws colors (count, 3) whose luminances, 0 to 255, differ by at least `gap`: they differ in gray too."""
     while True:
         colors = random.uniform(10, 245, (count, 3))
         if np.diff(np.sort(colors @ LUMA)).min() >= gap:
@@ -146,7 +149,7 @@ def _light(image: np.ndarray, random: np.random.Generator) -> Image.Image:
 
 
 def draw_photograph(draw: Drawer, random: np.random.Generator) -> Image.Image:
-    """Draws 500 x 375 pixels: a crop of the photograph that ships with matplotlib, blended with a drawing, and sensor noise."""
+    """Draws 500 x 375 pixels: a crop of matplotlib's sample photograph, blended with a drawing, with sensor noise."""
     photo = _load_photo()
     width = int(photo.width * random.uniform(0.4, 0.8))
     height = width * 3 // 4

@@ -1,4 +1,4 @@
-"""Damage to images in a copy of a dataset, in place: the shards keep their sizes, the index stays as it is."""
+"""Damages images in a copy of a dataset, in place: shards keep their sizes, and the index does not change."""
 
 import shutil
 from collections.abc import Callable
@@ -9,18 +9,18 @@ from tests.support.image_corpus import set_header_size
 
 
 def _cut(encoded: bytes) -> bytes:
-    """The second half is a hole."""
+    """Replaces the second half by zeros."""
     half = len(encoded) // 2
     return encoded[:half] + bytes(len(encoded) - half)
 
 
 def _without_tables(jpeg: bytes) -> bytes:
-    """The segments of the quantisation tables have become some application's: the header can be read, but nothing decodes."""
+    """Marks the quantization tables as application segments: the header can be read, but nothing decodes."""
     assert b"\xff\xdb" in jpeg
     return jpeg.replace(b"\xff\xdb", b"\xff\xe9")
 
 
-# What each leads to: found when the header is read (of a PNG and a JPEG), when DALI decodes (the last).
+# The header check detects the first three, only DALI's decoding the last.
 KINDS: dict[str, Callable[[bytes], bytes]] = {
     "cut": _cut,
     "zeros": lambda encoded: bytes(len(encoded)),
@@ -30,7 +30,7 @@ KINDS: dict[str, Callable[[bytes], bytes]] = {
 
 
 def damaged_copy(index: Index, folder: Path, damage: dict[int, str]) -> Index:
-    """A copy of a dataset in which the samples have the damage of a kind."""
+    """Copies a dataset and damages samples, each in its kind."""
     copy = open_index(shutil.copytree(index.folder, folder))
     for sample, kind in damage.items():
         row = copy.samples[sample]

@@ -1,4 +1,4 @@
-"""Drawn data sets of several shards, and their upload to a store."""
+"""Drawn datasets of several shards, and their upload to a store."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from data.synthetic.synthesize import draw_images
 
 
 def make_dataset(out: Path, count: int, *, shard_bytes: int = 150_000, seed: int = 0) -> Index:
-    """A dataset of `count` drawn images of 10 classes in OUT, about 20 a shard."""
+    """Writes a dataset of `count` drawn images of 10 classes to OUT, about 20 a shard."""
     out.mkdir()
     samples = (Sample(f"{number:09d}", encoded, label) for number, (encoded, label) in enumerate(draw_images(10, count, seed, 0)))
     return write_dataset(out, samples, list(PATTERNS), shard_bytes=shard_bytes, name="train")

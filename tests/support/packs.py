@@ -63,7 +63,7 @@ def make_source_files() -> dict[str, bytes]:
         "n0000/named.jpg": encode(plain, "PNG"),
         "n0001/cmyk.jpg": encode(plain.convert("CMYK"), "JPEG"),
         "n0002/deep/photo.webp": encode(plain, "WEBP"),
-        "n0003/grey.jpg": encode(plain.convert("L"), "JPEG"),
+        "n0003/gray.jpg": encode(plain.convert("L"), "JPEG"),
         "n0003/cut.jpg": encode(plain, "JPEG")[:-400],
         "n0003/text.jpg": b"not an image",
         "n0003/empty.jpg": b"",

@@ -1,7 +1,7 @@
-"""Real servers on loopback for tests of remote datasets: S3 (moto) and plain HTTP, each behind a proxy that breaks things.
+"""Real servers on loopback, S3 (moto) and plain HTTP, each reached through a proxy that injects faults.
 
-proxy.fail("train-000002.tar", "500", "reset")     the next GETs of such a path: one is answered with 500, one is cut off
-proxy.gets["train-000002.tar"]                     how many there were
+proxy.fail("train-000002.tar", "500", "reset")     of the next GETs of such a path, one is answered with 500, one is cut off
+proxy.gets["train-000002.tar"]                     the number of GETs
 """
 
 import http.client
@@ -23,7 +23,7 @@ KEPT = ("content-length", "content-type", "content-range", "accept-ranges", "eta
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to `upstream` (host, port), all but those that are to fail."""
+    """Forwards requests to `upstream` (host, port), with the injected faults."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -33,20 +33,20 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.upstream = upstream
         self.gets: Counter[str] = Counter()  # by the last part of the path
         self.bytes_sent = 0
-        self.stalled = threading.Event()  # somebody has met a stall
+        self.stalled = threading.Event()  # a request is stalled
         self.go_on = threading.Event()  # ends all stalls
         self._faults: dict[str, deque[str]] = {}
         self._lock = threading.Lock()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Says nothing: clients that go away are what the tests are about."""
+        """Logs nothing: the tests disconnect clients on purpose."""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
     def fail(self, name: str, *kinds: str) -> None:
-        """500, 503, 403, reset, short (fewer bytes than announced), corrupt, stall; ever-… goes on for ever."""
+        """500, 503, 403, reset, short (fewer bytes than announced), corrupt, stall; ever-… repeats."""
         self._faults.setdefault(name, deque()).extend(kinds)
 
     def clear(self) -> None:
@@ -57,7 +57,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.bytes_sent = 0
 
     def count(self, path: str) -> str | None:
-        """Counts a GET; gives what is to be wrong with it."""
+        """Counts a GET; returns its fault, if any."""
         name = path.partition("?")[0].rpartition("/")[2]
         with self._lock:
             self.gets[name] += 1
@@ -134,7 +134,7 @@ def _serving(server: http.server.ThreadingHTTPServer) -> Iterator[None]:
 
 @contextmanager
 def s3_server() -> Iterator[Proxy]:
-    """moto's S3 behind a proxy; the environment must name the proxy's url as AWS_ENDPOINT_URL."""
+    """Runs moto's S3 and a proxy, whose url the environment must name as AWS_ENDPOINT_URL."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
@@ -153,7 +153,7 @@ class _Quiet(http.server.SimpleHTTPRequestHandler):
 
 @contextmanager
 def web_server(folder: Path) -> Iterator[Proxy]:
-    """Python's own server of a folder, which knows nothing of byte ranges, behind a proxy."""
+    """Runs Python's server of a folder, which ignores byte ranges, and a proxy."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder)))
     proxy = Proxy(("127.0.0.1", server.server_port))
     with _serving(server), _serving(proxy):

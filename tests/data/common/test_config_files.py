@@ -1,6 +1,5 @@
 """Settings files: layers, text as typed, problems of bad files, and schemas that are a part of the settings in the files."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial

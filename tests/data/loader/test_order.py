@@ -25,7 +25,7 @@ def shard_start(*sizes: int) -> np.ndarray:
 
 
 def check_epoch(order: SampleOrder, epoch: int, ranks: int) -> None:
-    """Asserts that all ranks together use each copy of a sample at most once, and all samples but those that can't fill a batch."""
+    """Asserts that an epoch uses each copy at most once, and all samples but those that can't fill a batch."""
     slots = [select_rank_slots(order.global_batch, rank, ranks) for rank in range(ranks)]
     batches = [order.batch(epoch, step) for step in range(order.steps_per_epoch)]
     ids = np.concatenate([batch[part] for batch in batches for part in slots])
@@ -271,7 +271,7 @@ def test_peak_bytes_are_close_to_the_need() -> None:
 
 @pytest.mark.parametrize("share", [1, 0.4])
 def test_evaluation_uses_cover_every_read(share: float) -> None:
-    """Of all samples, and of a part of them."""
+    """For all samples, and for a part of them."""
     random = np.random.default_rng(0)
     for sizes, micro_batch, ranks in itertools.product([(10,), (3, 1, 9), (1, 2, 3, 4, 5, 6, 7)], (1, 2, 5), (1, 2, 3)):
         starts = shard_start(*sizes)

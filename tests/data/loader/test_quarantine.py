@@ -178,7 +178,7 @@ def test_ranks_use_the_same_replacements(clean: Index, order: SampleOrder, undam
 
 
 def test_resumed_run_uses_the_same_replacements(clean: Index, order: SampleOrder, undamaged: dict[int, Batch], tmp_path: Path) -> None:
-    """Whether the file of bad samples exists or not."""
+    """With and without the file of bad samples."""
     damage = scenario("everything", clean, order)
     index = damaged_copy(clean, tmp_path / "copy", damage)
     known = Quarantine(index, 0.5, tmp_path / "quarantine.jsonl")
@@ -293,7 +293,7 @@ def test_batch_without_a_good_image_is_skipped(clean: Index, tmp_path: Path) -> 
     assert [batch.step for batch in batches] == [step for step in range(SAMPLES // 4) if step != 2]
 
 
-# ---------------------------------------------------------------- how many, and what is kept
+# ---------------------------------------------------------------- the limit and the file
 
 
 def test_too_many_bad_images_end_the_job(clean: Index, order: SampleOrder, tmp_path: Path) -> None:

@@ -100,12 +100,9 @@ def test_faults_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
     [
         ({"json": b"{"}, {"field": "x"}, "sample 1: its .json can't be read"),
         ({"json": b"[1]"}, {"field": "x"}, "sample 1: its .json has no field x"),
-        ({"json": b'{"y": 1}'}, {"field": "x"}, "sample 1: its .json has no field x"),
-        ({"json": b'{"x": [1]}'}, {"field": "x"}, r"sample 1: field x of its .json is \[1\] instead of a number or a class name"),
-        ({"json": b'{"x": true}'}, {"field": "x"}, "sample 1: field x of its .json is True instead of"),
+        ({"json": b'{"x": true}'}, {"field": "x"}, "sample 1: field x of its .json is True instead of a number or a class name"),
         ({"json": b'{"x": "c"}'}, {"field": "x", "classes": ("a", "b")}, "sample 1: its class 'c' is not among the 2 given classes"),
         ({"cls": b"2"}, {"classes": ("a", "b")}, "sample 1: its label is 2; labels are from 0 to 1"),
-        ({"txt": b"2"}, {}, "sample 1: it has txt, jpg, and no cls"),
     ],
 )
 def test_invalid_label_is_an_error(tmp_path: Path, members: dict[str, bytes], arguments: dict, fault: str) -> None:

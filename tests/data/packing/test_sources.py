@@ -13,7 +13,7 @@ import pytest
 from scipy.io import savemat
 
 from data.packing.labels import read_classes, read_image_labels
-from data.packing.sources import KEY_BYTES, Source, encode_key, list_tar, read_entry, recognize_source
+from data.packing.sources import KEY_BYTES, Source, list_tar, read_entry, recognize_source
 from tests.support.packs import ODD_NAMES, make_tar, write_files
 
 # Two classes; the content of a file does not matter before it is decoded.
@@ -189,9 +189,7 @@ def test_webdataset_shards_are_listed(tmp_path: Path, label_member: str, label: 
         ({"1.txt": b"", "1.cls": b"3"}, "it has txt, cls, and no jpg or jpeg or png or webp"),
         ({"1.jpg": b"", "1.txt": b""}, "it has jpg, txt, and neither cls nor json"),
         ({"1.jpg": b"", "1.json": b"{}"}, r"its \.json has no field label"),
-        ({"1.jpg": b"", "1.json": b'{"label": 0.5}'}, r"field label of its \.json is 0\.5 instead of a number or a class name"),
-        ({"1.jpg": b"", "1.cls": b" "}, r"its \.cls holds b' ' instead of a number or a class name"),
-        ({"1.jpg": b"", "1.cls": b"\xff"}, r"its \.cls holds b'\\xff' instead of"),
+        ({"1.jpg": b"", "1.cls": b"\xff"}, r"its \.cls holds b'\\xff' instead of a number or a class name"),
     ],
 )
 def test_unusable_sample_is_a_fault(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
@@ -283,15 +281,6 @@ def test_odd_names_become_distinct_valid_keys(tmp_path: Path, is_tar: bool) -> N
         "same.jpg.gif": "same%2Ejpg%2Egif", "caf\udce9.jpg": "caf%E9", "café.jpg": "caf%C3%A9", ".hidden": "%2Ehidden",
     }.items():  # fmt: skip
         assert keys[os.fsencode(name)] == "cl%E4ss%201%2E5/" + key
-
-
-def test_long_keys_are_cut_and_hashed() -> None:
-    long = encode_key("n1/" + "x" * 200)
-    assert len(long) == KEY_BYTES
-    assert long.startswith("n1/xxx")
-    assert long[78] == "~"
-    assert encode_key("n1/" + "x" * 92) == "n1/" + "x" * 92
-    assert encode_key("n1/" + "x" * 93)[78] == "~"
 
 
 def test_encoded_keys_of_shards_are_not_encoded_again(tmp_path: Path) -> None:

@@ -72,10 +72,9 @@ def test_flipped_bit_of_a_shard_is_found(copy: Path, dataset: Index, find_positi
 
 
 @pytest.mark.parametrize("deep", [False, True])
-@pytest.mark.parametrize("position", [0, 124, 156])  # name, size, type
-def test_flipped_bit_of_a_tar_header_is_found(copy: Path, position: int, deep: bool) -> None:
+def test_flipped_bit_of_a_tar_header_is_found(copy: Path, deep: bool) -> None:
     with tarfile.open(copy / "train-000001.tar") as tar:
-        flip_bit(copy / "train-000001.tar", tar.getmembers()[7].offset + position)
+        flip_bit(copy / "train-000001.tar", tar.getmembers()[7].offset + 124)
     (fault,) = find_faults(copy, deep)
     assert "train-000001.tar: not a whole tar file (bad checksum, after sample 0000000" in fault
 
