@@ -183,13 +183,7 @@ def _pack(args: argparse.Namespace) -> None:
         ),
     )
     indexes = pack(
-        args.source,
-        args.out,
-        settings,
-        max_rejected=args.max_rejected,
-        workers=args.workers,
-        part=args.part,
-        merge_only=args.merge,
+        args.source, args.out, settings, max_rejected=args.max_rejected, workers=args.workers, part=args.part, merge_only=args.merge
     )
     for index in indexes:
         print(format_stats(index))

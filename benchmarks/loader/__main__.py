@@ -37,32 +37,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark that the arguments name; returns the exit code, 2 after a mistake of the user's."""
+    """Measures a job's data loader, prints the table and stores the result; returns the exit code, 2 after a user error."""
     args = parse(parser(), arguments)
     try:
-        run(args)
+        job = load_job(args.config, args.overrides)
+        batch = args.batch or job.engine.micro_batch
+        compare = rates.gpu_sweep if args.gpu_sweep else rates.compare_with_timm
+        measured = compare(job, images=args.images, batch=batch, rounds=args.rounds)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    return 0
-
-
-def run(args: argparse.Namespace) -> None:
-    """Measures the job of args.config, prints the table and stores the result.
-
-    Raises:
-        ValueError: the settings are wrong, the dataset lies at a URL, or --gpu-sweep has no GPU.
-    """
-    job = load_job(args.config, args.overrides)
-    batch = args.batch or job.engine.micro_batch
-    compare = rates.gpu_sweep if args.gpu_sweep else rates.compare_with_timm
-    measured = compare(job, images=args.images, batch=batch, rounds=args.rounds)
     given = {"gpu_sweep": args.gpu_sweep, "against": args.against, "images": args.images, "batch": batch, "rounds": args.rounds}
     command = f"{harness.command_line(MODULE, given)} {shlex.join([str(args.config), *args.overrides])}"
     device = rates.job_device(job)
     facts = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch_threads": torch.get_num_threads()}
-    content = {"rows": rates.rows(measured), "ratios": rates.ratios(measured)}
-    harness.report(args.out / "loader.json", command, rates.PACKAGES, **facts, **content)
+    tables = {"rows": rates.rows(measured), "ratios": rates.ratios(measured)}
+    harness.report(args.out / "loader.json", command, rates.PACKAGES, **facts, **tables)
+    return 0
 
 
 if __name__ == "__main__":

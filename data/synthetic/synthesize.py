@@ -39,11 +39,7 @@ def _combine_figures(*, is_diagonal: bool) -> dict[str, Drawer]:
 
 
 # A set's position seeds its random numbers: append new sets at the end.
-SETS = {
-    "patterns": PATTERN_SET,
-    "figures": _combine_figures(is_diagonal=False),
-    "other-figures": _combine_figures(is_diagonal=True),
-}
+SETS = {"patterns": PATTERN_SET, "figures": _combine_figures(is_diagonal=False), "other-figures": _combine_figures(is_diagonal=True)}
 
 
 def draw_images(

@@ -97,12 +97,7 @@ def test_operator_gives_timms_pixels(photos: list[Image.Image], operator: Operat
 
 @pytest.mark.parametrize(
     ("operator", "argument", "other"),
-    [
-        (Operator.ROTATE, 10.0, 11.0),
-        (Operator.TRANSLATE_Y, 0.1, 0.11),
-        (Operator.BRIGHTNESS, 1.2, 1.23),
-        (Operator.SHARPNESS, 1.9, 0.9),
-    ],
+    [(Operator.ROTATE, 10.0, 11.0), (Operator.TRANSLATE_Y, 0.1, 0.11), (Operator.BRIGHTNESS, 1.2, 1.23), (Operator.SHARPNESS, 1.9, 0.9)],
 )
 def test_comparison_detects_another_argument(photos: list[Image.Image], operator: Operator, argument: float, other: float) -> None:
     layer = Layer(np.full(len(photos), operator, np.int32), np.full(len(photos), other))

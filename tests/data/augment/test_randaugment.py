@@ -102,14 +102,7 @@ def test_operators_and_arguments_are_distributed_as_in_timm(text: str) -> None:
     check_against_timm(ours(draw_rand_augment(3, 1, np.arange(draws), parse_policy(text))), timms(text, draws))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"probability": 0.55}, "numbers of operators"),
-        ({"magnitude": 8}, "arguments"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("change", "message"), [({"probability": 0.55}, "numbers of operators"), ({"magnitude": 8}, "arguments")], ids=str)
 def test_comparison_detects_another_policy(change: dict[str, Any], message: str) -> None:
     policy = Policy(**{**vars(parse_policy(RECIPE)), **change})
     with pytest.raises(AssertionError, match=message):

@@ -138,9 +138,7 @@ def test_gpu_graph_gives_the_images_of_the_cpu_graph(dataset: Index, order: Samp
         kept.append((device.images, device.images.clone()))
     assert all(torch.equal(images, copy) for images, copy in kept)
     for host, device in zip(
-        evaluation(dataset, image_size=64),
-        evaluation(dataset, image_size=64, device=torch.device("cuda:0")),
-        strict=True,
+        evaluation(dataset, image_size=64), evaluation(dataset, image_size=64, device=torch.device("cuda:0")), strict=True
     ):
         assert (pixels(device.images.cpu()) - pixels(host.images)).abs().mean() < 1.5
 

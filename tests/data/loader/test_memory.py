@@ -25,10 +25,7 @@ def resident_bytes_after_epochs(drawn: Path, kept: list[Batch] | None) -> Iterat
     settings = DataConfig(image_size=IMAGE_SIZE, auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.25)
     settings.decode_threads, settings.read_threads = 1, 2
     placement, end = Placement(torch.device("cpu"), MICRO_BATCH), EPOCHS * order.steps_per_epoch
-    with (
-        TrainLoader(train, order, settings, placement, end=end) as loader,
-        EvalLoader(val, settings, placement) as evaluation,
-    ):
+    with TrainLoader(train, order, settings, placement, end=end) as loader, EvalLoader(val, settings, placement) as evaluation:
         for number, batch in enumerate(loader, 1):
             if number % order.steps_per_epoch == 0:
                 if kept is not None:

@@ -41,10 +41,7 @@ def check_epoch(order: SampleOrder, epoch: int, ranks: int) -> None:
 COMBINATIONS = [
     (sizes, lanes, window, batch)
     for sizes, lanes, window, batch in itertools.product(
-        [(1,), (7,), (40,), (3, 1, 9), (10, 10, 10, 10), (1, 2, 3, 4, 5, 6, 7)],
-        (1, 2, 3, 4, 64),
-        (1, 2, 5, 7, 2048),
-        (1, 2, 4, 6, 12),
+        [(1,), (7,), (40,), (3, 1, 9), (10, 10, 10, 10), (1, 2, 3, 4, 5, 6, 7)], (1, 2, 3, 4, 64), (1, 2, 5, 7, 2048), (1, 2, 4, 6, 12)
     )
     if sum(sizes) >= batch
 ]

@@ -249,10 +249,7 @@ def test_processes_race_on_a_file_system_without_locks(source: Path, packed: Pat
     assert read_files(tmp_path / "in") == read_files(packed)
 
 
-@pytest.mark.parametrize(
-    ("step", "is_after"),
-    [("recognize_source", False), ("open_plan", True), ("pack_shard", True), ("_merge", False)],
-)
+@pytest.mark.parametrize(("step", "is_after"), [("recognize_source", False), ("open_plan", True), ("pack_shard", True), ("_merge", False)])
 def test_another_process_finishes_first(
     source: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, is_after: bool
 ) -> None:
