@@ -21,30 +21,6 @@ from tests.support.foreign_shards import JPEGS, write_tar
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY)}
 
 
-def test_pack_verify_and_stats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for number, (encoded, label) in enumerate(draw_images(3, 30, 0, 0)):
-        for split in ("train", "val"):
-            folder = tmp_path / split / f"class{label}"
-            if not (split == "val" and label == 0):
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / f"{number}.jpg").write_bytes(encoded)
-    packed = tmp_path / "toys"
-    options = [str(packed), "--workers", "1", "--shard-mb", "0.05"]
-    assert main(["pack", str(tmp_path / "train"), *options]) == 0
-    assert "samples      30" in capsys.readouterr().out
-    assert main(["pack", str(tmp_path / "val"), *options, "--split", "val"]) == 0
-    assert sorted(path.name for path in packed.iterdir()) == ["train", "val"]
-    assert open_index(packed / "val").classes == open_index(packed / "train").classes
-    assert set(open_index(packed / "val").samples["label"].tolist()) == {1, 2}
-    assert main(["verify", str(packed / "train")]) == 0
-    capsys.readouterr()
-    assert main(["stats", str(packed / "train")]) == 0
-    assert "samples      30" in capsys.readouterr().out
-    (packed / "train" / "toys-train-000001.tar").unlink()
-    assert main(["verify", str(packed / "train")]) == 1
-    assert "toys-train-000001.tar is missing" in capsys.readouterr().out
-
-
 def test_every_option_of_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "flat").mkdir()
     labels = []

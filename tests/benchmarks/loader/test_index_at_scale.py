@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from benchmarks.loader.index_at_scale import (
     rows,
     run_ranks,
     simulate,
-    slowest_step,
 )
 from data.dataset.index import Index, open_index
 from data.loader.order import SampleOrder
@@ -63,25 +61,6 @@ def test_private_memory_of_a_rank_excludes_shared_pages(simulated: Path) -> None
         assert rank.opening > 0
     for rank in run_ranks(simulated, 2, use=copy_index):
         assert rank.private > 40e6
-
-
-def test_slowest_step_of_all_epochs_is_measured(simulated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps take 1 s of a fake clock, one of them 7 s, and every first run of a step 5 s more."""
-    now, steps = 0.0, []
-
-    def batch(order: SampleOrder, epoch: int, step: int) -> np.ndarray:
-        nonlocal now
-        steps.append((epoch, step))
-        is_slow = len(steps) > 100 and (epoch, step) == steps[100]
-        is_first = steps.count((epoch, step)) == 1
-        now += 1.0 + (5.0 if is_first else 0.0) + (6.0 if is_slow else 0.0)
-        return np.arange(order.global_batch)
-
-    monkeypatch.setattr(SampleOrder, "batch", batch)
-    monkeypatch.setattr(index_at_scale, "time", SimpleNamespace(perf_counter=lambda: now))
-    assert slowest_step(open_index(simulated)) == 7.0
-    assert len(set(steps)) > 250
-    assert {epoch for epoch, _ in steps} == set(range(90))
 
 
 def test_exceeded_limit_sets_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,16 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +22,6 @@ from benchmarks.loader.rates import (
     Case,
     Rates,
     best,
-    cpu_time,
-    measure,
     our_case,
     ratios,
     timed,
@@ -116,40 +110,6 @@ def test_prefetched_batches_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     for prefetched, expected in ((3, 10 * 0.01), (2, 0.5 + 9 * 0.01)):
         case = Case("a", {}, lambda count: clock.batches(3, count), prefetched=prefetched)
         assert timed(case, 10, CPU)[0] == pytest.approx(expected)
-
-
-def test_cpu_time_includes_children() -> None:
-    busy = "import time\nprint(1, flush=True)\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\n"
-    with subprocess.Popen(
-        [sys.executable, "-c", f"{busy}print(2, flush=True)\ninput()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        before = cpu_time()
-        child.stdout.readline()
-        assert 0.4 < cpu_time() - before < 0.7
-        before = cpu_time()
-        time.sleep(0.2)
-        assert cpu_time() - before < 0.1  # all are idle
-        child.communicate("\n")
-
-
-def test_cases_take_turns_and_count_whole_groups_of_parallel_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, opened = Clock(monkeypatch), []
-
-    def case(name: str, parallel: int) -> Case:
-        def batches(count: int) -> Any:
-            opened.append((name, count))
-            return clock.batches(0, count)
-
-        return Case(name, {}, batches, parallel, prefetched=1)
-
-    measured = measure([case("a", 1), case("b", 4), case("c", 1)], images=50, batch=10, device=CPU, rounds=3)
-    assert [name for name, _ in opened] == ["a", "b", "c", "c", "b", "a", "a", "b", "c"]
-    assert {name: count - 2 for name, count in opened} == {"a": 5, "b": 8, "c": 5}
-    for rates in measured:
-        assert rates.per_s == pytest.approx([1000] * 3)  # 10 images in 10 ms
-        assert len(rates.per_cpu_s) == 3
 
 
 def test_ratios_compare_the_best_settings() -> None:

@@ -127,24 +127,6 @@ def test_shards_are_fetched_in_order_of_need_as_far_as_the_cache_allows(s3: Prox
         assert list(s3.shards())[: len(expected) + 2] == [remote.shards[use.shard].name for use in uses[: len(expected) + 2]]
 
 
-def test_slow_fetch_delays_only_its_readers(s3: Proxy, remote: Index, many_shards: Index) -> None:
-    slow = remote.shards[2]
-    s3.fail(slow.name, "stall")
-    first = int(remote.shard_start[2])
-    expected = read_images(many_shards)
-    with store_of(remote, shards=14) as store, ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(store.read, first)
-        for sample_id in (*range(first), *range(int(remote.shard_start[3]), int(remote.shard_start[5]))):
-            assert store.read(sample_id).tobytes() == expected[sample_id]
-        time.sleep(0.1)
-        assert not waiting.done()
-        before = store.waited_s
-        s3.go_on.set()
-        assert waiting.result(timeout=20).tobytes() == expected[first]
-        assert store.waited_s >= before + 0.1
-    assert s3.shards()[slow.name] >= 2
-
-
 @pytest.mark.parametrize("fault", ["500", "503", "reset", "short", "corrupt"])
 def test_temporary_faults_change_nothing(s3: Proxy, remote: Index, many_shards: Index, fault: str) -> None:
     for shard in remote.shards[::3]:

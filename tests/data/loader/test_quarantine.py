@@ -309,26 +309,6 @@ def test_too_many_bad_images_end_the_job(clean: Index, order: SampleOrder, tmp_p
     assert has_at_most_threads(before)
 
 
-def test_bad_images_of_all_ranks_count_together(clean: Index) -> None:
-    one, other = Quarantine(clean, 3 / SAMPLES), Quarantine(clean, 3 / SAMPLES)
-    for sample in (5, 6):
-        one.add(sample, "bad")
-    for sample in (6, 7, 8):
-        other.add(sample, "bad")
-    found = one.take_unreported() + other.take_unreported()
-    errors = []
-    for quarantine in (one, other):
-        assert [bad.sample for bad in quarantine.merge(found)] == [5, 6, 7, 8]
-        assert quarantine.merge(found) == []
-        assert quarantine.count == 4
-        with pytest.raises(ValueError, match="4 of 64 images") as caught:
-            quarantine.check()
-        errors.append(str(caught.value))
-        with pytest.raises(ValueError, match="5 of 64 images"):
-            quarantine.add(9, "bad")
-    assert errors[0] == errors[1]
-
-
 def test_file_keeps_bad_samples(clean: Index, tmp_path: Path) -> None:
     file = tmp_path / "quarantine.jsonl"
     first = Quarantine(clean, 0.5, file)
