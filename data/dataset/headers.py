@@ -36,7 +36,7 @@ class BadImage(ValueError):
 class JpegHeader:
     """The header of a JPEG: `frame` is a key of FRAMES, `scan_start` the byte offset of the first scan's data.
 
-    `single_scan` tells whether the first scan holds all components; `exif` is empty without such a segment; `unwanted` is a word for
+    `single_scan` is true if the first scan holds all components; `exif` is empty without such a segment; `unwanted` is a word for
     content that should not be stored, such as "mpo". `stripped` is the header without that content and without metadata.
     """
 

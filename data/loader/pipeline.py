@@ -58,8 +58,8 @@ class Batch:
 class Slots:
     """The slots of a micro-batch in the sample order.
 
-    `ids` and `copies`, int64 (B,), are the samples before replacements, and which copy of its sample each slot holds. Once this micro-
-    batch is read, all steps before `done` are read.
+    `ids` and `copies`, int64 (B,), are the samples before replacements, and which copy of its sample each slot holds. Once this
+    micro-batch is read, all steps before `done` are read.
     """
 
     ids: np.ndarray
