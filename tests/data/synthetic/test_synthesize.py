@@ -32,7 +32,7 @@ def test_synthesize_repeats_with_the_seed(tmp_path: Path) -> None:
         synthesize(tmp_path / "more", classes=11)
 
 
-@pytest.mark.parametrize(("draw", "classes"), [("patterns", 10), ("figures", 50), ("other-figures", 10)])
+@pytest.mark.parametrize(("draw", "classes"), [("patterns", 10), ("figures", 50)])
 def test_mean_color_does_not_reveal_the_class(draw: str, classes: int) -> None:
     """A nearest-centroid classifier on mean colors stays near chance, which is 10 % or 2 %."""
     features, labels = [], []
