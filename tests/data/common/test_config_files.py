@@ -1,5 +1,6 @@
 """Settings files: layers, text as typed, problems of bad files, and schemas that are a part of the settings in the files."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -200,6 +201,15 @@ def test_text_in_a_file_is_taken_as_typed(tmp_path: Path, job: Path, text: str) 
         assert (config.dir, config.cache) == (text, text)
 
 
+def test_text_of_lists_is_taken_as_typed(job: Path) -> None:
+    assert load(job, ["labels=[010, 1.10, yes, 'a, b', ~, n1:2]"]).labels == ["010", "1.10", "yes", "a, b", "~", "n1:2"]
+
+
+def test_yaml_has_the_first_word_in_a_file(tmp_path: Path, job: Path) -> None:
+    assert load(write(tmp_path / "more.yaml", "base: job.yaml\ndir: a #b\n")).dir == "a"
+    assert load(write(tmp_path / "more.yaml", 'base: job.yaml\ndir: "a #\\t"\n')).dir == "a #\t"
+
+
 def test_empty_text_is_an_error(tmp_path: Path, job: Path) -> None:
     assert the_problem(job, "name=") == "name =  (command line): is empty"
     assert the_problem(job, "cache=") == "cache =  (command line): is empty"
@@ -267,6 +277,11 @@ def test_missing_value_is_an_error(tmp_path: Path, job: Path) -> None:
     assert load(path, ["dir=x", "labels=[]"]).dir == "x"
 
 
+def test_a_reference_to_a_missing_setting_is_not_reported_twice(tmp_path: Path) -> None:
+    path = write(tmp_path / "job.yaml", "epochs: 3\noptim: {lr: 1}\ncache: ${name}\n")
+    assert problems(path) == [f"name: no value; set it in {path} or as name=…"]
+
+
 # ---------------------------------------------------------------- saved settings
 
 
@@ -316,6 +331,10 @@ def test_keys_of_other_schemas_are_skipped(whole_job: Path) -> None:
     config = load_job(whole_job, ["data.window=7"])
     assert (config.seed, config.global_batch, config.engine.micro_batch) == (3, 64, 8)
     assert (config.data.flip, config.data.window, config.data.mixup) == (0.25, 7, 0.8)
+
+
+def test_references_to_keys_of_other_schemas(whole_job: Path) -> None:
+    assert load_job(whole_job, ["data.cache=/scratch/${name}-${model.classes}"]).data.cache == "/scratch/tiny-4"
 
 
 def test_problems_of_the_known_keys_are_all_reported(whole_job: Path) -> None:
