@@ -30,9 +30,9 @@ from data.loader.order import SampleOrder, select_rank_slots
 from data.settings import DataConfig
 
 MODULE = "benchmarks.loader.index_at_scale"
-SAMPLES, SHARDS, CLASSES = 14_197_122, 4096, 21_841  # of ImageNet-22K
+SAMPLES, SHARDS, CLASSES = 14_197_122, 4096, 21_841  # ImageNet-22K
 GLOBAL_BATCH = 8192
-SAMPLES_1K, SHARDS_1K, CLASSES_1K = 1_281_167, 540, 1000  # of ImageNet-1K
+SAMPLES_1K, SHARDS_1K, CLASSES_1K = 1_281_167, 540, 1000  # ImageNet-1K
 GLOBAL_BATCH_1K = 512
 DEFAULT = DataConfig.lanes, DataConfig.window
 CHOICES = [DEFAULT, (64, 512), (64, 8192), (64, 32768), (16, 2048), (256, 2048), (512, 2048)]  # lanes, window
@@ -43,7 +43,7 @@ _STEPS = 270  # three of each epoch
 _MIXED_STEPS = 48  # each of another epoch
 _ROUNDS = 3
 _SECONDS_TO_MEET = 300
-_HEADER_BYTES = 1536  # of a sample in a tar: two headers and the label, before the image
+_HEADER_BYTES = 1536  # bytes before the image of a sample in a tar: two headers and the label
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from data.settings import DataConfig, JobData
 OURS, TIMM = "this loader", "timm"
 DECODING = "DALI, decoding whole images alone"
 PACKAGES = ("torch", "nvidia-dali-cuda130", "timm", "pillow", "numpy")
-_HARDWARE_LOADS = (0.0, 0.12, 0.35, 0.65, 0.9)  # of DALI's hw_decoder_load
+_HARDWARE_LOADS = (0.0, 0.12, 0.35, 0.65, 0.9)  # values of hw_decoder_load
 _READ_THREADS = (1, 2, 4)
 _IN_MEMORY = 512  # encoded images that decoding alone repeats
 

@@ -29,7 +29,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _MAX_LISTED_CLASSES = 24  # a dataset with more classes is summarized
 _SIDES = (0, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 1 << 16)
 _RATIOS = (0.0, 0.33, 0.5, 0.66, 0.74, 0.9, 1.1, 1.3, 1.4, 1.6, 2.0, 3.0, np.inf)
-_COLUMNS, _ROWS = 8, 6  # of a contact sheet
+_COLUMNS, _ROWS = 8, 6  # contact sheet
 _THUMBNAIL = 180  # pixels of the longer side
 _COLOR = "#3b6ea8"
 

@@ -3,7 +3,7 @@
     order = SampleOrder(index.shard_start, seed=0, global_batch=8192)
     epoch, step_in_epoch = order.locate(step)
     ids = order.batch(epoch, step_in_epoch)[select_rank_slots(8192, rank, ranks)]
-    for use in plan_shard_uses(order, select_rank_slots(8192, rank, ranks), start, end): …      # which shards are needed, and when
+    for use in plan_shard_uses(order, select_rank_slots(8192, rank, ranks), start, end): …      # shards that are needed, and when
 
 The layout of an epoch, for N samples, a global batch of G, S = N // G steps and L lanes:
 
@@ -194,7 +194,7 @@ def compute_peak_bytes(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, 
     most = 0
     for epoch in range(order.locate(start)[0], order.locate(end - 1)[0] + 1):
         slices = _cut_epoch(order, epoch)
-        change = np.zeros((lanes, order.steps_per_epoch + 1), np.int64)  # of the bytes, between steps
+        change = np.zeros((lanes, order.steps_per_epoch + 1), np.int64)  # change of the bytes between steps
         np.add.at(change, (slices.lane, slices.first), shard_bytes[slices.shard])
         np.add.at(change, (slices.lane, slices.last + 1), -shard_bytes[slices.shard])
         used = np.zeros((2 * lanes + 1, order.steps_per_epoch + 1), np.int64)  # bytes, cumulative over lanes

@@ -3,7 +3,7 @@
     quarantine = Quarantine(index, max_bad=0.001, file=RUN / "quarantine.jsonl")    # with the bad samples of earlier starts
     quarantine.find_replacement(sample_id)              # the sample itself or, if it is bad, its replacement
     quarantine.add(sample_id, "its header is damaged")  # from any thread
-    new = quarantine.merge(entries_of_all_ranks)        # those that are new to the job
+    new = quarantine.merge(entries_of_all_ranks)        # samples that are new to the job
     quarantine.record(new, step)                        # on one rank
 
 A replacement depends on the dataset and the known bad samples alone. A replacement that is bad too is found when it is read. So each
@@ -40,14 +40,8 @@ class BadSample:
 class Quarantine:
     """The bad samples of a dataset that this rank knows.
 
-    Args:
-        index: the dataset.
-        max_bad: the share of the dataset's samples that may be bad.
-        file: keeps the bad samples of all datasets of a run; None keeps none.
-        replaces: whether bad samples are replaced, or skipped.
-
-    Raises:
-        ValueError: more than `max_bad` are bad, at the start or later; or the file can't be read.
+    Bad samples are replaced or, without `replaces`, skipped. `file` keeps the bad samples of all datasets of a run. Raises ValueError for
+    a file that can't be read, and, at the start or later, where the share of bad samples exceeds `max_bad`.
     """
 
     def __init__(self, index: Index, max_bad: float, file: Path | None = None, *, replaces: bool = True) -> None:

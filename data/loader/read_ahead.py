@@ -28,7 +28,7 @@ class ReadAhead(AbstractContextManager, Generic[Item, Result]):
         self._work_lock = threading.Lock()
         self._taken = 0  # items taken from `work`; guarded by _work_lock
         self._room = threading.Semaphore(depth)
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the attributes below
         self._results: dict[int, Result | BaseException] = {}
         self._returned = 0
         self._closed = False

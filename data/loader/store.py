@@ -248,7 +248,7 @@ class FetchedShards(ShardStore):
                 raise Stopped
             result = self._booked_shards[shard].result if shard in self._booked_shards else None
         if isinstance(result, Exception):
-            raise ValueError(str(result)) from result  # it names the shard's URL, or its file in the cache
+            raise ValueError(str(result)) from result  # the message names the shard's URL, or its file in the cache
         return result
 
     def advance(self, step: int) -> None:
@@ -257,7 +257,7 @@ class FetchedShards(ShardStore):
                 self._booked_uses.remove(use)
                 self._booked_shards[use.shard].uses -= 1
                 if not self._booked_shards[use.shard].uses:
-                    del self._booked_shards[use.shard]  # which releases the shard
+                    del self._booked_shards[use.shard]  # releases the shard
                     self._booked_bytes -= self.index.shards[use.shard].bytes
             self._changed.notify_all()
 

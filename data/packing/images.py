@@ -38,9 +38,9 @@ from data.dataset.headers import END_OF_IMAGE, FRAMES, BadImage, JpegHeader, nvi
 MAX_PIXELS = 2**28 // 3  # 89 megapixels, 256 MiB of RGB: bounds a worker's memory, and DALI's buffers, which never shrink
 DALI_PIXELS = (2**29 - 1) // 3  # DALI's JPEG decoder rejects 2^29 bytes of pixels and more
 JPEG_SIDE = 65_500  # libjpeg's limit for width and height; below the index's limit of 16 bits
-MAX_BYTES = 2**31 - 1  # of an encoded image: DALI's JPEG decoder counts them in an int
+MAX_BYTES = 2**31 - 1  # an encoded image's limit: DALI's JPEG decoder counts bytes in an int
 MAX_METADATA = 1 << 18  # bytes of a JPEG besides its pixels: three average images of ImageNet-22K, read again in every epoch
-QUALITY = 95  # of a new JPEG, unless it reuses the quantization tables of its source
+QUALITY = 95  # a new JPEG's quality, unless it reuses the quantization tables of its source
 HISTOGRAM_STEP = 5  # rows; coprime to the 8 rows of a JPEG block
 
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 TRIES = 6
 FIRST_PAUSE = 1.0  # seconds; each of the five pauses is twice the one before, so a job survives an outage of half a minute
 STALL = 15.0  # seconds without a byte after which a request fails
-_BLOCK_BYTES = 16 << 20  # of one request, and so of a download's memory
+_BLOCK_BYTES = 16 << 20  # size of one request, which bounds a download's memory
 
 
 class Stopped(Exception):

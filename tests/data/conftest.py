@@ -56,4 +56,4 @@ def s3(_s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     _s3.clear()
     yield _s3
     _s3.go_on.set()
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # which a test may have opened in another environment
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # a test may have opened a client in another environment

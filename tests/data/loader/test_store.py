@@ -99,7 +99,7 @@ def test_missing_shard_costs_its_pauses_once(copy: Index, monkeypatch: pytest.Mo
         path.with_suffix(".away").rename(path)
         store.read(int(copy.shard_start[1]))
         path.write_bytes(b"")
-        with pytest.raises(OSError, match="ends early"):  # it had been read since: patience again
+        with pytest.raises(OSError, match="ends early"):  # the shard was readable since, so all tries are made again
             store.read(int(copy.shard_start[1]))
         assert len(pauses) == 10
 

@@ -87,7 +87,7 @@ def test_missing_credentials_are_an_error(s3: Proxy, many_shards: Index, tmp_pat
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     with pytest.raises(ValueError, match=r"Unable to locate credentials \(1 try\); credentials come from .* FSSPEC_S3_ANON=true"):
         open_index(TRAIN, str(tmp_path))
-    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})  # what FSSPEC_S3_ANON=true does
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": True})  # as FSSPEC_S3_ANON=true does
     with pytest.raises(ValueError, match=r"dataset\.json: PermissionError: .*\(1 try\)"):
         open_index(TRAIN, str(tmp_path))
     assert len(open_index("s3://bucket/public", str(tmp_path))) == 100
