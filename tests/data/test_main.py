@@ -109,19 +109,6 @@ def test_error_is_one_line(dataset: Index, tmp_path: Path, capsys: pytest.Captur
     assert error.count("\n") == 1
 
 
-def test_problems_of_a_job_are_all_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = write_job(tmp_path, tmp_path / "nowhere", "model: {name: any}")
-    assert main(["order", str(job), "data.flp=1", "--steps", "0:2", "seed=x"]) == 2
-    assert capsys.readouterr().err == (
-        f"python -m data order: {job}: 4 problems\n"
-        "  data.flp = 1 (command line): unknown key; did you mean data.flip?\n"
-        "  seed = x (command line): must be a whole number\n"
-        f"  global_batch: no value; set it in {job} or as global_batch=…\n"
-        f"  data.train = {tmp_path / 'nowhere'} ({job}:4): no such folder; "
-        f"make it with: python -m data pack IMAGES {tmp_path} --split nowhere\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

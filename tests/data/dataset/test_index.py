@@ -9,25 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.dataset.index import DTYPE, Index, compute_fingerprint, open_index, read_key
+from data.dataset.index import Index, compute_fingerprint, open_index, read_key
 
 
 @pytest.fixture
 def copy(dataset: Index, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset.folder, tmp_path / "copy"))
-
-
-def test_index_has_rows_classes_and_fingerprint(dataset: Index) -> None:
-    assert DTYPE.itemsize == 20
-    assert len(dataset) == 150
-    assert isinstance(dataset.samples, np.memmap)
-    assert dataset.shard_start[0] == 0
-    assert dataset.shard_start[-1] == 150
-    assert len(dataset.shard_start) == len(dataset.shards) + 1
-    assert len(dataset.classes) == 10
-    assert (dataset.samples["label"] == np.arange(150) % 10).all()
-    assert dataset.fingerprint == compute_fingerprint(dataset.samples, dataset.shards)
-    assert not list(dataset.folder.glob("*.tmp"))
 
 
 def test_key_comes_from_the_idx_file(dataset: Index) -> None:

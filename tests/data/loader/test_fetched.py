@@ -96,18 +96,6 @@ def test_small_cache_fetches_each_shard_once_and_keeps_its_bound(s3: Proxy, remo
     assert not list(remote.folder.glob("reserved-*"))
 
 
-def test_second_epoch_fetches_nothing_if_all_shards_fit(s3: Proxy, remote: Index, many_shards: Index) -> None:
-    room = len(remote.shards) + 1
-    for _ in range(2):
-        with store_of(remote, shards=room) as store:
-            assert read_all(store) == read_images(many_shards)
-    assert s3.shards() == {shard.name: 1 for shard in remote.shards}
-    with store_of(remote, shards=room - 5) as store:  # control: with less room some come again
-        assert cached_bytes(remote) <= (room - 5) * int(remote.shard_bytes.max())
-        assert read_all(store) == read_images(many_shards)
-    assert sum(s3.shards().values()) > len(remote.shards)
-
-
 def test_shards_are_fetched_in_order_of_need_as_far_as_the_cache_allows(s3: Proxy, remote: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.loader.store.FETCH_THREADS", 1)  # so that the order of the requests is that of the bookings
     uses = [use for use in sequence(remote)[0] if use.first >= 40]  # as after a resume
