@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
@@ -67,11 +67,9 @@ class Node:
     read_bytes: int = 0
     read_seconds: float = 0.0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Node":
+        """Returns the node of which `asdict` made these values."""
         problems = [Problem(**problem) for problem in values["problems"]]
         return cls(**{**values, "problems": problems, "gpus": [Gpu(**gpu) for gpu in values["gpus"]]})
 

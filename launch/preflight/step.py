@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def _run(step: str, *words: str) -> dict[str, Any]:
     config, problems = read_settings(Path(path), overrides, int(os.environ["RANKS"]))
     if step == "nodes":
         inspection = Inspection(host_name(), config, problems, "--force-config" in words)
-        return inspection.run(int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"]), report_progress).to_json()
+        return asdict(inspection.run(int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"]), report_progress))
     report_progress("importing torch", IMPORT_S)
     from launch.preflight.network import time_network
 
