@@ -147,9 +147,7 @@ class Checkpoints:
     def _write_shards(self, partial: Path) -> list[Any]:
         """Writes each rank's file; returns on rank 0 the manifest's entry of each file, or the error of its rank."""
         try:
-            with files.create(partial / name_shard(self.rank)) as file:
-                file.write(self.staging.memory.numpy())
-            outcome: files.Entry | OSError = file.entry
+            outcome: files.Entry | OSError = files.write(partial / name_shard(self.rank), self.staging.memory.numpy())
         except OSError as error:
             outcome = error
         return gather_objects(outcome, self.group)
@@ -210,7 +208,7 @@ class Checkpoints:
             identity: the settings that can't change during a run; must equal "identity" in trainer.json.
 
         Raises:
-            ValueError: there are checkpoints, but none is whole, or the newest is of another job or lacks a state.
+            ValueError: there are checkpoints, but none is whole, or the newest is of another job.
         """
         chosen = run_on_rank_0(self._find_newest, self.group)
         if chosen is None:
@@ -222,9 +220,7 @@ class Checkpoints:
             raise ValueError(f"{self.folder.parent} belongs to another job: {'; '.join(changed)}; give this one its own name or run.dir")
         state = _name_pieces(zero_state.list_pieces(self.engine)) | _list_buffers(self.engine, self.stats)
         kept, present = ({get_kind(name) for name in names} for names in (state, list_tensors(path)))
-        absent = kept - present
-        if absent - {"ema", "buffer_ema"}:
-            raise ValueError(f"{path} holds no {', '.join(sorted(absent))}, which this job's optimizer needs; it is another optimizer's")
+        absent = (kept - present) & {"ema", "buffer_ema"}
         load_tensors(path, {name: tensor for name, tensor in state.items() if get_kind(name) not in absent}, self.group)
         if absent:
             zero_state.start_average(self.engine)

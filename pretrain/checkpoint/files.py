@@ -7,9 +7,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +22,20 @@ _BLOCK_BYTES = 8 << 20  # large: after each block the thread has to get the inte
 _VERIFY_THREADS = 8
 
 
-class HashedFile:
-    """Writes an open file and keeps the checksum of everything written."""
-
-    def __init__(self, descriptor: int):
-        self._descriptor, self._bytes, self._digest = descriptor, 0, new_hash()
-
-    def write(self, data: Any) -> None:
-        """Writes a whole buffer."""
-        rest = memoryview(data).cast("B")
-        while rest:
-            written = rest[: os.write(self._descriptor, rest[:_BLOCK_BYTES])]
-            self._digest.update(written)
-            self._bytes += len(written)
-            rest = rest[len(written) :]
-
-    @property
-    def entry(self) -> Entry:
-        """Returns the file's entry in the manifest."""
-        return {"bytes": self._bytes, "xxh3_128": self._digest.hexdigest()}
-
-
-@contextmanager
-def create(path: Path) -> Iterator[HashedFile]:
-    """Creates or empties a file; its content is durable when the block ends without an error."""
+def write(path: Path, content: Any) -> Entry:
+    """Writes a whole file durably, and returns its entry in the manifest. `content` is a buffer of bytes or numbers."""
+    digest, rest = new_hash(), memoryview(content).cast("B")
+    entry: Entry = {"bytes": len(rest)}
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        yield HashedFile(descriptor)
+        while rest:
+            written = rest[: os.write(descriptor, rest[:_BLOCK_BYTES])]
+            digest.update(written)
+            rest = rest[len(written) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write(path: Path, content: bytes) -> Entry:
-    """Writes a whole file durably, and returns its entry in the manifest."""
-    with create(path) as file:
-        file.write(content)
-    return file.entry
+    return entry | {"xxh3_128": digest.hexdigest()}
 
 
 def make_temporary_path(folder: Path, purpose: str, name: str) -> Path:

@@ -143,18 +143,17 @@ def _staging(hit: Callable[[], None]) -> None:
 
 
 def _shard(hit: Callable[[], None]) -> None:
-    from pretrain.checkpoint.files import HashedFile
+    from pretrain.checkpoint import files
 
-    original, shards = HashedFile.write, itertools.count()
+    original, shards = files.write, itertools.count()
 
-    def write(self: Any, data: Any) -> None:
-        if len(data) > 1_000_000 and next(shards) == SECOND_SAVE:
-            original(self, data[: len(data) // 2])
+    def write(path: Path, content: Any) -> Any:
+        if path.suffix == ".distcp" and next(shards) == SECOND_SAVE:
+            original(path, content[: len(content) // 2])
             hit()
-            data = data[len(data) // 2 :]
-        original(self, data)
+        return original(path, content)
 
-    HashedFile.write = write  # type: ignore[method-assign]
+    files.write = write
 
 
 def _in_files(name: str, after: bool = False, only: Callable[..., bool] | None = None) -> Callable[[Callable[[], None]], None]:

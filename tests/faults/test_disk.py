@@ -8,7 +8,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,13 +110,13 @@ def test_control_without_temporary_names_and_checks_it_fails(tmp_path: Path) -> 
 def unsafe_moments(folder: str, unprotected: str | None) -> list[str]:
     if unprotected == "files":
 
-        @contextmanager
-        def create(path: Path) -> Iterator[files.HashedFile]:
+        def write(path: Path, content: Any) -> files.Entry:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            yield files.HashedFile(descriptor)
+            os.write(descriptor, content)
             os.close(descriptor)
+            return {"bytes": memoryview(content).nbytes, "xxh3_128": ""}
 
-        files.create = create
+        files.write = write
     elif unprotected == "folders":
         files.sync = lambda path: None
     session = Session(folder, keep=1)

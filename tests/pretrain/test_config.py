@@ -13,7 +13,7 @@ import yaml
 from data.common.fields import settings_of
 from data.synthetic.synthesize import synthesize
 from pretrain import config as settings
-from pretrain.config import Config, ConfigError, accumulation, as_dict, from_dict, load, save
+from pretrain.config import Config, ConfigError, accumulation, load, save
 from pretrain.config_command import listing, markdown, resolved
 from tests.support import REPOSITORY, config_errors
 from tests.support.config_errors import write
@@ -115,16 +115,6 @@ def test_settings_that_conflict_with_graphs_are_named(job: Path) -> None:
 
 
 # ---------------------------------------------------------------- there and back
-
-
-def test_saved_settings_load_as_the_same(tmp_path: Path, job: Path, dataset: Path) -> None:
-    overrides = [f"data.val={dataset / 'val'}", "steps=5", "optim.betas=[0.8,0.9]", "data.mean=[0.5,0.5,0.5]", "run.dir=here #${x}"]
-    overrides += ["name=010", "model.kwargs.drop_rate=0.1"]
-    config = load(job, overrides)
-    save(config, tmp_path / "saved.yaml")
-    assert load(tmp_path / "saved.yaml") == config
-    assert from_dict(as_dict(config)) == config
-    assert config != load(job)
 
 
 def test_steps_to_profile() -> None:

@@ -42,13 +42,6 @@ def job(folder: Path, drawn: Path, gpu: dict[str, str], *settings: str, **enviro
     return [line for line in lines if line.get("step", -1) >= 0], ran.stdout + ran.stderr
 
 
-def measures_launch_bound(folder: Path) -> bool:
-    """Returns whether the job measured the launch-bound share, which it does not where the host waits for the GPU within a step."""
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    (answer,) = {"launch_bound" in record for record in records if record["kind"] == "train"}
-    return answer
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -64,21 +57,11 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
     waits = {line["step"]: line["waits"] for line in steps}
     assert {step: found for step, found in waits.items() if step > 0 and step not in DUE} == {1: {}, 2: {}, 4: {}}, output[-4000:]
     assert waits[3]["pretrain/monitor/interval.py:close"]  # a wait is seen where there is one
-    assert measures_launch_bound(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("launch_bound" in record for record in records if record["kind"] == "train")
     if "model.graphs=true" in settings:
         assert "graphs: 4 stages, forward and backward" in output
         assert max(line["launches"] for line in steps if line["step"] in (1, 2, 4)) < 400  # of two micro-steps: without, 3,672
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("stage", [2, 3])
-def test_stages_2_and_3_train_without_measuring_the_launch_bound_share(
-    tmp_path: Path, drawn: Path, gpu: dict[str, str], stage: int
-) -> None:
-    """In these stages DeepSpeed waits for the GPU within a step."""
-    steps, output = job(tmp_path, drawn, gpu, f"engine.zero_stage={stage}")
-    assert [line["step"] for line in steps] == list(range(7)), output[-4000:]
-    assert not measures_launch_bound(tmp_path)
 
 
 STEPS = """

@@ -125,31 +125,6 @@ def test_a_new_or_dropped_moving_average_is_logged(tmp_path: Path) -> None:
         assert torch.equal(tensor, without["state"][from_saved]), name
 
 
-@pytest.mark.slow
-def test_a_state_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoints"
-    run(folder, 1, stage=1, steps=1, save=True)
-    with pytest.raises(AssertionError, match=r"ValueError: .*step-000000001 holds no momentum, which this job's optimizer needs"):
-        run_on_ranks(1, with_another_state, folder=str(folder))
-
-
-def with_another_state(folder: str) -> None:
-    """Loads with an optimizer of a later version, which keeps one more state."""
-    from pretrain.engine import optim
-
-    start = optim.AdamW.start_states
-    optim.AdamW.state_keys = property(lambda self: ("exp_avg", "exp_avg_sq", "ema", "momentum"))  # type: ignore[method-assign,assignment]
-
-    def start_states(self: Any, weights: Any) -> None:
-        weights = list(weights)
-        start(self, weights)
-        for weight in weights:
-            self.state[weight]["momentum"] = torch.zeros_like(weight)
-
-    optim.AdamW.start_states = start_states  # type: ignore[method-assign]
-    session(folder, stage=1, micro_batch=12, steps=0, load=True, save=False, ema_decay=0.9)
-
-
 @pytest.fixture(scope="module")
 def saved_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with the checkpoints of steps 1 and 2 of two ranks; tests must copy it."""

@@ -33,23 +33,6 @@ def test_the_learning_rate_equals_timms(warmup_epochs: int, total: int) -> None:
         )
 
 
-# Rates at the beginning of an epoch, by the authors' code (timm's create_scheduler with the arguments of the scripts that
-# configs/recipes name): 90 epochs with 5 of warm-up from 1e-6 to 4e-3 and down to 1e-6; 30 epochs from 5e-5 down to 1e-6.
-RATES = {
-    "van_b3_in22k": {0: 1e-6, 1: 8.008e-4, 4: 3.2002e-3, 5: 3.969626e-3, 45: 2.0005e-3, 89: 2.218041e-6},
-}
-
-
-@pytest.mark.parametrize("name", RATES)
-def test_the_recipes_rates_equal_those_of_the_authors_code(name: str) -> None:
-    config, per_epoch = load_recipe(name), 100
-    total, warmup = settings.lengths(config, per_epoch)
-    assert (total, warmup) == (100 * config.epochs, 100 * config.optim.warmup_epochs)
-    assert {epoch: learning_rate(epoch * per_epoch, total, warmup, config.optim) for epoch in RATES[name]} == pytest.approx(
-        RATES[name], rel=1e-5
-    )
-
-
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
