@@ -20,6 +20,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def four_classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with train (32 drawn images of four classes) and val (8); tests must not change it."""
+    folder = tmp_path_factory.mktemp("four_classes")
+    synthesize(folder, classes=4, train=32, val=8)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Index:
     """Returns a dataset of 150 images in several shards, which tests must not change."""
     index = make_dataset(tmp_path_factory.mktemp("data") / "train", 150)

@@ -18,6 +18,7 @@ from pretrain.checkpoint.retention import Retention, list_saved
 from pretrain.checkpoint.staging import Staging
 from pretrain.engine import zero_state
 from pretrain.engine.batch_stats import BatchStats
+from pretrain.engine.deepspeed_compat import publish_weights
 from pretrain.engine.distributed import gather_objects, run_on_rank_0
 from pretrain.run.directory import LATEST, TRAINER, checkpoint_name, list_checkpoints
 from pretrain.run.metrics import RunLog
@@ -230,7 +231,7 @@ class Checkpoints:
             self.log.line(f"{path} holds {', '.join(sorted(present - kept))}, which this job does not keep: skipped from here on")
         self.stats.take_snapshot()
         zero_state.set_optimizer_steps(self.engine, trainer[_COUNTER])
-        zero_state.publish(self.engine)
+        publish_weights(self.engine)
         return trainer
 
     def _find_newest(self) -> tuple[Path, dict[str, Any]] | None:

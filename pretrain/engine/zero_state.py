@@ -4,7 +4,7 @@ ZeRO lays parameters end to end in flat buffers and gives each rank a range of t
 a list of pieces: parameter, position in the flattened parameter, and live views of the fp32 weight and its optimizer states. Checkpoints
 save and load these views, and evaluation assembles whole tensors from them.
 
-    pieces = list_pieces(engine); …write into them…; publish(engine)
+    pieces = list_pieces(engine); …write into them…; deepspeed_compat.publish_weights(engine)
 """
 
 import itertools
@@ -78,11 +78,6 @@ def start_average(engine: Any) -> None:
     """Sets the moving average to the weights, in this rank's pieces."""
     for piece in list_pieces(engine):
         piece.tensors["ema"].copy_(piece.tensors[WEIGHT])
-
-
-def publish(engine: Any) -> None:
-    """Copies the weights in the pieces into the tensors that the model computes with. Collective."""
-    deepspeed_compat.publish_weights(engine)
 
 
 def assemble_tensors(engine: Any, key: str) -> dict[str, Tensor]:

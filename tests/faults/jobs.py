@@ -1,16 +1,13 @@
 """Runs whole training jobs on two ranks of this machine, one of which may send itself a signal (points.py)."""
 
-import json
 import multiprocessing
 import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from pretrain import checkpoint
 from tests.faults.points import POINTS, Fault, inject
+from tests.support.jobs import differing, final_state, metrics
 from tests.support.ranks import Ended, join, start_training
 
 # Every part with randomness or state is on: accumulation (2), drop path, mixup and cutmix (by default), the moving average. 32 images and a
@@ -72,19 +69,9 @@ def reached(folder: Path) -> int:
 
 def losses(folder: Path) -> dict[int, float]:
     """Returns the loss of each step, from the last time that it was made."""
-    path = folder / "run" / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
-
-
-def final_state(folder: Path) -> dict[str, torch.Tensor]:
-    path = checkpoint.find_newest_whole(folder / "run" / "checkpoints", print)
-    assert path is not None
-    assert path.name == f"step-{STEPS:09d}"
-    return checkpoint.read_tensors(path, KINDS)
+    return {record["step"]: record["loss"] for record in metrics(folder, "train")} if (folder / "run" / "metrics.jsonl").exists() else {}
 
 
 def same_end(folder: Path, other: Path) -> bool:
     """Returns whether two jobs ended with the same bits of weights, optimizer and statistics, and the same losses at every step."""
-    one, two = final_state(folder), final_state(other)
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one) and losses(folder) == losses(other)
+    return not differing(final_state(folder, STEPS), final_state(other, STEPS)) and losses(folder) == losses(other)

@@ -13,7 +13,6 @@ from typing import Any
 import psutil
 import pytest
 
-from data.synthetic.synthesize import synthesize
 from tests.faults import jobs
 from tests.faults.points import POINTS, Fault
 from tests.support.ranks import PATIENCE_S, kill
@@ -35,20 +34,13 @@ def as_parameters(number: signal.Signals, point: str, stage: int) -> Any:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("images")
-    synthesize(folder, classes=4, train=32, val=8)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Callable[[int], Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, four_classes: Path) -> Callable[[int], Path]:
     """Returns the folder of an undisturbed job of a ZeRO stage."""
 
     @cache
     def of_stage(stage: int) -> Path:
         folder = tmp_path_factory.mktemp(f"undisturbed-{stage}")
-        ended = jobs.run(folder, images, f"engine.zero_stage={stage}")
+        ended = jobs.run(folder, four_classes, f"engine.zero_stage={stage}")
         assert ended.codes == [0, 0], jobs.log_of(folder)
         return folder
 
@@ -57,10 +49,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Calla
 
 @pytest.mark.parametrize(("number", "point", "stage"), [as_parameters(*case) for case in CASES])
 def test_a_job_that_is_hit_ends_as_an_undisturbed_one(
-    number: signal.Signals, point: str, stage: int, tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
+    number: signal.Signals, point: str, stage: int, tmp_path: Path, four_classes: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     option = f"engine.zero_stage={stage}"
-    ended = jobs.run(tmp_path, images, option, fault=Fault(point, number, tmp_path / "run"))
+    ended = jobs.run(tmp_path, four_classes, option, fault=Fault(point, number, tmp_path / "run"))
     assert (tmp_path / "run" / "hit").exists(), f"the point was not reached:\n{jobs.log_of(tmp_path)[-3000:]}"
     reached = jobs.reached(tmp_path)
     if number == signal.SIGKILL:
@@ -71,7 +63,7 @@ def test_a_job_that_is_hit_ends_as_an_undisturbed_one(
         assert ended.stopped  # the others wait; killed from outside
     else:
         assert ended.codes in ([0, 0], [85, 85]), f"{ended.codes}\n{jobs.log_of(tmp_path)[-3000:]}"
-    assert jobs.run(tmp_path, images, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
+    assert jobs.run(tmp_path, four_classes, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
     resumed = jobs.resumed_steps(tmp_path)[-1]
     if number != signal.SIGTERM:
         assert resumed == POINTS[point].resumes, jobs.log_of(tmp_path)[-3000:]
@@ -98,11 +90,11 @@ def not_restored(kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_mid_course(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+def in_mid_course(tmp_path_factory: pytest.TempPathFactory, four_classes: Path) -> Path:
     """Returns the folder of a job that was killed after step 4; tests must copy it."""
     folder = tmp_path_factory.mktemp("in-mid-course")
     fault = Fault("backward", signal.SIGKILL, folder / "run")
-    assert jobs.run(folder, images, "engine.zero_stage=2", fault=fault).codes[1] == -signal.SIGKILL
+    assert jobs.run(folder, four_classes, "engine.zero_stage=2", fault=fault).codes[1] == -signal.SIGKILL
     return folder
 
 
@@ -111,10 +103,10 @@ PARTS = ["buffer", *(pytest.param(kind, marks=pytest.mark.full) for kind in (*jo
 
 @pytest.mark.parametrize("kind", PARTS)
 def test_control_a_part_that_is_not_restored_changes_the_end(
-    kind: str, tmp_path: Path, images: Path, in_mid_course: Path, undisturbed: Callable[[int], Path]
+    kind: str, tmp_path: Path, four_classes: Path, in_mid_course: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     folder = shutil.copytree(in_mid_course, tmp_path / "job")
-    ended = jobs.run(folder, images, "engine.zero_stage=2", change=partial(not_restored, kind))
+    ended = jobs.run(folder, four_classes, "engine.zero_stage=2", change=partial(not_restored, kind))
     assert ended.codes == [0, 0], jobs.log_of(folder)
     assert jobs.resumed_steps(folder) == [4]
     assert not jobs.same_end(folder, undisturbed(2))
@@ -122,11 +114,11 @@ def test_control_a_part_that_is_not_restored_changes_the_end(
 
 @pytest.mark.long
 def test_a_second_job_on_a_live_run_is_refused_and_resumes_it_after_a_kill(
-    tmp_path: Path, images: Path, undisturbed: Callable[[int], Path]
+    tmp_path: Path, four_classes: Path, undisturbed: Callable[[int], Path]
 ) -> None:
     """The first job is stopped in the middle of a step: it lives, and may continue."""
     option = "engine.zero_stage=2"
-    first = jobs.start(tmp_path, images, option, fault=Fault("forward", signal.SIGSTOP, tmp_path / "run"), job="17")
+    first = jobs.start(tmp_path, four_classes, option, fault=Fault("forward", signal.SIGSTOP, tmp_path / "run"), job="17")
     try:
         deadline = time.monotonic() + PATIENCE_S
         checkpoints = tmp_path / "run" / "checkpoints"
@@ -143,13 +135,13 @@ def test_a_second_job_on_a_live_run_is_refused_and_resumes_it_after_a_kill(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         before = files_of(tmp_path / "run")
-        second = jobs.run(tmp_path, images, option)
+        second = jobs.run(tmp_path, four_classes, option)
         assert second.codes[0] == 2
         assert re.search(rf"error( on rank 1)?: {tmp_path / 'run'} is in use by job 17, process {first[0].pid} on ", jobs.log_of(tmp_path))
         assert files_of(tmp_path / "run") == before
     finally:
         kill(first)
-    assert jobs.run(tmp_path, images, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
+    assert jobs.run(tmp_path, four_classes, option).codes == [0, 0], jobs.log_of(tmp_path)[-3000:]
     assert "runs no more: taking over" in jobs.log_of(tmp_path)
     assert jobs.resumed_steps(tmp_path) == [4]
     assert jobs.same_end(tmp_path, undisturbed(2))

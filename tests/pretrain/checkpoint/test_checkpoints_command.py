@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from data.synthetic.synthesize import synthesize
 from pretrain import checkpoint
 from pretrain.__main__ import main
 from tests.faults import jobs
@@ -16,12 +15,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, four_classes: Path) -> Path:
     """Returns the run directory of a job of seven steps, four an epoch, that keeps the last, one an epoch, and the best."""
     folder = tmp_path_factory.mktemp("job")
-    synthesize(folder / "images", classes=4, train=32, val=8)
     keep = ("run.keep=1", "run.keep_every=1", "run.keep_best=loss", "run.save_every=100")
-    assert jobs.run(folder, folder / "images", *keep).codes == [0, 0], jobs.log_of(folder)
+    assert jobs.run(folder, four_classes, *keep).codes == [0, 0], jobs.log_of(folder)
     return folder / "run"
 
 

@@ -15,7 +15,6 @@ import torch
 from data.dataset.index import open_index
 from data.loader.order import make_sample_order
 from data.settings import DataConfig
-from data.synthetic.synthesize import synthesize
 from pretrain.config import GuardConfig
 from pretrain.monitor.interval import Steps
 from pretrain.monitor.rollback import BadSteps, DivergenceWatch, Evidence, Rollbacks, read_rollbacks
@@ -88,22 +87,15 @@ def test_skipped_batches_are_kept_in_a_file(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- evidence
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("drawn")
-    synthesize(folder, classes=4, train=32, val=8)
-    return folder
-
-
-def make_evidence(drawn: Path, run: Path, *, has_loss_scale: bool = False) -> Evidence:
-    index = open_index(drawn / "train", None)
+def make_evidence(four_classes: Path, run: Path, *, has_loss_scale: bool = False) -> Evidence:
+    index = open_index(four_classes / "train", None)
     order = make_sample_order(index, DataConfig(lanes=4, window=16), seed=1, global_batch=8)
     return Evidence(run / "bad_steps.jsonl", RunLog(run / "metrics.jsonl"), order, index, ["one", "two"], has_loss_scale)
 
 
-def test_evidence_names_ranks_and_samples(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evidence_names_ranks_and_samples(four_classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = steps([[2.0, NAN, 2.0, 2.0], [2.0, 2.0, math.inf, 9.0]], [2, 3, 4, 6], grad_norms=[1, NAN, NAN, 5.0])
-    evidence = make_evidence(drawn, tmp_path)
+    evidence = make_evidence(four_classes, tmp_path)
     assert evidence.find(found, None) == [1, 2]
     evidence.keep(found, BadSteps(6, 6, "high"))
     kept = [json.loads(line) for line in evidence.file.read_text().splitlines()]
@@ -118,11 +110,11 @@ def test_evidence_names_ranks_and_samples(drawn: Path, tmp_path: Path, capsys: p
     assert line in capsys.readouterr().out
 
 
-def test_an_overflow_that_only_moves_the_loss_scale_is_not_kept(drawn: Path, tmp_path: Path) -> None:
+def test_an_overflow_that_only_moves_the_loss_scale_is_not_kept(four_classes: Path, tmp_path: Path) -> None:
     losses, skipped = np.array([[2.0, 2.0], [2.0, NAN]], np.float32), np.array([True, True])
     found = Steps([0, 1], losses, np.array([math.inf, NAN]), skipped, None, seconds=1.0, data_seconds=0.0, has_bad_images=False)
-    assert make_evidence(drawn, tmp_path, has_loss_scale=True).find(found, None) == [1]
-    assert make_evidence(drawn, tmp_path).find(found, None) == [0, 1]
+    assert make_evidence(four_classes, tmp_path, has_loss_scale=True).find(found, None) == [1]
+    assert make_evidence(four_classes, tmp_path).find(found, None) == [0, 1]
 
 
 # ---------------------------------------------------------------- whole jobs
@@ -146,15 +138,15 @@ def poison(bad: set[int]) -> None:
     train.learning_rate, train.mixed_cross_entropy = learning_rate, mixed_cross_entropy
 
 
-def run(folder: Path, drawn: Path, *overrides: str, change: Callable[[], None] | None = None) -> list[int | None]:
+def run(folder: Path, four_classes: Path, *overrides: str, change: Callable[[], None] | None = None) -> list[int | None]:
     return jobs.run(
-        folder, drawn, "guard.skipped=2", "guard.skip_before=1", "run.log_every=3", "run.keep=3", *overrides, change=change
+        folder, four_classes, "guard.skipped=2", "guard.skip_before=1", "run.log_every=3", "run.keep=3", *overrides, change=change
     ).codes
 
 
 @pytest.mark.slow
-def test_a_job_rolls_back_and_skips_the_batches_that_led_there(drawn: Path, tmp_path: Path) -> None:
-    assert run(tmp_path / "one", drawn, change=partial(poison, {4, 5})) == [0, 0]
+def test_a_job_rolls_back_and_skips_the_batches_that_led_there(four_classes: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "one", four_classes, change=partial(poison, {4, 5})) == [0, 0]
     folder = tmp_path / "one" / "run"
     assert [(entry["first"], entry["last"], entry["to_step"]) for entry in read_rollbacks(folder / "rollbacks.json")] == [(3, 5, 4)]
     kept = [json.loads(line) for line in (folder / "bad_steps.jsonl").read_text().splitlines()]
@@ -165,21 +157,21 @@ def test_a_job_rolls_back_and_skips_the_batches_that_led_there(drawn: Path, tmp_
     # The same as a job that has skipped these batches from the start, and had no bad numbers.
     (tmp_path / "other" / "run").mkdir(parents=True)
     (tmp_path / "other" / "run" / "rollbacks.json").write_text(json.dumps([{"first": 4, "last": 5}]))
-    assert run(tmp_path / "other", drawn) == [0, 0]
-    one, other = jobs.final_state(tmp_path / "one"), jobs.final_state(tmp_path / "other")
+    assert run(tmp_path / "other", four_classes) == [0, 0]
+    one, other = jobs.final_state(tmp_path / "one", 7), jobs.final_state(tmp_path / "other", 7)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     # The control: a job that skips nothing ends with other weights.
-    assert run(tmp_path / "plain", drawn) == [0, 0]
-    assert not torch.equal(jobs.final_state(tmp_path / "plain")["weight/head.weight"], one["weight/head.weight"])
+    assert run(tmp_path / "plain", four_classes) == [0, 0]
+    assert not torch.equal(jobs.final_state(tmp_path / "plain", 7)["weight/head.weight"], one["weight/head.weight"])
 
 
 @pytest.mark.slow
-def test_a_job_that_can_not_roll_back_ends_with_the_evidence(drawn: Path, tmp_path: Path) -> None:
-    assert run(tmp_path / "one", drawn, "guard.rollbacks=1", "guard.skip_before=0", change=partial(poison, {3, 4, 5, 6})) == [2, 2]
+def test_a_job_that_can_not_roll_back_ends_with_the_evidence(four_classes: Path, tmp_path: Path) -> None:
+    assert run(tmp_path / "one", four_classes, "guard.rollbacks=1", "guard.skip_before=0", change=partial(poison, {3, 4, 5, 6})) == [2, 2]
     log = jobs.log_of(tmp_path / "one")
     assert "Training was rolled back 1 times (guard.rollbacks), and ends here" in log
     assert "Traceback" not in log
     assert (tmp_path / "one" / "run" / "bad_steps.jsonl").exists()
     # Without a checkpoint from before the bad steps.
-    assert run(tmp_path / "two", drawn, change=partial(poison, {0, 1})) == [2, 2]
+    assert run(tmp_path / "two", four_classes, change=partial(poison, {0, 1})) == [2, 2]
     assert "has no checkpoint of step 0 or before" in jobs.log_of(tmp_path / "two")

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from data.dataset.index import open_index
-from data.synthetic.synthesize import synthesize
 from pretrain import checkpoint
 from pretrain.run.provenance import diff, variables
 from tests.faults import jobs
@@ -22,35 +21,27 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 images of four classes to train on and 8 to evaluate on; not to be changed."""
-    folder = tmp_path_factory.mktemp("dataset")
-    synthesize(folder, classes=4, train=32, val=8)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(four_classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of a job of seven steps; not to be changed."""
     folder = tmp_path_factory.mktemp("finished")
-    run(folder, dataset)
+    run(folder, four_classes)
     return folder
 
 
-def run(folder: Path, dataset: Path, *options: str, code: int = 0, change: jobs.Change | None = None) -> str:
+def run(folder: Path, four_classes: Path, *options: str, code: int = 0, change: jobs.Change | None = None) -> str:
     """Runs a job whose ranks all end with this exit code; returns its output."""
     before = len((folder / "log").read_text()) if (folder / "log").exists() else 0
-    codes = jobs.run(folder, dataset, *options, change=change).codes
+    codes = jobs.run(folder, four_classes, *options, change=change).codes
     output = (folder / "log").read_text()[before:]
     assert codes == [code, code], output[-4000:]
     return output
 
 
 @pytest.fixture(scope="module")
-def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(four_classes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the folder of a job whose newest checkpoint is of step 4; not to be changed."""
     folder = tmp_path_factory.mktemp("stopped")
-    run(folder, dataset, "run.keep=9")
+    run(folder, four_classes, "run.keep=9")
     for later in checkpoint.list_checkpoints(folder / "run" / "checkpoints"):
         if later.name > "step-000000004":
             shutil.rmtree(later)
@@ -60,13 +51,13 @@ def stopped(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------- records
 
 
-def test_a_start_records_everything_needed_to_repeat_it(finished: Path, dataset: Path) -> None:
+def test_a_start_records_everything_needed_to_repeat_it(finished: Path, four_classes: Path) -> None:
     start = finished / "run" / "starts" / "0001"
     assert (start / "config.yaml").read_text() == (finished / "run" / "config.yaml").read_text()
     found = json.loads((start / "environment.json").read_text())
     assert found["command"].startswith("python -m pretrain train ")
-    assert f"data.train={dataset / 'train'}" in found["command"]
-    assert found["data"] == {split: open_index(dataset / split).fingerprint for split in ("train", "val")}
+    assert f"data.train={four_classes / 'train'}" in found["command"]
+    assert found["data"] == {split: open_index(four_classes / split).fingerprint for split in ("train", "val")}
     assert [set(rank) for rank in found["ranks"]] == [{"host"}] * 2
     assert (found["variables"]["WORLD_SIZE"], found["variables"]["SLURM_JOB_ID"]) == ("2", "1")
     packages = (start / "packages.txt").read_text().splitlines()
@@ -105,16 +96,16 @@ def test_a_diff_is_complete_or_marked_as_cut(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- settings that changed
 
 
-def test_a_run_resumes_with_other_settings_only_if_forced(stopped: Path, dataset: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_settings_only_if_forced(stopped: Path, four_classes: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "job"))
     changed = ("optim.lr=2e-3", "data.flip=0", f"run.dir={folder / 'run'}")
-    output = run(folder, dataset, *changed, code=2)
+    output = run(folder, four_classes, *changed, code=2)
     changes = "  data.flip: 0.5 -> 0.0\n  optim.lr: 0.001 -> 0.002\n"
     assert output.count(f"{folder / 'run'} was trained with other settings:\n{changes}give this job a run.dir of its own, ") == 1
     assert "step 5/7" not in output
     assert len(list((folder / "run" / "starts").iterdir())) == 1
 
-    output = run(folder, dataset, "--force-config", *changed)
+    output = run(folder, four_classes, "--force-config", *changed)
     assert "changed by --force-config: optim.lr: 0.001 -> 0.002\n" in output
     assert "resumed at step 4 of 7" in output
     assert [record["lr"] for record in metrics(folder, "train")[-3:]] == pytest.approx(
@@ -124,9 +115,9 @@ def test_a_run_resumes_with_other_settings_only_if_forced(stopped: Path, dataset
     assert "lr: 0.002" in (folder / "run" / "config.yaml").read_text()
 
 
-def test_settings_that_decide_the_samples_can_not_be_forced(stopped: Path, dataset: Path, tmp_path: Path) -> None:
+def test_settings_that_decide_the_samples_can_not_be_forced(stopped: Path, four_classes: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(stopped, tmp_path / "job"))
-    output = run(folder, dataset, "--force-config", "seed=6", code=2)
+    output = run(folder, four_classes, "--force-config", "seed=6", code=2)
     assert "belongs to another job: seed was 5, is 6" in output
 
 
@@ -134,8 +125,8 @@ def test_settings_that_decide_the_samples_can_not_be_forced(stopped: Path, datas
 
 
 @pytest.mark.long
-def test_a_trace_holds_the_phases_of_its_steps_and_changes_nothing(finished: Path, dataset: Path, tmp_path: Path) -> None:
-    output = run(tmp_path, dataset, "profile=2:4")
+def test_a_trace_holds_the_phases_of_its_steps_and_changes_nothing(finished: Path, four_classes: Path, tmp_path: Path) -> None:
+    output = run(tmp_path, four_classes, "profile=2:4")
     path = tmp_path / "run" / "profile" / "steps-2-4-rank-0.json.gz"
     assert [found.name for found in path.parent.iterdir()] == [path.name]  # both ranks are of one node
     assert f"profile of steps 2 to 3: {path}\n" in output
@@ -175,16 +166,16 @@ def too_small(steps: int) -> None:
     memory.measure_memory = lambda device: (30_000_000, 60_000_000)
 
 
-def test_memory_that_is_too_small_for_the_first_step(dataset: Path, tmp_path: Path) -> None:
-    output = run(tmp_path, dataset, "engine.micro_batch=4", code=2, change=too_small_at_first)
+def test_memory_that_is_too_small_for_the_first_step(four_classes: Path, tmp_path: Path) -> None:
+    output = run(tmp_path, four_classes, "engine.micro_batch=4", code=2, change=too_small_at_first)
     assert output.count("out of memory with engine.micro_batch=4: of 0.1 GB ") == 1
     assert "engine.micro_batch=2 should fit, by this estimate; the global batch stays 8" in output
     assert "or model.checkpoint_stages=[0,1,2,3], or engine.zero_stage=2" in output
     assert "Traceback" not in output
 
 
-def test_memory_that_runs_out_later_is_a_crash(dataset: Path, tmp_path: Path) -> None:
-    codes = jobs.run(tmp_path, dataset, change=too_small_later).codes
+def test_memory_that_runs_out_later_is_a_crash(four_classes: Path, tmp_path: Path) -> None:
+    codes = jobs.run(tmp_path, four_classes, change=too_small_later).codes
     assert 2 not in codes
     assert 0 not in codes
     assert "OutOfMemoryError: CUDA out of memory" in (tmp_path / "log").read_text()
