@@ -33,7 +33,7 @@ _REFERENCE = re.compile(r"(\\*)(\$\{(?:([^{}]*)\})?)")  # ${key} or ${oc.env:NAM
 
 
 class ConfigError(ValueError):
-    """The problems of a job's settings, a line each."""
+    """Lists the problems of a job's settings, a line each."""
 
     def __init__(self, source: str, problems: list[str]):
         self.problems = [printable(problem) for problem in problems]
@@ -42,7 +42,7 @@ class ConfigError(ValueError):
 
 
 class _Given(NamedTuple):
-    """A value as a file or the command line gives it."""
+    """Holds a value as a file or the command line gives it."""
 
     key: str
     value: Any

@@ -24,7 +24,7 @@ Resume = Literal["free", "asks", "fixed"]
 
 @dataclass(frozen=True)
 class Check:
-    """A constraint on one value: `words` follow "must be"; `problem` returns the fault of a value, or None."""
+    """Constrains one value: `words` follow "must be"; `problem` returns the fault of a value, or None."""
 
     words: str
     problem: Callable[[Any], str | None]
@@ -59,7 +59,7 @@ above_0_to_1 = must_be("more than 0 and at most 1", lambda value: 0 < value <= 1
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a schema; on_node: it names a file or folder that one node can have and another lack."""
+    """Describes a field of a schema; `on_node`: it names a file or folder that one node can have and another lack."""
 
     type: Any
     default: Any
@@ -88,7 +88,7 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """The values that it takes, in words."""
+        """Describes the values that the setting takes."""
         return type_in_words(self.type) + (f", {self.check.words}" if self.check else "")
 
 
