@@ -142,9 +142,9 @@ def _train(args: argparse.Namespace) -> int:
     config = settings.load(args.config, args.overrides)
     with lasting_imports():
         from pretrain.engine import distributed
-        from pretrain.train import train
+        from pretrain.train import Trainer
 
-    code = train(config, force_config=args.force_config)
+    code = Trainer(config, args.force_config).train()
     distributed.stop()
     return code
 

@@ -63,11 +63,6 @@ from pretrain.weights.initial import start_from
 WARM_UP_STEPS = 3  # after a start, in which running out of memory means that the settings ask for too much
 
 
-def train(config: Config, force_config: bool = False) -> int:
-    """Runs one rank of a job; returns the exit code of the process. See `Trainer`."""
-    return Trainer(config, force_config).train()
-
-
 class Trainer:
     """Trains a model as one rank of a job; the run directory is created, or resumed if it has a checkpoint.
 
