@@ -117,7 +117,7 @@ def test_settings_that_conflict_with_graphs_are_named(job: Path) -> None:
 # ---------------------------------------------------------------- there and back
 
 
-def test_steps_to_profile() -> None:
+def test_profiled_steps_are_a_range() -> None:
     assert settings.profiled_steps("200:205") == range(200, 205)
     assert len(settings.profiled_steps(None)) == 0
 
@@ -237,7 +237,7 @@ def sizes(job: Path, global_batch: int, micro_batch: int) -> Config:
     ("global_batch", "micro_batch", "ranks", "expected"),
     [(8192, 64, 64, 2), (8192, 64, 128, 1), (512, 32, 1, 16), (12, 2, 3, 2), (6, 6, 1, 1)],
 )
-def test_accumulation(job: Path, global_batch: int, micro_batch: int, ranks: int, expected: int) -> None:
+def test_accumulation_fills_the_global_batch(job: Path, global_batch: int, micro_batch: int, ranks: int, expected: int) -> None:
     assert accumulation(sizes(job, global_batch, micro_batch), ranks) == expected
 
 

@@ -26,7 +26,7 @@ def test_options_may_come_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     "arguments",
     [["train", "job.yaml", "a=1", "--other"], ["checkpoints", "RUN", "a=1"], ["export", "RUN", "a=1", "--format=hf", "--out=o"]],
 )
-def test_unknown_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+def test_unknown_options_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["pretrain", *arguments])
     with pytest.raises(SystemExit, match="2"):
         command.main()

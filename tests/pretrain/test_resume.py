@@ -115,7 +115,7 @@ def test_saved_by_the_clock_and_resumed_is_bit_identical(undisturbed: Callable[[
 
 @pytest.mark.long
 @pytest.mark.parametrize("stage", STAGES[:2])
-def test_on_three_ranks_too(tmp_path: Path, drawn: Path, stage: int) -> None:
+def test_killed_on_three_ranks_and_resumed_is_bit_identical(tmp_path: Path, drawn: Path, stage: int) -> None:
     """With three ranks the order of a sum changes its bits."""
     options = (f"engine.zero_stage={stage}", "global_batch=12", "engine.micro_batch=2", "steps=8")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

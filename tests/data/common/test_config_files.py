@@ -205,7 +205,7 @@ def test_text_of_lists_is_taken_as_typed(job: Path) -> None:
     assert load(job, ["labels=[010, 1.10, yes, 'a, b', ~, n1:2]"]).labels == ["010", "1.10", "yes", "a, b", "~", "n1:2"]
 
 
-def test_yaml_has_the_first_word_in_a_file(tmp_path: Path, job: Path) -> None:
+def test_yaml_comments_and_quotes_apply_in_a_file(tmp_path: Path, job: Path) -> None:
     assert load(write(tmp_path / "more.yaml", "base: job.yaml\ndir: a #b\n")).dir == "a"
     assert load(write(tmp_path / "more.yaml", 'base: job.yaml\ndir: "a #\\t"\n')).dir == "a #\t"
 
@@ -234,7 +234,7 @@ def test_numbers_are_decimal_and_finite(tmp_path: Path, job: Path, key: str, tex
             assert getattr(load(*arguments), key) == value
 
 
-def test_booleans_and_choices(job: Path) -> None:
+def test_booleans_are_words_of_yaml(job: Path) -> None:
     assert [load(job, [f"fast={text}"]).fast for text in ("Yes", "on", "1", "false", "NO", "0")] == [True] * 3 + [False] * 3
     assert the_problem(job, "fast=maybe") == "fast = maybe (command line): must be true or false"
 
@@ -242,7 +242,7 @@ def test_booleans_and_choices(job: Path) -> None:
 # ---------------------------------------------------------------- references
 
 
-def test_references_between_settings(tmp_path: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_are_resolved(tmp_path: Path, job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCRATCH", "/scratch/${x}")
     path = write(
         tmp_path / "more.yaml", "base: job.yaml\ndir: out/${name}-${seed}\ncache: ${oc.env:SCRATCH}/${dir}\noptim: {decay: '${optim.lr}'}\n"
@@ -333,7 +333,7 @@ def test_keys_of_other_schemas_are_skipped(whole_job: Path) -> None:
     assert (config.data.flip, config.data.window, config.data.mixup) == (0.25, 7, 0.8)
 
 
-def test_references_to_keys_of_other_schemas(whole_job: Path) -> None:
+def test_references_to_keys_of_other_schemas_are_resolved(whole_job: Path) -> None:
     assert load_job(whole_job, ["data.cache=/scratch/${name}-${model.classes}"]).data.cache == "/scratch/tiny-4"
 
 

@@ -154,7 +154,7 @@ DAMAGES = {
 
 
 @pytest.mark.slow
-def test_the_files_of_a_checkpoint(folder: Path) -> None:
+def test_a_checkpoint_has_a_file_for_each_rank_and_a_manifest(folder: Path) -> None:
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == ["step-000000001", "step-000000002"]
     assert (folder / "latest").read_text() == "step-000000002"
     for path in checkpoint.list_checkpoints(folder):

@@ -45,7 +45,7 @@ def test_a_job_keeps_the_last_one_an_epoch_and_the_best(made: Path) -> None:
     assert [record["step"] for record in records if record["kind"] == "checkpoint"] == [3, 4, 6, 7]
 
 
-def test_without_options_it_lists(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_checkpoints_are_listed(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, run) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert [int(line.split()[0]) for line in lines] == names(run)
@@ -55,7 +55,7 @@ def test_without_options_it_lists(run: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "%" in lines[-1]  # evaluated
 
 
-def test_it_verifies(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_damage(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, run, "--verify") == 0
     assert all("whole" in line for line in capsys.readouterr().out.splitlines()[1:])
     flip_bit(run / "checkpoints" / "step-000000004" / "__1_0.distcp")
@@ -66,7 +66,7 @@ def test_it_verifies(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "trainer.json is missing" in output
 
 
-def test_it_compares(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_reports_differences(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(monkeypatch, run, "--compare", 7, made / "checkpoints" / "step-000000007") == 0
     assert "are the same" in capsys.readouterr().out
     assert command(monkeypatch, run, "--compare", 4, 7) == 1
@@ -78,7 +78,7 @@ def test_it_compares(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert "can't be compared: trainer.json is missing" in capsys.readouterr().err
 
 
-def test_it_prunes_but_never_the_last_whole_one(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_keeps_the_last_whole_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for step in (5, 6):
         shutil.copytree(run / "checkpoints" / "step-000000007", run / "checkpoints" / f"step-{step:09d}", dirs_exist_ok=True)
     before = names(run)

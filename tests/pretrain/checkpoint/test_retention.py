@@ -25,12 +25,12 @@ def test_the_newest_up_to_the_newest_whole_one_stay_and_later_ones_are_ignored()
                     assert keep(Retention(last), present, whole) == until[-last:] + [step for step in present if step > whole]
 
 
-def test_multiples_stay_for_good() -> None:
+def test_checkpoints_at_multiples_stay() -> None:
     assert keep(Retention(2, every=10), (5, 10, 15, 20, 25, 30), 30) == [10, 20, 25, 30]
 
 
 @pytest.mark.parametrize(("best", "stays"), [("top1", [2, 5]), ("loss", [3, 5]), ("none", [5])])
-def test_the_best_stays(best: str, stays: list[int]) -> None:
+def test_the_best_checkpoint_stays(best: str, stays: list[int]) -> None:
     scores = {1: 0.5, 2: 0.9, 3: 0.1}
     assert keep(Retention(1, best=best), (1, 2, 3, 4, 5), 5, scores if best != "none" else None) == stays  # type: ignore[arg-type]
 

@@ -41,7 +41,7 @@ def test_the_learning_rate_equals_timms(warmup_epochs: int, total: int) -> None:
         ({"samples": 16_000, "optim.warmup_samples": 1_600}, (1000, 100)),
     ],
 )  # fmt: skip
-def test_lengths_in_epochs_steps_and_samples(given: dict[str, int], expected: tuple[int, int]) -> None:
+def test_steps_win_over_samples_and_samples_over_epochs(given: dict[str, int], expected: tuple[int, int]) -> None:
     config = load_recipe("van_b3_in22k", "global_batch=16", *(f"{key}={value}" for key, value in given.items()))
     assert settings.lengths(config, 10) == expected
 

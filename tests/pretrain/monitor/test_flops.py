@@ -30,10 +30,10 @@ def test_training_takes_three_times_the_published_forward_pass(name: str, multip
         ("NVIDIA GH200 480GB", "bf16", 989), ("NVIDIA L40", "bf16", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16", None),
     ],
 )  # fmt: skip
-def test_peaks_by_name(name: str, precision: str, teraflops: float | None) -> None:
+def test_peak_flops_follow_the_name_of_the_gpu(name: str, precision: str, teraflops: float | None) -> None:
     assert peak_by_name(name, precision) == (None if teraflops is None else teraflops * 1e12)
 
 
-def test_mfu() -> None:
+def test_mfu_of_a_gpu_and_none_on_a_cpu() -> None:
     assert peak_flops(torch.device("cpu"), "bf16") is None
     assert mfu(1000, 53.6e9, 989e12) == pytest.approx(0.0542, abs=1e-4)

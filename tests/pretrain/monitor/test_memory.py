@@ -26,7 +26,7 @@ GB = 10**9
         (8 * GB, 33 * GB, [2, 4], None),
     ],
 )
-def test_largest_that_fits(fixed: int, sample: int, sizes: list[int], expected: int | None) -> None:
+def test_the_largest_micro_batch_leaves_a_tenth_free(fixed: int, sample: int, sizes: list[int], expected: int | None) -> None:
     assert largest_that_fits(fixed, sample, 80 * GB, sizes) == expected
 
 
@@ -75,7 +75,7 @@ def test_the_error_names_the_micro_batch_that_fits() -> None:
     )
 
 
-def test_the_error_where_no_smaller_micro_batch_fits() -> None:
+def test_the_error_reports_that_no_smaller_micro_batch_fits() -> None:
     text = out_of_memory_message(job(zero_stage=3, micro_batch=2), 64, "cpu", state=GB, total=2 * GB)
     assert "No smaller engine.micro_batch should fit, by this estimate" in text
     assert text.endswith("Try model.checkpoint_stages=[0,1,2,3]")

@@ -62,7 +62,7 @@ def test_bad_steps_are_the_same_however_often_the_device_is_read(losses: list[fl
         assert bad.reason.startswith(expected.reason)
 
 
-def test_the_watch_goes_through_a_checkpoint() -> None:
+def test_a_resumed_watch_equals_an_uninterrupted_one() -> None:
     losses = [2.0 + 0.01 * (step % 7) for step in range(130)] + [NAN]
     whole, first, second = (DivergenceWatch(GuardConfig(spike=2.0)) for _ in range(3))
     whole.find_bad(alike(losses))

@@ -70,7 +70,7 @@ def measure_step() -> tuple[list[int], int, dict[int, dict[str, int]]]:
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_the_bytes_of_a_real_step() -> None:
+def test_bytes_equal_those_of_a_real_step() -> None:
     for sizes, channels, found in run_on_ranks(2, measure_step):
         for stage, handed in found.items():
             expected: Counter[str] = Counter()
@@ -79,7 +79,7 @@ def test_the_bytes_of_a_real_step() -> None:
             assert handed == pytest.approx(expected, rel=1e-3), stage  # padding
 
 
-def test_the_bytes_by_hand() -> None:
+def test_bytes_equal_a_count_by_hand() -> None:
     collectives = communication([300_000, 100_000, 5], 10, stage=1, accumulation=4)
     assert collectives == [
         Collective("gradients", "all-reduce", 1_600_020),

@@ -10,7 +10,7 @@ import pytest
 from pretrain.run.metrics import RunLog
 
 
-def test_one_rank_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     for log in (RunLog(path), RunLog(None), RunLog(path)):  # the third: the job started again
         log.line("hello")

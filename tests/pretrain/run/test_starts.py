@@ -66,7 +66,7 @@ def test_a_start_records_everything_needed_to_repeat_it(finished: Path, four_cla
     assert (start / "diff.patch").exists()
 
 
-def test_variables_without_secrets() -> None:
+def test_recorded_variables_have_no_secrets() -> None:
     secrets = {"SLURM_JWT": "x", "WANDB_API_KEY": "x", "AWS_SECRET_ACCESS_KEY": "x", "NCCL_TOKEN": "x", "HOME": "/root"}
     matter = {"SLURM_JOB_ID": "1", "NCCL_DEBUG": "INFO", "CUDA_VISIBLE_DEVICES": "0", "OMP_NUM_THREADS": "1", "RANK": "3", "PATH": "/bin"}
     assert variables(secrets | matter) == dict(sorted(matter.items()))
@@ -166,7 +166,7 @@ def too_small(steps: int) -> None:
     memory.measure_memory = lambda device: (30_000_000, 60_000_000)
 
 
-def test_memory_that_is_too_small_for_the_first_step(four_classes: Path, tmp_path: Path) -> None:
+def test_too_little_memory_for_the_first_step_is_an_error_in_the_settings(four_classes: Path, tmp_path: Path) -> None:
     output = run(tmp_path, four_classes, "engine.micro_batch=4", code=2, change=too_small_at_first)
     assert output.count("out of memory with engine.micro_batch=4: of 0.1 GB ") == 1
     assert "engine.micro_batch=2 should fit, by this estimate; the global batch stays 8" in output

@@ -138,7 +138,7 @@ STATES: dict[str, tuple[tuple[Write, ...], dict[str, str] | None, str, str]] = {
 
 
 @pytest.mark.parametrize("case", STATES)
-def test_states(tmp_path: Path, case: str) -> None:
+def test_state_and_remark(tmp_path: Path, case: str) -> None:
     writes, queue, expected, remark = STATES[case]
     run = tmp_path / "run"
     run.mkdir()
@@ -153,7 +153,7 @@ def test_states(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.usefixtures("at_now")
-def test_details_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_is_shown_in_detail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     add_checkpoint(run, 20)
     add_checkpoint(run, 40)
@@ -195,7 +195,7 @@ def at_now(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("at_now")
-def test_table_of_all_runs_below_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_runs_below_a_folder_are_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("b", "a", "old/c"):
         add_records(tmp_path / name)
     add_checkpoint(tmp_path / "a", 200)
@@ -211,7 +211,7 @@ def test_table_of_all_runs_below_a_folder(tmp_path: Path, capsys: pytest.Capture
     assert re.search(r"  50 of 200 \(25%\)  6\.2500     1,234  14 min 50 s         1 .* free  last restart: rank 3 on n1: exit", rows[2])
 
 
-def test_folders_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["pretrain", "status", str(tmp_path)])
     assert main() == 2
     assert f"error: there is no run in {tmp_path}\n" in capsys.readouterr().err
