@@ -38,8 +38,8 @@ from pretrain.engine.precision import resolve_precision
 from pretrain.evaluation.accuracy import describe_restriction
 from pretrain.evaluation.in_training import Evaluator
 from pretrain.loss import mixed_cross_entropy
-from pretrain.model.build import build_model
-from pretrain.model.fast.cpu import use_cpu_way
+from pretrain.model.build import build_empty_model, build_model
+from pretrain.model.fast.ways import find_ways
 from pretrain.model.recomputation import update_statistics_once
 from pretrain.monitor.damage import check_shards, report_bad_images
 from pretrain.monitor.flops import peak_flops, training_flops
@@ -261,11 +261,9 @@ class Trainer:
 
     def _new_model(self) -> nn.Module:
         """Returns a model on the device for evaluation, with weights of any value."""
-        with torch.device("meta"):
-            model = build_model(self.config)
-        model.to_empty(device=self.device)
-        if self.device.type == "cpu":
-            use_cpu_way(model)
+        model = build_empty_model(self.config, self.device)
+        if self.device.type == "cpu" and (ways := find_ways(model)):
+            ways.use_cpu_way(model)
         return model
 
     def _restore(self) -> None:
@@ -281,6 +279,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", self.engine, self.stats, retention=retention, lock=self.lock, log=self.log
         )
+        self.checkpoints.check_disk()
         file = self.folder / "rollbacks.json"
         self.rollbacks = Rollbacks(file, distributed.run_on_rank_0(lambda: read_rollbacks(file)))
         self.watch = DivergenceWatch(config.guard)

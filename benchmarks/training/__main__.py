@@ -148,6 +148,7 @@ def shares(measured: dict[str, Any], job: Job, copy_bytes_per_s: float, product_
     if "failed" in measured:
         return {}
     rate, flops = harness.deciles(measured["images_per_s"])["median"], training_flops(new_model(job), job.image_size)
+    assert flops is not None
     result = {"share_of_product": rate * flops / product_flops_per_s}
     if job.device.type == "cuda":
         result["share_of_copy"] = rate * roofline.image_bytes(job.model, job.image_size, roofline.FUSED) / copy_bytes_per_s

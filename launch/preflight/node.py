@@ -34,16 +34,6 @@ SHARD_CHECKERS = 2  # nodes that check each shard: one with a bad disk differs f
 MAX_DAMAGED = 20  # shards that a node reports
 TMP_BYTES = 1 << 30  # for compiled kernels and files of running processes
 READ_BYTES, READ_SECONDS, READ_THREADS = 64 << 20, 2.0, 8
-# (parameters without the head, features at the head). To build a model instead would import torch on every node.
-BACKBONES = {
-    "van_b0": (3_848_800, 256),
-    "van_b1": (13_348_800, 512),
-    "van_b2": (26_065_472, 512),
-    "van_b3": (44_252_608, 512),
-    "van_b4": (59_770_176, 512),
-    "van_b5": (89_198_688, 768),
-    "van_b6": (199_060_416, 768),
-}
 
 
 @dataclass(frozen=True)
@@ -151,9 +141,7 @@ class Inspection:
         return len(list_checkpoints(Path(self.config.run.dir, CHECKPOINTS)))
 
     def _check_disks(self) -> None:
-        size = checkpoint_bytes(self.config)
-        more = self.config.run.keep + 1 - min(self.config.run.keep, self._checkpoints())
-        self._check_disk("run.dir", Path(self.config.run.dir), size * more, f"{more} more checkpoints of {size / 1e9:.3g} GB each")
+        self._check_disk("run.dir", Path(self.config.run.dir), 0, "")  # the job knows what its checkpoints need, and refuses to start
         self._check_disk("TMPDIR", Path(os.environ.get("TMPDIR", "/tmp")), TMP_BYTES, "compiled kernels and temporary files")
 
     def _check_disk(self, name: str, path: Path, needed: int, purpose: str) -> None:
@@ -198,15 +186,6 @@ class Inspection:
                         return
         except (ValueError, OSError) as error:
             self._add_problem("reading data.train", error)
-
-
-def checkpoint_bytes(config: Config) -> int:
-    """Returns the size of a checkpoint: weights, two moments and, if set, the moving average, in fp32; 0 for a model not in BACKBONES."""
-    if config.model.name not in BACKBONES or config.model.kwargs:
-        return 0
-    backbone, features = BACKBONES[config.model.name]
-    copies = 3 + (config.engine.ema_decay > 0)
-    return 4 * copies * (backbone + config.model.classes * (features + 1))
 
 
 def _version(package: str) -> str:

@@ -71,6 +71,19 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(self.folder, self.log.line)
 
+    def check_disk(self) -> None:
+        """Raises ValueError if the disk lacks room for the checkpoints that the run will have beside those it has. Collective."""
+        run_on_rank_0(self._check_disk, self.group)
+
+    def _check_disk(self) -> None:
+        more = self.retention.last + 1 - min(self.retention.last, len(list_checkpoints(self.folder)))
+        free = shutil.disk_usage(self.folder).free
+        if free < self.bytes * more:
+            raise ValueError(
+                f"{self.folder}: its disk has {free / 1e9:.3g} GB free, and {more} more checkpoints need {self.bytes / 1e9:.3g} GB each; "
+                "free space there, or change run.dir or run.keep"
+            )
+
     # ---------------------------------------------------------------- saving
 
     def save(self, trainer: dict[str, Any]) -> None:

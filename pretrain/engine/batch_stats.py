@@ -6,8 +6,10 @@ running statistics of the whole model are one flat fp32 buffer, averaged over th
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torch.nn.modules.batchnorm import _BatchNorm
 
 KINDS = ("running_mean", "running_var")
 
@@ -19,8 +21,9 @@ class BatchStats:
     """
 
     def __init__(self, model: nn.Module, ema_decay: float):
-        norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)}
-        self.flat = torch.cat([getattr(norm, kind) for norm in norms.values() for kind in KINDS])
+        norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+        none = torch.empty(0, device=next(model.parameters()).device)
+        self.flat = torch.cat([none, *(getattr(norm, kind) for norm in norms.values() for kind in KINDS)])
         self.ema_decay = ema_decay
         self.ema = self.flat.clone() if ema_decay else self.flat
         self.averages: dict[str, Tensor] = {}  # views of `ema` by the buffer's name
@@ -61,17 +64,18 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     """Extends torch's SyncBatchNorm, which only GPUs have, to CPUs. Ranks must have batches of one size."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalizes (N, C, H, W) to (N, C, H, W)."""
+        """Normalizes (N, C, …) to the same shape."""
         if input.is_cuda or not self.training:
             return super().forward(input)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
         assert self.num_batches_tracked is not None
-        ranks, axes = dist.get_world_size(), (0, 2, 3)
+        ranks, axes = dist.get_world_size(), (0, *range(2, input.ndim))
+        by_channel = (-1, *(1 for _ in axes[1:]))
         x = input.float()
         mean = all_reduce(x.mean(axes)) / ranks
-        centered = x - mean[:, None, None]
+        centered = x - mean.view(by_channel)
         variance = all_reduce(centered.square().mean(axes)) / ranks
         with torch.no_grad():
             count = ranks * input.numel() / input.shape[1]
@@ -79,14 +83,32 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(input.dtype)
+        return (centered * scale.view(by_channel) + self.bias.view(by_channel)).to(input.dtype)
+
+
+class SyncBatchNormAct(SyncBatchNorm):
+    """The synchronized form of timm's BatchNormAct2d, which drops and activates after it normalizes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Maps (N, C, H, W) to the same shape."""
+        return self.act(self.drop(super().forward(input)))  # type: ignore[operator]
 
 
 def synchronize_batch_norms(model: nn.Module) -> None:
-    """Replaces each BatchNorm2d by a SyncBatchNorm of the same name and state."""
+    """Replaces each BatchNorm by a SyncBatchNorm of the same name and state.
+
+    Raises:
+        ValueError: a subclass of BatchNorm computes in a way of its own.
+    """
     for module in list(model.modules()):
         for name, norm in module.named_children():
-            if isinstance(norm, nn.BatchNorm2d):
-                synced = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum)
-                synced.load_state_dict(norm.state_dict())
-                setattr(module, name, synced)
+            if not isinstance(norm, _BatchNorm):
+                continue
+            if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d) or not norm.affine:
+                raise ValueError(f"engine.sync_bn: a {type(norm).__name__} of the model can't be synchronized; set engine.sync_bn=false")
+            kind = SyncBatchNormAct if isinstance(norm, BatchNormAct2d) else SyncBatchNorm
+            synced = kind(norm.num_features, norm.eps, norm.momentum)
+            synced.load_state_dict(norm.state_dict())
+            if isinstance(norm, BatchNormAct2d):
+                synced.act, synced.drop = norm.act, norm.drop
+            setattr(module, name, synced.train(norm.training))

@@ -6,16 +6,15 @@ log.line(use_graphs(engine, config))                # before the first step
 
 import copy
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.config import Config
 from pretrain.engine.precision import DTYPES, autocast, resolve_precision
-from pretrain.model.fast import compiled, cpu, triton
-from pretrain.model.fast.cuda_graphs import CudaGraph, graph_stages
-from pretrain.model.van import VAN, Block
+from pretrain.model.fast.cuda_graphs import CudaGraph
+from pretrain.model.fast.ways import Ways, find_ways
 
 # Norm of the difference over the norm, of a block's output and of each gradient: well above what rounding to bf16 causes.
 TOLERANCE = 0.05
@@ -25,24 +24,27 @@ def use_fast_ways(model: nn.Module, config: Config, device: torch.device) -> str
     """Puts the ways that the settings ask for into a model that will train on `device`; returns a line for the log.
 
     With model.kernels=auto Triton's kernels are used if they run and agree with PyTorch; with triton a fault is a ValueError. On a CPU a
-    VAN trains in the CPU way, unless it is compiled.
+    model trains in the CPU way of its class, unless it is compiled.
     """
-    if not isinstance(model, VAN):
-        return f"computing: PyTorch's operators; faster ways exist for VAN alone, not for {type(model).__name__}"
-    settings, ways = config.model, []
-    fault = "as model.kernels=torch asks" if settings.kernels == "torch" else _kernel_fault(model, config, device)
-    if fault is None:
-        triton.use_triton(model)
-        ways.append("Triton's kernels")
-    elif settings.kernels == "triton":
+    settings, chosen, ways = config.model, [], find_ways(model)
+    if settings.kernels == "torch" and ways is not None:
+        fault: str | None = "as model.kernels=torch asks"
+    else:
+        fault = f"there are none for {type(model).__name__}" if ways is None else _find_kernel_fault(model, ways, config, device)
+    if settings.kernels == "triton" and fault is not None:
         raise ValueError(f"model.kernels=triton can't be used: {fault}; model.kernels=auto takes Triton where it runs")
+    if ways is None:
+        return f"computing: PyTorch's operators (no faster way exists for {type(model).__name__})"
+    if fault is None:
+        ways.use_kernels(model)
+        chosen.append("Triton's kernels")
     if settings.compile:
-        compiled.compile_blocks(model)
-        ways.append("compiled blocks")
+        ways.compile_blocks(model)
+        chosen.append("compiled blocks")
     elif device.type == "cpu":
-        cpu.use_cpu_way(model)
-        ways.append("the CPU way")
-    computing = " and ".join(ways) or "PyTorch's operators"
+        ways.use_cpu_way(model)
+        chosen.append("the CPU way")
+    computing = " and ".join(chosen) or "PyTorch's operators"
     return f"computing: {computing}" + (f" (no Triton kernels: {fault})" if fault else "")
 
 
@@ -51,28 +53,28 @@ def use_graphs(engine: Any, config: Config) -> str:
 
     Call it last, when it is settled how the model computes and where its parameters and buffers lie.
     """
-    if engine.device.type != "cuda":
-        return f"CUDA graphs: none on a {engine.device.type}"
+    ways = find_ways(engine.module)
+    if engine.device.type != "cuda" or ways is None:
+        return f"CUDA graphs: none for {type(engine.module).__name__} on a {engine.device.type}"
     size, precision = config.data.image_size, DTYPES[config.engine.precision]
     images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
     # Without a cache of cast weights: a graph would not cast them again.
     with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
-        return graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
+        return ways.graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
 
 
-def _kernel_fault(model: VAN, config: Config, device: torch.device) -> str | None:
+def _find_kernel_fault(model: nn.Module, ways: Ways, config: Config, device: torch.device) -> str | None:
     """Returns why Triton's kernels can't compute a model's blocks on this device, or None if they can.
 
     Tries a block of each stage on drawn maps of the job's size, and so compiles what the first step would compile.
     """
-    reason = triton.why_unusable(model, device)
+    reason = ways.why_no_kernels(model, device)
     if reason is not None:
         return reason
-    for number, (stage, info) in enumerate(zip(model.stages, model.feature_info, strict=True)):
-        size = -(-config.data.image_size // info["reduction"])
-        block = cast(nn.Sequential, stage.blocks)[-1]
+    for number, (block, channels, reduction) in enumerate(ways.list_blocks(model)):
+        size = -(-config.data.image_size // reduction)
         try:
-            distance = _distance(cast(Block, block), size, config, device)
+            distance = _distance(block, ways, (4, channels, size, size), config, device)
         except Exception as error:  # of the compiler, the driver or a launch: whatever it is, the job can do without the kernels
             return f"stage {number}: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         if not distance <= TOLERANCE:  # also where the distance is not a number
@@ -80,19 +82,19 @@ def _kernel_fault(model: VAN, config: Config, device: torch.device) -> str | Non
     return None
 
 
-def _distance(block: Block, size: int, config: Config, device: torch.device) -> float:
+def _distance(block: nn.Module, ways: Ways, shape: tuple[int, ...], config: Config, device: torch.device) -> float:
     """Returns the largest relative distance between a block by kernels and by PyTorch, over its output and all gradients."""
     reference = copy.deepcopy(block).to(device).train()
     swapped = copy.deepcopy(reference)
-    triton.use_triton(swapped)
+    ways.use_kernels(swapped)
     generator = torch.Generator(device).manual_seed(0)
-    x, grad = (torch.randn(4, reference.norm1.num_features, size, size, generator=generator, device=device) for _ in range(2))
+    x, grad = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     expected = _values_and_gradients(reference, x, grad, torch.autocast(device.type, enabled=False))
     actual = _values_and_gradients(swapped, x, grad, autocast(device, resolve_precision(device, config.engine.precision)))
     return max(float((one - other).norm() / other.norm()) for one, other in zip(actual, expected, strict=True))
 
 
-def _values_and_gradients(block: Block, x: Tensor, grad: Tensor, context: torch.autocast) -> list[Tensor]:
+def _values_and_gradients(block: nn.Module, x: Tensor, grad: Tensor, context: torch.autocast) -> list[Tensor]:
     torch.manual_seed(0)  # stochastic depth
     x = x.to(memory_format=torch.channels_last).detach().requires_grad_()
     with context:

@@ -7,7 +7,8 @@ the input.
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import torch
 from timm.optim import param_groups_layer_decay
@@ -19,19 +20,24 @@ from pretrain.config import OptimConfig
 def group_parameters(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Returns two parameter groups: matrices and kernels with weight decay, 1-D parameters (biases, norms, layer scales) without.
 
+    Parameters that the model's `no_weight_decay` names, such as position embeddings, have none either.
+
     With a `layer_decay` below 1 each layer has two such groups, whose `lr_scale` is layer_decay ** (number of later layers); the last
     layer, the head, has scale 1 (BEiT, arXiv 2106.08254; timm's param_groups_layer_decay). The model's group_matcher defines its layers.
     """
+    no_decay = set(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if layer_decay < 1:
         return [
             {key: group[key] for key in ("params", "weight_decay", "lr_scale")}
-            for group in param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay)
+            for group in param_groups_layer_decay(model, weight_decay, no_decay, layer_decay=layer_decay)
         ]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    decayed: list[Tensor] = []
+    bare: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_bare = parameter.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in no_decay)
+            (bare if is_bare else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": bare, "weight_decay": 0.0}]
 
 
 class AdamW(torch.optim.AdamW):

@@ -68,8 +68,10 @@ class Reductions:
         if not self.engine.is_gradient_accumulation_boundary():
             return
         if any(self.missing):
+            unused = [name for name, parameter in self.engine.module.named_parameters() if parameter.grad is None]
             raise RuntimeError(
-                f"{sum(self.missing)} parameters got no gradient in a step's last backward pass: each must have a part in the loss, once"
+                f"{sum(self.missing)} parameters got no gradient in a step's last backward pass: each must have a part in the loss, once. "
+                f"Parameters without a gradient: {', '.join(unused) or 'none'}"
             )
         self._begin_step()
         if self.stream is not None:

@@ -10,6 +10,8 @@ The linear probe is logistic regression by L-BFGS on the whole bank, as for CLIP
 mean 0 and variance 1. CLIP searches for the best weight penalty; here the penalty is fixed, so the accuracy may be a little lower.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -49,10 +51,11 @@ def extract_features(model: nn.Module, loader: EvalLoader, precision: str) -> tu
         precision: as engine.precision.
 
     Returns:
-        Features, float32 (n, head_hidden_size), and labels, int64 (n,), on the loader's device.
+        Features, float32 (n, width of the head's input), and labels, int64 (n,), on the loader's device.
     """
     model.eval()
-    features = [torch.empty(0, int(model.head_hidden_size), device=loader.device)]  # type: ignore[arg-type]
+    width: Any = getattr(model, "head_hidden_size", model.num_features)
+    features = [torch.empty(0, width, device=loader.device)]
     labels = [torch.empty(0, dtype=torch.int64, device=loader.device)]
     for batch in loader:
         with torch.inference_mode(), autocast(loader.device, precision):

@@ -14,37 +14,64 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 import pretrain.model.van  # noqa: F401  registers the variants with timm
 from pretrain.config import Config
 from pretrain.model.fast.channels_last import use_channels_last
 
+INTERFACE = ("forward_features", "forward_head", "get_classifier", "reset_classifier", "num_classes", "num_features", "pretrained_cfg")
+
 
 def build_model(config: Config) -> nn.Module:
     """Returns the model of `config.model` with freshly drawn weights, on the CPU.
 
-    Its dense convolutions lie channels-last (pretrain/model/fast/channels_last.py): in the same way in every process, as checkpoints keep
-    weights as they lie.
+    A model whose input size is fixed when it is built, such as a ViT, is built for data.image_size. Dense convolutions lie channels-last
+    (pretrain/model/fast/channels_last.py): in the same way in every process, as checkpoints keep weights as they lie.
 
     Raises:
-        ValueError: timm has no such model, the model doesn't take these arguments, or it can't recompute these stages.
+        ValueError: timm has no such model, the model doesn't take these arguments, lacks a part of timm's interface, or can't recompute
+            these stages.
     """
     settings = config.model
     name = _registered_name(settings.name)
-    arguments: dict[str, Any] = {"num_classes": settings.classes, **settings.kwargs}
-    if settings.drop_path:  # not all models have stochastic depth
+    arguments: dict[str, Any] = {"num_classes": settings.classes}
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):
+        arguments["img_size"] = config.data.image_size
+    if settings.drop_path is not None:
         arguments["drop_path_rate"] = settings.drop_path
+    arguments |= settings.kwargs
     try:
         model = timm.create_model(name, **arguments)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
         given = ", ".join(f"{key}={value}" for key, value in arguments.items())
         raise ValueError(
-            f"model.name={settings.name} can't be built with {given}: {error}; see model.kwargs and model.drop_path"
+            f"model.name={settings.name} can't be built with {given}: {error}; see model.kwargs, and model.drop_path=null for a model "
+            "without stochastic depth"
         ) from error
+    missing = [part for part in INTERFACE if not hasattr(model, part)]
+    if missing:
+        raise ValueError(f"model.name={settings.name}: {type(model).__name__} lacks {', '.join(missing)} of the interface of timm's models")
+    _make_frozen_parameters_buffers(model)
     use_channels_last(model)
     _recompute_stages(model, settings.name, settings.checkpoint_stages)
     return model
+
+
+def build_empty_model(config: Config, device: torch.device) -> nn.Module:
+    """Returns the model on a device, with weights and buffers of any value: without the time that it takes to draw weights.
+
+    A model that needs values while it is built, or holds tensors that are neither parameters nor buffers, is built on the CPU.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(config)
+    except RuntimeError:
+        return build_model(config).to(device)
+    if any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values()):
+        return build_model(config).to(device)
+    return model.to_empty(device=device)
 
 
 def _registered_name(name: str) -> str:
@@ -78,18 +105,28 @@ def _import_file(path: Path) -> None:
     spec.loader.exec_module(sys.modules[module_name])
 
 
+def _make_frozen_parameters_buffers(model: nn.Module) -> None:
+    """Replaces parameters that need no gradient by buffers of the same name, which checkpoints hold and no optimizer wants."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.data)
+
+
 def _recompute_stages(model: nn.Module, name: str, stages: list[int]) -> None:
     """Turns activation checkpointing on, in these stages alone if the model has a switch for each stage."""
     if not stages:
         return
-    modules = list(getattr(model, "stages", []))
+    listed = getattr(model, "stages", None)
+    modules: list[Any] = list(listed) if isinstance(listed, nn.Sequential | nn.ModuleList) else []
     if len(modules) == 4 and all(hasattr(stage, "grad_checkpointing") for stage in modules):
         for stage in stages:
             modules[stage].grad_checkpointing = True
     elif set(stages) == {0, 1, 2, 3}:
         try:
             cast(Any, model).set_grad_checkpointing(True)
-        except AssertionError as error:  # timm's way to say so
+        except (AssertionError, AttributeError) as error:  # so timm's models refuse
             raise ValueError(f"model.checkpoint_stages={stages}: {name} can't recompute its blocks; set []") from error
     else:
         raise ValueError(

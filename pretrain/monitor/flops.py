@@ -6,9 +6,10 @@ share = mfu(images_per_s / ranks, flops, peak) if peak is not None else None
 """
 
 import re
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense FLOP/s of the tensor cores, (in 16 bits, in TF32), by CUDA's name of the GPU, from NVIDIA's data sheets, which print twice as much
@@ -30,17 +31,43 @@ _PEAKS = {
 }
 
 
-def training_flops(model: nn.Module, image_size: int) -> float:
+def training_flops(model: nn.Module, image_size: int) -> float | None:
     """Returns the floating-point operations of one image in training, forward and backward; a multiply-add counts as two.
 
     Counts convolutions and matrix products; the backward pass counts as twice the forward pass, recomputation does not count. Nothing is
     computed, but the model must still have all of its weights and PyTorch's own operators: call this before layers are replaced and the
-    engine is built.
+    engine is built. Returns None for a model whose forward pass can't compute shapes alone.
+
+    Raises:
+        ValueError: the model can't compute images of `image_size` pixels, or does not return logits.
     """
     on_meta = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        torch.func.functional_call(model, on_meta, (torch.empty(2, 3, image_size, image_size, device="meta"),))  # BatchNorm wants two
-    return 3.0 * counter.get_total_flops() / 2
+    images, name = torch.empty(2, 3, image_size, image_size, device="meta"), type(model).__name__  # two, as BatchNorm wants
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            output, flops = torch.func.functional_call(model, on_meta, (images,)), 3.0 * counter.get_total_flops() / 2
+    except Exception:  # of any kind: the model's code decides
+        output, flops = _compute(model, torch.zeros_like(images, device="cpu")), None
+    if not isinstance(output, Tensor) or output.shape != (2, model.num_classes):
+        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"model.name: {name} returns {found} for 2 images in training, instead of logits of 2 x {model.num_classes}")
+    return flops
+
+
+def _compute(model: nn.Module, images: Tensor) -> Any:
+    """Returns the output for images; raises ValueError if the model fails."""
+    training = model.training
+    try:
+        with torch.no_grad():
+            return model.eval()(images)
+    except Exception as error:
+        size, reason = images.shape[-1], f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"model.name: {type(model).__name__} can't compute images of {size} x {size} ({reason}); choose another data.image_size, or "
+            "set what the model needs for it in model.kwargs"
+        ) from error
+    finally:
+        model.train(training)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -23,7 +23,7 @@ class Reporter:
     global_batch: int
     ranks: int
     device: torch.device
-    image_flops: float  # floating-point operations of one image in training (monitor/flops.py)
+    image_flops: float | None  # floating-point operations of one image in training (monitor/flops.py); None if unknown
     peak_flops: float | None  # FLOP/s of one GPU by its data sheet; without it no MFU is reported
     has_graphs: bool  # whether the job runs CUDA graphs, which the advice on launch-bound steps depends on
 
@@ -45,7 +45,7 @@ class Reporter:
             "memory_gb": distributed.get_peak_memory_gb(self.device),
             "left_s": (self.total - step) / steps_per_s,
         }
-        if self.peak_flops is not None:
+        if self.image_flops is not None and self.peak_flops is not None:
             values["mfu"] = mfu(images_per_s / self.ranks, self.image_flops, self.peak_flops)
         if steps.launch_bound is not None:
             values["launch_bound"] = steps.launch_bound

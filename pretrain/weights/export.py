@@ -27,7 +27,7 @@ from torch import nn
 
 from data.common.files import publish, sync
 from pretrain.config import Config, from_dict
-from pretrain.model.build import build_model
+from pretrain.model.build import build_empty_model
 from pretrain.model.formats import some, to_format
 from pretrain.run.directory import MANIFEST
 from pretrain.weights.run_model import build_trained, open_run
@@ -87,8 +87,7 @@ def run_formats(config: Config) -> list[str]:
     """Returns the formats of run.export; for null those of official and timm that the model has."""
     if config.run.export is not None:
         return config.run.export
-    with torch.device("meta"):
-        model = build_model(config)
+    model = build_empty_model(config, torch.device("cpu"))
     return [fmt for fmt in ("official", "timm") if fmt in formats_of(model)]
 
 
@@ -269,7 +268,8 @@ def _write_timm(path: Path, fmt: str, model: nn.Module, config: Config, trainer:
     }  # fmt: skip
     model.pretrained_cfg = {**model.pretrained_cfg, **transform}  # type: ignore[dict-item,assignment]
     labels = {"label_names": trainer["classes"]} if model.num_classes else {}
-    timm.models.save_for_hf(model, str(path), model_config=labels, safe_serialization=True)
+    arguments = config.model.kwargs or None
+    timm.models.save_for_hf(model, str(path), model_config=labels, model_args=arguments, safe_serialization=True)
 
 
 def _write_hf(path: Path, fmt: str, model: nn.Module, config: Config, trainer: dict[str, Any]) -> None:
@@ -339,7 +339,7 @@ def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str,
         "accuracy": _accuracy(trainer.get("evaluation"), config, job.average),
         "data": f"{data.train}, fingerprint {trainer['identity'].get('data')}",
         "recipe": f"AdamW, learning rate {optim.lr} to {optim.min_lr}, {optim.warmup_epochs} epochs of warm-up, {config.epochs} epochs, "
-        f"global batch {config.global_batch}, weight decay {optim.weight_decay}, drop path {config.model.drop_path}, mixup {data.mixup}, "
+        f"global batch {config.global_batch}, weight decay {optim.weight_decay}, {_drop_path(config)}mixup {data.mixup}, "
         f"cutmix {data.cutmix}, label smoothing {optim.label_smoothing}, {data.image_size} px, seed {config.seed}",
         "input": f"RGB, {data.image_size} x {data.image_size}, mean {list(data.mean)}, standard deviation {list(data.std)}, bicubic, "
         f"{'resized straight to the size' if data.eval_resize == 'squash' else f'center crop of {data.eval_crop}'}",
@@ -348,7 +348,7 @@ def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str,
         "commit": trainer.get("commit", "not recorded"),
         "versions": ", ".join(f"{name} {number}" for name, number in trainer.get("versions", {}).items()) or "not recorded",
         "exported with": f"torch {torch.__version__}, timm {version('timm')}, format {job.fmt}",
-        "load with": load_command(model, job.fmt),
+        "load with": load_command(config.model.name, job.fmt),
         "SHA-256": digest,
         "license": job.license,
     }
@@ -357,11 +357,16 @@ def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str,
     return f"# {config.name}\n\n{paper}rained with van-pretrain.\n\n| | |\n|---|---|\n{table}\n"
 
 
-def load_command(model: nn.Module, fmt: str) -> str:
-    """Returns how to load an export, with PATH for its place. A model that is not timm's own has to be imported first."""
-    module = type(model).__module__
+def load_command(name: str, fmt: str) -> str:
+    """Returns how to load an export of the model of model.name, with PATH for its place. A model that is not timm's is imported first."""
+    file, _, name_in_file = name.rpartition(":")
+    module = Path(file).stem if file else timm.model_entrypoint(name_in_file).__module__
     first = f"`import {module}` and " if fmt == "timm" and not module.startswith("timm.") else ""
     return first + LOADED_BY[fmt]
+
+
+def _drop_path(config: Config) -> str:
+    return "" if config.model.drop_path is None else f"drop path {config.model.drop_path}, "
 
 
 def _accuracy(evaluation: dict[str, Any] | None, config: Config, average: bool) -> str:

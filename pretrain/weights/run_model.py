@@ -51,6 +51,7 @@ def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[
     """
     path, trainer = open_run(source)
     config = from_dict(trainer["config"])
+    refuse_enclosed_code(source, config.model.name)
     if average and not config.engine.ema_decay:
         raise ValueError(f"{source} keeps no moving average of its weights (engine.ema_decay was 0); use --weights raw")
     kinds = ("ema", "buffer", "buffer_ema") if average else ("weight", "buffer")
@@ -61,6 +62,13 @@ def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[
     model = build_model(config)
     copy_weights(model, tensors[kinds[0]], tensors["buffer"] | tensors.get("buffer_ema", {}))
     return model.eval(), config, trainer
+
+
+def refuse_enclosed_code(source: Path, name: str) -> None:
+    """Raises ValueError if the model is defined by a Python file inside `source`: a checkpoint from elsewhere must not bring code along."""
+    file = name.rpartition(":")[0]
+    if file and Path(file).resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{source}: its model.name is {name}, a file inside of it, which is not executed; keep such files outside of runs")
 
 
 @torch.no_grad()

@@ -52,11 +52,15 @@ def architecture(model: nn.Module) -> str:
 
 
 def head_keys(model: nn.Module) -> tuple[str, ...]:
-    """Returns the state-dict keys of a timm model's classifier; none if it was built without one."""
+    """Returns the state-dict keys of a timm model's classifier that have a row for each class; none if it was built without one.
+
+    Other layers that a model counts to its classifier, such as a hidden one, belong to the backbone here.
+    """
     classifier = model.get_classifier()  # type: ignore[operator]
     layers = classifier if isinstance(classifier, tuple) else (classifier,)
     prefixes = tuple(f"{name}." for name, module in model.named_modules() if any(module is layer for layer in layers))
-    return tuple(key for key in model.state_dict() if key.startswith(prefixes))
+    state = model.state_dict()
+    return tuple(key for key, tensor in state.items() if key.startswith(prefixes) and tensor.shape[:1] == (model.num_classes,))
 
 
 def misfits(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:

@@ -17,6 +17,7 @@ import pytest
 
 from data.dataset.index import Index
 from launch.__main__ import free_port
+from launch.preflight import node as inspection
 from launch.preflight.__main__ import main
 from launch.preflight.node import Inspection, Node, read_settings
 from launch.preflight.verdict import Verdict, judge_nodes
@@ -139,11 +140,12 @@ def test_wrong_settings_are_listed_with_problems_of_this_node(machine: Machine) 
         assert text in str(wrong.value)
 
 
-def test_a_disk_that_is_too_small_is_reported(machine: Machine) -> None:
-    verdict = machine.inspect(1, "run.keep=9999999")
+def test_a_disk_that_is_too_small_is_reported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspection, "TMP_BYTES", 1 << 60)
+    verdict = machine.inspect(1)
     assert (verdict.code, len(verdict.settings)) == (2, 1)
-    assert "run.dir = " in verdict.settings[0]
-    assert "GB are needed for 10000000 more checkpoints of 0.0462 GB each; free space there" in verdict.settings[0]
+    assert "TMPDIR = " in verdict.settings[0]
+    assert "GB are needed for compiled kernels and temporary files; free space there" in verdict.settings[0]
 
 
 def test_a_run_directory_of_other_settings_is_reported(machine: Machine) -> None:

@@ -1,11 +1,9 @@
 """An interrupted run ends bit for bit as an undisturbed one: after kill -9 or a stop signal, in every ZeRO stage."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from pretrain import checkpoint
 from pretrain.run.directory import step_of
 from tests.support import REFERENCE, jobs
+from tests.support.jobs import wait_until
 from tests.support.ranks import join, kill
 
 pytestmark = pytest.mark.slow
@@ -45,14 +44,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> Callab
         return folder
 
     return of_stage
-
-
-def wait_until(happened: Callable[[], bool], job: list[multiprocessing.Process], folder: Path) -> None:
-    deadline = time.monotonic() + 200
-    while not happened():
-        assert all(rank.exitcode is None for rank in job), (folder / "log").read_text()[-4000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stage", TESTED)

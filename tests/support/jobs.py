@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,15 @@ def run(folder: Path, dataset: Path, *overrides: str, ranks: int, code: int = 0,
     output = (folder / "log").read_text()[before:]
     assert exit_code == code, f"exit code {exit_code}, expected {code}:\n{output[-4000:]}"
     return output
+
+
+def wait_until(happened: Callable[[], bool], job: list[multiprocessing.Process], folder: Path) -> None:
+    """Waits until something has happened; raises AssertionError if a rank of the job ends before."""
+    deadline = time.monotonic() + 200
+    while not happened():
+        assert all(rank.exitcode is None for rank in job), (folder / "log").read_text()[-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def final_state(folder: Path, steps: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.engine.fast_ways import use_fast_ways
-from pretrain.model.fast import cpu, triton
+from pretrain.model.fast import cpu, triton, ways
 from pretrain.model.fast.triton import block
 from pretrain.model.van import VAN, Block
 from tests.support.configs import make_config
@@ -32,7 +32,8 @@ def tiny() -> VAN:
 @pytest.fixture
 def usable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the kernels in Triton's interpreter."""
-    monkeypatch.setattr(triton, "why_unusable", lambda model, device: None)
+    runs = dataclasses.replace(ways.WAYS[VAN], why_no_kernels=lambda model, device: None)
+    monkeypatch.setitem(ways.WAYS, VAN, runs)
 
 
 def test_on_a_cpu_a_van_takes_the_cpu_way() -> None:
@@ -50,7 +51,9 @@ def test_compiled_blocks_are_the_reference() -> None:
 def test_other_models_compute_as_they_are() -> None:
     model = timm.create_model("resnet10t")
     types = [type(module) for module in model.modules()]
-    assert use_fast_ways(model, job(), CPU) == "computing: PyTorch's operators; faster ways exist for VAN alone, not for ResNet"
+    assert use_fast_ways(model, job(), CPU) == "computing: PyTorch's operators (no faster way exists for ResNet)"
+    with pytest.raises(ValueError, match=r"^model\.kernels=triton can't be used: there are none for ResNet;"):
+        use_fast_ways(model, job(kernels="triton"), CPU)
     assert [type(module) for module in model.modules()] == types
 
 

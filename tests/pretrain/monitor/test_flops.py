@@ -19,7 +19,7 @@ PUBLISHED |= {"resnet50": 4.11, "convnext_tiny": 4.47}
 def test_training_takes_three_times_the_published_forward_pass(name: str, multiply_adds: float) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=1000, drop_path_rate=0.1)
-    assert training_flops(model, 224) / 6e9 == pytest.approx(multiply_adds, abs=0.05, rel=0.01)
+    assert (training_flops(model, 224) or 0) / 6e9 == pytest.approx(multiply_adds, abs=0.05, rel=0.01)
 
 
 @pytest.mark.parametrize(

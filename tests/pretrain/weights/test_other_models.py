@@ -23,8 +23,12 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["van_b0", "resnet10t", "test_vit", "convnext_atto", "deit_tiny_distilled_patch16_224", "vgg11", "mobilenetv3_small_050"]
-)
+    "name",
+    [
+        "van_b0", "resnet10t", "test_vit", "convnext_atto", "deit_tiny_distilled_patch16_224", "vgg11", "mobilenetv3_small_050",
+        "levit_128s", "caformer_s18",
+    ],
+)  # fmt: skip
 def test_the_head_is_all_that_depends_on_the_classes(name: str) -> None:
     with torch.device("meta"):
         seven, nine, none = (timm.create_model(name, num_classes=number) for number in (7, 9, 0))
@@ -72,7 +76,7 @@ def test_formats_depend_on_the_class_of_the_model() -> None:
     assert run_formats(job) == ["timm"]
     job.run.export = []
     assert run_formats(job) == []
-    assert load_command(van, "timm").startswith("`import pretrain.model.van` and ")
+    assert load_command("van_b0", "timm").startswith("`import pretrain.model.van` and ")
 
 
 def test_weights_for_evaluation(tmp_path: Path) -> None:
