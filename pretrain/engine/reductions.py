@@ -1,7 +1,7 @@
 """Averages gradients over all ranks, in buckets and during the backward pass, in ZeRO stages 0 and 1.
 
 DeepSpeed runs some hundred lines of Python for each parameter of a backward pass, and VAN-B6 has 2,402 parameters. Here a parameter costs
-the host one count: 238 ms of host time a step against 378 ms for VAN-B3 (`python -m benchmarks.training host`). Stages 2 and 3 partition
+the host one count: 238 ms of host time a step against 378 ms for VAN-B3 (docs/performance.md). Stages 2 and 3 partition
 gradients, and DeepSpeed reduces them.
 """
 

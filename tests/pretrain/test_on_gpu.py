@@ -1,4 +1,4 @@
-"""The use of a GPU by a job, without a GPU: whole jobs on one that computes nothing (benchmarks/training/idle_gpu).
+"""The use of a GPU by a job, without a GPU: whole jobs on one that computes nothing (tests/support/idle_gpu).
 
 Its numbers mean nothing; what the host asks of the GPU does. No step waits for the device, in any function of PyTorch, DeepSpeed or this
 project, unless a line of the log or a checkpoint is due.
@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.training import idle_gpu
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, idle_gpu
 from tests.support.jobs import SMALL
 
 pytestmark = [
@@ -67,7 +66,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, drawn: Path, gpu: dict[str
 STEPS = """
 import torch
 from types import SimpleNamespace
-from benchmarks.training.idle_gpu import IdleGpu
+from tests.support.idle_gpu import IdleGpu
 from pretrain.monitor.interval import Interval
 
 gpu, device = IdleGpu(), torch.device("cuda", 0)

@@ -1,4 +1,4 @@
-"""A job on a GPU that computes nothing (benchmarks/training/idle_gpu), in a process that sees one.
+"""A job on a GPU that computes nothing (tests/support/idle_gpu), in a process that sees one.
 
     python -m tests.support.gpu_job CONFIG key=value …
 
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import idle_gpu
 from data.common.placement import Placement
 from data.dataset.index import Index
 from data.loader.loaders import TrainLoader
@@ -26,7 +25,7 @@ from data.loader.order import SampleOrder
 from data.settings import DataConfig
 from pretrain import config as settings
 from pretrain import train as training
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, idle_gpu
 
 ROOT = str(REPOSITORY)
 

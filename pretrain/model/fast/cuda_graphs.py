@@ -2,7 +2,7 @@
 
     message = graph_stages(model, ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))   # before the first step
 
-A VAN launches about four thousand kernels in a micro-step, most of them short (`python -m benchmarks.training.host`). A graph is the work
+A VAN launches about four thousand kernels in a micro-step, most of them short. A graph is the work
 that one pass of a stage launches, recorded once and then started as a whole: the same kernels in the same order on the same memory. Each of
 the four stages has two graphs, so the gradients of a stage are reduced while the stages before it still compute theirs. Gradients are
 added in tensors that stay, which become the parameters' `grad` in a step's first pass. Other input shapes and evaluation take the stage's

@@ -10,8 +10,8 @@
     tiling.py       how the convolutions' work is cut, as pure functions of its shape
 
 All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile work
-with them. `python -m benchmarks.training.kernel_resources` compiles them for GPUs that need not be present and reads off registers and
-spills; `python -m benchmarks.training --gpu` times them on a GPU. docs/performance.md counts bytes and multiply-adds.
+with them. tests/pretrain/model/fast/triton compiles them for GPUs that need not be present and counts registers and spills;
+`python -m benchmarks.training --gpu` times them on a GPU. docs/performance.md counts bytes and multiply-adds.
 """
 
 import torch

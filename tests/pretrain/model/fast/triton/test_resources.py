@@ -14,7 +14,7 @@ from tests.support import REPOSITORY
 
 MEASURE = """
 import json
-from benchmarks.training.kernel_resources import measure
+from tests.support.kernel_code import measure
 print(json.dumps(list(measure({models}, {image_size}, [{activations!r}], {capabilities}))))
 """
 KERNELS = 4 + 3 + 3  # of the 3x3, the 5x5 and the 7x7
@@ -63,7 +63,7 @@ def test_spills_are_counted(tmp_path: Path) -> None:
     """The control: with a third of the registers."""
     code = """
 import json
-from benchmarks.training.kernel_resources import Layer, kernels, resources
+from tests.support.kernel_code import Layer, kernels, resources
 kernel = kernels(Layer(512, 56, 3, gelu="after"), "bf16")[0]
 kernel.options = kernel.options | {"maxnreg": 56}
 print(json.dumps(resources(kernel, 90)))

@@ -1,9 +1,6 @@
 """Registers, spills, shared memory and loads of the Triton kernels, compiled for GPUs that need not be present.
 
-    python -m benchmarks.training.kernel_resources [--model van_b3 …] [--image-size 224] [--type bf16 …] [--capability 80 90 100]
-
-Compiles the kernels of every layer of the models (VAN-B3 to B6 unless others are named), each shape once, and reads the machine code with
-the cuobjdump that comes with Triton. The result has the ranges over all shapes.
+rows = measure(["van_b3"], 224, ["bf16"], [90])      # one for each kernel and shape; read from the machine code by Triton's cuobjdump
 """
 
 import re
@@ -18,17 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.harness import command_line, parser, report
 from benchmarks.training.layers import Layer, layers
 from pretrain.model.fast.triton import attention_device, depthwise_device, residual_device
 from pretrain.model.fast.triton.depthwise import conv_constants, launch_options, weight_gradient_constants
 from pretrain.model.fast.triton.residual import TILE
 from pretrain.model.fast.triton.tiling import WARPS
 
-MODULE = "benchmarks.training.kernel_resources"
-# A line of a listing: address, name after a predicate, operands.
-INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
-Code = list[tuple[int, str, str]]
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)[^;]*;", re.MULTILINE)  # its name in a listing
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -99,8 +92,7 @@ def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
         cubin.flush()
         usage, listing = (_run(CUOBJDUMP, option, cubin.name) for option in ("-res-usage", "-sass"))
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))  # type: ignore[union-attr]
-    code = [(int(at, 16), name, operands) for at, name, operands in INSTRUCTION.findall(listing)]
-    loop = _inner_loop(code)
+    code = INSTRUCTION.findall(listing)
     return {
         "registers": registers,
         "stack_bytes": stack,
@@ -109,46 +101,11 @@ def resources(kernel: Kernel, capability: int) -> dict[str, Any]:
         "atomics": _count(code, r"ATOM|RED"),
         "loads": _count(code, "LDG"),
         "loads_128_bit": _count(code, r"LDG.*\.128"),
-        "instructions": len(code),
-        "loop_instructions": len(loop),
-        "loop_multiply_adds": _multiply_adds(loop),
-        "instructions_per_value": _per_value(kernel.constants, len(loop), len(code)),
     }
 
 
-def _per_value(constants: dict[str, Any], loop: int, code: int) -> float | None:
-    """Returns the instructions of a convolution per value of the map, on one lane of one warp; eight channels share each instruction.
-
-    The loop runs once for each column of the kernel: on one lane, or in the weight gradient on neighboring lanes. The weight gradient's
-    instructions outside of the loop run once for many strips and don't count.
-    """
-    if "R" not in constants:
-        return None
-    h, w, k, d, rows = (constants[name] for name in "HWKDR")
-    computed = rows * constants["STRIPS"] * d / h  # rows, including those beyond the map
-    if "COLUMNS" in constants:
-        return computed * loop * constants["COLUMNS"] / (8 * rows)
-    columns = 2 * min(k // 2, (w - 1) // d) + 1
-    return computed * (loop * columns + code - loop) / (8 * rows)
-
-
-def _inner_loop(code: Code) -> Code:
-    """Returns the instructions of the loop with the most multiply-adds; none where all loops are unrolled."""
-    places = {at: i for i, (at, _, _) in enumerate(code)}
-    loops: list[Code] = [[]]
-    for i, (_, name, operands) in enumerate(code):
-        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
-        if target and places.get(int(target.group(1), 16), i) < i:
-            loops.append(code[places[int(target.group(1), 16)] : i + 1])
-    return max(loops, key=_multiply_adds)
-
-
-def _count(code: Code, names: str) -> int:
-    return sum(re.match(names, name) is not None for _, name, _ in code)
-
-
-def _multiply_adds(code: Code) -> int:
-    return _count(code, "FFMA") + _count(code, "FFMA2")  # the latter, of Blackwell, does two
+def _count(code: Sequence[str], names: str) -> int:
+    return sum(re.match(names, name) is not None for name in code)
 
 
 def _run(*command: object) -> str:
@@ -164,42 +121,3 @@ def measure(models: Sequence[str], image_size: int, types: Sequence[str], capabi
                 for capability in capabilities:
                     row = {"kernel": kernel.name, "channels": layer.channels, "size": layer.size, "type": activations}
                     yield row | {"capability": capability} | resources(kernel, capability)
-
-
-def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a row for each kernel, type and capability, with the ranges over the shapes."""
-
-    def span(values: Sequence[float]) -> str:
-        low, high = (f"{limit:.0f}" for limit in (min(values), max(values)))
-        return low if low == high else f"{low} to {high}"
-
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["kernel"], row["type"], row["capability"]), []).append(row)
-    summary = []
-    for (kernel, activations, capability), shapes in groups.items():
-        one: dict[str, Any] = {"kernel": kernel, "type": activations, "capability": capability}
-        one |= {key: span([row[key] for row in shapes]) for key in ("registers", "spills", "shared_bytes", "loads", "loads_128_bit")}
-        one["loop_multiply_adds_percent"] = span([100 * row["loop_multiply_adds"] / max(1, row["loop_instructions"]) for row in shapes])
-        if shapes[0]["instructions_per_value"] is not None:
-            for size in sorted({row["size"] for row in shapes}, reverse=True):
-                values = [row["instructions_per_value"] for row in shapes if row["size"] == size]
-                one[f"instructions_per_value_{size}_px"] = span(values)
-        summary.append(one)
-    return summary
-
-
-def main() -> None:
-    options = parser(MODULE, __doc__)
-    options.add_argument("--model", nargs="+", default=["van_b3", "van_b4", "van_b5", "van_b6"])
-    options.add_argument("--image-size", type=int, default=224)
-    options.add_argument("--type", nargs="+", choices=("bf16", "fp16", "fp32"), default=["bf16"])
-    options.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100])
-    args = options.parse_args()
-    given = {"model": args.model, "image_size": args.image_size, "type": args.type, "capability": args.capability}
-    rows = summarize(list(measure(args.model, args.image_size, args.type, args.capability)))
-    report(args.out / "kernel_resources.json", command_line(MODULE, given), ["triton"], threads=32 * WARPS, rows=rows)
-
-
-if __name__ == "__main__":
-    main()
