@@ -12,8 +12,7 @@
 | hf | VanForImageClassification of Hugging Face transformers (its last release with VAN is 4.30) |
 
 Only names differ between the formats: tensors and their shapes are the same in all of them. (mmpretrain and the authors' segmentation
-code leave LayerNorm's epsilon at 1e-5, where their classification code has 1e-6; a weights file can't say that.) A format is a table of
-native names and the names that the other project uses, so that either direction is a look-up and no name is made twice.
+code leave LayerNorm's epsilon at 1e-5, where their classification code has 1e-6; a weights file can't express that.)
 """
 
 import re
@@ -22,8 +21,7 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
-# In the tables below {s} numbers the stages from 0 and {n} from 1, {b} numbers a stage's blocks from 0, and * is one of a
-# layer's tensors.
+# In the names below {s} numbers the stages from 0 and {n} from 1, {b} numbers a stage's blocks from 0, and * is a tensor of a layer.
 _PLACEHOLDERS = {
     "{s}": r"(?P<s>[0-3])",
     "{n}": r"(?P<n>[1-4])",
@@ -31,89 +29,61 @@ _PLACEHOLDERS = {
     "*": r"(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracked)",
 }
 
-_BLOCK = "stages.{s}.blocks.{b}"
-_LKA = f"{_BLOCK}.attn.spatial_gating_unit"
+# Names of a layer in the native format, the authors' code, mmpretrain and transformers, after the format's prefix of a stage or a block.
+_STAGE_PREFIXES = ("stages.{s}.", "", "backbone.", "van.encoder.stages.{s}.")
+_STAGE_LAYERS = (
+    ("patch_embed.proj.*", "patch_embed{n}.proj.*", "patch_embed{n}.projection.*", "embeddings.convolution.*"),
+    ("patch_embed.norm.*", "patch_embed{n}.norm.*", "patch_embed{n}.norm.*", "embeddings.normalization.*"),
+    ("norm.*", "norm{n}.*", "norm{n}.*", "normalization.*"),
+)
+_BLOCK_PREFIXES = ("stages.{s}.blocks.{b}.", "block{n}.{b}.", "backbone.blocks{n}.{b}.", "van.encoder.stages.{s}.layers.{b}.")
+_LKA = "attn.spatial_gating_unit"
+_HF_LKA = "attention.attention_layer.attention"
+_BLOCK_LAYERS = (
+    ("layer_scale_1", "layer_scale_1", "layer_scale_1", "attention_scaling.weight"),
+    ("layer_scale_2", "layer_scale_2", "layer_scale_2", "mlp_scaling.weight"),
+    ("norm1.*", "norm1.*", "norm1.*", "pre_normomalization.*"),  # spelt so in transformers
+    ("attn.proj_1.*", "attn.proj_1.*", "attn.proj_1.*", "attention.pre_projection.conv.*"),
+    (f"{_LKA}.conv0.*", f"{_LKA}.conv0.*", f"{_LKA}.DW_conv.*", f"{_HF_LKA}.depth_wise.*"),
+    (f"{_LKA}.conv_spatial.*", f"{_LKA}.conv_spatial.*", f"{_LKA}.DW_D_conv.*", f"{_HF_LKA}.depth_wise_dilated.*"),
+    (f"{_LKA}.conv1.*", f"{_LKA}.conv1.*", f"{_LKA}.conv1.*", f"{_HF_LKA}.point_wise.*"),
+    ("attn.proj_2.*", "attn.proj_2.*", "attn.proj_2.*", "attention.post_projection.*"),
+    ("norm2.*", "norm2.*", "norm2.*", "post_normalization.*"),
+    ("mlp.fc1.*", "mlp.fc1.*", "mlp.fc1.*", "mlp.in_dense.*"),
+    ("mlp.dwconv.*", "mlp.dwconv.dwconv.*", "mlp.dwconv.*", "mlp.depth_wise.*"),
+    ("mlp.fc2.*", "mlp.fc2.*", "mlp.fc2.*", "mlp.out_dense.*"),
+)
+_HEADS = ("head.*", "head.*", "head.fc.*", "classifier.*")
 
-_OFFICIAL = {
-    "stages.{s}.patch_embed.proj.*": "patch_embed{n}.proj.*",
-    "stages.{s}.patch_embed.norm.*": "patch_embed{n}.norm.*",
-    f"{_BLOCK}.layer_scale_1": "block{n}.{b}.layer_scale_1",
-    f"{_BLOCK}.layer_scale_2": "block{n}.{b}.layer_scale_2",
-    f"{_BLOCK}.norm1.*": "block{n}.{b}.norm1.*",
-    f"{_BLOCK}.attn.proj_1.*": "block{n}.{b}.attn.proj_1.*",
-    f"{_LKA}.conv0.*": "block{n}.{b}.attn.spatial_gating_unit.conv0.*",
-    f"{_LKA}.conv_spatial.*": "block{n}.{b}.attn.spatial_gating_unit.conv_spatial.*",
-    f"{_LKA}.conv1.*": "block{n}.{b}.attn.spatial_gating_unit.conv1.*",
-    f"{_BLOCK}.attn.proj_2.*": "block{n}.{b}.attn.proj_2.*",
-    f"{_BLOCK}.norm2.*": "block{n}.{b}.norm2.*",
-    f"{_BLOCK}.mlp.fc1.*": "block{n}.{b}.mlp.fc1.*",
-    f"{_BLOCK}.mlp.dwconv.*": "block{n}.{b}.mlp.dwconv.dwconv.*",
-    f"{_BLOCK}.mlp.fc2.*": "block{n}.{b}.mlp.fc2.*",
-    "stages.{s}.norm.*": "norm{n}.*",
-    "head.*": "head.*",
-}
 
-_MMPRETRAIN = {
-    "stages.{s}.patch_embed.proj.*": "backbone.patch_embed{n}.projection.*",
-    "stages.{s}.patch_embed.norm.*": "backbone.patch_embed{n}.norm.*",
-    f"{_BLOCK}.layer_scale_1": "backbone.blocks{n}.{b}.layer_scale_1",
-    f"{_BLOCK}.layer_scale_2": "backbone.blocks{n}.{b}.layer_scale_2",
-    f"{_BLOCK}.norm1.*": "backbone.blocks{n}.{b}.norm1.*",
-    f"{_BLOCK}.attn.proj_1.*": "backbone.blocks{n}.{b}.attn.proj_1.*",
-    f"{_LKA}.conv0.*": "backbone.blocks{n}.{b}.attn.spatial_gating_unit.DW_conv.*",
-    f"{_LKA}.conv_spatial.*": "backbone.blocks{n}.{b}.attn.spatial_gating_unit.DW_D_conv.*",
-    f"{_LKA}.conv1.*": "backbone.blocks{n}.{b}.attn.spatial_gating_unit.conv1.*",
-    f"{_BLOCK}.attn.proj_2.*": "backbone.blocks{n}.{b}.attn.proj_2.*",
-    f"{_BLOCK}.norm2.*": "backbone.blocks{n}.{b}.norm2.*",
-    f"{_BLOCK}.mlp.fc1.*": "backbone.blocks{n}.{b}.mlp.fc1.*",
-    f"{_BLOCK}.mlp.dwconv.*": "backbone.blocks{n}.{b}.mlp.dwconv.*",
-    f"{_BLOCK}.mlp.fc2.*": "backbone.blocks{n}.{b}.mlp.fc2.*",
-    "stages.{s}.norm.*": "backbone.norm{n}.*",
-    "head.*": "head.fc.*",
-}
+def _table(column: int) -> dict[str, str]:
+    """Returns the names of one format by native name."""
+    table: dict[str, str] = {}
+    for prefixes, layers in ((_STAGE_PREFIXES, _STAGE_LAYERS), (_BLOCK_PREFIXES, _BLOCK_LAYERS)):
+        table |= {prefixes[0] + names[0]: prefixes[column] + names[column] for names in layers}
+    return table | {_HEADS[0]: _HEADS[column]}
 
-_HF_STAGE = "van.encoder.stages.{s}"
-_HF_LAYER = f"{_HF_STAGE}.layers.{{b}}"
-_HF = {
-    "stages.{s}.patch_embed.proj.*": f"{_HF_STAGE}.embeddings.convolution.*",
-    "stages.{s}.patch_embed.norm.*": f"{_HF_STAGE}.embeddings.normalization.*",
-    f"{_BLOCK}.layer_scale_1": f"{_HF_LAYER}.attention_scaling.weight",
-    f"{_BLOCK}.layer_scale_2": f"{_HF_LAYER}.mlp_scaling.weight",
-    f"{_BLOCK}.norm1.*": f"{_HF_LAYER}.pre_normomalization.*",  # spelt so there
-    f"{_BLOCK}.attn.proj_1.*": f"{_HF_LAYER}.attention.pre_projection.conv.*",
-    f"{_LKA}.conv0.*": f"{_HF_LAYER}.attention.attention_layer.attention.depth_wise.*",
-    f"{_LKA}.conv_spatial.*": f"{_HF_LAYER}.attention.attention_layer.attention.depth_wise_dilated.*",
-    f"{_LKA}.conv1.*": f"{_HF_LAYER}.attention.attention_layer.attention.point_wise.*",
-    f"{_BLOCK}.attn.proj_2.*": f"{_HF_LAYER}.attention.post_projection.*",
-    f"{_BLOCK}.norm2.*": f"{_HF_LAYER}.post_normalization.*",
-    f"{_BLOCK}.mlp.fc1.*": f"{_HF_LAYER}.mlp.in_dense.*",
-    f"{_BLOCK}.mlp.dwconv.*": f"{_HF_LAYER}.mlp.depth_wise.*",
-    f"{_BLOCK}.mlp.fc2.*": f"{_HF_LAYER}.mlp.out_dense.*",
-    "stages.{s}.norm.*": f"{_HF_STAGE}.normalization.*",
-    "head.*": "classifier.*",
-}
 
-# The order is that in which from_format tries them. A file without a head fits official and mmseg alike, and means the same in
-# both.
+# In the order in which from_format tries them. A file without a head fits official and mmseg alike, and means the same in both.
 _TABLES = {
-    "timm": {native: native for native in _OFFICIAL},
-    "official": _OFFICIAL,
-    "mmseg": {native: other for native, other in _OFFICIAL.items() if native != "head.*"},
-    "mmpretrain": _MMPRETRAIN,
-    "hf": _HF,
+    "timm": _table(0),
+    "official": _table(1),
+    "mmseg": {native: other for native, other in _table(1).items() if native != "head.*"},
+    "mmpretrain": _table(2),
+    "hf": _table(3),
 }
 
 FORMATS = tuple(_TABLES)
 
-# VanModel of transformers holds a last LayerNorm that its forward pass never uses: files it saved have these keys, and nothing
-# is lost with them.
+# VanModel of transformers saves a last LayerNorm that its forward pass never uses.
 WITHOUT_USE = ("van.layernorm.weight", "van.layernorm.bias")
 
 
 def to_format(state_dict: Mapping[str, Value], fmt: str) -> dict[str, Value]:
-    """A native state dict under the names of `fmt`, one of FORMATS; the tensors are the same objects. mmseg loses the head.
+    """Returns a native state dict under the names of `fmt`, with the same tensors; mmseg loses the head.
 
-    Raises ValueError for another `fmt`, and for keys that aren't native.
+    Raises:
+        ValueError: `fmt` is none of FORMATS, or keys are not native.
     """
     if fmt not in FORMATS:
         raise ValueError(f"unknown weight format {fmt!r}: it must be one of {', '.join(FORMATS)}")
@@ -125,11 +95,10 @@ def to_format(state_dict: Mapping[str, Value], fmt: str) -> dict[str, Value]:
 
 
 def from_format(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The native state dict of weights in any of FORMATS, which is told by the keys; the tensors are the same objects.
+    """Returns the native state dict of weights, with the same tensors and without WITHOUT_USE; the keys decide which of FORMATS it is.
 
-    `weights` is what `bare` takes. WITHOUT_USE is left out.
-
-    Raises ValueError that names the keys in the way if no format has them all.
+    Raises:
+        ValueError: no format has all of the keys.
     """
     state_dict = {key: value for key, value in bare(weights).items() if key not in WITHOUT_USE}
     unknown_by_format = {}
@@ -146,8 +115,7 @@ def from_format(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bare(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict in `weights`: itself or its entry `state_dict`, without the prefix `module.` that data-parallel wrappers leave
-    on all keys."""
+    """Returns `weights` or its entry `state_dict`, without the prefix `module.` that data-parallel wrappers leave on all keys."""
     inner = weights.get("state_dict")
     state_dict = {str(key): value for key, value in (inner if isinstance(inner, Mapping) else weights).items()}
     wrapped = all(key.startswith("module.") for key in state_dict)
@@ -155,7 +123,7 @@ def bare(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rename(state_dict: Mapping[str, Value], rules: Iterable[tuple[str, str]]) -> tuple[dict[str, Value], list[str]]:
-    """The values under new names, by rules (old, new), and the keys that no rule fits."""
+    """Returns the values under new names, by rules (old, new), and the keys that no rule fits."""
     patterns = [(_pattern(old), new) for old, new in rules]
     renamed: dict[str, Value] = {}
     unknown = []
@@ -170,19 +138,19 @@ def _rename(state_dict: Mapping[str, Value], rules: Iterable[tuple[str, str]]) -
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """The regular expression of the keys that a table's entry stands for."""
+    """Returns the regular expression of the keys that an entry of a table stands for."""
     parts = re.split(r"(\{s\}|\{n\}|\{b\}|\*)", template)
     return re.compile("".join(_PLACEHOLDERS.get(part, re.escape(part)) for part in parts))
 
 
 def _fill(template: str, found: dict[str, str]) -> str:
-    """The key that a table's entry stands for, with the stage, block and tensor found in the same key of the other format."""
+    """Returns the key of an entry of a table, for the stage, block and tensor that the key of the other format names."""
     stage = int(found["s"]) if "s" in found else int(found.get("n", 1)) - 1
     name = template.replace("{s}", str(stage)).replace("{n}", str(stage + 1))
     return name.replace("{b}", found.get("b", "")).replace("*", found.get("tensor", ""))
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:
-    """The first few of many names, for a message."""
+    """Returns the first few of many names, for a message."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return separator.join(names[:5]) + more

@@ -25,16 +25,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from data.common.files import publish, sync
+from data.common.files import sync
 from pretrain.config import Config, from_dict
-from pretrain.model.build import build_empty_model
 from pretrain.model.formats import some, to_format
 from pretrain.run.directory import MANIFEST
 from pretrain.weights.run_model import build_trained, open_run
 from pretrain.weights.source import architecture, formats_of, read_source
 
 FOLDERS = ("timm", "hf")
-WEIGHTS, LIST = "weights", "weights.json"  # the folder in a run directory, and in it the step and checksum of each export
 SUFFIXES = {"official": ".pth", "mmseg": "_mmseg.pth", "mmpretrain": "_mmpretrain.pth", "timm": "_timm", "hf": "_hf"}
 LOADED_BY = {
     "official": '`model.load_state_dict(torch.load(PATH)["state_dict"])` in the authors\' VAN-Classification',
@@ -73,21 +71,16 @@ class Export:
 
 
 def check_formats(model: nn.Module, formats: Sequence[str], setting: str) -> None:
-    """Raises ValueError if a model can't be exported in one of the formats.
-
-    Args:
-        setting: the setting or option that named the formats, for the message.
-    """
+    """Raises ValueError, which names the setting, if a model can't be exported in one of the formats."""
     missing = [fmt for fmt in formats if fmt not in formats_of(model)]
     if missing:
         raise ValueError(f"{setting}: {type(model).__name__} has no format {', '.join(missing)}, only {', '.join(formats_of(model))}")
 
 
-def run_formats(config: Config) -> list[str]:
+def run_formats(config: Config, model: nn.Module) -> list[str]:
     """Returns the formats of run.export; for null those of official and timm that the model has."""
     if config.run.export is not None:
         return config.run.export
-    model = build_empty_model(config, torch.device("cpu"))
     return [fmt for fmt in ("official", "timm") if fmt in formats_of(model)]
 
 
@@ -95,17 +88,9 @@ def export(
     source: Path, fmt: str, out: Path, *, average: bool = False, dtype: str = "fp32", features_only: bool = False,
     license: str = "not stated", force: bool = False,
 ) -> str:  # fmt: skip
-    """Writes the weights of a run or a checkpoint; returns a line that describes the export.
+    """Writes the weights of a run's newest complete checkpoint, or of a checkpoint; returns a line that describes the export.
 
-    Args:
-        source: a run directory, whose newest complete checkpoint is taken, or a checkpoint.
-        fmt: one of the model's formats.
-        out: the file or folder to write.
-        average: the moving average in place of the weights.
-        dtype: one of DTYPES.
-        features_only: without the head. mmseg never has one.
-        license: for the model card.
-        force: replace an export that exists.
+    `out` is the file or folder to write; `force` replaces an export that exists. The other options are those of `Export`.
 
     Raises:
         ValueError: there is no complete checkpoint or no average in it, the model has no such format, or `out` can't be written, has the
@@ -117,18 +102,14 @@ def export(
         raise ValueError(f"{out}: format {fmt} is a file of torch.save; call it {out.with_suffix('.pth')}")
     model, config, trainer = build_trained(source, average)
     check_formats(model, [fmt], "--format")
-    return _write(job, model, config, trainer)[0]
+    return _write(job, model, config, trainer)
 
 
 def export_run(run: Path, log: Callable[[str], None] = print) -> list[Path]:
     """Exports a finished run to RUN/weights in the formats of run.export, the moving average if there is one; returns the paths.
 
-    They are called NAME.pth for official, NAME_FORMAT.pth or NAME_FORMAT for the others. A complete export of the same step stays; an
-    incomplete or older one is replaced.
-
-    Args:
-        run: the run directory.
-        log: is called with one line for each export.
+    They are called NAME.pth for official, NAME_FORMAT.pth or NAME_FORMAT for the others, and replace earlier exports. `log` is called with
+    a line for each.
 
     Raises:
         ValueError: the run is not finished, has no complete checkpoint, or RUN/weights can't be written.
@@ -140,47 +121,14 @@ def export_run(run: Path, log: Callable[[str], None] = print) -> list[Path]:
     if step < total:
         raise ValueError(f"{run} is not finished: step {step} of {total}; use --format and --out to export its weights as they are")
     average = bool(config.engine.ema_decay)
-    jobs = [Export(fmt, run / WEIGHTS / f"{config.name}{SUFFIXES[fmt]}", average) for fmt in run_formats(config)]
-    listed, entry = _read_list(run / WEIGHTS), {"step": step, "weights": "ema" if average else "raw"}
-    missing = []
+    model, _, trainer = build_trained(checkpoint, average)
+    formats = run_formats(config, model)
+    check_formats(model, formats, "run.export")
+    jobs = [Export(fmt, run / "weights" / f"{config.name}{SUFFIXES[fmt]}", average) for fmt in formats]
     for job in jobs:
-        if _is_complete(job, entry, listed):
-            log(f"{job.out}: there already, of step {step}")
-        else:
-            missing.append(job)
-    if missing:
-        model, config, trainer = build_trained(checkpoint, average)
-        check_formats(model, [job.fmt for job in missing], "run.export")
-    for job in missing:
         _check_destination([job.out], force=True)
-        line, digest = _write(job, copy.deepcopy(model), config, trainer)
-        listed[job.out.name] = entry | {"sha256": digest}
-        _write_list(run / WEIGHTS, listed)
-        log(line)
+        log(_write(job, copy.deepcopy(model), config, trainer))
     return [job.out for job in jobs]
-
-
-def _read_list(folder: Path) -> dict[str, Any]:
-    """Returns the entries of weights.json by name; none if the file can't be read, so that all is exported again."""
-    try:
-        listed = json.loads((folder / LIST).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return listed if isinstance(listed, dict) else {}
-
-
-def _write_list(folder: Path, listed: dict[str, Any]) -> None:
-    try:
-        with (folder / f".{LIST}").open("w") as file:
-            json.dump(listed, file, indent=1)
-            publish(file, folder / LIST)
-    except OSError as error:
-        raise ValueError(f"{folder / LIST} can't be written: {error}") from error
-
-
-def _is_complete(job: Export, entry: dict[str, Any], listed: dict[str, Any]) -> bool:
-    files = job.files(job.out)
-    return all(path.is_file() for path in files) and listed.get(job.out.name) == entry | {"sha256": _sha256(files[0])}
 
 
 def _check_destination(paths: list[Path], force: bool) -> None:
@@ -197,8 +145,8 @@ def _check_destination(paths: list[Path], force: bool) -> None:
 # ---------------------------------------------------------------- write
 
 
-def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any]) -> tuple[str, str]:
-    """Writes an export, in place of an earlier one; returns a line that describes it and the SHA-256 of the weights.
+def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any]) -> str:
+    """Writes an export, in place of an earlier one; returns a line that describes it.
 
     Args:
         model: changed by this: its head is removed and its type converted, as the job says.
@@ -214,7 +162,8 @@ def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any
         _WRITERS[job.fmt](partial, job.fmt, model, config, trainer)
         _compare(partial, model)
         weights, card, checksum = job.files(job.out)
-        digest = _sha256(job.files(partial)[0])
+        with job.files(partial)[0].open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         _publish(job, partial, model_card(job, model, config, trainer, digest), f"{digest}  {weights.name}\n")
     except OSError as error:
         raise ValueError(f"{job.out} can't be written: {error}") from error
@@ -222,7 +171,7 @@ def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any
         _remove(partial)
     kind = "moving average" if job.average else "weights"
     line = f"{job.out}: {config.model.name}, {kind} of step {trainer['step']}, {job.dtype}, format {job.fmt}"
-    return f"{line}; model card {card}, checksum {checksum}", digest
+    return f"{line}; model card {card}, checksum {checksum}"
 
 
 def _publish(job: Export, partial: Path, card: str, checksum: str) -> None:
@@ -305,11 +254,6 @@ def _compare(partial: Path, model: nn.Module) -> None:
         raise RuntimeError(f"the export reads back differently: {some(sorted(different))}; is the disk sound? Nothing was exported")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -321,15 +265,7 @@ def _remove(path: Path) -> None:
 
 
 def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any], digest: str) -> str:
-    """Returns the model card of an export as Markdown: the weights, the training and how to load them.
-
-    Args:
-        job: the export.
-        model: the exported model.
-        config: the settings of the run.
-        trainer: trainer.json of its checkpoint.
-        digest: SHA-256 of the weights file.
-    """
+    """Returns the model card of an export as Markdown; `trainer` is trainer.json of the checkpoint, `digest` the weights' SHA-256."""
     data, optim = config.data, config.optim
     settings: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     rows = {

@@ -9,6 +9,7 @@ timm, the native names, exists for every model. Further formats exist for some m
 import argparse
 import json
 import pickle
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,18 @@ def read_source(path: Path, model: nn.Module) -> Source:
     if others:
         raise ValueError(f"{path} holds other things than tensors: {some(others, '; ')}")
     classes, name = _describe(path, contents)
-    return Source(weights, classes, name, tuple(key for key in WITHOUT_USE if key in bare(contents) and key not in weights))
+    return Source(
+        _fit_image_size(weights, model), classes, name, tuple(key for key in WITHOUT_USE if key in bare(contents) and key not in weights)
+    )
+
+
+def _fit_image_size(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Resamples weights that depend on the image size, such as position embeddings, to the model's, as timm does for the model's class."""
+    head, resample = head_keys(model), getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in head}
+    if resample is None or all(weights[name].shape == shape for name, shape in shapes.items() if name in weights):
+        return weights
+    return dict(resample(dict(weights), model))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
