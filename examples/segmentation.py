@@ -93,17 +93,7 @@ def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def train(model: Segmenter, images: Tensor, masks: Tensor, steps: int) -> list[float]:
-    """Trains backbone and head.
-
-    Args:
-        model: is trained in place.
-        images: uint8 (N, 3, H, W).
-        masks: int64 (N, H, W).
-        steps: number of optimizer steps.
-
-    Returns:
-        The loss of each step.
-    """
+    """Trains backbone and head on images, uint8 (N, 3, H, W), and masks, int64 (N, H, W); returns the loss of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.2)
     order = torch.Generator().manual_seed(0)
@@ -128,13 +118,7 @@ def predict(model: Segmenter, images: Tensor) -> Tensor:
 
 
 def compute_scores(predicted: Tensor, truth: Tensor, classes: int) -> tuple[float, float]:
-    """Computes pixel accuracy, and mean IoU over the classes that occur.
-
-    Args:
-        predicted: class ids, int64.
-        truth: class ids, int64, of the same shape.
-        classes: number of classes.
-    """
+    """Computes pixel accuracy, and mean IoU over the classes that occur, from class ids, int64 of one shape."""
     confusion = torch.bincount((classes * truth + predicted).flatten(), minlength=classes**2).view(classes, classes)
     hits = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hits
@@ -142,15 +126,7 @@ def compute_scores(predicted: Tensor, truth: Tensor, classes: int) -> tuple[floa
 
 
 def draw_picture(rows: dict[str, Tensor], path: Path, cell: int = 2 * SIZE, gap: int = 8, label: int = 156) -> None:
-    """Draws a row of images (n, 3, H, W) or masks (n, H, W) per name, and a legend of the class colors.
-
-    Args:
-        rows: tensors by name.
-        path: the file to write.
-        cell: pixels of an image's side.
-        gap: pixels between images.
-        label: pixels of the column of names.
-    """
+    """Draws a row of images (n, 3, H, W) or masks (n, H, W) per name, and a legend of the class colors; sizes are in pixels."""
     columns, legend = max(map(len, rows.values())), 60
     picture = Image.new("RGB", (label + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap + legend), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(17)

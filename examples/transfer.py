@@ -31,26 +31,13 @@ Curve = list[tuple[int, float]]  # (step, top-1 on the val set after it)
 
 
 def draw_datasets(folder: Path, train: int, val: int) -> None:
-    """Writes the packed datasets FOLDER/figures and FOLDER/other-figures.
-
-    Args:
-        folder: receives the two datasets.
-        train: training images of figures.
-        val: validation images of each dataset.
-    """
+    """Writes FOLDER/figures, with `train` training images, and FOLDER/other-figures; `val` is the size of each validation set."""
     for drawings, count in (("figures", train), ("other-figures", CLASSES * IMAGES)):
         run_python("-m", "data", "synthesize", str(folder / drawings), "--draw", drawings, "--train", str(count), "--val", str(val))
 
 
 def run_job(config: str, data: Path, run: Path, *overrides: str) -> None:
-    """Runs a training job; exits if the job fails.
-
-    Args:
-        config: the job's settings.
-        data: the folder of train and val.
-        run: the run directory.
-        overrides: `key=value` texts.
-    """
+    """Runs a training job on the datasets DATA/train and DATA/val; exits if the job fails."""
     places = [f"data.train={data / 'train'}", f"data.val={data / 'val'}", f"run.dir={run}"]
     check_exit(start_job(config, *places, *overrides).wait(), 0)
 
@@ -62,17 +49,7 @@ def pretrain(folder: Path, *overrides: str) -> Path:
 
 
 def train_on_others(folder: Path, start: str, seed: int, *overrides: str) -> Curve:
-    """Trains on the other figures.
-
-    Args:
-        folder: of the datasets and runs.
-        start: one of STARTS.
-        seed: of the job.
-        overrides: `key=value` texts.
-
-    Returns:
-        The learning curve.
-    """
+    """Trains on the other figures from one of STARTS; returns the learning curve."""
     settings = {
         "pretrained": [f"model.init_from={folder / 'pretrained'}"],
         "from scratch": ["model.init_from=null", "optim.lr=2e-3", "epochs=60", "run.eval_every=10"],

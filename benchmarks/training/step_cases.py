@@ -3,16 +3,7 @@
 A step is what one optimizer step takes on one GPU or CPU: forward pass under autocast, cross-entropy with label smoothing, backward pass,
 AdamW update. Images and labels are on the device.
 
-| case | model | arithmetic, layout | remarks |
-|---|---|---|---|
-| `peer_fp32` | the authors' | fp32, contiguous: PyTorch's defaults | the optimizer of their train.py, timm's create_optimizer_v2 |
-| `peer_bf16` | the authors' | bf16 autocast, channels-last | the same |
-| `peer_fp16` | the authors' | their --amp: fp16 autocast, scaled loss; contiguous | waits for the GPU, as their loop does |
-| `peer_fp16_nhwc` | the authors' | the same with their --channels-last | the same |
-| `peer_compiled` | the authors' | as `peer_fp16_nhwc` | torch.compile of the whole model |
-| `ours_…` | ours, channels-last | fp32, or bf16 as in a job | our fused AdamW; PyTorch's operators or Triton's, compiled or not |
-| `engine` | ours | bf16 | as in a job: DeepSpeed ZeRO-1 on one rank, the guard, BatchNorm statistics |
-| `engine_graphs` | ours | the same | with `model.graphs`; runs only where it is named |
+docs/performance.md lists the cases: peer_… are the authors', ours_… our model alone, engine… a job's step.
 
 A compiled case takes the best micro-batch of the same case without compilation, as compiling for another size takes minutes.
 """

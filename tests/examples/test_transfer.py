@@ -1,12 +1,11 @@
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from data.dataset.index import open_index
 from data.synthetic.synthesize import SETS
 from examples import transfer
-from examples.transfer import CLASSES, IMAGES, STARTS, draw_curves, draw_datasets, format_top1, pretrain, train_on_others
+from examples.transfer import CLASSES, IMAGES, STARTS, draw_datasets, format_top1, pretrain, train_on_others
 from pretrain import checkpoint
 from tests.support.ranks import join, start_training
 
@@ -48,16 +47,3 @@ def test_table_lists_the_last_step_of_each_curve() -> None:
     assert header == ["top-1", "steps", "seed", "0", "seed", "1", "mean"]
     assert pretrained == ["pretrained", "20", "80.0%", "70.0%", "75.0%"]
     assert scratch == ["from", "scratch", "60", "25.0%", "35.0%", "30.0%"]
-
-
-def test_draw_curves_draws_both_starts(tmp_path: Path) -> None:
-    flat = {start: [[(0, 0.1), (10, 0.1)]] for start in STARTS}
-    pictures = []
-    for number, curves in enumerate(
-        (flat, flat, {**flat, "pretrained": [[(0, 0.1), (10, 0.9)]]}, {**flat, "from scratch": [[(0, 0.1), (10, 0.9)]]})
-    ):
-        draw_curves(curves, tmp_path / f"{number}.png")
-        with Image.open(tmp_path / f"{number}.png") as picture:
-            pictures.append(picture.tobytes())
-    assert pictures[0] == pictures[1]
-    assert len(set(pictures)) == 3

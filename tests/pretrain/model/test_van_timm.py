@@ -10,12 +10,12 @@ import onnxruntime
 import pytest
 import timm
 import torch
-from timm.models import FeatureGraphNet, group_parameters, save_for_hf
+from timm.models import FeatureGraphNet, group_parameters
 from torch import nn
 
 from pretrain.model import van
 from pretrain.model.formats import to_format
-from tests.pretrain.model.test_van import Copies, images, meta_model, small_model
+from tests.pretrain.model.test_van import images, meta_model, small_model
 
 pytestmark = pytest.mark.slow
 
@@ -31,18 +31,6 @@ def test_features_only() -> None:
     shallow = small_model(features_only=True, out_indices=(0, 2))
     assert [tuple(f.shape) for f in shallow(images(size=64))] == [shapes[0], shapes[2]]
     assert not any(name.startswith("model.stages.3") for name, _ in shallow.named_parameters())
-
-
-def test_features_only_trains_with_gradient_checkpointing() -> None:
-    gradients = []
-    for enable in (False, True):
-        model = small_model(features_only=True, out_indices=(1, 3))
-        model.model.set_grad_checkpointing(enable)
-        assert {stage.grad_checkpointing for stage in model.model.stages} == {enable}
-        sum(f.square().mean() for f in model(images())).backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(checkpointed, plain)
 
 
 def test_sizes_that_strides_do_not_divide() -> None:
@@ -108,17 +96,6 @@ def test_global_pool(pool: str) -> None:
     model.reset_classifier(4, "catavgmax")
     assert (model.num_features, model.head_hidden_size) == (64, 128)
     assert model(x).shape == (2, 4)
-
-
-@pytest.mark.parametrize("pool", POOLS)
-def test_global_pool_keeps_the_layout(pool: str) -> None:
-    model, x = small_model(global_pool=pool, num_classes=0), images()
-    maps = model.forward_features(x).detach().requires_grad_()
-    with Copies() as copies:
-        output = model.forward_head(maps)
-    assert copies.operators == []
-    output.sum().backward()
-    assert maps.grad.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_created_on_a_device_and_in_a_type() -> None:
@@ -253,15 +230,6 @@ def test_onnx(model: nn.Module, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
 
 
-@torch.no_grad()
-def test_onnx_by_torchscript(model: nn.Module, tmp_path: Path) -> None:
-    path, x = tmp_path / "van.onnx", images()
-    torch.onnx.export(model, (x,), path, dynamo=False, input_names=["images"], output_names=["logits"])
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {"images": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), model(x), rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.long
 @torch.no_grad()
 def test_torch_compile_at_several_image_sizes() -> None:
@@ -269,11 +237,3 @@ def test_torch_compile_at_several_image_sizes() -> None:
     compiled = torch.compile(model)
     for size in (64, 96, 80):
         torch.testing.assert_close(compiled(images(size=size)), model(images(size=size)), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
-def test_a_folder_remembers_the_pooling(tmp_path: Path) -> None:
-    model, x = small_model().eval(), images()
-    model.reset_classifier(4, "catavgmax")
-    save_for_hf(model, tmp_path)
-    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(x), model(x))

@@ -143,22 +143,6 @@ def test_autocast_takes_activations_in_bf16_and_weights_as_they_are() -> None:
     torch.testing.assert_close(leaves[1].grad, exact[2].float(), rtol=1e-5, atol=1e-5)
 
 
-def test_compiles_without_a_graph_break() -> None:
-    inputs = drawn((2, 6, 5, 4), 3, torch.float32)
-
-    def run(function: object) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in inputs[:3]]
-        y = function(*leaves)  # type: ignore[operator]
-        y.backward(inputs[3])
-        return [y.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
-
-    def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return 2 * depthwise_conv2d(x, weight, bias, gelu=True) + x
-
-    for one, other in zip(run(torch.compile(layer, fullgraph=True, backend="aot_eager")), run(layer), strict=True):
-        torch.testing.assert_close(one, other)
-
-
 @pytest.mark.skipif(DEVICE == "cpu", reason="more than 2**31 values take a GPU")
 def test_batches_of_more_than_2_to_the_31_values() -> None:
     x = (

@@ -43,11 +43,6 @@ def test_maps_smaller_than_the_kernels_reach_are_one_strip_to_a_phase() -> None:
         assert cut.rows * cut.strips == size
 
 
-def test_columns_of_the_kernel_divide_the_lanes() -> None:
-    assert [column_lanes(k) for k in (3, 5, 7)] == [4, 8, 8]
-    assert all(LANES % column_lanes(k) == 0 for k in (3, 5, 7))
-
-
 @pytest.mark.parametrize("k", [3, 5, 7])
 def test_splits_cover_all_strips_in_one_wave_of_programs(k: int) -> None:
     for total, channels, at_once in itertools.product((1, 7, 100, 1344, 64512, 10**7), (3, 64, 96, 320, 3072), (12, 216, 396)):
