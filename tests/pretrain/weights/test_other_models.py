@@ -45,7 +45,7 @@ def test_export_read_and_start(tmp_path: Path, name: str) -> None:
     trained = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     out = tmp_path / name
     trainer = {"step": 2, "identity": {"steps": 2}, "classes": CLASSES}
-    line, _ = exports._write(Export("timm", out), model, config, trainer)
+    line = exports._write(Export("timm", out), model, config, trainer)
     assert line.startswith(f"{out}: {name}, weights of step 2, fp32, format timm; ")
     assert_same(dict(timm.create_model(f"local-dir:{out}", pretrained=True).state_dict()), trained)
     card = (out / "README.md").read_text()
