@@ -1,14 +1,14 @@
-"""What stands around LKA's convolutions, in the kernels: the GELU in front of the first one, and the gate behind the last.
+"""Operators around LKA's convolutions: the GELU before the first one, and the gate after the last one.
 
-    x, near = gelu_conv2d(z, weight, bias, z_bias)      # x = GELU(z), near = the depth-wise convolution of x
+    x, near = gelu_conv2d(z, weight, bias, z_bias)      # x = GELU(z), near = the depthwise convolution of x
     y = gated(x, attention, attention_bias)             # x * attention
 
-x takes two ways, so its gradient comes in two parts. The gate's backward pass computes its part and the attention map's gradient at once;
-the convolution's input gradient adds that part where it is made, and goes on through GELU. On the way both sum what they write for the
-biases of the 1x1 convolutions in front of them, which are in z and in the attention map already.
+x is read by the convolution and by the gate, so its gradient has two parts. The gate's backward pass computes its part together with the
+attention map's gradient. The convolution's input gradient adds that part and applies GELU's derivative. Both passes also sum the gradients
+of the biases of the preceding 1x1 convolutions, which are already added to z and to the attention map.
 
-For a value of x in 16 bits that is 18 bytes of traffic, where one operator after the other takes 32: a VAN-B3 at 224 px has 2.9 M such
-values an image, so 40 MB. Forward, GELU and product are PyTorch's.
+A value of x in 16 bits causes 18 bytes of traffic instead of the 32 of one operator after the other: 40 MB an image in VAN-B3 at 224 px.
+In the forward pass, GELU and the product are PyTorch's.
 """
 
 from typing import Any
@@ -23,13 +23,13 @@ from pretrain.model.fast.triton.residual import TILE, grid, runs_of_pixels
 
 
 def gelu_conv2d(z: Tensor, weight: Tensor, bias: Tensor, z_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """GELU of z, and of that `depthwise_conv2d`.
+    """Returns GELU of z, and `depthwise_conv2d` of that GELU.
 
     Args:
         z: (N, C, H, W); copied unless it is channels-last.
         weight: (C, 1, K, K), K odd.
         bias: (C,).
-        z_bias: (C,), which is in z already, without autograd's knowledge; its gradient comes from here.
+        z_bias: (C,), already added to z outside of autograd. Its gradient is computed here.
 
     Raises:
         TypeError: `z` is neither bf16, fp16 nor fp32.
@@ -38,14 +38,16 @@ def gelu_conv2d(z: Tensor, weight: Tensor, bias: Tensor, z_bias: Tensor) -> tupl
 
 
 def gated(x: Tensor, attention: Tensor, attention_bias: Tensor) -> Tensor:
-    """x * attention, both (N, C, H, W) and copied unless they are channels-last. attention_bias: (C,), which is in the attention map
-    already, without autograd's knowledge; its gradient comes from here."""
+    """Returns x * attention, both (N, C, H, W) and copied unless they are channels-last.
+
+    `attention_bias`, (C,), is already added to the attention map outside of autograd. Its gradient is computed here.
+    """
     return _gate_operator(x, attention, attention_bias)
 
 
 @torch.library.custom_op("van::gelu_conv2d", mutates_args=())
 def _conv_operator(z: Tensor, weight: Tensor, bias: Tensor, z_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """GELU, the convolution, and the weight `by_taps` for the backward pass."""
+    """Returns GELU, the convolution, and for the backward pass the weight by taps."""
     x, taps = F.gelu(channels_last(z)), by_taps(weight)
     return x, conv(x, taps, bias, 1), taps
 
@@ -54,7 +56,10 @@ def _conv_operator(z: Tensor, weight: Tensor, bias: Tensor, z_bias: Tensor) -> t
 def _conv_backward_operator(
     grad: Tensor, x_grad: Tensor, z: Tensor, x: Tensor, weight: Tensor, taps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of z, weight and bias, and the sum of that of z. grad: of the convolution; x_grad: of x, but for the convolution's part."""
+    """Returns the gradients of z, weight and bias, and the sum of z's gradient.
+
+    `grad` is that of the convolution's output, `x_grad` the gate's part of the gradient of x.
+    """
     grad, x_grad, z = channels_last(grad), channels_last(x_grad), channels_last(z)
     partial = torch.empty(conv_tiles(x, taps, 1), x.shape[1], device=x.device)
     z_grad = conv(grad, taps, None, 1, flip=True, gelu="gradient before", grad=x_grad, inner=z, partial=partial)
@@ -68,7 +73,7 @@ def _gate_operator(x: Tensor, attention: Tensor, attention_bias: Tensor) -> Tens
 
 @torch.library.custom_op("van::gate_backward", mutates_args=())
 def _gate_backward_operator(grad: Tensor, x: Tensor, attention: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and attention, and the sum of the latter."""
+    """Returns the gradients of x and of the attention map, and the sum of the latter."""
     grad, x, attention = channels_last(grad), channels_last(x), channels_last(attention)
     x_grad, attention_grad = torch.empty_like(x), torch.empty_like(attention)
     runs, per_run = runs_of_pixels(x)
@@ -111,7 +116,7 @@ def _setup_conv(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) 
     x, _, taps = output
     ctx.bias_type = z_bias.dtype
     ctx.mark_non_differentiable(taps)
-    ctx.set_materialize_grads(False)  # or a tensor of zeros would be made for the taps' gradient
+    ctx.set_materialize_grads(False)  # else autograd makes a tensor of zeros for the taps' gradient
     ctx.save_for_backward(z, x, weight, taps)
 
 

@@ -1,5 +1,4 @@
-"""What runs on the GPU of `attention.py`, beside the convolutions' kernels: not called from here, nor checked by mypy (see
-pyproject.toml). Maps, runs and partials are as in `residual_device.py`."""
+"""The Triton kernel of `attention.py`; mypy does not check it (see pyproject.toml). Maps, runs and partials: see `residual_device.py`."""
 
 import triton
 import triton.language as tl
@@ -11,7 +10,7 @@ from pretrain.model.fast.triton.residual_device import places, run_of_pixels
 def gate_backward_kernel(
     grad, x, attention, x_grad, attention_grad, partial, pixels, per_run, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """x_grad = grad * attention; attention_grad = grad * x, and the sum of a run's part of it: partial (runs, C)."""
+    """Computes x_grad = grad * attention, attention_grad = grad * x, and this run's sums of attention_grad: partial (runs, C)."""
     run, begin, end, c, some_channel = run_of_pixels(per_run, pixels, channels, CHANNELS)
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for first in range(begin, end, PIXELS):

@@ -1,15 +1,12 @@
-"""Depth-wise convolution on the kernels of `depthwise_device.py`: what launches them, and the operators of torch.library over that.
+"""Depthwise convolution: launches of the kernels of `depthwise_device.py`, and the operators of torch.library.
 
-`van::depthwise_conv2d` has `van::depthwise_conv2d_backward` for its derivative, and both know their outputs' shapes, so autograd and
-torch.compile take them whole. With `gelu` the operator is GELU of the convolution, and keeps nothing of what lies between: the backward
-pass computes that again, nine multiply-adds for a 3x3, from the input that it reads anyway.
+Autograd and torch.compile treat `van::depthwise_conv2d` and its derivative `van::depthwise_conv2d_backward` as single operators. With
+`gelu` the operator computes GELU of the convolution and does not store the convolution's output. The backward pass computes that output
+again, nine multiply-adds for a 3x3, from the input that it reads anyway. In VAN-B3 at 224 px this saves 64 MB of traffic and 32 MB of
+memory an image.
 
-What that saves, for a value of the MLP's hidden map in bf16: forward, 4 of 8 bytes of traffic (the convolution's output is neither
-written nor read) and 2 bytes held until backward; backward, nothing (it reads x where it would read the convolution's output). A
-VAN-B3 at 224 px has 15.9 M such values an image: 64 MB of traffic and 32 MB of memory.
-
-Where a 1x1 convolution stands in front of it, the gradient of that one's bias is the sum of the input gradient, which is at hand here: so
-`x_bias` gets it, and the map need not be read again for it.
+The gradient of the bias of a preceding 1x1 convolution is the sum of the input gradient. It is computed here, as the gradient of `x_bias`,
+so the map is not read again for it.
 """
 
 import math
@@ -41,15 +38,15 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32)
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1, gelu: bool = False, x_bias: Tensor | None = None
 ) -> Tensor:
-    """Convolution of each channel with a kernel of its own, with padding that keeps the map's size; with `gelu`, GELU of that.
+    """Returns the depthwise convolution of a map, with padding that keeps its size; with `gelu`, GELU of the convolution.
 
-    Under autocast the activations, and so the output, take its type; weight and bias are read as they are stored, and sums are fp32.
+    Under autocast the activations and the output take autocast's type; weight and bias are read as they are stored, and sums are fp32.
 
     Args:
         x: (N, C, H, W); copied unless it is channels-last.
         weight: (C, 1, K, K), K odd.
         bias: (C,).
-        x_bias: (C,), which is in x already, without autograd's knowledge; its gradient comes from here.
+        x_bias: (C,), already added to x outside of autograd. Its gradient is computed here.
 
     Raises:
         TypeError: `x` is neither bf16, fp16 nor fp32.
@@ -58,11 +55,7 @@ def depthwise_conv2d(
 
 
 def in_autocasts_type(x: Tensor) -> Tensor:
-    """Where autocast is on; else x.
-
-    Raises:
-        TypeError: that is neither bf16, fp16 nor fp32.
-    """
+    """Returns x in autocast's type if autocast is on, otherwise x; raises TypeError if the type is neither bf16, fp16 nor fp32."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.dtype not in TYPES:
@@ -72,7 +65,7 @@ def in_autocasts_type(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("van::depthwise_conv2d", mutates_args=())
 def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool, x_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The convolution, and the weight `by_taps` for the backward pass."""
+    """Returns the convolution, and for the backward pass the weight by taps."""
     taps = by_taps(weight)
     return conv(channels_last(x), taps, bias, dilation, gelu="after" if gelu else ""), taps
 
@@ -127,9 +120,9 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def by_taps(weight: Tensor) -> Tensor:
-    """(C, 1, K, K), as the model stores it, to (K * K, C) in fp32, as the kernel reads it: a tap of eight channels is 32 bytes in a row.
+    """Maps a weight (C, 1, K, K), as the model stores it, to (K * K, C) in fp32, as the kernel reads it.
 
-    Taken from the model's layout, each of them would be a line of the cache of its own, 4 bytes used of 128.
+    A tap of eight channels then is 32 adjacent bytes; in the model's layout each value would take a cache line of 128 bytes.
     """
     return _taps_like(weight).copy_(weight.flatten(1).t())
 
@@ -139,17 +132,17 @@ def _taps_like(weight: Tensor) -> Tensor:
 
 
 def launch_options(bytes_per_value: int) -> dict[str, int]:
-    """Of `conv_kernel` and `weight_gradient_kernel`, for activations of that size."""
+    """Returns the launch options of `conv_kernel` and `weight_gradient_kernel`, for activations of that size."""
     return {"num_warps": WARPS, "maxnreg": REGISTERS[bytes_per_value]}
 
 
 def conv_constants(shape: Sequence[int], k: int, dilation: int, flip: bool = False, gelu: str = "") -> dict[str, Any]:
-    """What `conv_kernel` is compiled for; shape: (C, H, W)."""
+    """Returns the constants of `conv_kernel` for maps of a shape (C, H, W)."""
     return _constants(shape, k, dilation, MOST_ROWS[k]) | {"FLIP": flip, "GELU": gelu}
 
 
 def weight_gradient_constants(shape: Sequence[int], k: int, dilation: int) -> dict[str, Any]:
-    """What `weight_gradient_kernel` is compiled for; shape: (C, H, W)."""
+    """Returns the constants of `weight_gradient_kernel` for maps of a shape (C, H, W)."""
     return _constants(shape, k, dilation, MOST_ROWS_WEIGHT_GRADIENT[k]) | {"COLUMNS": column_lanes(k)}
 
 
@@ -164,7 +157,10 @@ def conv(
     x: Tensor, taps: Tensor, bias: Tensor | None, dilation: int, *,
     flip: bool = False, gelu: str = "", grad: Tensor | None = None, inner: Tensor | None = None, partial: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """(N, C, H, W) to the same, channels-last. taps: (K * K, C) of `by_taps`; partial: (`conv_tiles`, C); others as in `conv_kernel`."""
+    """Maps (N, C, H, W) to the same shape, channels-last.
+
+    `taps` is (K * K, C), from `by_taps`, and `partial` (`conv_tiles`, C). The others are those of `conv_kernel`.
+    """
     constants = conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation, flip, gelu)
     total = _strips_of_all(len(x), constants)
     reach = min(constants["K"] // 2, (constants["W"] - 1) // dilation)
@@ -175,7 +171,7 @@ def conv(
 
 
 def conv_tiles(x: Tensor, taps: Tensor, dilation: int) -> int:
-    """How many tiles of strips `conv` takes."""
+    """Returns the number of tiles of strips that `conv` takes."""
     return tiles(_strips_of_all(len(x), conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation)), LANES)
 
 
@@ -184,7 +180,7 @@ def _strips_of_all(images: int, constants: dict[str, Any]) -> int:
 
 
 def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-    """Gradients of weight (C, 1, K, K) and bias (C,), in the weight's type. x and grad: (N, C, H, W), channels-last."""
+    """Returns the gradients of weight (C, 1, K, K) and bias (C,), in the weight's type, from (N, C, H, W), channels-last."""
     channels, k = x.shape[1], weight.shape[-1]
     constants = weight_gradient_constants(x.shape[1:], k, dilation)
     total = _strips_of_all(len(x), constants)
@@ -202,7 +198,7 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> t
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; on a CPU, where only the interpreter runs, a few that make several runs of small maps."""
+    """Returns the multiprocessors of a GPU; for a CPU, where only the interpreter runs, a few, so that small maps have several runs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

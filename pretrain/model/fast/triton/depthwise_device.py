@@ -1,14 +1,14 @@
-"""What runs on the GPU, in Triton's dialect of Python: not called from here, nor checked by mypy (see pyproject.toml).
+"""Triton kernels of `depthwise.py`, which mypy does not check (see pyproject.toml).
 
-Depth-wise convolution: output and input gradient by one kernel, weight and bias gradient by two. Padding keeps the map's size; kernels are
-odd and square. `tiling.py` says how the work is cut. Nothing goes through shared memory but the last sums, of the weight gradient and of
-`partial`: what neighbouring strips share comes from the L1 cache.
+One kernel computes output and input gradient, two the gradients of weight and bias. Padding keeps the map's size; kernels are odd and
+square. `tiling.py` describes how the work is cut. Only the last sums, of the weight gradient and of `partial`, go through shared memory;
+values that neighboring strips share come from the L1 cache.
 
 Activations are (N, H, W, C) in bf16, fp16 or fp32, of any size; sums are fp32. Pixels are counted in 64 bits, as a batch may hold more than
-2**31 values; steps within an image are 32 bits. Tuples hold what must stay in registers, so loops over them are unrolled.
+2**31 values; steps within an image are 32 bits. Tuples hold values that must stay in registers, so loops over them are unrolled.
 
-H, W and C are constants: a kernel is compiled for each shape of layer, and not for the batch. Rows then lie at fixed distances, which the
-loads take as part of the instruction; computed, they cost as many instructions as the conversion of what is loaded.
+H, W and C are constants: a kernel is compiled for each layer shape, not for the batch. So the distances of rows are part of the load
+instructions; computing them would cost as many instructions as converting the loaded values.
 """
 
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _place(strip, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr):
-    """The first pixel of a strip in its batch (64 bits), and that pixel's row and column."""
+    """Returns the first pixel of a strip in its batch (64 bits), and the row and column of that pixel."""
     column = strip % W
     rest = strip // W
     phase = rest % D
@@ -29,10 +29,10 @@ def _place(strip, H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, R: tl.const
 
 @triton.jit
 def _normal(z):
-    """Of the normal distribution: its cumulative function at z, and exp(-z * z / 2).
+    """Returns the cumulative function of the normal distribution at z, and exp(-z * z / 2).
 
-    By formula 7.1.26 of Abramowitz and Stegun, to within 1e-7, with its factors taken together. libdevice's erf takes twice the
-    instructions, which would then bound a kernel that should be bound by memory.
+    Formula 7.1.26 of Abramowitz and Stegun, to within 1e-7, with its factors combined. libdevice's erf takes twice the instructions, and
+    would make a memory-bound kernel compute-bound.
     """
     bell = tl.exp2(z * z * -0.7213475204444817)
     v = 1.0 + 0.23164188826 * tl.abs(z)
@@ -58,15 +58,14 @@ def conv_kernel(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr,
     FLIP: tl.constexpr, GELU: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of strips of the output.
+    """Computes a tile of strips of the output.
 
-    x and y: (N, H, W, C); taps: (K * K, C) fp32; bias: (C,) or None. FLIP turns the kernel round. GELU "after" applies it to the
-    sums; "gradient" multiplies `grad`, which lies as y, by its derivative at the sums; "gradient before" adds `grad` to the sums and
-    multiplies that by its derivative at `inner`, which lies as y. partial: (tiles of strips, C) fp32, the tile's sum of y before it is
-    rounded, or None. `total` is the number of strips; `reach`, of the kernel's columns on either side of its middle that meet the map at
-    all.
+    x and y: (N, H, W, C); taps: (K * K, C) fp32; bias: (C,) or None. FLIP rotates the kernel by 180 degrees. GELU "after" applies GELU to
+    the sums; "gradient" multiplies `grad`, of y's layout, by GELU's derivative at the sums; "gradient before" adds `grad` to the sums and
+    multiplies by the derivative at `inner`, of y's layout. partial: (tiles of strips, C) fp32, the tile's sum of y before rounding, or
+    None. total: number of strips. reach: number of kernel columns on either side of the middle that meet the map.
     """
-    # Programs that follow one another take the channels of the same pixels, which lie in the same pages of memory.
+    # Successive programs take the channels of the same pixels, which lie in the same pages of memory.
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     tile = tl.program_id(0)
     c = tile % channel_tiles * CHANNELS + tl.arange(0, CHANNELS)
@@ -77,12 +76,12 @@ def conv_kernel(
     inside = (strip < total)[:, None]
     if C % CHANNELS != 0:
         inside = inside & some_channel[None, :]
-    # Where a strip covers its phase, it meets no rows but its own.
+    # A strip that covers its phase meets no other rows.
     first_row: tl.constexpr = K // 2 if STRIPS == 1 else 0
     rows: tl.constexpr = R if STRIPS == 1 else R + K - 1
 
     sums = (tl.zeros((LANES, CHANNELS), tl.float32),) * R
-    # `reach` follows from K, W and D, but as a constant it would have the compiler unroll this loop, and run out of registers.
+    # `reach` follows from K, W and D, but with a constant the compiler would unroll this loop and run out of registers.
     for j in range(K // 2 - reach, K // 2 + reach + 1):
         weights = ()
         for i in tl.static_range(K):
@@ -131,10 +130,10 @@ def weight_gradient_kernel(
     H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, K: tl.constexpr, D: tl.constexpr, R: tl.constexpr, STRIPS: tl.constexpr,
     LANES: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The sums of one run of strips, for a tile of channels.
+    """Computes the sums of one run of strips, for a tile of channels.
 
-    x and grad (of the output): (N, H, W, C). partial: (runs, K * K + 1, C) fp32, of which the last row is the bias's. A lane is a
-    strip and a column of the kernel (COLUMNS of them, the last ones idle), and keeps a sum for each row of the kernel.
+    x and grad (of the output): (N, H, W, C). partial: (runs, K * K + 1, C) fp32; its last row is the bias's. A lane is a strip and a column
+    of the kernel (COLUMNS of them, the last ones idle), and keeps a sum for each row of the kernel.
     """
     channel_tiles: tl.constexpr = (C + CHANNELS - 1) // CHANNELS
     tile = tl.program_id(0)

@@ -1,11 +1,11 @@
-"""How the kernels of depth-wise convolution cut their work: pure functions of the shape, with their reasons.
+"""Cuts the work of the depthwise convolution kernels: pure functions of the shape, with their reasons.
 
 The unit of work is a strip: some output rows of one column of one image, which lie `dilation` apart. One thread computes a strip for eight
-channels (16 bytes of bf16). Each row that it loads serves up to `kernel_size` of its outputs from registers, so a strip of R rows
-loads (R + kernel_size - 1) / R rows an output, for each of the kernel's columns, instead of `kernel_size`.
+channels (16 bytes of bf16). Each loaded row serves up to `kernel_size` outputs from registers, so for each column of the kernel a strip of
+R rows loads (R + kernel_size - 1) / R rows an output instead of `kernel_size`.
 
-Rows of equal remainder by the dilation form a phase, on which the kernel's rows are adjacent; a strip stays in one phase. So the dilated
-kernel costs the loads of a plain one. Columns need no phases: a shift by `dilation` columns is another address, not another order.
+Rows of equal remainder by the dilation form a phase, on which the kernel's rows are adjacent; a strip stays in one phase. So a dilated
+kernel needs as many loads as a plain one. Columns need no phases: a shift by `dilation` columns only changes the address.
 
 Strips of all images, phases and columns are numbered in one sequence, and a tile takes LANES of them, whatever image they belong to:
 maps of 7 px waste no more lanes than those of 56 px.
@@ -23,49 +23,44 @@ WARPS = 4  # LANES * CHANNELS / (32 * WARPS) = 8 values a thread: 16 bytes of bf
 REGISTERS = {2: 168, 4: 255}
 PROGRAMS_PER_MULTIPROCESSOR = {2: 3, 4: 2}
 
-# The most rows of a strip, for which nothing spills with REGISTERS (tests/pretrain/model/fast/triton/test_resources.py). A
-# thread holds a sum for
-# each of its rows and the kernel's column, eight channels of each: 8 * (rows + kernel size) registers.
+# The most rows of a strip for which nothing spills with REGISTERS (tests/pretrain/model/fast/triton/test_resources.py). A thread holds
+# a sum for each of its rows and the kernel's column, eight channels of each: 8 * (rows + kernel size) registers.
 MOST_ROWS = {3: 7, 5: 7, 7: 5}
 # In the weight gradient a sum for each row of the kernel, and the strip's rows of the output's gradient: the same count.
 MOST_ROWS_WEIGHT_GRADIENT = {3: 7, 5: 7, 7: 7}
 
 
 def tiles(count: int, size: int) -> int:
-    """How many of a size hold so many. (triton.cdiv is for the compiler too, which the host pays for in every launch.)"""
+    """Returns count / size, rounded up. (triton.cdiv is for the compiler too, which costs the host time in every launch.)"""
     return -(-count // size)
 
 
 @dataclass(frozen=True)
 class Strips:
-    """`strips` strips of `rows` rows cover a phase of a map. A single one covers it wholly: it meets no row outside of itself but
-    padding, and the kernels leave those rows out."""
+    """`strips` strips of `rows` rows cover a phase of a map. A single one meets only padding outside of itself, and kernels skip that."""
 
     rows: int
     strips: int
 
 
 def strips(height: int, dilation: int, most_rows: int) -> Strips:
-    """The fewest strips that `most_rows` allows, of equal length, so that few rows are computed in vain.
-
-    Maps of 14 and 7 px under the dilated 7x7 have phases of 5 and 3 rows: there a strip is the whole phase.
-    """
+    """Returns the fewest strips that `most_rows` allows, of equal length, so that few rows outside of the map are computed."""
     phase = tiles(height, dilation)
     count = tiles(phase, most_rows)
     return Strips(tiles(phase, count), count)
 
 
 def column_lanes(kernel_size: int) -> int:
-    """Lanes that the weight gradient gives to the kernel's columns: the power of two at or above, as sums over strips need."""
+    """Returns the lanes of the weight gradient for the kernel's columns: a power of two, which sums over strips need."""
     return 1 << (kernel_size - 1).bit_length()
 
 
 def splits(total: int, channels: int, kernel_size: int, programs: int) -> tuple[int, int]:
-    """Into how many runs the weight gradient cuts `total` strips, and how many each run has.
+    """Returns the number of runs into which the weight gradient cuts `total` strips, and the strips of each run.
 
-    One program takes a run and a tile of channels and leaves one partial sum, so that the sum's order, and with it every bit, follows from
-    the shape and the kind of GPU. `programs` is how many the GPU runs at once: one more would wait for a whole other to end. A run is at
-    least eight tiles of strips, so that its sums are worth what it costs to add them up.
+    One program takes a run and a tile of channels and leaves one partial sum, so the order of sums, and with it every bit, follows from
+    the shape and the kind of GPU. `programs` is how many the GPU runs at once; one more would wait for another to end. A run has at least
+    eight tiles of strips, so that adding up the partial sums costs little.
     """
     at_once = LANES // column_lanes(kernel_size)
     all_tiles = tiles(total, at_once)
