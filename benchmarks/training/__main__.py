@@ -133,17 +133,10 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def shares(measured: dict[str, Any], job: Job, copy_bytes_per_s: float, product_flops_per_s: float) -> dict[str, float]:
-    """Returns the shares of the device's limits that a case's median rate uses.
+    """Returns the shares of the device's limits that a case's median rate uses; none if the case failed.
 
-    Args:
-        measured: the row of a case; a failed one has no shares.
-        job: the model and the device.
-        copy_bytes_per_s: measured by copying within the device's memory.
-        product_flops_per_s: measured by multiplying large matrices.
-
-    Returns:
-        share_of_product: the step's FLOP/s relative to the matrix product's. On a GPU also share_of_copy, the fused roofline's bytes/s
-        relative to the copy's; and where data sheets are in the tables, MFU and share_of_roofline, relative to the fused roofline.
+    share_of_product relates the step's FLOP/s to those of a product of large matrices. On a GPU share_of_copy relates the fused roofline's
+    bytes/s to those of a copy; where data sheets are in the tables, MFU and share_of_roofline are added.
     """
     if "failed" in measured:
         return {}

@@ -26,15 +26,9 @@ from pretrain.model.build import build_model
 
 
 def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Measures a job's step on one rank, fed and repeated.
+    """Measures a job's step of one micro-batch on one rank, fed and repeated, in `rounds` turns of `steps` timed steps.
 
-    Args:
-        config: the job; a step is one micro-batch.
-        rounds: turns of each.
-        steps: timed in a turn.
-
-    Returns:
-        A row for each, with the images/s of every round; the fed one has the ratio of its rate to the other's.
+    Returns a row for each, with the images/s of every round; the fed one has the ratio of its rate to the other's.
 
     Raises:
         ValueError: data.train has other classes than the model, or its settings conflict with the micro-batch.

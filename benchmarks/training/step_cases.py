@@ -49,20 +49,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Case:
-    """A training step to compare.
-
-    Attributes:
-        build: makes the step.
-        channels_last: memory layout of the images.
-        batch_of: name of the case whose best micro-batch it takes.
-        holds_memory: whether it keeps its memory between steps, which leaves less for other cases. Such a case runs only where it is named.
-    """
+    """A training step to compare."""
 
     name: str
     build: Callable[[Job], Step]
-    channels_last: bool = True
-    batch_of: str | None = None
-    holds_memory: bool = False
+    channels_last: bool = True  # memory layout of the images
+    batch_of: str | None = None  # name of the case whose best micro-batch it takes
+    holds_memory: bool = False  # between steps, which leaves less for other cases; such a case runs only where it is named
 
     @property
     def is_peer(self) -> bool:

@@ -19,20 +19,13 @@ TIMED_STEPS = {"cuda": 10, "cpu": 1}  # of each case in a round
 
 @dataclass
 class Measurement:
-    """The measurements of a case, which ended early where there is a `failure`.
-
-    Attributes:
-        batch: images per step.
-        first_loss: of the first step; cases of one model and batch agree up to rounding.
-        step_s: seconds per step, for each round.
-        memory_bytes: peak of its tensors on the GPU.
-    """
+    """The measurements of a case, which ended early where there is a `failure`."""
 
     case: Case
-    batch: int = 0
-    first_loss: float = 0.0
-    step_s: list[float] = field(default_factory=list)
-    memory_bytes: int = 0
+    batch: int = 0  # images per step
+    first_loss: float = 0.0  # of the first step; cases of one model and batch agree up to rounding
+    step_s: list[float] = field(default_factory=list)  # seconds per step, for each round
+    memory_bytes: int = 0  # peak of its tensors on the GPU
     failure: str | None = None
 
     @property
@@ -107,14 +100,9 @@ def best_batch(images_per_s: Callable[[int], float], first: int) -> int:
 
 
 def measure(job: Job, cases: Sequence[Case], *, batch: int | None, rounds: int, first: int = 32) -> list[Measurement]:
-    """Measures all cases and prints their progress; a case that fails does not stop the others.
+    """Measures all cases in `rounds` turns and prints their progress; a case that fails does not stop the others.
 
-    Args:
-        job: the model and its data.
-        cases: the steps to compare.
-        batch: images per step of all cases; None for the best of each.
-        rounds: turns of each case.
-        first: the micro-batch from which the best one is searched.
+    `batch` is the images per step of all cases; None takes the best of each, searched from `first` on.
     """
     measured = {case.name: Measurement(case) for case in cases}
     for one in measured.values():

@@ -23,13 +23,7 @@ _MAX_EXCEPT = 20  # classes that an error proposes for data.val_except
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: EvalLoader, head: Sequence[str], precision: str) -> dict[str, Any]:
-    """Evaluates a model among the classes of the data. Collective.
-
-    Args:
-        model: its outputs are the logits of `head`.
-        loader: this rank's images.
-        head: class names of the outputs.
-        precision: as engine.precision.
+    """Evaluates a model, whose outputs are the logits of the classes `head`, among the classes of the data. Collective.
 
     Returns:
         top1 and top5 (0 to 1), loss (mean cross-entropy), images, skipped (bad images), classes (of the data).
@@ -66,12 +60,7 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def match_classes(names: Sequence[str], index: Index, without: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the classes of a dataset among `names`.
-
-    Args:
-        names: classes of a head, or of another dataset.
-        index: the dataset.
-        without: classes of the dataset to leave out.
+    """Finds the classes of a dataset, but those in `without`, among `names`, the classes of a head or of another dataset.
 
     Returns:
         The positions in `names`, int64 (k,), in the order of the dataset's classes; and for each label of the dataset its position among

@@ -50,8 +50,7 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
 
     Args:
         source: a run, a checkpoint, or a file or folder of weights.
-        config: the settings of the evaluation; None: those of the run.
-        overrides: `key=value` texts.
+        config: the settings of the evaluation; None: those of the run. `overrides` are applied to them.
         average: evaluate the moving average in place of the weights.
         probe: images a class for the k-NN and linear probe; None: evaluate the head.
 
@@ -91,14 +90,10 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
 
 
 def open_weights(source: Path, config: Path | None, overrides: list[str], *, average: bool, needs_head: bool) -> Weights:
-    """Loads the weights at `source` and the settings of their evaluation.
-
-    Args:
-        source, config, overrides, average: as for `print_evaluation`.
-        needs_head: weights without a head are an error.
+    """Loads the weights at `source` and the settings of their evaluation; arguments as for `print_evaluation`.
 
     Raises:
-        ValueError: there are no weights or no settings, or the weights are of another model than the settings name.
+        ValueError: there are no weights or no settings, they are of different models, or the weights lack a head that is needed.
     """
     given = settings.load(config, overrides, _UNCHECKED) if config else None
     if is_run(source):
@@ -145,11 +140,7 @@ def _load(model: nn.Module, loaded: Source, source: Path, config: Config, needs_
 
 
 def _head_classes(weights: Weights, source: Path, val: Index) -> tuple[str, ...]:
-    """Returns the names of the head's classes.
-
-    Raises:
-        ValueError: they are unknown, and not as many as those of the data.
-    """
+    """Returns the names of the head's classes; raises ValueError if they are unknown, and not as many as those of the data."""
     if weights.classes is not None:
         return weights.classes
     if weights.config.model.classes != len(val.classes):

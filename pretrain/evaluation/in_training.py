@@ -23,31 +23,18 @@ TITLES = {"weight": "weights", "ema": "moving average"}
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Holds everything an evaluation needs.
-
-    Args:
-        engine: has the weights.
-        stats: BatchNorm's statistics; they are averaged where the weights are.
-        loader: of the data set to evaluate on.
-        classes: of the outputs of the model.
-        precision: of the settings.
-        new_model: returns a model on the device of the loader, with any weights.
-        log: of the run.
-    """
+    """Evaluates the weights of an engine on the data set of a loader."""
 
     engine: Any
-    stats: BatchStats
+    stats: BatchStats  # BatchNorm's statistics, averaged where the weights are
     loader: EvalLoader
-    classes: Sequence[str]
+    classes: Sequence[str]  # of the outputs of the model
     precision: str
-    new_model: Callable[[], nn.Module]
+    new_model: Callable[[], nn.Module]  # returns a model on the device of the loader, with any weights
     log: RunLog
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Returns the results by kind of weights, and writes them to the log. Collective.
-
-        Args:
-            step: number of steps done.
+        """Evaluates after `step` steps; returns the results by kind of weights, and writes them to the log. Collective.
 
         Raises:
             ValueError: there are too many bad images, or none that can be used.

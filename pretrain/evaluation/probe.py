@@ -43,16 +43,7 @@ def select_samples(index: Index, labels: np.ndarray, per_class: int) -> np.ndarr
 
 
 def extract_features(model: nn.Module, loader: EvalLoader, precision: str) -> tuple[Tensor, Tensor]:
-    """Computes the features of this rank's images.
-
-    Args:
-        model: a timm model.
-        loader: this rank's images.
-        precision: as engine.precision.
-
-    Returns:
-        Features, float32 (n, width of the head's input), and labels, int64 (n,), on the loader's device.
-    """
+    """Returns the features of this rank's images, float32 (n, width of the head's input), and labels, int64 (n,)."""
     model.eval()
     width: Any = getattr(model, "head_hidden_size", model.num_features)
     features = [torch.empty(0, width, device=loader.device)]
@@ -68,14 +59,8 @@ def extract_features(model: nn.Module, loader: EvalLoader, precision: str) -> tu
 def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Counts the queries that the k-NN classifier gets right, as `count_correct` does, (2,).
 
-    A class without a vote is never correct, even if fewer than five classes have votes.
-
-    Args:
-        bank: float32 (m, d).
-        bank_labels: int64 (m,), from 0 to `classes` - 1.
-        queries: float32 (n, d).
-        labels: int64 (n,).
-        classes: number of classes.
+    `bank` is float32 (m, d), `queries` (n, d), and the labels of both are int64 from 0 to `classes` - 1. A class without a vote is never
+    correct, even if fewer than five classes have votes.
     """
     bank, total = F.normalize(bank), torch.zeros(2, dtype=torch.int64, device=bank.device)
     rows = max(1, _CHUNK // max(len(bank), classes))
@@ -88,13 +73,7 @@ def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tens
 
 
 class LinearProbe:
-    """Logistic regression, fitted to a bank when it is built. Collective.
-
-    Args:
-        bank: float32 (m, d), the same on all ranks.
-        labels: int64 (m,), from 0 to `classes` - 1.
-        classes: number of classes.
-    """
+    """Logistic regression, fitted when it is built to a bank, float32 (m, d), the same on all ranks, and its labels. Collective."""
 
     def __init__(self, bank: Tensor, labels: Tensor, classes: int):
         self.mean, self.deviation = bank.mean(0), bank.std(0, correction=0).clamp_min(1e-6)

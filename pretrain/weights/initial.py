@@ -19,11 +19,7 @@ from pretrain.weights.source import Source, architecture, head_keys, misfits, re
 def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[str]) -> list[str]:
     """Loads the weights at `path` into the model; returns lines for the log that list the tensors loaded and dropped.
 
-    Args:
-        model: a timm model whose head is for `classes`.
-        path: as for `read_source`.
-        head_init: `keep`, `zero` or `map`.
-        classes: names of the job's classes, in the order of the head's rows.
+    `classes` are the names of the job's classes, in the order of the rows of the model's head; `head_init` is `keep`, `zero` or `map`.
 
     Raises:
         ValueError: there are no weights, they do not fit the model's backbone, or the head can't be initialized as asked.

@@ -20,10 +20,7 @@ def is_run(source: Path) -> bool:
 
 
 def open_run(source: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns a checkpoint and its trainer.json.
-
-    Args:
-        source: the checkpoint, or a run directory, whose newest complete checkpoint is taken.
+    """Returns a checkpoint, or the newest complete one of a run directory, and its trainer.json.
 
     Raises:
         ValueError: there is no checkpoint, or it is damaged.
@@ -42,9 +39,7 @@ def open_run(source: Path) -> tuple[Path, dict[str, Any]]:
 def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[str, Any]]:
     """Returns the model of a run or checkpoint in eval mode, its settings and its trainer.json.
 
-    Args:
-        source: as for `open_run`.
-        average: load the exponential moving average in place of the weights.
+    `average` loads the exponential moving average in place of the weights.
 
     Raises:
         ValueError: there is no complete checkpoint, or no average in it.
@@ -73,12 +68,7 @@ def refuse_enclosed_code(source: Path, name: str) -> None:
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Copies weights into a model by name.
-
-    Args:
-        parameters: each of as many elements as the model's, in the layout that the parameters are stored in; may be flat.
-        buffers: likewise.
-    """
+    """Copies weights into a model by name; they may be flat, and lie as the model stores them."""
     for name, parameter in model.named_parameters():
         parameter.copy_(parameters[name].view(parameter.shape))
     for name, buffer in model.named_buffers():

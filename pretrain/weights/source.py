@@ -28,18 +28,12 @@ _FORMATS_BY_CLASS: dict[type[nn.Module], tuple[str, ...]] = {VAN: FORMATS}
 
 @dataclass(frozen=True)
 class Source:
-    """Weights by native name.
-
-    Args:
-        classes: names of the head's classes; None if unknown.
-        architecture: the model's name in timm, without a tag; None if unknown.
-        unused: keys in the file that no model uses.
-    """
+    """Weights by native name."""
 
     weights: dict[str, Tensor]
-    classes: tuple[str, ...] | None
-    architecture: str | None
-    unused: tuple[str, ...] = ()
+    classes: tuple[str, ...] | None  # names of the head's classes, if known
+    architecture: str | None  # the model's name in timm without a tag, if known
+    unused: tuple[str, ...] = ()  # keys in the file that no model uses
 
 
 def formats_of(model: nn.Module) -> tuple[str, ...]:
@@ -65,12 +59,7 @@ def head_keys(model: nn.Module) -> tuple[str, ...]:
 
 
 def misfits(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:
-    """Returns one text for each tensor that is missing, unexpected or of another shape than in `shapes`.
-
-    Args:
-        shapes: the expected shapes by name.
-        optional: names that may be among the weights without being expected.
-    """
+    """Returns a text for each tensor that is missing, of another shape than in `shapes`, or in neither `shapes` nor `optional`."""
     actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f"{name} has shape {actual[name]} instead of {shape}" for name, shape in shapes.items() if actual.get(name, shape) != shape]
     wrong += [f"{name} is missing" for name in shapes if name not in actual]

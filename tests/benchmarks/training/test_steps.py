@@ -1,14 +1,11 @@
 """Training steps: every case that a CPU can run, on images of a few pixels, and the handling of cases that fail."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
-from torch import Tensor
 
 from benchmarks.training import peer
 from benchmarks.training.__main__ import main, shares
@@ -151,27 +148,6 @@ def test_best_micro_batch(fits: int, rates: dict[int, float], first: int, best: 
     assert seen == sizes
     with pytest.raises(torch.OutOfMemoryError):
         best_batch(lambda batch: images_per_s(1000 * batch), first)
-
-
-def test_each_case_is_measured_at_its_best_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps take 10 ms of a fake clock whatever their batch, up to one that does not fit."""
-    now = 0.0
-    monkeypatch.setattr("benchmarks.harness.time", SimpleNamespace(perf_counter=lambda: now))
-
-    def up_to(fits: int) -> Callable[[Job], Step]:
-        def step(images: Tensor, labels: Tensor) -> Tensor:
-            if len(images) > fits:
-                raise torch.OutOfMemoryError("does not fit")
-            nonlocal now
-            now += 0.01
-            return images.sum()
-
-        return lambda job: step
-
-    cases = [Case("small", up_to(3)), Case("large", up_to(8)), Case("as small", up_to(8), batch_of="small")]
-    measured = measure(JOB, cases, batch=None, rounds=1, first=2)
-    assert [one.batch for one in measured] == [2, 8, 2]
-    assert measured[1].images_per_s[0] == pytest.approx(8 / 0.01)
 
 
 def test_case_that_holds_memory_runs_only_where_it_is_named() -> None:

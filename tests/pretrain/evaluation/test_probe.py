@@ -6,15 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.optimize import minimize
-from torch import Tensor, nn
+from torch import Tensor
 
 from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.loader.loaders import EvalLoader
 from data.settings import DataConfig
-from data.synthetic.synthesize import synthesize
 from pretrain.engine import distributed
 from pretrain.evaluation import probe
 from pretrain.evaluation.probe import NEIGHBORS, PENALTY, TEMPERATURE, LinearProbe, extract_features, knn_correct, select_samples
@@ -174,41 +172,6 @@ def images_of(index: Index) -> tuple[Tensor, Tensor]:
     with EvalLoader(index, SETTINGS, Placement(CPU, micro_batch=64)) as loader:
         batches = list(loader)
     return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
-
-
-def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for step in range(steps):
-        batch = torch.randint(len(images), (16,), generator=torch.Generator().manual_seed(step))
-        loss = F.cross_entropy(model.train()(images[batch]), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-@pytest.mark.long
-@pytest.mark.slow
-@pytest.mark.usefixtures("alone")
-def test_training_improves_the_features(tmp_path: Path) -> None:
-    bank, queries = synthesize(tmp_path, classes=4, train=400, val=100)
-    model = new_model(4)
-    for name, scale in model.named_parameters():
-        if "layer_scale" in name:
-            scale.data.fill_(0.3)  # so that the blocks matter from the start: there are only a hundred steps
-
-    def right() -> tuple[int, int]:
-        parts: list[Tensor] = []
-        for index in (bank, queries):
-            with EvalLoader(index, SETTINGS, Placement(CPU, micro_batch=64)) as loader:
-                parts += extract_features(model, loader, "fp32")
-        known, known_labels, asked, labels = parts
-        nearest = knn_correct(known, known_labels, asked, labels, 4)
-        return int(nearest[0]), int(LinearProbe(known, known_labels, 4).correct(asked, labels)[0])
-
-    before = right()
-    train(model, *images_of(bank), steps=100)
-    after = right()
-    assert all(new >= old + 8 for new, old in zip(after, before, strict=True))
 
 
 def test_features_are_the_input_of_the_head(drawn: Path) -> None:

@@ -119,12 +119,6 @@ def test_a_name_fits_wholly_or_not_at_all(native: dict, key: str) -> None:
         from_format({**official, key: torch.ones(1)})
 
 
-def test_two_formats_in_one_file_are_refused(native: dict) -> None:
-    halves = {**to_format(native["van_b0"], "mmseg"), "head.fc.weight": torch.ones(1)}
-    with pytest.raises(ValueError, match=r"head\.fc\.weight"):
-        from_format(halves)
-
-
 def test_to_format_refuses_what_it_cannot_name(native: dict) -> None:
     with pytest.raises(ValueError, match=r"'onnx'.* official"):
         to_format(native["van_b0"], "onnx")
