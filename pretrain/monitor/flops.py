@@ -5,6 +5,7 @@ peak = peak_flops(device, config.engine.precision)
 share = mfu(images_per_s / ranks, flops, peak) if peak is not None else None
 """
 
+import copy
 import re
 from typing import Any
 
@@ -41,11 +42,14 @@ def training_flops(model: nn.Module, image_size: int) -> float | None:
     Raises:
         ValueError: the model can't compute images of `image_size` pixels, or does not return logits.
     """
-    on_meta = {name: tensor.to("meta") for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    # A copy that shares nothing with the model, and takes no memory. (functional_call leaves modules broken that a model uses twice.)
+    tensors: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    tensors |= {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
+    on_meta = copy.deepcopy(model, tensors)
     images, name = torch.empty(2, 3, image_size, image_size, device="meta"), type(model).__name__  # two, as BatchNorm wants
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            output, flops = torch.func.functional_call(model, on_meta, (images,)), 3.0 * counter.get_total_flops() / 2
+            output, flops = on_meta(images), 3.0 * counter.get_total_flops() / 2
     except Exception:  # of any kind: the model's code decides
         output, flops = _compute(model, torch.zeros_like(images, device="cpu")), None
     if not isinstance(output, Tensor) or output.shape != (2, model.num_classes):
