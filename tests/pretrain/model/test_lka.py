@@ -25,14 +25,6 @@ def test_sizes_follow_from_kernel_and_dilation(kernel_size: int, dilation: int, 
     assert lka.conv_spatial.dilation == (dilation, dilation)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'")  # it copies its input where the padding is uneven
-@pytest.mark.parametrize(("kernel_size", "dilation"), [(k, d) for k, d, _, _ in SIZES])
-@pytest.mark.parametrize("size", [(13, 10), (2, 2)])
-def test_spatial_size_is_kept(kernel_size: int, dilation: int, size: tuple[int, int]) -> None:
-    x = torch.randn(2, 4, *size)
-    assert LKA(4, kernel_size, dilation)(x).shape == x.shape
-
-
 def test_default_is_the_papers_21_by_21() -> None:
     torch.manual_seed(0)
     lka = LKA(6).double()

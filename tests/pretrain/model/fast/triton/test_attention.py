@@ -66,22 +66,9 @@ def test_values_and_gradients_in_16_bits(dtype: torch.dtype, k: int) -> None:
     check((3, 40, 11, 6), k, dtype)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("dtype", "channels"), [(torch.float32, 1), (torch.bfloat16, 24), (torch.float16, 130)])
-@pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 7), (14, 14), (23, 9), (56, 4)])
-def test_values_and_gradients_everywhere(dtype: torch.dtype, channels: int, size: tuple[int, int]) -> None:
-    check((3, channels, *size), 5, dtype)
-
-
 def test_gradients_are_the_same_to_the_bit_every_time() -> None:
     inputs = drawn((9, 8, 9, 8), 5, torch.bfloat16)
     once, again = (outcome(inputs, exact=False) for _ in range(2))
-    assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
-
-
-def test_any_memory_layout_gives_the_same() -> None:
-    inputs = drawn((2, 6, 5, 4), 5, torch.float32)
-    once, again = (outcome(tensors, exact=False) for tensors in (inputs, [t.contiguous() for t in inputs]))
     assert all(torch.equal(*pair) for pair in zip(once, again, strict=True))
 
 
@@ -108,8 +95,3 @@ def test_operators_keep_pytorchs_rules() -> None:
     torch.library.opcheck(torch.ops.van.gelu_conv2d.default, tuple(leaves))
     leaves = [t.requires_grad_() for t in (x, attention, attention_bias)]
     torch.library.opcheck(torch.ops.van.gate.default, tuple(leaves))
-
-
-def test_double_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"bf16, fp16 or fp32, not torch\.float64; set model\.kernels=torch"):
-        gelu_conv2d(torch.ones(1, 1, 2, 2, dtype=torch.float64), torch.ones(1, 1, 5, 5), torch.ones(1), torch.ones(1))
