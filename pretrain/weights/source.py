@@ -7,6 +7,7 @@ timm, the native names, exists for every model. Further formats exist for some m
 """
 
 import argparse
+import copy
 import json
 import pickle
 import sys
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pretrain.model.fast.channels_last import restore_reference
 from pretrain.model.formats import FORMATS, WITHOUT_USE, bare, from_format, some
 from pretrain.model.van import VAN
 from pretrain.weights.run_model import build_trained, is_run
@@ -99,7 +101,9 @@ def _fit_image_size(weights: dict[str, Tensor], model: nn.Module) -> dict[str, T
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in head}
     if resample is None or all(weights[name].shape == shape for name, shape in shapes.items() if name in weights):
         return weights
-    return dict(resample(dict(weights), model))
+    plain = copy.deepcopy(model)
+    restore_reference(plain)  # timm reads shapes of the model's parameters
+    return dict(resample(dict(weights), plain))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
