@@ -71,7 +71,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # Slurm signals the whole job; this process still has to report the ends of the ranks
     try:
         # Paths that are missing on this node only are reported by preflight.
-        config = settings.load(*job_words(sys.argv[1:]), unchecked=settings.ON_A_NODE)
+        config = settings.load(*job_words(sys.argv[1:]), unchecked=settings.NODE_PATHS)
         run = Path(config.run.dir)
         attempt, history = begin_attempt(run)
         log = open(run / "logs" / f"{attempt.job}-{attempt.restart}.log", "ab")  # noqa: SIM115

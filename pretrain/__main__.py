@@ -32,10 +32,10 @@ def main() -> int:
     try:
         return args.run(args)
     except ValueError as error:
-        if not raised_here(error):
+        if not _is_for_user(error):
             raise
-        if _should_report(error):
-            rank = int(os.environ.get("RANK", 0))
+        rank = int(os.environ.get("RANK", 0))
+        if _should_report(error, rank):
             print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CONFIG
 
@@ -102,29 +102,29 @@ def _reject_options(args: argparse.Namespace, export: argparse.ArgumentParser) -
         export.error(f"{', '.join(given)}: options need both --format and --out; without options, RUN's own formats are written")
 
 
-def _should_report(error: ValueError) -> bool:
-    """Returns whether this rank prints an error: rank 0 prints those in the settings, which all ranks read; others their first rank."""
+def _should_report(error: ValueError, rank: int) -> bool:
+    """Returns whether this rank prints an error: rank 0 for wrong settings, which all ranks read; otherwise the first rank to fail."""
     from data.common.config_files import ConfigError
 
     if isinstance(error, ConfigError):
-        return int(os.environ.get("RANK", 0)) == 0
+        return rank == 0
     from pretrain.monitor.damage import is_first_to_report
 
     return is_first_to_report(str(error))
 
 
-def raised_here(error: ValueError) -> bool:
-    """Returns whether this project's code raised an error: its ValueErrors are for users, those of libraries are bugs."""
+def _is_for_user(error: ValueError) -> bool:
+    """Returns whether this project raised the error: its ValueErrors are for users, those of libraries are bugs."""
     file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return any(file.is_relative_to(Path(package.__file__).parent) for package in (data, pretrain))  # type: ignore[arg-type]
 
 
 @contextmanager
 def lasting_imports() -> Iterator[None]:
-    """Excludes all objects of the imports inside from garbage collection.
+    """Excludes the objects that the block imports from garbage collection.
 
-    torch and the modules it needs are 700,000 objects that stay. To traverse them takes a quarter of the import, half a second of each
-    collection during training, and two seconds at the end.
+    torch and its dependencies create 700,000 permanent objects. Traversing them would take a quarter of the import time, half a second in
+    each collection during training, and two seconds at exit.
     """
     gc.disable()
     yield
@@ -133,8 +133,8 @@ def lasting_imports() -> Iterator[None]:
 
 
 def _train(args: argparse.Namespace) -> int:
-    # USR1 during the start would kill the rank: it stays pending until train() handles it. TERM is not blocked, so that a launcher can end
-    # the other ranks when one has failed.
+    # USR1 would kill a rank that has no handler yet; blocked, it stays pending until train() handles it. TERM is not blocked: a launcher
+    # uses it to end the other ranks when one has failed.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     faulthandler.enable()
     from pretrain import config as settings

@@ -2,12 +2,11 @@
 
     config = load("configs/van_b3_in22k.yaml", ["engine.micro_batch=128", "data.train=/data/in22k/train"])
 
-Each field below carries its meaning, its constraint and its rule on resume; docs/configuration.md is written from them
-(`python -m pretrain config --markdown`). data/common/config_files.py reads the files.
+Each field carries its meaning, its constraint and its rule on resume; `python -m pretrain config --markdown` generates
+docs/configuration.md from the fields. data/common/config_files.py reads the files.
 """
 
 import dataclasses
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from data.common import config_files
 from data.common.config_files import ConfigError
 from data.common.fields import MISSING, Check, above_0_to_1, at_least, below_1, in_words, must_be, positive, read_by, setting, settings_of
-from data.common.files import publish
+from data.common.files import open_to_replace
 from data.settings import JobData, JobEngine, data_conflicts
 from pretrain.model.formats import FORMATS
 
@@ -31,14 +30,14 @@ def _installed(module: str) -> Check:
 
 
 def profiled_steps(text: str | None) -> range:
-    """Returns the steps that START:STOP stands for, none for None; raises ValueError for other texts."""
+    """Parses START:STOP into a range of steps, empty for None; raises ValueError for any other text."""
     if text is None:
         return range(0)
     start, colon, stop = text.partition(":")
     if not (colon and start.isdecimal() and stop.isdecimal()):
         raise ValueError("must be START:STOP, two whole numbers of steps")
     if int(start) >= int(stop):
-        raise ValueError("holds no step: START must be less than STOP")
+        raise ValueError("is empty: START must be less than STOP")
     return range(int(start), int(stop))
 
 
@@ -62,17 +61,19 @@ class ModelConfig:
     )
     kernels: Literal["auto", "triton", "torch"] = setting(
         "torch",
-        "Kernels of convolutions, residual adds and normalizations. auto: Triton where it works, on GPUs; triton: or else an error.",
+        "Kernels of convolutions, residual adds and normalizations. auto: Triton on GPUs where it works; triton: Triton or an error.",
         resume="free",
     )
     checkpoint_stages: list[int] = setting(
         [],
-        "Activation checkpointing: stages whose blocks keep only their input and recompute the rest, for a third more computation.",
+        "Activation checkpointing: stages whose blocks keep only their input and recompute the rest; costs a third more computation.",
         must_be("of stages 0, 1, 2 and 3", lambda stages: set(stages) <= {0, 1, 2, 3}),
         resume="free",
     )
     compile: bool = setting(False, "Compile each kind of block with torch.compile; the first step takes minutes.", resume="free")
-    graphs: bool = setting(False, "CUDA graphs of the stages: a step costs the host a few launches instead of thousands.", resume="free")
+    graphs: bool = setting(
+        False, "Run the stages as CUDA graphs: the host launches a few graphs per step instead of thousands of kernels.", resume="free"
+    )
 
 
 @dataclass
@@ -85,7 +86,7 @@ class OptimConfig:
     warmup_samples: int | None = setting(None, "Length of the warm-up in samples, in place of epochs.", at_least(0))
     weight_decay: float = setting(0.05, "Weight decay of AdamW; biases and other 1-D parameters have none.", at_least(0))
     layer_decay: float = setting(
-        1.0, "Factor between the learning rates of a layer and of the next one; the head has the full rate. For fine-tuning.", above_0_to_1
+        1.0, "Ratio of the learning rate of a layer to that of the next; the head has the full rate. For fine-tuning.", above_0_to_1
     )
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
@@ -94,7 +95,7 @@ class OptimConfig:
     )
     eps: float = setting(1e-8, "Epsilon of AdamW.", positive)
     label_smoothing: float = setting(0.1, "Label smoothing of the cross-entropy.", below_1)
-    clip_grad: float = setting(0.0, "Largest norm of the whole gradient; a larger one is scaled down. 0: off.", at_least(0))
+    clip_grad: float = setting(0.0, "Maximum norm of all gradients together; larger gradients are scaled down. 0: off.", at_least(0))
 
 
 @dataclass
@@ -112,23 +113,23 @@ class EngineConfig(JobEngine):
 
 @dataclass
 class GuardConfig:
-    """Faults of training. A step whose loss or gradient is not finite never changes the weights; these settings decide the rest."""
+    """Configures the response to faults. Whatever the settings, a step whose loss or gradient is not finite never changes the weights."""
 
     spike: float = setting(
         0.0,
-        "Roll back after a loss of so many times the average of the last hundred steps; 0: never.",
+        "Roll back after a loss above this multiple of the average of the last hundred steps; 0: never.",
         must_be("more than 1, or 0 for never", lambda value: value == 0 or value > 1),
         resume="free",
     )
-    skipped: int = setting(20, "Roll back after so many steps in a row that were not finite.", positive, resume="free")
-    skip_before: int = setting(20, "Batches before the first bad one that are skipped after a rollback.", at_least(0), resume="free")
-    rollbacks: int = setting(3, "Rollbacks after which the job ends.", at_least(0), resume="free")
+    skipped: int = setting(20, "Roll back after this many consecutive steps that were not finite.", positive, resume="free")
+    skip_before: int = setting(20, "Batches before the first bad one that a rollback skips too.", at_least(0), resume="free")
+    rollbacks: int = setting(3, "Maximum number of rollbacks; the job ends instead of another one.", at_least(0), resume="free")
     step_limit: float = setting(
-        600.0, "Longest time of a step, in seconds; then all ranks write their stacks and end.", positive, resume="free"
+        600.0, "Time limit of a step, in seconds; at the limit all ranks write their stacks and end.", positive, resume="free"
     )
-    start_limit: float = setting(3600.0, "Longest time of the first step, an evaluation or a save, in seconds.", positive, resume="free")
+    start_limit: float = setting(3600.0, "Time limit of the first step, an evaluation or a save, in seconds.", positive, resume="free")
     restarts: int = setting(
-        5, "Under Slurm: failures in a row without a new checkpoint after which the job is not requeued.", at_least(0), resume="free"
+        5, "Under Slurm: consecutive failures without a new checkpoint after which the job is still requeued.", at_least(0), resume="free"
     )
 
 
@@ -137,20 +138,24 @@ class RunConfig:
     dir: str = setting("runs/${name}", "The run directory: checkpoints, metrics, logs and weights.", resume="free")
     log_every: int = setting(50, "Steps between records in the log.", positive, resume="free")
     save_minutes: float | None = setting(
-        10.0, "Minutes between checkpoints; null: not by the clock. A stop signal and the last step save too.", positive, resume="free"
+        10.0, "Minutes between checkpoints; null: never by time. A stop signal and the last step save too.", positive, resume="free"
     )
     save_every: int | None = setting(
         None, "Steps between checkpoints, in addition to `run.save_minutes`: whichever comes first.", positive, resume="free"
     )
     eval_every: float = setting(1.0, "Epochs between evaluations. The last step evaluates too.", positive, resume="free")
     keep: int = setting(3, "Newest checkpoints to keep.", positive, resume="free")
-    keep_every: float = setting(0.0, "Keep checkpoints at multiples of so many epochs for good; 0: none.", at_least(0), resume="free")
+    keep_every: float = setting(
+        0.0, "Keep the checkpoints at multiples of this many epochs permanently; 0: none.", at_least(0), resume="free"
+    )
     keep_best: Literal["none", "top1", "top5", "loss"] = setting(
-        "none", "Save after evaluations too and keep the best checkpoint, by the moving average where there is one.", resume="free"
+        "none",
+        "Save after each evaluation too, and keep the best checkpoint by this result, of the moving average if there is one.",
+        resume="free",
     )
     export: list[str] | None = setting(
         None,
-        "Formats of the weights that a complete training writes to the run; null: official and timm, as far as the model has them.",
+        "Formats in which a complete run exports its weights; null: official and timm, where the model has them.",
         must_be(f"of {', '.join(FORMATS)}", lambda formats: set(formats) <= set(FORMATS)),
         resume="free",
     )
@@ -170,7 +175,7 @@ class Config(JobData):
     samples: int | None = setting(None, "Length of the training in samples, in place of epochs.", positive, resume="fixed")
     profile: str | None = setting(
         None,
-        "Optimizer steps to trace, from START up to STOP, counted from 0; null: none.",
+        "Optimizer steps to trace, START included and STOP excluded, counted from 0; null: none.",
         read_by("START:STOP", profiled_steps),
         resume="free",
     )
@@ -181,7 +186,7 @@ class Config(JobData):
     run: RunConfig = field(default_factory=RunConfig)
 
 
-ON_A_NODE = tuple(key for key, each in settings_of(Config).items() if each.on_node)  # one node can have what these name, another lack it
+NODE_PATHS = tuple(key for key, each in settings_of(Config).items() if each.on_node)  # may exist on some nodes of a job only
 
 
 def _conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -189,9 +194,9 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from data_conflicts(values)
     for first, second in (("steps", "samples"), ("optim.warmup_steps", "optim.warmup_samples")):
         if values.get(first) is not None and values.get(second) is not None:
-            yield second, f"can't be given beside {first}"
+            yield second, f"can't be combined with {first}"
     start, run = values.get("model.init_from"), values.get("run.dir")
-    # A run with a checkpoint resumes from it, and does not need the weights that it started from.
+    # A run with a checkpoint resumes from the checkpoint and no longer needs its initial weights.
     resumes = run is not None and any(Path(run, "checkpoints").glob("step-*"))
     if start is not None and not Path(start).exists() and not resumes:
         yield "model.init_from", "no such file or run directory"
@@ -200,37 +205,36 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     against = [key for key in ("engine.sync_bn", "model.checkpoint_stages") if values.get(key)]
     against += ["engine.zero_stage 2 or 3"] if values.get("engine.zero_stage", 0) > 1 else []
     if values.get("model.graphs") and against:
-        yield "model.graphs", f"can't be beside {', '.join(against)}"
+        yield "model.graphs", f"can't be combined with {', '.join(against)}"
 
 
 # ---------------------------------------------------------------- reading and writing
 
 
 def resolve(path: str | Path, overrides: Sequence[str] = (), unchecked: Collection[str] = ()) -> tuple[Config, dict[str, str]]:
-    """Returns the settings of a job and the place that set each, by dotted key; ConfigError lists all problems of checked keys."""
+    """Returns a job's settings, and by dotted key the place that set each; ConfigError lists the problems of all but `unchecked` keys."""
     return config_files.resolve(Config, path, overrides, _conflicts, unchecked=unchecked)
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), unchecked: Collection[str] = ()) -> Config:
-    """Returns the settings that `resolve` finds."""
+    """Returns the settings of a job; raises as `resolve` does."""
     return resolve(path, overrides, unchecked)[0]
 
 
 def override(config: Config, overrides: Sequence[str]) -> Config:
-    """Returns the settings with `key=value` texts applied; ConfigError lists all problems of these."""
+    """Returns the settings with `key=value` texts applied; ConfigError lists the problems of all texts."""
     return config_files.override(config, overrides)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Returns the settings that `as_dict` took apart; keys of another version are skipped, missing ones get their default."""
+    """Rebuilds settings from the result of `as_dict`; skips keys of another version and fills in defaults for missing ones."""
     return config_files.from_dict(Config, values)
 
 
 def save(config: Config, path: Path) -> None:
     """Writes the settings as YAML that `load` reads again."""
-    with open(path.with_name(f"{path.name}.{os.getpid()}"), "w", encoding="utf-8") as file:
+    with open_to_replace(path, encoding="utf-8") as file:
         file.write(config_files.to_yaml(config))
-        publish(file, path)
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -249,68 +253,60 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def confirm(config: Config, path: Path, force: bool) -> list[str]:
-    """Compares the settings of this start with those in RUN/config.yaml, except for settings that are free to change.
+    """Compares the settings of this start with RUN/config.yaml, except for those that are free to change.
 
     Returns:
         `key: old -> new` of each change.
 
     Raises:
-        ValueError: there are changes and they are not forced (--force-config); lists them.
+        ValueError: there are changes and `force` (--force-config) is not set; lists the changes.
     """
-    saved, now, rules = config_files.read_saved(Config, path), flat(config), {key: each.resume for key, each in settings_of(Config).items()}
-    changes = {
-        key: (saved.get(key), value) for key, value in now.items() if rules[key] != "free" and in_words(saved.get(key)) != in_words(value)
-    }
-    lines = [f"{key}: {in_words(old)} -> {in_words(new)}" for key, (old, new) in changes.items()]
+    saved, fields = config_files.read_saved(Config, path), settings_of(Config)
+    values = {key: (in_words(saved.get(key)), in_words(value)) for key, value in flat(config).items() if fields[key].resume != "free"}
+    changes = {key: f"{key}: {old} -> {new}" for key, (old, new) in values.items() if old != new}
     if changes and not force:
-        fixed = [key for key in changes if rules[key] == "fixed"]
         advice = ", or add --force-config to resume with the changed settings"
-        if fixed:
+        if fixed := [key for key in changes if fields[key].resume == "fixed"]:
             advice = (
                 f", which can start from these weights with model.init_from={path.parent}; {', '.join(fixed)} can't change during a run"
             )
-        listed = "\n  ".join(lines)
+        listed = "\n  ".join(changes.values())
         raise ValueError(f"{path.parent} was trained with other settings:\n  {listed}\ngive this job a run.dir of its own{advice}")
-    return lines
+    return list(changes.values())
 
 
 # ---------------------------------------------------------------- steps and batch sizes
 
 
 def accumulation(config: Config, ranks: int) -> int:
-    """Returns the micro-batches of a rank in one optimizer step: global batch / (micro-batch * ranks).
+    """Returns the number of micro-batches per rank in one optimizer step: global_batch / (micro_batch * ranks).
 
     Raises:
-        ConfigError: that is no whole number; names the micro-batches and rank counts that would do.
+        ConfigError: the quotient is not a whole number; suggests micro-batches and rank counts that fit.
     """
     batch, micro = config.global_batch, config.engine.micro_batch
     if batch % (micro * ranks) == 0:
         return batch // (micro * ranks)
     fits = micro_batches(config, ranks)
     counts = [r for r in _divisors(batch) if (batch // r) % micro == 0]
-    hints = []
-    if fits:
-        hints.append(f"with {ranks} ranks, engine.micro_batch={' or '.join(map(str, _nearest(fits, micro)))}")
-    if counts:
-        hints.append(f"with engine.micro_batch={micro}, {' or '.join(map(str, _nearest(counts, ranks)))} ranks")
-    whole = round(batch / (micro * ranks)) * micro * ranks or micro * ranks
-    hints.append(f"or another recipe with global_batch={whole}")
-    raise ConfigError(
-        "batch sizes",
-        [f"global_batch = {batch} can't be divided over {ranks} ranks of engine.micro_batch = {micro}; {'; '.join(hints)}"],
-    )
+    hints = [f"with {ranks} ranks, engine.micro_batch={' or '.join(map(str, _nearest(fits, micro)))}"] if fits else []
+    hints += [f"with engine.micro_batch={micro}, {' or '.join(map(str, _nearest(counts, ranks)))} ranks"] if counts else []
+    hints.append(f"or another recipe with global_batch={max(1, round(batch / (micro * ranks))) * micro * ranks}")
+    problem = f"global_batch = {batch} can't be divided over {ranks} ranks of engine.micro_batch = {micro}; {'; '.join(hints)}"
+    raise ConfigError("batch sizes", [problem])
 
 
 def lengths(config: Config, steps_per_epoch: int) -> tuple[int, int]:
-    """Returns the optimizer steps of the training and of its warm-up; steps win over samples, samples over epochs."""
+    """Returns the optimizer steps of the training and of its warm-up; steps take precedence over samples, and samples over epochs."""
     optim = config.optim
 
-    def whole(steps: int | None, samples: int | None, epochs: float) -> int:
+    def to_steps(steps: int | None, samples: int | None, epochs: float) -> int:
         if steps is not None:
             return steps
         return round(epochs * steps_per_epoch if samples is None else samples / config.global_batch)
 
-    return max(1, whole(config.steps, config.samples, config.epochs)), whole(optim.warmup_steps, optim.warmup_samples, optim.warmup_epochs)
+    total = max(1, to_steps(config.steps, config.samples, config.epochs))
+    return total, to_steps(optim.warmup_steps, optim.warmup_samples, optim.warmup_epochs)
 
 
 def micro_batches(config: Config, ranks: int) -> list[int]:
@@ -324,6 +320,6 @@ def _divisors(n: int) -> list[int]:
 
 
 def _nearest(values: list[int], target: int) -> list[int]:
-    """Returns the closest value up to the target and the closest above, as far as there are such."""
+    """Returns the closest value up to the target and the closest above it, where they exist; `values` are sorted."""
     below, above = [v for v in values if v <= target], [v for v in values if v > target]
     return below[-1:] + above[:1]

@@ -33,13 +33,13 @@ A job takes its settings from a YAML file and from `key=value` on the command li
   Its values have the types that YAML gives them: `0.1` and `1e-3` are numbers, `yes` is true, and `010` is octal.
   Text that looks like these needs quotes there.
 - `${key}` stands for the value of another setting, and `${oc.env:NAME}` for an environment variable.
-  `${oc.env:NAME,VALUE}` gives a value for where the variable is not set. A backslash before `${` makes it text.
+  `${oc.env:NAME,VALUE}` gives a default for a variable that is not set. A backslash before `${` makes it text.
   On the command line any other `${…}` is text. In a file it is OmegaConf's interpolation, or an error.
-- `???` in a file means that another file or the command line must set the value.
+- `???` in a file: another file or the command line must set the value.
 
 ## Resume with other settings
 
-A run with a checkpoint resumes with the settings of its new start. The last column says which of them may differ:
+A resumed run uses the settings of its new start. The last column shows which of them may differ:
 
 - **free**: may change.
 - **asks**: may change with `--force-config`; without it the job ends and lists the changes.
@@ -59,8 +59,8 @@ def listing(pattern: str = "") -> list[str]:
 
 
 def resolved(path: Path, overrides: Sequence[str]) -> list[str]:
-    """Returns a line for each setting of a job: its key, its value and the place that set it. Folders may be missing on this machine."""
-    config, places = settings.resolve(path, overrides, settings.ON_A_NODE)
+    """Returns a line for each setting of a job: its key, its value and the place that set it. Paths need not exist on this machine."""
+    config, places = settings.resolve(path, overrides, settings.NODE_PATHS)
     return [f"{key} = {printable(in_words(value))}    ({places[key]})" for key, value in settings.flat(config).items()]
 
 
@@ -70,7 +70,7 @@ def markdown() -> str:
 
 
 def _tables() -> Iterator[str]:
-    """Yields the lines of a table for each section, the top level first, settings without default before the others."""
+    """Yields the lines of a table per section, the top level first; settings without a default come before the others."""
     by_section = sorted(settings_of(Config).items(), key=lambda item: "." in item[0])
     for section, rows in groupby(by_section, lambda item: item[0].rpartition(".")[0]):
         yield from (f"## {section or 'The job'}", "", "| key | type | default | meaning | on resume |", "|---|---|---|---|---|")

@@ -1,4 +1,4 @@
-"""Decides after each optimizer step whether to log, evaluate, save or end.
+"""Decides after each optimizer step whether to log, evaluate or save.
 
 schedule = make_schedule(config.run, total, steps_per_epoch, evaluates=True)
 due = schedule.due(step, is_save_requested=False)
@@ -12,7 +12,7 @@ from pretrain.config import RunConfig
 
 @dataclass(frozen=True)
 class Due:
-    """Lists the work that follows one optimizer step, in this order."""
+    """Holds the work that follows one optimizer step, in order of execution."""
 
     log: bool
     evaluate: bool
@@ -23,7 +23,7 @@ class Due:
 class Schedule:
     """Holds the periods of a job, in optimizer steps; None: never."""
 
-    total: int  # steps of the whole training; the last one logs and saves, and evaluates where the job evaluates at all
+    total: int  # steps of the whole training; the last one logs and saves, and evaluates if the job has validation data
     log_every: int
     evaluate_every: int | None
     save_every: int | None
@@ -31,7 +31,7 @@ class Schedule:
     saves_evaluations: bool  # whether each evaluated state is saved, so that the best one can be kept
 
     def due(self, step: int, *, is_save_requested: bool) -> Due:
-        """Returns the work that is due when `step` steps are done, where the clock or a stop request may ask for a checkpoint."""
+        """Returns the work due after `step` steps; `is_save_requested`: by the clock or a stop request."""
         is_last = step == self.total
         evaluate = _is_multiple(step, self.evaluate_every) or (is_last and self.evaluate_every is not None)
         save = is_save_requested or is_last or _is_multiple(step, self.save_every) or _is_multiple(step, self.keep_every)

@@ -1,11 +1,11 @@
-"""Trains a model, as one rank of a job: from settings to trained weights.
+"""Trains a model as one rank of a job: from settings to trained weights.
 
     python -m pretrain train configs/van_b3_in22k.yaml key=value …
 
-Every rank runs this file. `Trainer` sets the job up: processes, data, model, engine, the newest checkpoint, in an order that matters.
-`Trainer.train` is the loop, `Trainer.train_step` one optimizer step, `Trainer.finish_step` what follows it: log, evaluation, checkpoint.
+Every rank runs this file. `Trainer` sets up processes, data, model and engine, and loads the newest checkpoint, in an order that matters.
+`Trainer.train` is the loop, `Trainer.train_step` one optimizer step, and `Trainer.finish_step` logs, evaluates and saves after a step.
 
-The exit code is 0 when training is complete, 85 after a stop request when the job should be started again, and 86 when RUN/STOP ended it.
+Exit codes: 0 training is complete, 85 stopped by a signal (start the job again), 86 stopped by RUN/STOP.
 """
 
 from collections.abc import Iterator
@@ -60,20 +60,20 @@ from pretrain.schedule import make_schedule
 from pretrain.weights.export import check_formats
 from pretrain.weights.initial import start_from
 
-WARM_UP_STEPS = 3  # after a start, in which running out of memory means that the settings ask for too much
+WARM_UP_STEPS = 3  # after a start; running out of memory within them means that the settings need too much
 
 
 class Trainer:
-    """Trains a model as one rank of a job; the run directory is created, or resumed if it has a checkpoint.
+    """Trains a model as one rank of a job; creates the run directory, or resumes a run that has a checkpoint.
 
     Raises:
-        ValueError: settings, data, weights or a checkpoint do not fit each other; before the first step.
+        ValueError: settings, data, weights and checkpoint do not match; raised before the first step.
     """
 
     def __init__(self, config: Config, force_config: bool = False):
         self.config, self.folder = config, Path(config.run.dir)
         self.step, self.exit_code = 0, 0
-        self.evaluation: dict[str, Any] | None = None  # results of the newest one
+        self.evaluation: dict[str, Any] | None = None  # the newest results
         # The order is important: each part needs those before it, and most of them are collective.
         self._start_processes()
         self._open_run(force_config)
@@ -98,7 +98,7 @@ class Trainer:
             if self.config.model.graphs:
                 self.log.line(use_graphs(self.engine, self.config))
             while not self.is_done:
-                with self._open_train_loader() as loader:  # opened again after each rollback
+                with self._open_train_loader() as loader:  # reopened after each rollback
                     batches, bad = iter(loader), None
                     while not self.is_done and bad is None:
                         self.requests.ask()
@@ -121,7 +121,7 @@ class Trainer:
         self.profiler.start_step(step)
         self.lr = learning_rate(step, self.schedule.total, self.warmup, self.config.optim)
         set_learning_rate(self.engine.optimizer, self.lr)
-        # All randomness on the device (drop path) follows from the step and the rank, so none of it needs saving.
+        # All randomness on the device (drop path) follows from step and rank, so checkpoints need no generator state.
         torch.manual_seed(int(hash64(self.config.seed, step, self.rank) >> 1))
         for micro_step in range(0 if self.rollbacks.is_skipped(step) else self.accumulation):
             is_last = micro_step + 1 == self.accumulation
@@ -133,7 +133,7 @@ class Trainer:
                 self.engine.backward(self.guard.scale_loss(loss))
             self.interval.add(loss)
             if is_last:
-                self.stats.start_averaging()  # beside the optimizer's step
+                self.stats.start_averaging()  # overlaps the optimizer's step
                 self.checkpoints.before_update()
                 self.guard.check()
             with self.profiler.phase("optimizer", micro_step):
@@ -152,7 +152,7 @@ class Trainer:
             return mixed_cross_entropy(self.engine(images), targets, share, self.config.optim.label_smoothing)
 
     def finish_step(self, request: Request) -> BadSteps | None:
-        """Logs, evaluates and saves as is due after a step; returns bad steps that training has to be rolled back from."""
+        """Logs, evaluates and saves what is due after a step; returns bad steps that require a rollback."""
         self.exit_code = request.exit_code
         due = self.schedule.due(self.step, is_save_requested=request.save or self.exit_code != 0)
         if due.log:
@@ -170,7 +170,7 @@ class Trainer:
         return None
 
     def roll_back(self, bad: BadSteps) -> None:
-        """Loads the newest checkpoint from before bad steps, whose batches are skipped from then on; raises ValueError if there is none."""
+        """Loads the newest checkpoint from before the bad steps and skips their batches from now on; ValueError if there is none."""
         guard = self.config.guard
         reason = f"steps {bad.first} to {bad.last} are bad: {bad.reason}; see {self.evidence.file}"
         if len(self.rollbacks.entries) >= guard.rollbacks:
@@ -187,7 +187,7 @@ class Trainer:
         self.log.record("rollback", step=self.step, **entry)
         self.log.start_progress(self.step, self.schedule.total)
 
-    # ---------------------------------------------------------------- setting up, in this order
+    # ---------------------------------------------------------------- setup, in this order
 
     def _start_processes(self) -> None:
         config = self.config
@@ -228,17 +228,17 @@ class Trainer:
         self.schedule = make_schedule(config.run, total, self.order.steps_per_epoch, evaluates=self.val is not None)
 
     def _build_model(self) -> None:
-        """Builds the model on the CPU, with its first weights and the layers that the settings ask for."""
+        """Builds the model on the CPU, with its initial weights and the layers that the settings ask for."""
         config = self.config
         torch.manual_seed(config.seed)
         self.model = build_model(config)
         check_formats(self.model, config.run.export or [], "run.export")
-        # A resumed run takes all weights from its checkpoint; the weights that it started from may be gone by then.
+        # A resumed run takes all weights from its checkpoint; model.init_from may no longer exist.
         if config.model.init_from and not self.is_resumed:
             for line in start_from(self.model, Path(config.model.init_from), config.model.head_init, self.index.classes):
                 self.log.line(line)
-        self.image_flops = training_flops(self.model, config.data.image_size)  # while all operators are PyTorch's
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # while all of them are on this rank
+        self.image_flops = training_flops(self.model, config.data.image_size)  # before operators are replaced
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())  # before ZeRO partitions them
         if config.engine.sync_bn:
             synchronize_batch_norms(self.model)
         if config.model.checkpoint_stages:
@@ -260,7 +260,7 @@ class Trainer:
         )
 
     def _new_model(self) -> nn.Module:
-        """Returns a model on the device for evaluation, with weights of any value."""
+        """Returns a model on the device for evaluation, with uninitialized weights."""
         model = build_empty_model(self.config, self.device)
         if self.device.type == "cpu" and (ways := find_ways(model)):
             ways.use_cpu_way(model)
@@ -269,7 +269,7 @@ class Trainer:
     def _restore(self) -> None:
         """Loads the newest checkpoint of the run, if there is one."""
         config = self.config
-        # Together with the step these decide which samples follow and how they are used. A run can't change them.
+        # Fixed for a run: together with the step these determine which samples follow and how they are used.
         self.identity = {
             "model": config.model.name, "classes": config.model.classes, "seed": config.seed, "steps": self.schedule.total,
             "global_batch": config.global_batch, "lanes": self.order.lanes, "window": self.order.window,
@@ -335,17 +335,16 @@ class Trainer:
         )  # fmt: skip
 
     def _report(self, *, is_evaluated: bool) -> BadSteps | None:
-        """Reports the steps since the last log line; returns bad steps that training has to be rolled back from."""
+        """Reports the steps since the last log line; returns bad steps that require a rollback."""
         steps, slowest = self.interval.close(self.quarantine.unreported_count), self.timer.close()
         bad = self.watch.find_bad(steps)
         if steps.has_bad_images:
             report_bad_images(self.quarantine, self.step, self.log)
         if self.rank == 0:
             self.evidence.keep(steps, bad)
-        if steps.numbers:  # not if the batches of all of them were skipped
-            self.reporter.report(
-                self.step, steps, slowest, lr=self.lr, bad_images=self.quarantine.count, is_evaluated=is_evaluated,
-            )  # fmt: skip
+        if steps.numbers:  # none if a rollback skips the batches of all steps
+            bad_images = self.quarantine.count
+            self.reporter.report(self.step, steps, slowest, lr=self.lr, bad_images=bad_images, is_evaluated=is_evaluated)
         return bad
 
     def _save(self) -> None:
@@ -366,6 +365,6 @@ class Trainer:
             self.log.line(f"complete after {self.step} steps; weights: python -m pretrain export {self.folder}")
             return 0
         if self.exit_code == EXIT_STOP_FILE and self.rank == 0:
-            (self.folder / STOP).unlink(missing_ok=True)  # it stops this job alone
+            (self.folder / STOP).unlink(missing_ok=True)  # so that the next job does not stop too
         self.log.line(f"stopped at step {self.step} of {self.schedule.total} and saved; start the same command again to resume")
         return self.exit_code

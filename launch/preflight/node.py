@@ -71,9 +71,9 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
         config = settings.load(path, overrides)
     except ConfigError as error:
         problems = error.problems
-        if not all(problem.partition(" ")[0] in settings.ON_A_NODE for problem in problems):
+        if not all(problem.partition(" ")[0] in settings.NODE_PATHS for problem in problems):
             raise
-        config = settings.load(path, overrides, unchecked=settings.ON_A_NODE)
+        config = settings.load(path, overrides, unchecked=settings.NODE_PATHS)
     try:
         settings.accumulation(config, ranks)
     except ConfigError as error:

@@ -1,7 +1,7 @@
 """Keeps BatchNorm's running statistics equal on all ranks, and optionally normalizes by the batch of all ranks.
 
-ZeRO ignores buffers: each rank would keep statistics of its own, a checkpoint would hold rank 0's, and a resumed run would differ. Here the
-running statistics of the whole model are one flat fp32 buffer, averaged over the ranks in every step: an all-reduce of 8 bytes a channel.
+ZeRO ignores buffers: each rank would keep its own statistics, a checkpoint would hold rank 0's, and a resumed run would differ. Here the
+model's running statistics are one flat fp32 buffer, averaged over the ranks in every step: an all-reduce of 8 bytes per channel.
 """
 
 import torch
@@ -17,7 +17,7 @@ KINDS = ("running_mean", "running_var")
 class BatchStats:
     """Holds the running means and variances of a model, end to end in `flat`; the modules' buffers become views of `flat`.
 
-    `model` must have the BatchNorms that it will train with. `ema_decay` is that of the moving average; 0 keeps none.
+    `model` must already have the BatchNorms that it trains with. `ema_decay` is the decay of the moving average; 0: no average.
     """
 
     def __init__(self, model: nn.Module, ema_decay: float):
@@ -30,8 +30,8 @@ class BatchStats:
         offset = 0
         for name, norm in norms.items():
             for kind in KINDS:
-                # .data: views of one tensor share a version counter. Compiled code saves a norm's statistics for its backward pass, and
-                # would mistake an update of another norm's statistics for a change of the saved ones.
+                # .data, because views of one tensor share a version counter. Compiled code saves the statistics of a BatchNorm for its
+                # backward pass, and would mistake an update of another BatchNorm's statistics for a change of the saved ones.
                 setattr(norm, kind, self.flat.narrow(0, offset, norm.num_features).data)
                 self.averages[f"{name}.{kind}"] = self.ema.narrow(0, offset, norm.num_features)
                 offset += norm.num_features
@@ -39,12 +39,12 @@ class BatchStats:
         self._averaging: dist.Work | None = None
 
     def start_averaging(self) -> None:
-        """Starts the average over the ranks, after a step's last forward pass; `finish` must follow before the next one. Collective."""
+        """Starts averaging over the ranks, after a step's last forward pass; call `finish` before the next one. Collective."""
         self.flat.div_(dist.get_world_size())
         self._averaging = dist.all_reduce(self.flat, async_op=True)
 
     def finish(self, skipped: Tensor | None = None) -> None:
-        """Completes the step's average, or restores the statistics of before the step where `skipped`, a scalar on the device, is 1."""
+        """Completes the averaging, or restores the statistics from before the step if `skipped`, a scalar on the device, is 1."""
         assert self._averaging is not None
         self._averaging.wait()
         share: float | Tensor = 1 - self.ema_decay
@@ -56,12 +56,12 @@ class BatchStats:
             self.ema.lerp_(self.flat, share)
 
     def take_snapshot(self) -> None:
-        """Makes the present statistics those that a skipped step restores; to be called after values were loaded into `flat`."""
+        """Sets the statistics that a skipped step restores to the current ones; call it after loading values into `flat`."""
         self._snapshot.copy_(self.flat)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Extends torch's SyncBatchNorm, which only GPUs have, to CPUs. Ranks must have batches of one size."""
+    """Extends torch's SyncBatchNorm, which supports only GPUs, to CPUs. All ranks must have the same batch size."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalizes (N, C, …) to the same shape."""
@@ -87,7 +87,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
 
 class SyncBatchNormAct(SyncBatchNorm):
-    """The synchronized form of timm's BatchNormAct2d, which drops and activates after it normalizes."""
+    """Synchronizes timm's BatchNormAct2d, which applies dropout and an activation after the normalization."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Maps (N, C, H, W) to the same shape."""
@@ -98,7 +98,7 @@ def synchronize_batch_norms(model: nn.Module) -> None:
     """Replaces each BatchNorm by a SyncBatchNorm of the same name and state.
 
     Raises:
-        ValueError: a subclass of BatchNorm computes in a way of its own.
+        ValueError: the model has a BatchNorm of an unsupported kind.
     """
     for module in list(model.modules()):
         for name, norm in module.named_children():

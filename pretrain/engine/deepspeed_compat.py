@@ -1,7 +1,7 @@
-"""Contains all uses of DeepSpeed's private names, for one version of DeepSpeed; refuses every other version.
+"""Wraps DeepSpeed's private API, for one version of DeepSpeed; rejects every other version.
 
-DeepSpeed's public interface gives no access to the pieces of the training state before the first update, to the gradients of a step, or to
-the order in which gradients are reduced. To support another version, read the names below again in its source (runtime/engine.py,
+DeepSpeed's public API gives no access to the training state before the first update, to the gradients of a step, or to the order in which
+gradients are reduced. To support another version, check the names used below against its source (runtime/engine.py,
 runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py), update SUPPORTED_VERSION and the pins, and run tests/pretrain/engine.
 """
 
@@ -28,7 +28,7 @@ _DYNAMO_SWITCH = "TORCHDYNAMO_DISABLE"
 class Location:
     """Locates this rank's part of a parameter: elements `offset` to `offset + length` of `flat`, a tensor of the optimizer.
 
-    They are the elements from `start` on of the flattened parameter, which has `numel` elements in all.
+    The part begins at element `start` of the flattened parameter, which has `numel` elements in all.
     """
 
     flat: Tensor
@@ -46,13 +46,13 @@ def require_supported_version() -> None:
     installed = version("deepspeed")
     if installed != SUPPORTED_VERSION:
         raise ValueError(
-            f"DeepSpeed {installed} is installed, but this version of the project supports DeepSpeed {SUPPORTED_VERSION} alone, as it uses "
-            f"private names of that library; install it: .venv/bin/pip install deepspeed=={SUPPORTED_VERSION}"
+            f"DeepSpeed {installed} is installed, but only DeepSpeed {SUPPORTED_VERSION} is supported, because this project uses private "
+            f"names of that library; install it: .venv/bin/pip install deepspeed=={SUPPORTED_VERSION}"
         )
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], device: torch.device) -> Any:
-    """Returns DeepSpeed's engine around a model on the CPU, whose weights get the values of rank 0; it adopts the process group.
+    """Wraps a model in DeepSpeed's engine, which adopts the process group and broadcasts the weights of rank 0.
 
     Args:
         model: on the CPU.
@@ -72,28 +72,28 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: dic
     from deepspeed.utils import set_z3_leaf_module
 
     _import_muon()
-    # DeepSpeed calls functions in every step that torch has deprecated.
+    # In every step DeepSpeed calls functions that torch has deprecated.
     warnings.filterwarnings("ignore", message=".*(all_gather_into_tensor|reduce_scatter_tensor)", category=FutureWarning)
-    # DeepSpeed's own collective for CPUs would be compiled at the start, which needs a C++ compiler.
+    # DeepSpeed would compile its own collectives for CPUs at the start, which needs a C++ compiler.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         ZERO_SUPPORTED_OPTIMIZERS.append(type(optimizer))
-    # ZeRO-3 gathers the parameters of a module when the module runs. These modules read the parameters of modules that they do not run.
+    # ZeRO-3 gathers a module's parameters when the module runs. These modules read the parameters of submodules without running them.
     for module in model.modules():
         set_z3_leaf_module(module, getattr(module, "reads_child_parameters", False))
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     if engine.zero_optimization_stage() == 1:
-        # Parameters are views of ZeRO's flat buffers since the engine was built. DeepSpeed would link each of them again in every step.
+        # The parameters already are views of ZeRO's flat buffers. DeepSpeed would link every one of them again in each step.
         engine.optimizer._update_model_bit16_weights = lambda group: None
     return engine
 
 
 def _import_muon() -> None:
-    """Imports DeepSpeed's Muon with torch.compile disabled, as the decorators of Muon would import all of inductor on every rank.
+    """Imports DeepSpeed's Muon with torch.compile disabled, because its decorators would import all of inductor on every rank.
 
-    ZeRO imports this optimizer whichever optimizer the job has.
+    ZeRO imports Muon whichever optimizer the job uses.
     """
     before = os.environ.get(_DYNAMO_SWITCH)
     os.environ[_DYNAMO_SWITCH] = "1"
@@ -114,7 +114,7 @@ def replace_reduction(engine: Any, reduce: Callable[[], None]) -> None:
 
 
 def list_updated_parameters(engine: Any) -> list[Tensor]:
-    """Returns the parameters whose gradients this rank's optimizer needs, wholly or in part. For stages 0 and 1."""
+    """Returns the parameters of which this rank's optimizer needs at least a part of the gradient. For stages 0 and 1."""
     if engine.zero_optimization_stage() == 0:
         return list(engine.module.parameters())
     return list(chain(*engine.optimizer.params_in_partition))
@@ -130,7 +130,7 @@ def partition_gradients(engine: Any) -> None:
 def list_gradients(engine: Any) -> list[Tensor]:
     """Returns this rank's gradients, averaged over micro-batches and ranks, after a step's last backward pass and before its update.
 
-    Stage 0 holds all gradients on every rank. In the other stages each rank holds its partition.
+    In stage 0 every rank holds all gradients; in the other stages each rank holds its partition.
     """
     if engine.zero_optimization_stage() == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]

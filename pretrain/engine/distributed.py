@@ -1,4 +1,4 @@
-"""Joins the processes of a job, selects each rank's device, and exchanges values between ranks.
+"""Connects the processes of a job, selects each rank's device, and exchanges values between ranks.
 
 device = distributed.start(config.engine)       on every rank, before any collective; DeepSpeed adopts the process group
 distributed.stop()
@@ -18,7 +18,7 @@ from pretrain.config import EngineConfig
 from pretrain.run.position import host_name
 
 T = TypeVar("T")
-# The launcher notices a rank that died. This timeout bounds the wait of the other ranks for one that hangs.
+# The launcher detects a rank that died. This timeout bounds how long ranks wait for one that hangs.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
@@ -26,16 +26,16 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def start(engine: EngineConfig) -> torch.device:
-    """Joins the process group with the backend of this rank's device, and returns the device; raises as `select_device` does."""
+    """Joins the process group with the backend of this rank's device and returns the device; raises as `select_device` does."""
     device = select_device(engine)
     join("nccl" if device.type == "cuda" else "gloo")
     return device
 
 
 def join(backend: str | None = None) -> None:
-    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or one of this process alone without RANK.
+    """Joins the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; without RANK, a group of this process alone.
 
-    The default backend serves tensors of the CPU and, where there is a GPU, of the GPU.
+    The default backend handles tensors on the CPU and, if there is a GPU, on the GPU.
     """
     if backend is None:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -67,7 +67,7 @@ def select_device(engine: EngineConfig) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
         raise ValueError(
-            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} are visible on this node; "
             "ask Slurm for one GPU a task (--gpus-per-node and --ntasks-per-node alike), or set engine.device=cpu"
         )
     device = torch.device("cuda", local_rank)
@@ -87,7 +87,7 @@ def get_peak_memory_gb(device: torch.device) -> float:
 
 
 def run_on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Calls `function` on rank 0 alone, and returns its result, or raises its exception, on every rank."""
+    """Calls `function` on rank 0 only; returns its result, or raises its exception, on every rank."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
@@ -123,7 +123,7 @@ def all_gather_tensors(tensor: Tensor) -> Tensor:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Returns the ranks' tensors, (n, …) with an n that differs between ranks, concatenated in rank order, on every rank."""
+    """Returns the ranks' tensors (n, …), where n may differ between ranks, concatenated in rank order, on every rank."""
     counts = all_gather_tensors(torch.tensor(len(rows), device=rows.device)).tolist()
     padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
     padded = all_gather_tensors(torch.cat([rows, padding]))

@@ -2,7 +2,7 @@
 
 Weights are fp32, and the model computes under torch's autocast. DeepSpeed's own bf16 mode would keep BatchNorm's statistics in bf16,
 and its torch_autocast would reduce the gradients of convolutions and linear layers in bf16. The guard (guard.py) measures, clips and
-scales gradients, because DeepSpeed's functions for that wait for the device in every step; so does its throughput timer, which is off.
+scales gradients, because DeepSpeed's functions for that wait for the device in every step. So would its throughput timer, which is off.
 """
 
 from typing import Any
@@ -19,14 +19,14 @@ from pretrain.engine.reductions import Reductions
 
 
 def build_engine(config: Config, model: nn.Module, accumulation: int) -> Any:
-    """Wraps a model that is ready to train in DeepSpeed's engine, and creates its optimizer's states.
+    """Wraps a model that is ready to train in DeepSpeed's engine, and creates the optimizer's states.
 
-    Stages 0 and 1 reduce gradients by reductions.py; stages 2 and 3 run as DeepSpeed ships them.
+    Stages 0 and 1 reduce gradients by reductions.py; in stages 2 and 3 DeepSpeed reduces them.
 
     Args:
         config: of the job.
-        model: on the CPU, with the layers that the settings ask for. From here on its forward pass runs under autocast.
-        accumulation: micro-batches of an optimizer step.
+        model: on the CPU, with the layers that the settings ask for; its forward pass is changed to run under autocast.
+        accumulation: micro-batches per optimizer step.
     """
     device = torch.device(resolve_device_type(config.engine))
     model.forward = autocast(device, config.engine.precision)(model.forward)
@@ -44,7 +44,7 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Any:
     elif stage == 2:
         zero |= {"compute_grad_norm": False, "overlap_comm": True}  # stage 3 overlaps by default
     elif stage == 3:
-        zero |= {"stage3_param_persistence_threshold": 0}  # no rank keeps a whole parameter, which loading a checkpoint would leave stale
+        zero |= {"stage3_param_persistence_threshold": 0}  # no whole parameters, which loading a checkpoint would leave stale
     settings = {
         "train_micro_batch_size_per_gpu": config.engine.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -60,10 +60,10 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Any:
 
 
 def choose_bucket_size(model: nn.Module) -> int:
-    """Returns how many elements of the gradients are reduced together: an eighth of the model, or the largest parameter if that is more.
+    """Returns the elements of a gradient bucket: an eighth of the model, or the largest parameter if that is larger.
 
     Eight buckets leave little to reduce after the backward pass, and their messages are long (45 MB for VAN-B3, 108 MB for VAN-B6).
-    DeepSpeed's default of 500 M elements would be one bucket for the whole model.
+    DeepSpeed's default of 500 M elements would put the whole model into one bucket.
     """
     sizes = [parameter.numel() for parameter in model.parameters()]
     return max(-(-sum(sizes) // 8), *sizes)

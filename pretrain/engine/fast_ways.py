@@ -16,15 +16,15 @@ from pretrain.engine.precision import DTYPES, autocast, resolve_precision
 from pretrain.model.fast.cuda_graphs import CudaGraph
 from pretrain.model.fast.ways import Ways, find_ways
 
-# Norm of the difference over the norm, of a block's output and of each gradient: well above what rounding to bf16 causes.
+# Relative error (norm of the difference over the norm) of a block's output and of each gradient; rounding to bf16 stays well below.
 TOLERANCE = 0.05
 
 
 def use_fast_ways(model: nn.Module, config: Config, device: torch.device) -> str:
     """Puts the ways that the settings ask for into a model that will train on `device`; returns a line for the log.
 
-    With model.kernels=auto Triton's kernels are used if they run and agree with PyTorch; with triton a fault is a ValueError. On a CPU a
-    model trains in the CPU way of its class, unless it is compiled.
+    model.kernels=auto uses Triton's kernels if they run and agree with PyTorch; with model.kernels=triton a fault is a ValueError. On a CPU
+    a model trains in the CPU way of its class, unless it is compiled.
     """
     settings, chosen, ways = config.model, [], find_ways(model)
     if settings.kernels == "torch" and ways is not None:
@@ -49,16 +49,16 @@ def use_fast_ways(model: nn.Module, config: Config, device: torch.device) -> str
 
 
 def use_graphs(engine: Any, config: Config) -> str:
-    """Records an engine's model as CUDA graphs and puts them into the model; returns a line for the log.
+    """Records an engine's model as CUDA graphs, which replace its stages; returns a line for the log.
 
-    Call it last, when it is settled how the model computes and where its parameters and buffers lie.
+    Call this last: neither the model's operators nor the addresses of its parameters and buffers may change afterwards.
     """
     ways = find_ways(engine.module)
     if engine.device.type != "cuda" or ways is None:
         return f"CUDA graphs: none for {type(engine.module).__name__} on a {engine.device.type}"
     size, precision = config.data.image_size, DTYPES[config.engine.precision]
     images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
-    # Without a cache of cast weights: a graph would not cast them again.
+    # Without autocast's cache of cast weights: a replayed graph would keep using the old ones.
     with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
         return ways.graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
 
@@ -66,7 +66,7 @@ def use_graphs(engine: Any, config: Config) -> str:
 def _find_kernel_fault(model: nn.Module, ways: Ways, config: Config, device: torch.device) -> str | None:
     """Returns why Triton's kernels can't compute a model's blocks on this device, or None if they can.
 
-    Tries a block of each stage on drawn maps of the job's size, and so compiles what the first step would compile.
+    Tries a block of each stage on random feature maps of the job's size, which also compiles the kernels of the first step.
     """
     reason = ways.why_no_kernels(model, device)
     if reason is not None:
@@ -75,15 +75,15 @@ def _find_kernel_fault(model: nn.Module, ways: Ways, config: Config, device: tor
         size = -(-config.data.image_size // reduction)
         try:
             distance = _distance(block, ways, (4, channels, size, size), config, device)
-        except Exception as error:  # of the compiler, the driver or a launch: whatever it is, the job can do without the kernels
+        except Exception as error:  # of any kind (compiler, driver, launch): the job can run without the kernels
             return f"stage {number}: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        if not distance <= TOLERANCE:  # also where the distance is not a number
+        if not distance <= TOLERANCE:  # also if the distance is NaN
             return f"stage {number}: they differ from PyTorch's operators by {distance:.0%}"
     return None
 
 
 def _distance(block: nn.Module, ways: Ways, shape: tuple[int, ...], config: Config, device: torch.device) -> float:
-    """Returns the largest relative distance between a block by kernels and by PyTorch, over its output and all gradients."""
+    """Returns the largest relative error of a block's output and gradients, by kernels against PyTorch's fp32."""
     reference = copy.deepcopy(block).to(device).train()
     swapped = copy.deepcopy(reference)
     ways.use_kernels(swapped)

@@ -1,8 +1,7 @@
 """Checks a step's gradients before the update: measures their norm, clips, unscales fp16, and skips a step that is not finite.
 
-All of it stays on the device, and the host does not wait: torch's fused AdamW takes the scale and the decision to skip as tensors.
-The host reads the steps of a whole interval together (pretrain/monitor/interval.py), and may then roll back
-(pretrain/monitor/rollback.py).
+Everything stays on the device, and the host does not wait: torch's fused AdamW takes the scale and the decision to skip as tensors.
+The host reads the results of a whole interval at once (pretrain/monitor/interval.py) and may then roll back (pretrain/monitor/rollback.py).
 """
 
 from typing import Any
@@ -20,9 +19,9 @@ FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 class Guard:
     """Guards the updates of an engine.
 
-    A step calls `scale_loss` for the loss of each micro-batch; after its last backward pass `check`; then the engine's step; and then
-    `BatchStats.finish(found_inf)`. `clip` is the maximum norm of all gradients together, 0 for none; `should_scale` scales losses, as the
-    small gradients of fp16 need.
+    In each step call `scale_loss` on the loss of each micro-batch, `check` after the last backward pass, then the engine's step and
+    `BatchStats.finish(found_inf)`. `clip` is the maximum norm of all gradients together, 0 for none. `should_scale` scales losses, so that
+    small gradients do not underflow in fp16.
     """
 
     def __init__(self, engine: Any, *, clip: float, should_scale: bool):
@@ -37,12 +36,12 @@ class Guard:
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Returns the loss times the scale, for the backward pass.
 
-        A loss that is not finite makes all gradients of this rank not a number, and with them the reduced gradients of every rank.
+        A loss that is not finite turns all gradients of this rank into NaN, and thereby the reduced gradients of every rank.
         """
         return loss * torch.where(torch.isfinite(loss.detach()), self.scale, self._not_a_number)
 
     def check(self) -> None:
-        """Measures the gradients, and hands the optimizer their scale and whether to skip the step. Collective."""
+        """Measures the gradients; sets the optimizer's `grad_scale`, and `found_inf` to skip the step. Collective."""
         square = torch.nn.utils.get_total_norm(deepspeed_compat.list_gradients(self.engine)) ** 2
         if self.engine.zero_optimization_stage() > 0:
             dist.all_reduce(square)
@@ -53,7 +52,7 @@ class Guard:
         if self.clip:
             optimizer.grad_scale = self.scale * ((self.norm + 1e-6) / self.clip).clamp(min=1.0)
         elif self._growth is not None:
-            optimizer.grad_scale = self.scale.clone()  # of this step, while `scale` becomes the next step's
+            optimizer.grad_scale = self.scale.clone()  # `scale` itself becomes that of the next step
         if self._growth is not None:
             torch._amp_update_scale_(self.scale, self._growth, self.found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL)
 

@@ -1,7 +1,7 @@
 """Defines the optimizer: parameter groups, AdamW with a moving average of the weights, and the learning rate of each step.
 
-The recipe is the authors' (VAN-Classification, main.py and train.sh, which are timm's): AdamW, no weight decay on biases and other
-1-D parameters, a linear warm-up and a cosine down to the minimum rate. Fine-tuning can also decay the rate from layer to layer towards
+The recipe is the authors' (VAN-Classification, main.py and train.sh, which follow timm): AdamW without weight decay on biases and other
+1-D parameters, linear warm-up, and cosine decay to the minimum rate. Fine-tuning can also lower the rate from layer to layer towards
 the input.
 """
 
@@ -20,10 +20,10 @@ from pretrain.config import OptimConfig
 def group_parameters(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Returns two parameter groups: matrices and kernels with weight decay, 1-D parameters (biases, norms, layer scales) without.
 
-    Parameters that the model's `no_weight_decay` names, such as position embeddings, have none either.
+    Parameters named by the model's `no_weight_decay`, such as position embeddings, have no weight decay either.
 
-    With a `layer_decay` below 1 each layer has two such groups, whose `lr_scale` is layer_decay ** (number of later layers); the last
-    layer, the head, has scale 1 (BEiT, arXiv 2106.08254; timm's param_groups_layer_decay). The model's group_matcher defines its layers.
+    With `layer_decay` below 1, each layer has two such groups, whose `lr_scale` is layer_decay ** (number of later layers); the last
+    layer, the head, has scale 1 (BEiT, arXiv 2106.08254; timm's param_groups_layer_decay). The model's group_matcher defines the layers.
     """
     no_decay = set(cast(Any, model).no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
     if layer_decay < 1:
@@ -32,21 +32,21 @@ def group_parameters(model: nn.Module, weight_decay: float, layer_decay: float =
             for group in param_groups_layer_decay(model, weight_decay, no_decay, layer_decay=layer_decay)
         ]
     decayed: list[Tensor] = []
-    bare: list[Tensor] = []
+    undecayed: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_bare = parameter.ndim <= 1 or any(fnmatchcase(name, pattern) for pattern in no_decay)
-            (bare if is_bare else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": bare, "weight_decay": 0.0}]
+            is_decayed = parameter.ndim > 1 and not any(fnmatchcase(name, pattern) for pattern in no_decay)
+            (decayed if is_decayed else undecayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW, with an exponential moving average of the weights as one more state beside its two moments.
+    """Extends torch's fused AdamW by an exponential moving average of the weights, one more state beside the two moments.
 
-    ZeRO partitions, and checkpoints save and reshard, the average exactly as the moments. `ema_decay` is per step; 0 keeps no average.
+    ZeRO partitions the average, and checkpoints save and reshard it, exactly as the moments. `ema_decay` is per step; 0: no average.
 
-    `found_inf` and `grad_scale` are scalars on the device, with the names that torch's fused optimizers define (torch.amp.GradScaler sets
-    them): a step with a `found_inf` of 1 changes nothing, and gradients are divided by `grad_scale`. None disables either.
+    `found_inf` and `grad_scale` are scalars on the device. Their names are those that torch's fused optimizers read and
+    torch.amp.GradScaler sets: a step with `found_inf` 1 changes nothing, and gradients are divided by `grad_scale`. None disables either.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], *, ema_decay: float, **kwargs: Any):
@@ -57,7 +57,7 @@ class AdamW(torch.optim.AdamW):
 
     @property
     def state_keys(self) -> tuple[str, ...]:
-        """Returns the names of the states that have an element for each element of a weight."""
+        """Returns the names of the states that have the shape of the weight."""
         return ("exp_avg", "exp_avg_sq", "ema") if self.ema_decay else ("exp_avg", "exp_avg_sq")
 
     def start_states(self, weights: Iterable[Tensor]) -> None:
@@ -85,10 +85,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(step: int, total: int, warmup: int, optim: OptimConfig) -> float:
-    """Returns the learning rate of an optimizer step, counted from 0: linear warm-up, then half a cosine from `lr` to `min_lr`.
+    """Returns the learning rate of an optimizer step, counted from 0: linear warm-up, then cosine decay from `lr` to `min_lr`.
 
-    As timm's CosineLRScheduler without warmup_prefix, stepped by update: the cosine spans all `total` steps, and the `warmup` steps replace
-    its beginning.
+    Equals timm's CosineLRScheduler without warmup_prefix, updated per step: the cosine spans all `total` steps, and the warm-up replaces
+    its first `warmup` steps.
     """
     if step < warmup:
         return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup

@@ -1,8 +1,8 @@
 """Averages gradients over all ranks, in buckets and during the backward pass, in ZeRO stages 0 and 1.
 
-DeepSpeed runs some hundred lines of Python for each parameter of a backward pass, and VAN-B6 has 2,402 parameters. Here a parameter costs
-the host one count: 238 ms of host time a step against 378 ms for VAN-B3 (docs/performance.md). Stages 2 and 3 partition
-gradients, and DeepSpeed reduces them.
+DeepSpeed runs about a hundred lines of Python per parameter in a backward pass, and VAN-B6 has 2,402 parameters. Here the host updates one
+counter per parameter: a step of VAN-B3 takes 238 ms of host time instead of 378 ms (docs/performance.md). In stages 2 and 3, which
+partition gradients, DeepSpeed reduces them.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from pretrain.engine import deepspeed_compat
 class Reductions:
     """Reduces an engine's gradients during the last backward pass of each step, instead of DeepSpeed.
 
-    Buckets of at most `size` elements are filled in the reverse order of the model's parameters. Every rank reduces them in this order in
-    every step, whichever is ready first: a resumed run so adds the same numbers in the same order. `engine` is of stage 0 or 1.
+    Buckets of at most `size` elements are filled in the reverse order of the model's parameters. Every rank reduces the buckets in this
+    order in every step, whichever is ready first, so a resumed run adds the same numbers in the same order. `engine` has stage 0 or 1.
     """
 
     def __init__(self, engine: Any, size: int):
@@ -29,8 +29,8 @@ class Reductions:
         self.stream = None if self.accelerator.is_synchronized_device() else self.accelerator.Stream()
         self.buckets = fill_buckets(list(engine.module.parameters()), size)
         needed = {id(parameter) for parameter in deepspeed_compat.list_updated_parameters(engine)}
-        # By bucket, the positions of the parameters whose means this rank needs.
-        self.needed = [[place for place, parameter in enumerate(bucket) if id(parameter) in needed] for bucket in self.buckets]
+        # By bucket, the positions of the parameters whose mean gradients this rank needs.
+        self.needed = [[index for index, parameter in enumerate(bucket) if id(parameter) in needed] for bucket in self.buckets]
         self.bucket_of = {id(parameter): number for number, bucket in enumerate(self.buckets) for parameter in bucket}
         self._begin_step()
         for parameter in engine.module.parameters():
@@ -41,9 +41,9 @@ class Reductions:
         self.missing, self.next = [len(bucket) for bucket in self.buckets], 0
 
     def mark_ready(self, *parameters: Tensor) -> None:
-        """Counts parameters whose gradients a backward pass has completed, and reduces the buckets that are full.
+        """Counts parameters whose gradients are complete, and reduces the buckets that are complete.
 
-        Autograd calls it for each parameter. The replay of a CUDA graph, which autograd does not see, calls it with all its parameters.
+        Autograd calls this for each parameter. The replay of a CUDA graph, which autograd does not see, calls it with all its parameters.
         """
         if self.engine.is_gradient_accumulation_boundary():
             for parameter in parameters:
@@ -62,7 +62,7 @@ class Reductions:
             dist.all_reduce(flat)
             means = flat.split([gradient.numel() for gradient in gradients])
             if self.needed[number]:
-                torch._foreach_copy_([gradients[place] for place in self.needed[number]], [means[place] for place in self.needed[number]])
+                torch._foreach_copy_([gradients[index] for index in self.needed[number]], [means[index] for index in self.needed[number]])
 
     def _finish(self) -> None:
         if not self.engine.is_gradient_accumulation_boundary():
@@ -80,7 +80,7 @@ class Reductions:
 
 
 def fill_buckets(parameters: Sequence[Tensor], size: int) -> list[list[Tensor]]:
-    """Returns the parameters, the last first, in lists of at most `size` elements or of one parameter."""
+    """Groups the parameters, last first, into buckets of at most `size` elements; a larger parameter has its own bucket."""
     buckets: list[list[Tensor]] = []
     room = 0
     for parameter in reversed(parameters):

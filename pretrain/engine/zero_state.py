@@ -1,8 +1,8 @@
 """Lists the part of the training state that this rank holds, by parameter name, in any ZeRO stage.
 
-ZeRO lays parameters end to end in flat buffers and gives each rank a range of them, differently in every stage. Here such a range becomes
-a list of pieces: parameter, position in the flattened parameter, and live views of the fp32 weight and its optimizer states. Checkpoints
-save and load these views, and evaluation assembles whole tensors from them.
+ZeRO lays parameters end to end in flat buffers and gives each rank a range of them, differently in every stage. Here a range becomes a list
+of pieces: parameter, position in the flattened parameter, and live views of the fp32 weight and its optimizer states. Checkpoints save and
+load these views, and evaluation assembles whole tensors from them.
 
     pieces = list_pieces(engine); …write into them…; deepspeed_compat.publish_weights(engine)
 """
@@ -24,8 +24,8 @@ WEIGHT = "weight"
 class Piece:
     """Holds a contiguous range of one flattened parameter and of its optimizer states.
 
-    `tensors` maps "weight" and the name of each state to a 1-D fp32 view. All views have one length, and begin at element `start` of
-    the parameter's `numel`.
+    `tensors` maps "weight" and the name of each state to a 1-D fp32 view. All views have the same length and begin at element `start` of
+    the parameter's `numel` elements.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Piece:
 
 
 def start_optimizer(engine: Any) -> None:
-    """Creates the optimizer's states, so that pieces can be saved and loaded before the first update."""
+    """Creates the optimizer's states, so that pieces exist before the first update."""
     engine.basic_optimizer.start_states(deepspeed_compat.list_flat_weights(engine))
 
 
@@ -54,18 +54,16 @@ def list_pieces(engine: Any) -> list[Piece]:
     """Returns this rank's pieces, in the order of the model's parameters. In stage 0 every rank holds everything."""
     pieces = []
     for name, parameter in engine.module.named_parameters():
-        at = deepspeed_compat.locate(engine, parameter)
-        if at is None:
-            continue
-        state = engine.basic_optimizer.state[at.flat]
-        tensors = {WEIGHT: at.flat} | {key: state[key] for key in engine.basic_optimizer.state_keys}
-        views = {key: tensor.detach().view(-1).narrow(0, at.offset, at.length) for key, tensor in tensors.items()}
-        pieces.append(Piece(name, at.start, at.numel, views))
+        if location := deepspeed_compat.locate(engine, parameter):
+            state = engine.basic_optimizer.state[location.flat]
+            tensors = {WEIGHT: location.flat} | {key: state[key] for key in engine.basic_optimizer.state_keys}
+            views = {key: tensor.detach().view(-1).narrow(0, location.offset, location.length) for key, tensor in tensors.items()}
+            pieces.append(Piece(name, location.start, location.numel, views))
     return pieces
 
 
 def list_saved_pieces(engine: Any) -> list[Piece]:
-    """Returns the pieces that this rank saves; the ranks together save each element once. In stage 0 they share the parameters out."""
+    """Returns the pieces that this rank saves: each element is saved by one rank. In stage 0 the parameters are divided among the ranks."""
     pieces = list_pieces(engine)
     if engine.zero_optimization_stage() != 0:
         return pieces

@@ -74,7 +74,7 @@ problems, the_problem = partial(config_errors.problems, load), partial(config_er
         ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbors in pairs"),
         ("model.init_from", "nowhere.pth", "no such file or run directory"),
         ("profile", "7", "must be START:STOP, two whole numbers of steps"),
-        ("profile", "300:200", "holds no step: START must be less than STOP"),
+        ("profile", "300:200", "is empty: START must be less than STOP"),
     ],
 )
 @pytest.mark.parametrize("place", ["file", "command line"])
@@ -111,7 +111,7 @@ def test_a_run_with_a_checkpoint_does_not_need_the_weights_it_started_from(tmp_p
 def test_settings_that_conflict_with_graphs_are_named(job: Path) -> None:
     assert load(job, ["model.graphs=true", "engine.zero_stage=0"]).model.graphs
     found = the_problem(job, "model.graphs=true", "engine.zero_stage=2", "engine.sync_bn=true", "model.checkpoint_stages=[1]")
-    assert found.endswith("can't be beside engine.sync_bn, model.checkpoint_stages, engine.zero_stage 2 or 3")
+    assert found.endswith("can't be combined with engine.sync_bn, model.checkpoint_stages, engine.zero_stage 2 or 3")
 
 
 # ---------------------------------------------------------------- there and back

@@ -21,5 +21,7 @@ def test_the_supported_version_is_the_pinned_one() -> None:
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     deepspeed_compat.require_supported_version()
     monkeypatch.setattr(deepspeed_compat, "version", lambda package: "0.20.1")
-    with pytest.raises(ValueError, match=rf"DeepSpeed 0\.20\.1 is installed, .* supports DeepSpeed {re.escape(SUPPORTED_VERSION)} alone"):
+    with pytest.raises(
+        ValueError, match=rf"DeepSpeed 0\.20\.1 is installed, but only DeepSpeed {re.escape(SUPPORTED_VERSION)} is supported"
+    ):
         deepspeed_compat.initialize(nn.Identity(), torch.optim.SGD([torch.ones(1)]), {}, torch.device("cpu"))

@@ -47,7 +47,7 @@ def test_steps_win_over_samples_and_samples_over_epochs(given: dict[str, int], e
 
 
 def test_two_lengths_at_once_are_refused() -> None:
-    with pytest.raises(settings.ConfigError, match="can't be given beside steps"):
+    with pytest.raises(settings.ConfigError, match="can't be combined with steps"):
         load_recipe("van_b3_in22k", "steps=3", "samples=5")
 
 
