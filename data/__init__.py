@@ -1,1 +1,1 @@
-"""From images to batches: shards, index, sample order, reading ahead, augmentation, DALI. Knows nothing of models."""
+"""From images to batches: shards, index, sample order, read-ahead, augmentation, DALI. Independent of models."""

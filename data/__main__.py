@@ -2,7 +2,7 @@
 
     python -m data pack SOURCE OUT                      packs images into shards: OUT/train, and with --holdout OUT/val
     python -m data synthesize OUT                       draws a small dataset: OUT/train and OUT/val
-    python -m data index SHARDS                         makes shards that other tools wrote a dataset, in place
+    python -m data index SHARDS                         makes a dataset of shards that other tools wrote, in place
     python -m data verify FOLDER                        prints one line per fault; exit status 1 if there is one
     python -m data stats FOLDER                         prints samples, classes and sizes; --out writes plots and a contact sheet
     python -m data order CONFIG --epoch 3 --steps 0:4   prints each sample that a job takes in these steps, with its augmentation
@@ -50,11 +50,11 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--photographs", action="store_true", help="Draw images of 500 x 375 pixels and about 110 kB.")
     command.set_defaults(run=_synthesize)
 
-    command = commands.add_parser("index", help="Make shards that other tools wrote a dataset, in place; no tar is changed.")
+    command = commands.add_parser("index", help="Make a dataset of shards that other tools wrote, in place; no tar is changed.")
     command.add_argument("folder", type=Path, metavar="SHARDS", help="The folder of the .tar files.")
     command.add_argument("--classes", type=Path, metavar="FILE", help="Class names in label order: a JSON list, or one name per line.")
     command.add_argument("--label", metavar="FIELD", help="Take labels or class names from this .json field (default: labels in .cls).")
-    command.add_argument("--force", action="store_true", help="Replace the dataset in the folder by a different one.")
+    command.add_argument("--force", action="store_true", help="Replace a different dataset in the folder.")
     _add_workers(command)
     command.set_defaults(run=_index)
 
@@ -87,22 +87,22 @@ def _add_pack_options(command: argparse.ArgumentParser) -> None:
         command.add_argument(name, help=text, **options)  # type: ignore[arg-type]
 
     add("source", "Class folders, one tar per class, a tar of class tars, or WebDataset shards.", type=Path)
-    add("out", "The folder that receives one folder per split.", type=Path)
+    add("out", "The output folder, with one folder per split.", type=Path)
     add("--split", "The split's folder in OUT (default %(default)s).", default="train")
     add("--name", "Name the shards NAME-SPLIT-000000.tar (default: the last part of OUT).")
     add("--classes", "Classes in label order: classes.json, one name per line, or a packed folder.", type=Path, metavar="FILE")
     add("--labels", "Labels of images without class folders: a CSV, or the development kit's list.", type=Path, metavar="FILE")
-    add("--holdout", "Images per class, or share of all images, to hold out for OUT/val.", type=_parse_amount, metavar="N")
+    add("--holdout", "Images per class, or fraction of all images, to hold out for OUT/val.", type=_parse_amount, metavar="N")
     add("--shard-mb", "Size of a shard (default %(default)s).", type=float, metavar="MIB", default=Settings.shard_bytes / 2**20)
     add("--seed", "Seed of the sample order and of the holdout (default %(default)s).", type=int, default=0)
     add("--max-side", "Shrink images whose longer side exceeds this.", type=int, metavar="PX")
     add("--resize-short", "Shrink images whose shorter side exceeds this.", type=int, metavar="PX")
-    add("--keep-original", "Keep every file that DALI can read byte for byte.", action="store_true")
-    add("--max-pixels", "Reject larger images by their header (default %(default)s).", type=int, metavar="N", default=MAX_PIXELS)
-    add("--max-rejected", "Images, or share of all images, that may be rejected (default %(default)s).",
+    add("--keep-original", "Store files byte for byte if DALI can read them.", action="store_true")
+    add("--max-pixels", "Reject images with more pixels, by their header (default %(default)s).", type=int, metavar="N", default=MAX_PIXELS)
+    add("--max-rejected", "Images, or fraction of all images, that may be rejected (default %(default)s).",
         type=_parse_amount, metavar="N", default=MAX_REJECTED)  # fmt: skip
     _add_workers(command)
-    add("--part", "Pack one of N shares of the shards, from 0/N to N-1/N.", type=_parse_part, metavar="I/N", default=(0, 1))
+    add("--part", "Pack one of N parts of the shards, from 0/N to N-1/N.", type=_parse_part, metavar="I/N", default=(0, 1))
     add("--merge", "Pack nothing; make the dataset from the shards that all parts have packed.", action="store_true")
 
 
@@ -127,13 +127,13 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 
 def _parse_amount(text: str) -> int | float:
-    """Parses a whole number, or a share from 0 up to but excluding 1."""
+    """Parses a whole number, or a fraction in [0, 1)."""
     try:
         amount = float(text) if "." in text else int(text)
     except ValueError:
         amount = -1
     if amount < 0 or (isinstance(amount, float) and amount >= 1):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number such as 50, or a share between 0 and 1 such as 0.01")
+        raise argparse.ArgumentTypeError(f"{text}: expected a number such as 50, or a fraction between 0 and 1 such as 0.01")
     return amount
 
 
@@ -193,7 +193,8 @@ def _synthesize(args: argparse.Namespace) -> None:
     indexes = synthesize(
         args.out, draw=args.draw, classes=args.classes, train=args.train, val=args.val, seed=args.seed, photographs=args.photographs
     )
-    print(*map(format_stats, indexes), sep="\n")
+    for index in indexes:
+        print(format_stats(index))
 
 
 def _index(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from data.common import config_files
 from data.common.config_files import ConfigError
-from data.common.fields import MISSING, Check, above_0_to_1, at_least, below_1, in_words, must_be, positive, read_by, setting, settings_of
+from data.common.fields import MISSING, Check, above_0_to_1, at_least, below_1, must_be, parsed_by, positive, setting, settings_of, to_text
 from data.common.files import open_to_replace
 from data.settings import JobData, JobEngine, data_conflicts
 from pretrain.model.formats import FORMATS
@@ -176,7 +176,7 @@ class Config(JobData):
     profile: str | None = setting(
         None,
         "Optimizer steps to trace, START included and STOP excluded, counted from 0; null: none.",
-        read_by("START:STOP", profiled_steps),
+        parsed_by("START:STOP", profiled_steps),
         resume="free",
     )
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -262,7 +262,7 @@ def confirm(config: Config, path: Path, force: bool) -> list[str]:
         ValueError: there are changes and `force` (--force-config) is not set; lists the changes.
     """
     saved, fields = config_files.read_saved(Config, path), settings_of(Config)
-    values = {key: (in_words(saved.get(key)), in_words(value)) for key, value in flat(config).items() if fields[key].resume != "free"}
+    values = {key: (to_text(saved.get(key)), to_text(value)) for key, value in flat(config).items() if fields[key].resume != "free"}
     changes = {key: f"{key}: {old} -> {new}" for key, (old, new) in values.items() if old != new}
     if changes and not force:
         advice = ", or add --force-config to resume with the changed settings"

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from data.common.fields import MISSING, Setting, in_words, settings_of
+from data.common.fields import MISSING, Setting, settings_of, to_text
 from data.common.text import printable
 from pretrain import config as settings
 from pretrain.config import Config
@@ -61,7 +61,7 @@ def listing(pattern: str = "") -> list[str]:
 def resolved(path: Path, overrides: Sequence[str]) -> list[str]:
     """Returns a line for each setting of a job: its key, its value and the place that set it. Paths need not exist on this machine."""
     config, places = settings.resolve(path, overrides, settings.NODE_PATHS)
-    return [f"{key} = {printable(in_words(value))}    ({places[key]})" for key, value in settings.flat(config).items()]
+    return [f"{key} = {printable(to_text(value))}    ({places[key]})" for key, value in settings.flat(config).items()]
 
 
 def markdown() -> str:
@@ -75,10 +75,10 @@ def _tables() -> Iterator[str]:
     for section, rows in groupby(by_section, lambda item: item[0].rpartition(".")[0]):
         yield from (f"## {section or 'The job'}", "", "| key | type | default | meaning | on resume |", "|---|---|---|---|---|")
         for key, each in sorted(rows, key=lambda item: item[1].default != MISSING):
-            default = "" if each.default == MISSING else f"`{in_words(each.default)}`"
+            default = "" if each.default == MISSING else f"`{to_text(each.default)}`"
             yield f"| `{key}` | {each.allowed.removeprefix('a ')} | {default} | {each.meaning} | {each.resume} |"
         yield ""
 
 
 def _default(each: Setting) -> str:
-    return "no default" if each.default == MISSING else f"default {in_words(each.default)}"
+    return "no default" if each.default == MISSING else f"default {to_text(each.default)}"

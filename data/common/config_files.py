@@ -1,11 +1,11 @@
-"""Reads settings files that build on one another, and `key=value` texts, for any schema of settings (fields.py).
+"""Reads settings files that build on one another, and `key=value` overrides, for any schema of settings (fields.py).
 
     config, places = resolve(Config, "configs/van_b3_in22k.yaml", ["engine.micro_batch=128", "data.train=/data/in22k/train"], conflicts)
 
-A YAML file names the one it builds on with `base:` (relative to itself); later values win, the command line's last. OmegaConf merges the
-values, converts them to the types of the schema and fills in references. OmegaConf gets every value outside of mappings as the text in
-the file, so that `name: 2026_12`, `name: yes` and `name: 1.10` stay text. ConfigError lists every problem with the key, the place it was
-set in and the nearest valid name.
+A YAML file names the file that it builds on with `base:` (relative to itself) and overrides its values; the command line overrides all
+files. OmegaConf merges the values, converts them to the types of the schema and resolves references. OmegaConf receives every value
+outside of mappings as the text in the file, so that `name: 2026_12`, `name: yes` and `name: 1.10` stay text. ConfigError lists every
+problem with the key, the place that set it and the nearest valid name.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ import yaml
 from omegaconf import OmegaConf, errors
 from omegaconf.errors import OmegaConfBaseException
 
-from data.common.fields import Setting, in_words, settings_of, type_in_words
+from data.common.fields import Setting, describe_type, settings_of, to_text
 from data.common.text import printable
 
 COMMAND_LINE, DEFAULT = "command line", "default"
 Schema = TypeVar("Schema")
-# Takes values of the right types by dotted key; returns (key, problem) of those that can't work together. Keys may be absent.
+# From values of the right types, by dotted key, to (key, problem) for those that conflict with each other. Keys may be absent.
 Conflicts = Callable[[Mapping[str, Any]], Iterable[tuple[str, str]]]
 
 _REFERENCE = re.compile(r"(\\*)(\$\{(?:([^{}]*)\})?)")  # ${key} or ${oc.env:NAME}, and the backslashes before it
 
 
 class ConfigError(ValueError):
-    """Lists the problems of a job's settings, a line each."""
+    """Lists the problems of a job's settings, one per line."""
 
     def __init__(self, source: str, problems: list[str]):
         self.problems = [printable(problem) for problem in problems]
@@ -42,7 +42,7 @@ class ConfigError(ValueError):
 
 
 class _Given(NamedTuple):
-    """Holds a value as a file or the command line gives it."""
+    """A value as a file or the command line sets it."""
 
     key: str
     value: Any
@@ -58,26 +58,26 @@ def resolve(
     unchecked: Collection[str] = (),
     sections: Collection[str] | None = None,
 ) -> tuple[Schema, dict[str, str]]:
-    """Reads a file, those that it builds on, and `key=value` texts, of which the later one wins for a key.
+    """Reads a file, the files that it builds on, and `key=value` overrides. The last value of a key wins.
 
     Args:
-        conflicts: finds values that can't work together.
+        conflicts: finds values that conflict with each other.
         unchecked: keys whose values are not checked.
-        sections: where the schema is a part of the settings in the files, the sections that it knows whole. Keys of other sections and
-            of the top level that it lacks are skipped where a file sets them.
+        sections: for a schema that covers a part of the files' settings, the sections that it covers whole. Unknown keys that a file
+            sets in other sections or at the top level are skipped.
 
     Returns:
         The schema's object, and the place that set each setting by dotted key.
 
     Raises:
-        ConfigError: lists unknown keys, wrong types, missing values and values that can't work.
+        ConfigError: lists unknown keys, wrong types, missing values and invalid values.
     """
     overriding, malformed = _parse_overrides(schema, overrides)
     return _load(schema, [*_read_layers(schema, Path(path)), *overriding], str(path), malformed, conflicts, unchecked, sections)
 
 
 def override(config: Schema, overrides: Sequence[str]) -> Schema:
-    """Returns the settings with `key=value` texts applied. Raises ConfigError for those that can't work, and only for those."""
+    """Applies `key=value` overrides to settings. Raises ConfigError for invalid overrides; other values are not checked."""
     schema = type(config)
     overriding, malformed = _parse_overrides(schema, overrides)
     unchecked = settings_of(schema).keys() - {each.key for each in overriding}
@@ -86,47 +86,44 @@ def override(config: Schema, overrides: Sequence[str]) -> Schema:
 
 
 def from_dict(schema: type[Schema], settings: Mapping[str, Any]) -> Schema:
-    """Returns the settings that `dataclasses.asdict` took apart; keys that the schema lacks are skipped, missing ones get their default."""
+    """Rebuilds settings from `dataclasses.asdict`. Unknown keys are skipped; missing ones get their default."""
     given = _parse(schema, to_yaml(settings), Path("settings"))
     return _load(schema, given, "settings", unchecked=settings_of(schema), sections=())[0]
 
 
 def read_saved(schema: type, path: Path) -> dict[str, Any]:
-    """Returns the values in a file of `to_yaml` by dotted key.
-
-    Keys that the schema lacks are skipped; missing ones get their default.
-    """
+    """Reads a file written with `to_yaml` as values by dotted key. Unknown keys are skipped; missing ones get their default."""
     return _convert(schema, _parse(schema, path.read_bytes(), path), str(path), sections=())[0]
 
 
 def to_yaml(config: Any) -> str:
-    """Returns settings, or a dictionary of settings, as YAML that reads as the same."""
-    return OmegaConf.to_yaml(OmegaConf.create(_literal(config if isinstance(config, Mapping) else dataclasses.asdict(config))))
+    """Formats settings, or a dictionary of settings, as YAML that parses to the same values."""
+    return OmegaConf.to_yaml(OmegaConf.create(_escape(config if isinstance(config, Mapping) else dataclasses.asdict(config))))
 
 
-def _literal(value: Any, references: Collection[str] = ()) -> Any:
-    """Returns a value with its text escaped for OmegaConf, except for references to these keys and to environment variables."""
+def _escape(value: Any, references: Collection[str] = ()) -> Any:
+    """Escapes the texts in a value for OmegaConf, except for references to these keys and to environment variables."""
     if isinstance(value, Mapping):
-        return {key: _literal(each, references) for key, each in value.items()}
+        return {key: _escape(each, references) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_literal(each, references) for each in value)
+        return type(value)(_escape(each, references) for each in value)
     if not isinstance(value, str):
         return value
 
-    def escaped(match: re.Match[str]) -> str:
+    def escape_reference(match: re.Match[str]) -> str:
         backslashes, reference, name = match.groups()
         is_known = name is not None and references and (name in references or name.startswith("oc.env:"))
         return match[0] if is_known else f"{backslashes * 2}\\{reference}"
 
-    text = _REFERENCE.sub(escaped, value)
+    text = _REFERENCE.sub(escape_reference, value)
     return f"\\{text}" if re.fullmatch(r"\\*\?\?\?", text) else text  # ??? is a missing value
 
 
-# ---------------------------------------------------------------- from text to values as given
+# ---------------------------------------------------------------- from text to given values
 
 
 def _read_layers(schema: type, path: Path) -> list[_Given]:
-    """Returns the values of the file and of those that it builds on, the most basic first."""
+    """Returns the values of a file and of the files that it builds on, the base first."""
     given: list[_Given] = []
     paths: list[Path] = []
     while True:
@@ -143,7 +140,7 @@ def _read_layers(schema: type, path: Path) -> list[_Given]:
         if base is None:
             return given
         if not isinstance(base.value, str):
-            raise ConfigError(str(path), [f"base = {in_words(base.value)} ({base.source}): must be the name of one file"])
+            raise ConfigError(str(path), [f"base = {to_text(base.value)} ({base.source}): must be the name of one file"])
         path = Path(os.path.normpath(path.parent / base.value))
 
 
@@ -159,10 +156,10 @@ def _parse(schema: type, text: str | bytes, path: Path) -> list[_Given]:
 
 
 def _leaves(node: yaml.MappingNode, path: Path, settings: Mapping[str, Setting], prefix: str = "") -> Iterator[_Given]:
-    """Yields everything that is set below a node."""
+    """Yields every value that is set below a node."""
     names: set[str] = set()
     for name_node, value in node.value:
-        name, source = _plain(name_node), f"{path}:{name_node.start_mark.line + 1}"
+        name, source = _to_plain(name_node), f"{path}:{name_node.start_mark.line + 1}"
         key = f"{prefix}{name}"
         if str(name) in names:
             raise ConfigError(str(path), [f"duplicate key {key} ({source})"])
@@ -170,27 +167,26 @@ def _leaves(node: yaml.MappingNode, path: Path, settings: Mapping[str, Setting],
         is_section = any(setting.startswith(f"{key}.") for setting in settings)
         if isinstance(value, yaml.MappingNode) and (is_section or (value.value and key not in settings)):
             yield from _leaves(value, path, settings, f"{key}.")
-        elif not isinstance(value, yaml.MappingNode) or not value.value:
-            yield _Given(key, _plain(value, key not in settings or settings[key].has_null), source)
-        elif settings[key].is_a(dict):  # its values have no declared type, so OmegaConf reads the types from the text
+        elif isinstance(value, yaml.MappingNode) and value.value and settings[key].is_a(dict):
+            # The values of a dict have no declared type, so OmegaConf infers the types from the text.
             yield _Given(key, OmegaConf.to_container(OmegaConf.create(yaml.serialize(value))), source)
         else:
-            yield _Given(key, _plain(value), source)
+            yield _Given(key, _to_plain(value, key not in settings or settings[key].has_null), source)
 
 
-def _plain(node: yaml.Node, has_null: bool = True) -> Any:
-    """Returns a node as mappings and lists of texts; null stays null where the type has it."""
+def _to_plain(node: yaml.Node, has_null: bool = True) -> Any:
+    """Returns a node as mappings and lists of texts; null stays null if the type has it."""
     if isinstance(node, yaml.MappingNode):
-        return {_plain(name): _plain(value) for name, value in node.value}
+        return {_to_plain(name): _to_plain(value) for name, value in node.value}
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, has_null) for item in node.value]
+        return [_to_plain(item, has_null) for item in node.value]
     return None if has_null and node.tag == "tag:yaml.org,2002:null" else node.value
 
 
 def _parse_overrides(schema: type, overrides: Sequence[str]) -> tuple[list[_Given], list[str]]:
-    """Returns the values of `key=value` texts, and a problem for each text that gives none.
+    """Returns the values of `key=value` overrides, and a problem for each malformed one.
 
-    Lists and mappings are YAML. Any other value is the text after the first `=`, where null is no text.
+    Lists and mappings are YAML. Any other value is the text after the first `=`; `null` means None if the type has it.
     """
     settings = settings_of(schema)
     given = []
@@ -208,7 +204,7 @@ def _parse_overrides(schema: type, overrides: Sequence[str]) -> tuple[list[_Give
                 for name in mapping.split("."):
                     parsed = parsed[name]
             elif parsed is not None and key in settings and settings[key].is_a(list, tuple):
-                parsed = _plain(yaml.compose(value, Loader=yaml.SafeLoader) or yaml.ScalarNode("", value), has_null=False)
+                parsed = _to_plain(yaml.compose(value, Loader=yaml.SafeLoader) or yaml.ScalarNode("", value), has_null=False)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             problems.append(f"{text!r} ({COMMAND_LINE}): {str(error).splitlines()[0]}")
         else:
@@ -216,7 +212,7 @@ def _parse_overrides(schema: type, overrides: Sequence[str]) -> tuple[list[_Give
     return given, problems
 
 
-# ---------------------------------------------------------------- from values as given to settings
+# ---------------------------------------------------------------- from given values to settings
 
 
 def _load(
@@ -232,39 +228,39 @@ def _load(
     settings = settings_of(schema)
     values, problems = _convert(schema, given, name, sections)
     places = dict.fromkeys(settings, DEFAULT) | {each.key: each.source for each in given}
-    wrong = {key: problem for key, value in values.items() if key not in unchecked and (problem := settings[key].problem(value))}
-    beside = conflicts({key: value for key, value in values.items() if key not in wrong})
-    wrong |= {key: problem for key, problem in beside if key not in unchecked}
-    problems += [f"{key} = {in_words(values[key])} ({places[key]}): {problem}" for key, problem in wrong.items()]
+    invalid = {key: problem for key, value in values.items() if key not in unchecked and (problem := settings[key].problem(value))}
+    conflicting = conflicts({key: value for key, value in values.items() if key not in invalid})
+    invalid |= {key: problem for key, problem in conflicting if key not in unchecked}
+    problems += [f"{key} = {to_text(values[key])} ({places[key]}): {problem}" for key, problem in invalid.items()]
     if malformed or problems:
         raise ConfigError(name, [*malformed, *problems])
     config = OmegaConf.structured(schema)
     for key, value in values.items():
-        OmegaConf.update(config, key, _literal(value))
+        OmegaConf.update(config, key, _escape(value))
     return OmegaConf.to_object(config), places  # type: ignore[return-value]
 
 
 def _convert(schema: type, given: Sequence[_Given], name: str, sections: Collection[str] | None) -> tuple[dict[str, Any], list[str]]:
-    """Returns the values of the schema's settings by dotted key, and the problems of those that can't have one."""
+    """Converts given values to the schema's types: returns values by dotted key, and the problems of all other keys."""
     settings = settings_of(schema)
     keys = list(settings)
     merged = OmegaConf.structured(schema)
     references = {*keys, *(each.key for each in given)}
-    shown = {key: f"{key} = {in_words(each.default)} ({DEFAULT})" for key, each in settings.items()}
+    shown = {key: f"{key} = {to_text(each.default)} ({DEFAULT})" for key, each in settings.items()}
     problems: dict[str, str] = {}
     for key, value, source in given:
-        shown[key] = f"{key} = {in_words(value)} ({source})"
+        shown[key] = f"{key} = {to_text(value)} ({source})"
         problems.pop(key, None)
         if sections is not None and source != COMMAND_LINE and _is_foreign(key, keys, sections):
             with suppress(OmegaConfBaseException):  # a value of another schema, for settings that refer to it
                 OmegaConf.update(merged, key, value, force_add=True)
         elif key not in settings:
-            problems[key] = f"{shown[key]}: {_unknown(key, keys)}"
+            problems[key] = f"{shown[key]}: {_describe_unknown(key, keys)}"
         else:
             try:
-                OmegaConf.update(merged, key, _literal(value, references) if source == COMMAND_LINE else value)
+                OmegaConf.update(merged, key, _escape(value, references) if source == COMMAND_LINE else value)
             except OmegaConfBaseException as error:
-                problems[key] = f"{shown[key]}: {_not_taken(error, settings[key].type, value, keys)}"
+                problems[key] = f"{shown[key]}: {_describe_rejected(error, settings[key].type, value, keys)}"
     values: dict[str, Any] = {}
     for key in [key for key in keys if key not in problems]:
         try:
@@ -273,24 +269,24 @@ def _convert(schema: type, given: Sequence[_Given], name: str, sections: Collect
         except errors.MissingMandatoryValue:
             problems[key] = f"{key}: no value; set it in {name} or as {key}=…"
         except errors.InterpolationToMissingValueError:
-            pass  # the missing value is reported itself
+            pass  # the missing value has its own problem
         except OmegaConfBaseException as error:
-            problems[key] = f"{shown[key]}: {_not_taken(error, settings[key].type, None, keys)}"
+            problems[key] = f"{shown[key]}: {_describe_rejected(error, settings[key].type, None, keys)}"
     return values, list(problems.values())
 
 
-# ---------------------------------------------------------------- problems in words
+# ---------------------------------------------------------------- descriptions of problems
 
 
-def _not_taken(error: OmegaConfBaseException, hint: Any, value: Any, keys: list[str]) -> str:
-    """Returns the problem of a value that OmegaConf rejects: a reference that leads to no value, or another type."""
+def _describe_rejected(error: OmegaConfBaseException, hint: Any, value: Any, keys: list[str]) -> str:
+    """Describes why OmegaConf rejects a value: an unresolvable reference, or a wrong type."""
     near = None
     if isinstance(error, errors.GrammarParseError | errors.InterpolationResolutionError):
         problem = str(error).splitlines()[0]
-        if isinstance(error, errors.InterpolationKeyError) and (key := _nearest_key(problem.split("'")[1], keys)):
+        if isinstance(error, errors.InterpolationKeyError) and (key := _find_nearest_key(problem.split("'")[1], keys)):
             near = f"${{{key}}}"
     else:
-        problem = f"must be {type_in_words(hint)}"
+        problem = f"must be {describe_type(hint)}"
         if get_origin(hint) is Literal:
             near = next(iter(difflib.get_close_matches(str(value), get_args(hint), n=1)), None)
     return problem + (f"; did you mean {near}?" if near else "")
@@ -302,17 +298,16 @@ def _is_foreign(key: str, keys: list[str], sections: Collection[str]) -> bool:
     return not related and key.partition(".")[0] not in sections
 
 
-def _unknown(key: str, keys: list[str]) -> str:
-    """Returns the problem of a key that is no setting."""
+def _describe_unknown(key: str, keys: list[str]) -> str:
     inside = [name for name in keys if name.startswith(f"{key}.")]
     if inside:
         return f"is a section; set one of {', '.join(inside)}"
-    near = _nearest_key(key, keys)
+    near = _find_nearest_key(key, keys)
     return "unknown key" + (f"; did you mean {near}?" if near else "; docs/configuration.md lists all keys")
 
 
-def _nearest_key(key: str, keys: list[str]) -> str | None:
-    """Returns the nearest setting's key. A key in the wrong section is as common a slip as a misspelled one."""
+def _find_nearest_key(key: str, keys: list[str]) -> str | None:
+    """Returns the most similar key, if any. A key in the wrong section is as common a mistake as a misspelled one."""
 
     def likeness(name: str) -> tuple[float, float]:
         pairs = (key, name), (key.rpartition(".")[2], name.rpartition(".")[2])

@@ -74,7 +74,7 @@ def hash64(*keys: ArrayLike) -> np.ndarray:
 
 
 def uniform(*keys: ArrayLike) -> np.ndarray:
-    """Draws a float64 from [0, 1) for each combination of keys. It has the upper 53 bits of `hash64`, so it is exact."""
+    """Draws a float64 from [0, 1) for each combination of keys: the upper 53 bits of `hash64`, which a float64 holds exactly."""
     return (hash64(*keys) >> np.uint64(11)) * 2.0**-53
 
 
@@ -86,7 +86,7 @@ def standard_normal(*keys: ArrayLike) -> np.ndarray:
 def permutation(n: int, *keys: ArrayLike) -> np.ndarray:
     """Draws a permutation of range(n) for each combination of keys: int64 (..., n), where the keys broadcast to (...).
 
-    Positions are sorted by their hashes. A stable sort takes four times as long, so it runs only where two hashes are equal.
+    Positions are sorted by their hashes. A stable sort takes four times as long, so it runs only if two hashes are equal.
     """
     rows = hash64(*keys)
     hashes = hash64(rows[..., None], np.arange(n))

@@ -24,7 +24,7 @@ Resume = Literal["free", "asks", "fixed"]
 
 @dataclass(frozen=True)
 class Check:
-    """Constrains one value: `words` follow "must be"; `problem` returns the fault of a value, or None."""
+    """A constraint on a value: `words` follow "must be"; `problem` returns what is wrong with a value, or None."""
 
     words: str
     problem: Callable[[Any], str | None]
@@ -34,12 +34,12 @@ def must_be(words: str, holds: Callable[[Any], bool]) -> Check:
     return Check(words, lambda value: None if holds(value) else f"must be {words}")
 
 
-def read_by(words: str, read: Callable[[Any], Any]) -> Check:
-    """Returns the constraint that `read` takes a value; the message of its ValueError is the problem."""
+def parsed_by(words: str, parse: Callable[[Any], Any]) -> Check:
+    """Constrains values to those that `parse` accepts; the message of its ValueError is the problem."""
 
     def problem(value: Any) -> str | None:
         try:
-            read(value)
+            parse(value)
         except ValueError as error:
             return str(error)
         return None
@@ -59,7 +59,7 @@ above_0_to_1 = must_be("more than 0 and at most 1", lambda value: 0 < value <= 1
 
 @dataclass(frozen=True)
 class Setting:
-    """Describes a field of a schema; `on_node`: it names a file or folder that one node can have and another lack."""
+    """A field of a schema, as `setting` declares it."""
 
     type: Any
     default: Any
@@ -76,10 +76,10 @@ class Setting:
         return NoneType in get_args(self.type)
 
     def problem(self, value: Any) -> str | None:
-        """Returns the problem of a value of the right type, or None."""
+        """Returns what is wrong with a value of the right type, or None."""
         parts = value if isinstance(value, list | tuple) else (value,)
         if parts is value and any(isinstance(part, list | tuple | dict) for part in parts):  # OmegaConf accepts lists in a list of texts
-            return f"must be {type_in_words(self.type)}"
+            return f"must be {describe_type(self.type)}"
         if "" in parts:
             return "is empty"
         if any(isinstance(part, float) and not math.isfinite(part) for part in parts):
@@ -88,19 +88,19 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """Describes the values that the setting takes."""
-        return type_in_words(self.type) + (f", {self.check.words}" if self.check else "")
+        """Describes the values that the setting accepts."""
+        return describe_type(self.type) + (f", {self.check.words}" if self.check else "")
 
 
 def setting(default: Any, meaning: str, check: Check | None = None, *, resume: Resume = "asks", on_node: bool = False) -> Any:
     """Declares a field of a schema.
 
     Args:
-        default: its value where nothing sets it; MISSING where it must be set.
+        default: the value if nothing sets one; MISSING if one must be set.
         meaning: one or two sentences of the manual, with the unit.
-        check: the values that can work; null is not checked.
-        resume: whether its value may change when a run resumes.
-        on_node: it names a file or folder that one node can have and another lack.
+        check: the constraint on the value; null is not checked.
+        resume: whether the value may change when a run resumes.
+        on_node: whether the value names a file or folder that may exist on some nodes only.
     """
     metadata = {"meaning": meaning, "check": check, "resume": resume, "on_node": on_node}
     if isinstance(default, list | dict):
@@ -120,7 +120,7 @@ def settings_of(schema: type) -> dict[str, Setting]:
     return settings
 
 
-def type_in_words(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     parts = get_args(hint)
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, parts))}"
@@ -129,17 +129,17 @@ def type_in_words(hint: Any) -> str:
     if get_origin(hint) is dict:
         return "a mapping"
     if get_origin(hint) is list:
-        return f"a list of {type_in_words(parts[0]).removeprefix('a ')}s"
+        return f"a list of {describe_type(parts[0]).removeprefix('a ')}s"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    return " or ".join(words[part] if part in words else type_in_words(part) for part in parts or (hint,))
+    return " or ".join(words[part] if part in words else describe_type(part) for part in parts or (hint,))
 
 
-def in_words(value: Any) -> str:
-    """Returns a value as the command line takes it."""
+def to_text(value: Any) -> str:
+    """Formats a value as the command line accepts it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {in_words(each)}" for key, each in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {to_text(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(in_words, value)) + "]"
+        return "[" + ", ".join(map(to_text, value)) + "]"
     return str(value)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Writes files atomically: a file appears whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def open_to_replace(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[
 
 
 def publish(file: IO[Any], path: Path) -> None:
-    """Makes an open temporary file durable, then renames it to `path`, so that no reader sees a part of it."""
+    """Makes an open temporary file durable, then renames it to `path`, so that no reader sees a partial file."""
     file.flush()
     os.fsync(file.fileno())
     os.replace(file.name, path)
@@ -24,7 +24,7 @@ def publish(file: IO[Any], path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes the bytes of a file, or the names in a folder, durable."""
+    """Makes the bytes of a file, or the names in a folder, durable (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

@@ -1,6 +1,6 @@
-"""Checksums: 128-bit xxhash in hex, of bytes, JSON values and files.
+"""Computes checksums, 128-bit xxhash in hex, of bytes, JSON values and files.
 
-They detect damage and distinguish contents, but do not protect against forgery.
+The checksums detect damage and distinguish contents, but do not protect against forgery.
 """
 
 import json
@@ -15,7 +15,6 @@ new_hash = xxhash.xxh3_128  # for content that comes in parts: .update(bytes), .
 
 
 def hash_bytes(content: bytes) -> str:
-    """Returns the checksum of bytes."""
     return new_hash(content).hexdigest()
 
 
@@ -25,7 +24,6 @@ def hash_json(value: Any) -> str:
 
 
 def hash_file(path: Path) -> str:
-    """Returns the checksum of a file's bytes."""
     digest = new_hash()
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):

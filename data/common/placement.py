@@ -1,6 +1,6 @@
-"""Where one rank stands in its job: its number, its device, and how many samples it takes at once.
+"""Describes a rank: its number, its device and its micro-batch size.
 
-Data loaders take a `Placement` to know which part of a global batch is theirs. A process that is alone needs only the first two values:
+A `Placement` tells a data loader which part of a global batch to load. A single process needs only the first two values:
 
     Placement(torch.device("cpu"), micro_batch=64)
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # settings and storage import this package, and start without torch
+if TYPE_CHECKING:  # a slow import
     import torch
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Describes one rank of a job, among `ranks` processes (the world size), of which `ranks_on_node` run on its node.
+    """One rank of a job with `ranks` processes (the world size), of which `ranks_on_node` run on the rank's node.
 
     `device` receives the rank's batches, of `micro_batch` samples.
     """

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, otherwise a line every ten seconds and one at the end."""
+"""Reports progress on stderr: a bar on a terminal, otherwise a line every ten seconds and one at the end."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 def report_progress(items: Iterable[T], total: int, label: str, weigh: Callable[[T], int] = lambda item: 1) -> Iterator[T]:
-    """Yields the items and reports, as `label`, how much of `total`, the sum of all weights, is done."""
+    """Yields the items and reports progress under `label`; `total` is the sum of all weights."""
     if sys.stderr.isatty():
         with tqdm(total=total, desc=label, unit="", unit_scale=total > 99_999) as bar:
             for item in items:

@@ -1,4 +1,4 @@
-"""Text for terminals and logs: durations, aligned tables, and values without control characters."""
+"""Formats text for terminals and logs: durations, aligned tables, and values without control characters."""
 
 from collections.abc import Container, Sequence
 

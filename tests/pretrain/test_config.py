@@ -70,7 +70,7 @@ problems, the_problem = partial(config_errors.problems, load), partial(config_er
         ("run.export", "[timm, pth]", "must be of timm, official, mmseg, mmpretrain, hf"),
         ("run.keep_best", "top1", "needs data.val to evaluate on"),
         ("data.eval_crop", "0.0", "must be more than 0 and at most 1"),
-        ("data.crop_area", "[1.0, 0.08]", "must be two shares of an area, the smaller first"),
+        ("data.crop_area", "[1.0, 0.08]", "must be two fractions of an area, the smaller first"),
         ("engine.micro_batch", "3", "must be even: mixup and cutmix mix neighbors in pairs"),
         ("model.init_from", "nowhere.pth", "no such file or run directory"),
         ("profile", "7", "must be START:STOP, two whole numbers of steps"),
