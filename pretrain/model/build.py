@@ -1,9 +1,9 @@
-"""Builds the model that a job's settings name: a VAN, another classifier of timm, or one of the user's own.
+"""Builds the model that a job's settings name: a VAN, another timm classifier, or the user's own.
 
     model = build_model(config)                  # model.name=van_b3
     model = build_model(config)                  # model.name=my_models.py:my_net, a file that registers my_net with timm
 
-The rest of the pipeline knows a model by timm's contract alone: create_model, forward_features and forward_head, reset_classifier,
+The rest of the pipeline relies only on timm's model interface: create_model, forward_features and forward_head, reset_classifier,
 group_matcher, no_weight_decay and set_grad_checkpointing.
 """
 
@@ -25,13 +25,13 @@ INTERFACE = ("forward_features", "forward_head", "get_classifier", "reset_classi
 
 
 def build_model(config: Config) -> nn.Module:
-    """Returns the model of `config.model` with freshly drawn weights, on the CPU.
+    """Returns the model of `config.model`, newly initialized, on the CPU.
 
-    A model whose input size is fixed when it is built, such as a ViT, is built for data.image_size. Dense convolutions lie channels-last
-    (pretrain/model/fast/channels_last.py): in the same way in every process, as checkpoints keep weights as they lie.
+    A model with a fixed input size, such as a ViT, is built for data.image_size. Every process stores the weights of dense convolutions
+    channels-last (pretrain/model/fast/channels_last.py), because checkpoints keep the memory layout of weights.
 
     Raises:
-        ValueError: timm has no such model, the model doesn't take these arguments, lacks a part of timm's interface, or can't recompute
+        ValueError: timm has no such model, or the model rejects these arguments, lacks a part of timm's interface, or can't recompute
             these stages.
     """
     settings = config.model
@@ -53,16 +53,16 @@ def build_model(config: Config) -> nn.Module:
     missing = [part for part in INTERFACE if not hasattr(model, part)]
     if missing:
         raise ValueError(f"model.name={settings.name}: {type(model).__name__} lacks {', '.join(missing)} of the interface of timm's models")
-    _make_frozen_parameters_buffers(model)
+    _convert_frozen_parameters_to_buffers(model)
     use_channels_last(model)
     _recompute_stages(model, settings.name, settings.checkpoint_stages)
     return model
 
 
 def build_empty_model(config: Config, device: torch.device) -> nn.Module:
-    """Returns the model on a device, with weights and buffers of any value: without the time that it takes to draw weights.
+    """Returns the model on a device with uninitialized parameters and buffers, which is faster than initializing them.
 
-    A model that needs values while it is built, or holds tensors that are neither parameters nor buffers, is built on the CPU.
+    A model that computes with values while it is built, or holds tensors that are neither parameters nor buffers, is built on the CPU.
     """
     try:
         with torch.device("meta"):
@@ -75,10 +75,10 @@ def build_empty_model(config: Config, device: torch.device) -> nn.Module:
 
 
 def _registered_name(name: str) -> str:
-    """Returns a name that timm knows; imports the user's file first if the name is PATH.py:NAME.
+    """Returns the name under which timm knows the model; imports the user's file first if `name` is PATH.py:NAME.
 
     Raises:
-        ValueError: there is no such file or no such name.
+        ValueError: the file or the name does not exist.
     """
     path, colon, name_in_file = name.rpartition(":")
     if colon:
@@ -92,7 +92,7 @@ def _registered_name(name: str) -> str:
 
 
 def _import_file(path: Path) -> None:
-    """Imports a Python file that registers models with timm, once in a process."""
+    """Imports a Python file that registers models with timm, once per process."""
     if not path.is_file():
         raise ValueError(f"model.name: there is no file {path}")
     module_name = f"user_model_{path.stem}"
@@ -105,8 +105,8 @@ def _import_file(path: Path) -> None:
     spec.loader.exec_module(sys.modules[module_name])
 
 
-def _make_frozen_parameters_buffers(model: nn.Module) -> None:
-    """Replaces parameters that need no gradient by buffers of the same name, which checkpoints hold and no optimizer wants."""
+def _convert_frozen_parameters_to_buffers(model: nn.Module) -> None:
+    """Replaces parameters that need no gradient by buffers of the same name, which are saved but not optimized."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not parameter.requires_grad:
@@ -115,7 +115,7 @@ def _make_frozen_parameters_buffers(model: nn.Module) -> None:
 
 
 def _recompute_stages(model: nn.Module, name: str, stages: list[int]) -> None:
-    """Turns activation checkpointing on, in these stages alone if the model has a switch for each stage."""
+    """Turns on activation checkpointing, in only these stages if the model has a switch per stage."""
     if not stages:
         return
     listed = getattr(model, "stages", None)
@@ -126,7 +126,7 @@ def _recompute_stages(model: nn.Module, name: str, stages: list[int]) -> None:
     elif set(stages) == {0, 1, 2, 3}:
         try:
             cast(Any, model).set_grad_checkpointing(True)
-        except (AssertionError, AttributeError) as error:  # so timm's models refuse
+        except (AssertionError, AttributeError) as error:  # how timm's models refuse
             raise ValueError(f"model.checkpoint_stages={stages}: {name} can't recompute its blocks; set []") from error
     else:
         raise ValueError(

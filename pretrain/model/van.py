@@ -1,17 +1,17 @@
 """Visual Attention Network (VAN, arXiv 2202.09741): the variants VAN-B0 to VAN-B6, registered with timm.
 
-This file needs torch and timm alone, so it can be copied beside a weights file. Importing it is enough to create a model by name:
+This file depends only on torch and timm, so it can be copied into another project. Importing it registers the models:
 
     import timm, van                                              # in this repository: import pretrain.model.van
     model = timm.create_model("van_b3", num_classes=21841, drop_path_rate=0.1)
     logits = model(images)                                        # (N, 3, H, W) to (N, 21841), for any H and W
     model = timm.create_model("van_b3", checkpoint_path="van_b3.pth")
 
-`load_state_dict` takes the key names of this file and those of the authors' VAN-Classification alike.
+`load_state_dict` accepts the key names of this file and those of the authors' VAN-Classification.
 
-A VAN is four stages with strides 4, 8, 16 and 32, then the mean over positions and a linear head. A stage is an overlapping patch
-embedding, a sequence of blocks and a LayerNorm. A block is a BatchNorm and large kernel attention, then a BatchNorm and a convolutional
-MLP, each a residual branch with a layer scale.
+A VAN has four stages with output strides 4, 8, 16 and 32, then global average pooling and a linear head. A stage is an overlapping patch
+embedding, a sequence of blocks and a LayerNorm. A block has two residual branches with layer scale: BatchNorm and large kernel attention,
+then BatchNorm and a convolutional MLP.
 """
 
 import math
@@ -32,11 +32,13 @@ __all__ = ["LKA", "VAN", "VARIANTS"]
 
 
 class LKA(nn.Module):
-    """Large kernel attention: multiplies its input by a map computed from a K x K neighborhood (section 3.1, Figure 3).
+    """Large kernel attention (section 3.1, Figure 3).
 
-    A K x K convolution with dilation d is split into a (2d-1) x (2d-1) depthwise convolution, a ceil(K/d) x ceil(K/d) depthwise
-    convolution with dilation d, and a 1x1 convolution. The result is an attention map: the input is multiplied by the map element by
-    element, without a softmax or a sigmoid.
+        attention = Conv1x1(DW-D-Conv(DW-Conv(x)))
+        output    = attention * x
+
+    The three convolutions decompose one of K x K: DW-Conv is depthwise (2d-1) x (2d-1), DW-D-Conv is depthwise ceil(K/d) x ceil(K/d) with
+    dilation d. The product is elementwise; the attention map passes through neither softmax nor sigmoid.
 
     Args:
         kernel_size: K. The default is the paper's 21, which gives a 5x5 and a 7x7 kernel.
@@ -45,11 +47,11 @@ class LKA(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int = 21, dilation: int = 3) -> None:
         super().__init__()
-        local, distant = 2 * dilation - 1, math.ceil(kernel_size / dilation)
+        dw, dwd = 2 * dilation - 1, math.ceil(kernel_size / dilation)
         # An even kernel can need an odd amount of padding, which only "same" splits over the two sides.
-        padding = dilation * (distant - 1)
-        self.conv0 = nn.Conv2d(dim, dim, local, padding=local // 2, groups=dim)
-        self.conv_spatial = nn.Conv2d(dim, dim, distant, padding="same" if padding % 2 else padding // 2, dilation=dilation, groups=dim)
+        padding = dilation * (dwd - 1)
+        self.conv0 = nn.Conv2d(dim, dim, dw, padding=dw // 2, groups=dim)
+        self.conv_spatial = nn.Conv2d(dim, dim, dwd, padding="same" if padding % 2 else padding // 2, dilation=dilation, groups=dim)
         self.conv1 = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class LKA(nn.Module):
 
 
 class Attention(nn.Module):
-    """1x1 convolution, GELU, LKA and 1x1 convolution, with a shortcut around them (Figure 4)."""
+    """1x1 convolution, GELU, LKA and 1x1 convolution, with a shortcut (Figure 4)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -69,12 +71,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, dim, H, W) to (N, dim, H, W)."""
-        # This shortcut lies inside the block's own and starts after the block's BatchNorm, as in the authors' code.
+        # Nested in the block's shortcut and taken after the block's BatchNorm, as in the authors' code.
         return x + self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
 
 
 class Mlp(nn.Module):
-    """Convolutional feed-forward network: 1x1 convolution to the hidden width, depthwise 3x3, GELU, 1x1 back (Figure 4)."""
+    """Convolutional feed-forward network: 1x1 to the hidden width, depthwise 3x3, GELU, 1x1 back (Figure 4)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
@@ -111,7 +113,7 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Overlapping patch embedding: a convolution with a kernel wider than its stride, then BatchNorm (section 3.2)."""
+    """Overlapping patch embedding: a convolution whose kernel is larger than its stride, then BatchNorm (section 3.2)."""
 
     def __init__(self, in_chans: int, embed_dim: int, kernel_size: int, stride: int) -> None:
         super().__init__()
@@ -124,32 +126,23 @@ class PatchEmbed(nn.Module):
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of a map."""
+    """LayerNorm over the channels of a feature map."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
-        # Scale and shift are an operator of their own: torch.compile fails on a layer_norm with both between two convolutions as soon as
-        # the image size changes (torch 2.13).
+        # Scale and shift are a separate operator: torch.compile fails on an affine layer_norm between two convolutions once the image size
+        # changes (torch 2.13).
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, eps=self.eps).permute(0, 3, 1, 2)
         return torch.addcmul(self.bias[:, None, None], x, self.weight[:, None, None])
 
 
 class VANStage(nn.Module):
-    """One of the four stages: patch embedding, blocks and a LayerNorm over channels."""
+    """One of the four stages: patch embedding, blocks and LayerNorm."""
 
-    # Final: TorchScript then compiles only the branch that is in use.
-    grad_checkpointing: torch.jit.Final[bool]
+    grad_checkpointing: torch.jit.Final[bool]  # Final, so that TorchScript compiles only the branch in use
 
     def __init__(
-        self,
-        in_chans: int,
-        dim: int,
-        depth: int,
-        mlp_ratio: int,
-        patch_size: int,
-        stride: int,
-        drop: float,
-        drop_path: Sequence[float],
+        self, in_chans: int, dim: int, depth: int, mlp_ratio: int, patch_size: int, stride: int, drop: float, drop_path: Sequence[float]
     ) -> None:
         super().__init__()
         self.grad_checkpointing = False
@@ -168,15 +161,16 @@ class VAN(nn.Module):
     """Visual Attention Network with timm's model interface.
 
     Args:
-        num_classes: outputs of the head; 0 leaves the head out.
+        num_classes: outputs of the head; 0 for no head.
         global_pool: avg, max, avgmax, catavgmax (which doubles the head's input), or "" for none.
         embed_dims: channels of each stage.
         depths: blocks of each stage.
-        mlp_ratios: hidden width of the MLPs over the channels of their stage.
+        mlp_ratios: hidden width of each stage's MLPs, as a multiple of its channels.
         drop_rate: dropout before the head.
         proj_drop_rate: dropout in the MLPs.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first, for both branches of a block.
-        device: where the parameters are created.
+        drop_path_rate: stochastic depth rate of the last block; rates rise linearly from 0 at the first block. Both branches of a block
+            have the same rate.
+        device: device on which the parameters are created.
         dtype: type of the parameters.
     """
 
@@ -240,13 +234,13 @@ class VAN(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Returns the last output and the outputs of some stages, each (N, C, H / reduction, W / reduction).
+        """Returns the last output and the outputs of the selected stages, each (N, C, H / reduction, W / reduction).
 
         Args:
-            indices: stages to return; None for all, an int for that many of the last ones.
-            norm: has no effect, as every stage ends with its LayerNorm.
+            indices: stages to return; None for all, an int n for the last n.
+            norm: has no effect, as every stage ends with a LayerNorm.
             stop_early: skip the stages after the last one returned.
-            intermediates_only: return the outputs of the stages alone.
+            intermediates_only: return only the list of stage outputs.
 
         Raises:
             ValueError: `output_fmt` is not NCHW.
@@ -256,7 +250,7 @@ class VAN(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
         for i, stage in enumerate(self.stages):
-            if i <= max_index or not stop_early:  # TorchScript has neither slices of a ModuleList nor break
+            if i <= max_index or not stop_early:  # TorchScript supports neither slices of a ModuleList nor break
                 x = stage(x)
                 if i in take_indices:
                     intermediates.append(x)
@@ -267,14 +261,13 @@ class VAN(nn.Module):
     def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Removes the stages after the last one of `indices`, and the head; returns the indices as a list.
 
-        `prune_norm` has no effect, as every stage ends with its LayerNorm.
+        `prune_norm` has no effect, as every stage ends with a LayerNorm.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
-        has_removed_stages = max_index < len(self.stages) - 1
-        self.stages = self.stages[: max_index + 1]
-        self.num_features = self.feature_info[max_index]["num_chs"]
-        if prune_head or has_removed_stages:
+        if prune_head or max_index < len(self.stages) - 1:
+            self.num_features = self.feature_info[max_index]["num_chs"]
             self.reset_classifier(0, "")
+        self.stages = self.stages[: max_index + 1]
         return take_indices
 
     def get_classifier(self) -> nn.Module:
@@ -294,14 +287,14 @@ class VAN(nn.Module):
             module.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turns activation checkpointing of the blocks on or off, in all stages; `stages[i].grad_checkpointing` sets one."""
+        """Turns activation checkpointing on or off in all stages; `stages[i].grad_checkpointing` sets a single one."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def group_matcher(self, coarse: bool = False) -> Mapping[str, Any]:
-        """Returns regular expressions by which timm assigns parameters to layers: a layer per block, or per stage if `coarse`.
+        """Returns regular expressions that group parameters into layers for timm: one per block, or per stage if `coarse`.
 
-        The patch embedding of a stage belongs to its first block, and the LayerNorm to its last one (timm's 99999).
+        A stage's patch embedding belongs to its first block and its LayerNorm to the last one (timm's 99999).
         """
         by_block = [
             (r"^stages\.(\d+)\.patch_embed", (0,)),
@@ -311,18 +304,19 @@ class VAN(nn.Module):
         return {"stem": r"^stages\.0\.patch_embed", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
     def no_weight_decay(self) -> set[str]:
-        """Returns the names of the layer scales, which are not decayed."""
+        """Returns the names of the parameters without weight decay: the layer scales."""
         return {name for name, _ in self.named_parameters() if "layer_scale" in name}
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Initializes one module as the authors do: convolutions normal with variance 2 / fan-out, linear layers truncated normal with 0.02.
+    """Initializes one module as the authors do.
 
-    Biases are 0. Norms start with weight 1 and bias 0 by themselves.
+    Convolutions are normal with variance 2 / fan-out, linear layers truncated normal with standard deviation 0.02, biases 0. Normalization
+    layers keep PyTorch's defaults, weight 1 and bias 0.
     """
     if isinstance(module, nn.Conv2d):
         kh, kw = module.kernel_size
-        # Drawn in the order (out, kh, kw, in) of channels-last memory, so that a seed gives the same weights in either layout.
+        # Drawn in channels-last order (out, kh, kw, in), so that a seed gives the same weights in either memory layout.
         drawn = torch.empty_like(module.weight.permute(0, 2, 3, 1), memory_format=torch.contiguous_format)
         nn.init.normal_(drawn, std=math.sqrt(2 / (kh * kw * module.out_channels // module.groups)))
         with torch.no_grad():
@@ -335,7 +329,7 @@ def _init_weights(module: nn.Module) -> None:
     nn.init.zeros_(module.bias)
 
 
-# (pattern, replacement) from the authors' key names to those of this file. Their stages count from 1.
+# (pattern, replacement) from the authors' key names, in which stages count from 1, to those of this file.
 _AUTHORS_KEYS = [
     (r"^patch_embed([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}.patch_embed."),
     (r"^block([1-4])\.", lambda match: f"stages.{int(match[1]) - 1}.blocks."),
@@ -345,7 +339,7 @@ _AUTHORS_KEYS = [
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module | None = None) -> dict[str, Any]:
-    """Returns a state dict with the authors' key names replaced by those of this file; other names stay."""
+    """Renames the authors' keys of a state dict to those of this file; other keys stay."""
     renamed = {}
     for key, value in state_dict.items():
         for pattern, replacement in _AUTHORS_KEYS:
@@ -360,23 +354,22 @@ def _rename_authors_keys(state_dict: dict[str, Any], prefix: str, *_: Any) -> No
     state_dict.update({prefix + key: value for key, value in checkpoint_filter_fn(inside).items()})
 
 
-def _cfg() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,  # images are resized to 256 pixels before the center crop of 224
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stages.0.patch_embed.proj",
-        "classifier": "head",
-        "paper_ids": "arXiv:2202.09741",
-        "paper_name": "Visual Attention Network",
-    }
+_CFG: dict[str, Any] = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,  # images are resized to 256 pixels before the center crop of 224
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "first_conv": "stages.0.patch_embed.proj",
+    "classifier": "head",
+    "paper_ids": "arXiv:2202.09741",
+    "paper_name": "Visual Attention Network",
+}
 
 
-# Widths and depths of section 3.2; B4 to B6 as the authors published them.
+# Widths and depths from section 3.2; B4 to B6 as published by the authors.
 VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "van_b0": {"embed_dims": (32, 64, 160, 256), "depths": (3, 3, 5, 2)},
     "van_b1": {"embed_dims": (64, 128, 320, 512), "depths": (2, 2, 4, 2)},
@@ -387,7 +380,7 @@ VARIANTS: dict[str, dict[str, tuple[int, ...]]] = {
     "van_b6": {"embed_dims": (96, 192, 384, 768), "depths": (6, 6, 90, 6)},
 }
 
-default_cfgs = generate_default_cfgs({name: _cfg() for name in VARIANTS})
+default_cfgs = generate_default_cfgs(dict.fromkeys(VARIANTS, _CFG))
 
 
 def _create_van(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> VAN:
