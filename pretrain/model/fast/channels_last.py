@@ -1,12 +1,12 @@
-"""Layers for channels-last activations: convolution weights that lie channels-last, and LayerNorm over channels in one operator.
+"""Layers for channels-last activations: convolutions with channels-last weights, and LayerNorm over channels in one operator.
 
     use_channels_last(model)         # any model; before the optimizer or DeepSpeed sees the parameters
     restore_reference(model)
 
-Convolution libraries want a channels-last weight for channels-last activations, and convert an ordinary weight in every step. A parameter
-with channels-last strides doesn't work: DeepSpeed broadcasts and flattens parameters as contiguous bytes. So the parameter gets the shape
-(out, kh, kw, in), and the forward pass permutes it to (out, in, kh, kw), which costs nothing. Weights of 1x1 and of depthwise convolutions
-are the same bytes in either layout and stay as they are.
+Convolution libraries want channels-last weights for channels-last activations and convert contiguous ones in every step. A parameter with
+channels-last strides doesn't work: DeepSpeed broadcasts and flattens parameters as contiguous bytes. So the parameter gets the shape
+(out, kh, kw, in), and the forward pass permutes it to (out, in, kh, kw), which costs nothing. Weights of 1x1 and depthwise convolutions
+are the same bytes in either layout and stay unchanged.
 """
 
 from typing import Any
@@ -22,8 +22,8 @@ from pretrain.model.fast.swap import swap_class
 class ChannelsLastConv2d(nn.Conv2d):
     """An nn.Conv2d whose parameter `weight` has the shape (out, kh, kw, in).
 
-    The state dict shows the usual shape (out, in, kh, kw), and load_state_dict takes it. The tensor in the state dict is a contiguous
-    copy, or with `keep_vars` a view through which gradients reach the parameter.
+    state_dict and load_state_dict use the usual shape (out, in, kh, kw). The tensor in the state dict is a contiguous copy, or with
+    `keep_vars` a view through which gradients reach the parameter.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,14 +37,14 @@ class ChannelsLastConv2d(nn.Conv2d):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         key = prefix + "weight"
-        # A weight with another number of dimensions stays as it is: load_state_dict reports a size mismatch.
+        # load_state_dict reports a weight with another number of dimensions as a size mismatch.
         if key in state_dict and state_dict[key].ndim == 4:
             state_dict[key] = state_dict[key].permute(0, 2, 3, 1).contiguous()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class LayerNorm2d(van.LayerNorm2d):
-    """VAN's LayerNorm over channels with scale and shift in the same operator, which saves a pass over the map."""
+    """VAN's LayerNorm with scale and shift in the same operator, which saves a pass over the map."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
@@ -52,9 +52,9 @@ class LayerNorm2d(van.LayerNorm2d):
 
 
 def use_channels_last(model: nn.Module) -> None:
-    """Gives every dense nn.Conv2d with a kernel larger than 1x1 a weight that lies channels-last, and fuses VAN's LayerNorms.
+    """Stores the weight of every dense nn.Conv2d larger than 1x1 channels-last, and fuses VAN's LayerNorms.
 
-    Subclasses of nn.Conv2d and parametrized convolutions stay as they are, since they may compute with the weight themselves.
+    Subclasses of nn.Conv2d and parametrized convolutions stay unchanged, since they may compute with the weight themselves.
     """
     for module in model.modules():
         if type(module) is van.LayerNorm2d:

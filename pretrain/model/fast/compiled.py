@@ -1,7 +1,7 @@
-"""VAN's blocks compiled by torch.compile, each as one graph, when they first run.
+"""Compiles each block of a VAN by torch.compile as one graph, when it first runs.
 
-compile_blocks(model)
-restore_reference(model)
+    compile_blocks(model)
+    restore_reference(model)
 """
 
 import torch
@@ -13,7 +13,7 @@ from pretrain.model.fast.swap import swap_class
 
 
 class CompilableDropPath(DropPath):
-    """Stochastic depth that draws by comparison: torch.compile would compile a block for each rate of bernoulli_."""
+    """Stochastic depth that compares uniform draws: with bernoulli_, torch.compile would compile a block for each rate."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
@@ -25,7 +25,7 @@ class CompilableDropPath(DropPath):
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compiles the blocks of a VAN and makes their stochastic depth compilable. Its draws differ from the reference's."""
+    """Compiles the blocks of a VAN, with a stochastic depth whose draws differ from the reference's."""
     for module in model.modules():
         if isinstance(module, van.Block):
             module.compile()
