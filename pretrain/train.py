@@ -31,7 +31,7 @@ from pretrain.config import Config
 from pretrain.engine import distributed
 from pretrain.engine.batch_stats import BatchStats, synchronize_batch_norms
 from pretrain.engine.engine import build_engine
-from pretrain.engine.fast_ways import use_fast_ways, use_graphs
+from pretrain.engine.fast_paths import use_fast_paths, use_graphs
 from pretrain.engine.guard import Guard
 from pretrain.engine.optim import learning_rate, set_learning_rate
 from pretrain.engine.precision import resolve_precision
@@ -39,7 +39,7 @@ from pretrain.evaluation.accuracy import describe_restriction
 from pretrain.evaluation.in_training import Evaluator
 from pretrain.loss import mixed_cross_entropy
 from pretrain.model.build import build_empty_model, build_model
-from pretrain.model.fast.ways import find_ways
+from pretrain.model.fast.registry import find_fast_paths
 from pretrain.model.recomputation import update_statistics_once
 from pretrain.monitor.damage import check_shards, report_bad_images
 from pretrain.monitor.flops import peak_flops, training_flops
@@ -243,7 +243,7 @@ class Trainer:
             synchronize_batch_norms(self.model)
         if config.model.checkpoint_stages:
             update_statistics_once(self.model)
-        self.log.line(use_fast_ways(self.model, config, self.device))
+        self.log.line(use_fast_paths(self.model, config, self.device))
 
     def _build_engine(self) -> None:
         config, engine = self.config, self.config.engine
@@ -262,8 +262,8 @@ class Trainer:
     def _new_model(self) -> nn.Module:
         """Returns a model on the device for evaluation, with uninitialized weights."""
         model = build_empty_model(self.config, self.device)
-        if self.device.type == "cpu" and (ways := find_ways(model)):
-            ways.use_cpu_way(model)
+        if self.device.type == "cpu" and (paths := find_fast_paths(model)):
+            paths.use_cpu_path(model)
         return model
 
     def _restore(self) -> None:

@@ -24,7 +24,7 @@ from benchmarks.training import peer
 from pretrain import config as settings
 from pretrain.engine import distributed
 from pretrain.engine.engine import build_engine
-from pretrain.engine.fast_ways import use_fast_ways, use_graphs
+from pretrain.engine.fast_paths import use_fast_paths, use_graphs
 from pretrain.engine.optim import AdamW, group_parameters
 from pretrain.engine.precision import DTYPES, autocast
 from pretrain.model.build import build_model
@@ -115,7 +115,7 @@ def new_model(job: Job, config: settings.Config | None = None) -> nn.Module:
 def _our_step(precision: str, kernels: str, job: Job, *, compiled: bool = False) -> Step:
     config = engine_config(job, {"kernels": kernels, "compile": compiled}, {"precision": precision})
     model = new_model(job, config)
-    use_fast_ways(model, config, job.device)
+    use_fast_paths(model, config, job.device)
     optimizer = AdamW(group_parameters(model, WEIGHT_DECAY), lr=LR, ema_decay=0.0)
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, 
     from pretrain.loss import mixed_cross_entropy
 
     device = distributed.select_device(config.engine) if dist.is_initialized() else distributed.start(config.engine)
-    use_fast_ways(model, config, device)
+    use_fast_paths(model, config, device)
     engine: Any = build_engine(config, model, 1)
     stats = BatchStats(model, config.engine.ema_decay)
     guard = Guard(engine, clip=config.optim.clip_grad, should_scale=config.engine.precision == "fp16")

@@ -26,7 +26,7 @@ from pretrain.engine.distributed import all_gather_rows
 from pretrain.evaluation.accuracy import describe_restriction, evaluate, match_classes, no_usable_image
 from pretrain.evaluation.probe import NEIGHBORS, LinearProbe, extract_features, knn_correct, select_samples
 from pretrain.model.build import build_model
-from pretrain.model.fast.ways import find_ways
+from pretrain.model.fast.registry import find_fast_paths
 from pretrain.model.formats import some
 from pretrain.monitor.damage import check_shards, describe_bad_image, share_bad_images
 from pretrain.weights.run_model import build_trained, is_run
@@ -71,8 +71,8 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
     restriction = describe_restriction(head, val, data.val_except)
     check_shards([val] if train is None else [val, train], checksums=data.check == "checksums")
     weights.model.to(device)
-    if device.type == "cpu" and (ways := find_ways(weights.model)):
-        ways.use_cpu_way(weights.model)
+    if device.type == "cpu" and (paths := find_fast_paths(weights.model)):
+        paths.use_cpu_path(weights.model)
     rank, hosts = dist.get_rank(), distributed.gather_hosts()
     placement = Placement(device, engine.micro_batch, rank, len(hosts), ranks_on_node=hosts.count(hosts[rank]))
     if train is not None and probe is not None:

@@ -132,7 +132,7 @@ def test_a_job_is_killed_resumed_on_fewer_ranks_evaluated_exported_and_fine_tune
         shutil.rmtree(later)
     output = jobs.run(tmp_path, drawn, *options, ranks=1)
     assert f"resumed at step 2 of 8 from a checkpoint of 2 ranks, ZeRO-{stage}" in output
-    assert "computing: PyTorch's operators (no faster way exists for " in output
+    assert "computing: PyTorch's operators (no fast path exists for " in output
     after = {record["step"]: record["loss"] for record in jobs.metrics(tmp_path, "train")}
     assert list(after) == list(range(1, 9))
     for step in set(before) - {1, 2}:

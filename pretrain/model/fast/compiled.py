@@ -1,7 +1,7 @@
 """Compiles each block of a VAN by torch.compile as one graph, when it first runs.
 
-    compile_blocks(model)
-    restore_reference(model)
+compile_blocks(model)
+restore_reference(model)
 """
 
 import torch

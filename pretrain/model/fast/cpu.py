@@ -1,6 +1,6 @@
 """VAN on a CPU: the parts of training that PyTorch's operators are slow at, computed in other ways with the same values.
 
-    use_cpu_way(model)         # a VAN; evaluation and tracing keep the reference
+    use_cpu_path(model)         # a VAN; evaluation and tracing keep the reference
     restore_reference(model)
 
 oneDNN, which computes PyTorch's convolutions, is slow in three parts of a depthwise convolution: dilation, the weight gradient of kernels
@@ -30,7 +30,7 @@ from pretrain.model.fast.swap import swap_class
 _BYTES_AT_A_TIME = 2 * 2**20
 
 
-def use_cpu_way(model: nn.Module) -> None:
+def use_cpu_path(model: nn.Module) -> None:
     """Swaps the classes of a VAN's modules for those of this file. Parameters, names and state dict stay; other models stay as they are."""
     for module in model.modules():
         if isinstance(module, van.LKA):
@@ -48,7 +48,7 @@ def use_cpu_way(model: nn.Module) -> None:
 
 
 def restore_reference(model: nn.Module) -> None:
-    """Undoes `use_cpu_way`."""
+    """Undoes `use_cpu_path`."""
     for module in model.modules():
         if isinstance(module, DepthwiseConv2d | Mlp | GELU):
             swap_class(module, type(module).__bases__[0])

@@ -1,4 +1,4 @@
-"""Exchanges the class of a module: its parameters, buffers, hooks and children stay."""
+"""Swaps the class of a module: its parameters, buffers, hooks and children stay."""
 
 from torch import nn
 

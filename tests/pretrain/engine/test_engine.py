@@ -27,7 +27,7 @@ def run(
     from pretrain.engine import distributed
     from pretrain.engine.batch_stats import BatchStats, synchronize_batch_norms
     from pretrain.engine.engine import build_engine
-    from pretrain.engine.fast_ways import use_fast_ways
+    from pretrain.engine.fast_paths import use_fast_paths
     from pretrain.engine.guard import Guard
     from pretrain.model.fast.channels_last import use_channels_last
     from pretrain.model.fast.cuda_graphs import graph_stages
@@ -47,7 +47,7 @@ def run(
     for number in config.model.checkpoint_stages:
         network.stages[number].grad_checkpointing = True
     update_statistics_once(network)
-    use_fast_ways(network, config, torch.device("cpu"))
+    use_fast_paths(network, config, torch.device("cpu"))
     built = build_engine(config, network, settings.accumulation(config, dist.get_world_size()))
     stats, guard, losses = BatchStats(network, 0.9), Guard(built, clip=clip, should_scale=config.engine.precision == "fp16"), []
     if graphs:

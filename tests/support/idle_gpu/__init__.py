@@ -89,8 +89,8 @@ class IdleGpu:
 
 def skip_trials() -> None:
     """Lets this process use kernels and graphs without comparing their results, as such a GPU computes none."""
-    from pretrain.engine import fast_ways
+    from pretrain.engine import fast_paths
     from pretrain.model.fast import cuda_graphs
 
-    fast_ways._find_kernel_fault = lambda *_: None
+    fast_paths._find_kernel_fault = lambda *_: None
     cuda_graphs._distance = lambda *_: 0.0

@@ -1,4 +1,4 @@
-"""The CPU way computes what PyTorch's operators compute, and can be taken out again."""
+"""The CPU path computes what PyTorch's operators compute, and can be taken out again."""
 
 import copy
 
@@ -21,7 +21,7 @@ def depthwise(dim: int, kernel_size: int, dilation: int) -> nn.Conv2d:
 
 
 def swapped(layer: nn.Module) -> nn.Module:
-    """Returns a copy of a layer that computes in the CPU way."""
+    """Returns a copy of a layer that computes in the CPU path."""
     layer = copy.deepcopy(layer)
     layer.__class__ = cpu.Mlp if isinstance(layer, van.Mlp) else cpu.DepthwiseConv2d
     return layer
@@ -37,7 +37,7 @@ def outputs_and_gradients(layer: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def errors(layer: nn.Module, x: Tensor) -> tuple[list[float], list[float]]:
-    """Returns the relative distances of `outputs_and_gradients` under autocast from float64: the CPU way's and PyTorch's."""
+    """Returns the relative distances of `outputs_and_gradients` under autocast from float64: the CPU path's and PyTorch's."""
     exact = outputs_and_gradients(layer.double(), x.double())
     layer = layer.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -130,7 +130,7 @@ def test_a_step_of_a_model(drop: float) -> None:
     """Values, gradients, BatchNorm statistics, and the draws of dropout and stochastic depth."""
     reference = small_model(drop_path_rate=0.3, proj_drop_rate=drop).double()
     model = copy.deepcopy(reference)
-    cpu.use_cpu_way(model)
+    cpu.use_cpu_path(model)
     assert list(model.state_dict()) == list(reference.state_dict())
     for ours, expected in zip(step(model, torch.float64), step(reference, torch.float64), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-10)
@@ -140,7 +140,7 @@ def test_a_step_of_a_model(drop: float) -> None:
 def test_it_can_be_taken_out_again() -> None:
     reference = small_model(drop_path_rate=0.3)
     model = copy.deepcopy(reference)
-    cpu.use_cpu_way(model)
+    cpu.use_cpu_path(model)
     types = [type(module) for module in model.modules()]
     assert {cpu.DepthwiseConv2d, cpu.GELU, cpu.Mlp} <= set(types)
     cpu.restore_reference(model)
@@ -153,7 +153,7 @@ def test_evaluation_and_traces_run_the_reference(monkeypatch: pytest.MonkeyPatch
     """Except dilated convolutions in inference mode, which are exact."""
     model = small_model().eval()
     expected = model(images())
-    cpu.use_cpu_way(model)
+    cpu.use_cpu_path(model)
     calls = []
     monkeypatch.setattr(cpu, "depthwise_conv2d", lambda x, *_: calls.append(x) or x)
     monkeypatch.setattr(cpu, "mlp", lambda x, *_: calls.append(x) or x)

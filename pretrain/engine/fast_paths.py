@@ -1,6 +1,6 @@
-"""Chooses how a job's model computes: by PyTorch's operators, or by the faster ways of pretrain/model/fast that the settings ask for.
+"""Chooses how a job's model computes: by PyTorch's operators, or by the fast paths of pretrain/model/fast that the settings ask for.
 
-log.line(use_fast_ways(model, config, device))      # before the engine is built
+log.line(use_fast_paths(model, config, device))      # before the engine is built
 log.line(use_graphs(engine, config))                # before the first step
 """
 
@@ -14,36 +14,36 @@ from torch import Tensor, nn
 from pretrain.config import Config
 from pretrain.engine.precision import DTYPES, autocast, resolve_precision
 from pretrain.model.fast.cuda_graphs import CudaGraph
-from pretrain.model.fast.ways import Ways, find_ways
+from pretrain.model.fast.registry import FastPaths, find_fast_paths
 
 # Relative error (norm of the difference over the norm) of a block's output and of each gradient; rounding to bf16 stays well below.
 TOLERANCE = 0.05
 
 
-def use_fast_ways(model: nn.Module, config: Config, device: torch.device) -> str:
-    """Puts the ways that the settings ask for into a model that will train on `device`; returns a line for the log.
+def use_fast_paths(model: nn.Module, config: Config, device: torch.device) -> str:
+    """Applies the fast paths that the settings ask for to a model that will train on `device`; returns a line for the log.
 
     model.kernels=auto uses Triton's kernels if they run and agree with PyTorch; with model.kernels=triton a fault is a ValueError. On a CPU
-    a model trains in the CPU way of its class, unless it is compiled.
+    a model trains in the CPU path of its class, unless it is compiled.
     """
-    settings, chosen, ways = config.model, [], find_ways(model)
-    if settings.kernels == "torch" and ways is not None:
+    settings, chosen, paths = config.model, [], find_fast_paths(model)
+    if settings.kernels == "torch" and paths is not None:
         fault: str | None = "as model.kernels=torch asks"
     else:
-        fault = f"there are none for {type(model).__name__}" if ways is None else _find_kernel_fault(model, ways, config, device)
+        fault = f"there are none for {type(model).__name__}" if paths is None else _find_kernel_fault(model, paths, config, device)
     if settings.kernels == "triton" and fault is not None:
         raise ValueError(f"model.kernels=triton can't be used: {fault}; model.kernels=auto takes Triton where it runs")
-    if ways is None:
-        return f"computing: PyTorch's operators (no faster way exists for {type(model).__name__})"
+    if paths is None:
+        return f"computing: PyTorch's operators (no fast path exists for {type(model).__name__})"
     if fault is None:
-        ways.use_kernels(model)
+        paths.use_kernels(model)
         chosen.append("Triton's kernels")
     if settings.compile:
-        ways.compile_blocks(model)
+        paths.compile_blocks(model)
         chosen.append("compiled blocks")
     elif device.type == "cpu":
-        ways.use_cpu_way(model)
-        chosen.append("the CPU way")
+        paths.use_cpu_path(model)
+        chosen.append("the CPU path")
     computing = " and ".join(chosen) or "PyTorch's operators"
     return f"computing: {computing}" + (f" (no Triton kernels: {fault})" if fault else "")
 
@@ -53,25 +53,25 @@ def use_graphs(engine: Any, config: Config) -> str:
 
     Call this last: neither the model's operators nor the addresses of its parameters and buffers may change afterwards.
     """
-    ways = find_ways(engine.module)
-    if engine.device.type != "cuda" or ways is None:
+    paths = find_fast_paths(engine.module)
+    if engine.device.type != "cuda" or paths is None:
         return f"CUDA graphs: none for {type(engine.module).__name__} on a {engine.device.type}"
     size, precision = config.data.image_size, DTYPES[config.engine.precision]
     images = torch.empty(config.engine.micro_batch, 3, size, size, device=engine.device).to(memory_format=torch.channels_last)
     # Without autocast's cache of cast weights: a replayed graph would keep using the old ones.
     with torch.autocast("cuda", precision, enabled=precision is not torch.float32, cache_enabled=False):
-        return ways.graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
+        return paths.graph_stages(engine.module, engine.reductions.mark_ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))
 
 
-def _find_kernel_fault(model: nn.Module, ways: Ways, config: Config, device: torch.device) -> str | None:
+def _find_kernel_fault(model: nn.Module, paths: FastPaths, config: Config, device: torch.device) -> str | None:
     """Returns why Triton's kernels can't compute a model's blocks on this device, or None if they can.
 
     Tries a block of each stage on random feature maps of the job's size, which also compiles the kernels of the first step.
     """
-    reason = ways.why_no_kernels(model, device)
+    reason = paths.why_no_kernels(model, device)
     if reason is not None:
         return reason
-    for number, (block, channels, reduction) in enumerate(ways.list_blocks(model)):
+    for number, (block, channels, reduction) in enumerate(paths.list_blocks(model)):
         size = -(-config.data.image_size // reduction)
         try:
             distance = _distance(block, ways, (4, channels, size, size), config, device)
@@ -86,7 +86,7 @@ def _distance(block: nn.Module, ways: Ways, shape: tuple[int, ...], config: Conf
     """Returns the largest relative error of a block's output and gradients, by kernels against PyTorch's fp32."""
     reference = copy.deepcopy(block).to(device).train()
     swapped = copy.deepcopy(reference)
-    ways.use_kernels(swapped)
+    paths.use_kernels(swapped)
     generator = torch.Generator(device).manual_seed(0)
     x, grad = (torch.randn(shape, generator=generator, device=device) for _ in range(2))
     expected = _values_and_gradients(reference, x, grad, torch.autocast(device.type, enabled=False))
