@@ -74,7 +74,7 @@ def _find_kernel_fault(model: nn.Module, paths: FastPaths, config: Config, devic
     for number, (block, channels, reduction) in enumerate(paths.list_blocks(model)):
         size = -(-config.data.image_size // reduction)
         try:
-            distance = _distance(block, ways, (4, channels, size, size), config, device)
+            distance = _distance(block, paths, (4, channels, size, size), config, device)
         except Exception as error:  # of any kind (compiler, driver, launch): the job can run without the kernels
             return f"stage {number}: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         if not distance <= TOLERANCE:  # also if the distance is NaN
@@ -82,7 +82,7 @@ def _find_kernel_fault(model: nn.Module, paths: FastPaths, config: Config, devic
     return None
 
 
-def _distance(block: nn.Module, ways: Ways, shape: tuple[int, ...], config: Config, device: torch.device) -> float:
+def _distance(block: nn.Module, paths: FastPaths, shape: tuple[int, ...], config: Config, device: torch.device) -> float:
     """Returns the largest relative error of a block's output and gradients, by kernels against PyTorch's fp32."""
     reference = copy.deepcopy(block).to(device).train()
     swapped = copy.deepcopy(reference)
