@@ -1,10 +1,10 @@
-"""Random erasing on the device: fills boxes of normalized images with noise, different in each pixel and channel.
+"""Random erasing on the device: fills boxes of normalized images with noise that differs in each pixel and channel.
 
     noise = NoiseBank(image_size=224, device=device)
     noise.erase(images, drawn.erased)        # in place
 
-DALI can fill a box only with a constant, and the noise must be a function of (seed, epoch, sample id). So the numbers are drawn once,
-and a box takes a slice of them whose start is drawn for the sample. In a step this is only a copy.
+DALI can fill a box only with a constant, and the noise must be a function of (seed, epoch, sample id). So a bank of numbers is drawn
+once, and each box copies a slice of the bank that starts at an offset drawn for the sample.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ from data.common.counter_rng import Draw, standard_normal
 
 
 class NoiseBank:
-    """Standard normal numbers on a device, the same in every process. `image_size` is in pixels of a side."""
+    """Standard normal numbers on a device, the same in every process. `image_size` is the side of an image in pixels."""
 
     def __init__(self, image_size: int, device: torch.device) -> None:
         count = NOISE_STARTS + 3 * image_size**2

@@ -1,16 +1,17 @@
-"""Image operators as nodes of a DALI graph: the resize, and the operators of RandAugment and color jitter.
+"""Adds image operators to a DALI graph: the resize, and the operators of RandAugment and color jitter.
 
     images = resize(images, size, linear, resizer)              # inside a pipeline_def with enable_conditionals
     inputs = compute_operator_inputs(layer, mirrored, linear, 224)      # NumPy arrays, the graph's inputs for one layer
     images = apply_layer(images, branch, matrix, value, fill)
 
-Only the resize differs between CPU and GPU: torch's resizes uint8 with vector instructions, in less than a third of the time of DALI's,
-and gives Pillow's pixels (`python -m benchmarks.loader.augmentation_cpu`).
+Only the resize differs between CPU and GPU. On a CPU it is torch's, which uses vector instructions for uint8, takes less than a third of
+the time of DALI's and gives Pillow's pixels (`python -m benchmarks.loader.augmentation_cpu`).
 
-DALI's auto_aug lacks some of timm's operators and its noise on magnitudes, has its own random numbers, and on a CPU spends most of its
-time in warp_affine. Here each sample takes the one branch of its operator. Operators of the same arithmetic share a branch: all geometry
-is one homography, sharpness one 3 x 3 filter, saturation one matrix over the channels. Pixels equal those of Pillow, which timm uses,
-except for rounding and, in geometry, the kernel of the bicubic interpolation (tests/data/augment/test_operators.py has the tolerances).
+DALI's auto_aug lacks some of timm's operators and timm's noise on magnitudes, draws its own random numbers, and on a CPU spends most of
+its time in warp_affine. Here each sample takes only the branch of its operator. Operators with the same arithmetic share a branch: all
+geometry is one homography, sharpness one 3 x 3 filter, saturation one matrix over the channels. Pixels equal those of Pillow, which timm
+uses, except for rounding and, in geometry, the kernel of the bicubic interpolation (tests/data/augment/test_operators.py has the
+tolerances).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -26,10 +27,7 @@ from data.augment.randaugment import Layer, Operator
 
 
 class Branch:
-    """The branches of the graph, with the meaning of `matrix` and `value`.
-
-    They are plain integers, because DALI compares nodes only with those.
-    """
+    """The branches of the graph, with the meaning of `matrix` and `value`; plain integers, because DALI compares nodes only with those."""
 
     NONE = 0
     WARP_CUBIC = 1  # matrix: homography, from pixels of the result to those of the image
@@ -37,7 +35,7 @@ class Branch:
     SCALE = 3  # value: brightness
     INVERT = 4
     SOLARIZE = 5  # value: lowest intensity that is inverted, at most 255
-    SOLARIZE_ADD = 6  # value: is added to intensities below 128; at most 128
+    SOLARIZE_ADD = 6  # value: added to intensities below 128; at most 128
     POSTERIZE = 7  # value: mask of the bits that are kept
     FILTER = 8  # matrix: weights of a pixel and its neighbors
     COLOR = 9  # matrix: from channels to channels
@@ -64,13 +62,13 @@ _BRANCHES = np.array([_BRANCH.get(operator, Branch.WARP_CUBIC) for operator in O
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R 601, as in Pillow's convert("L")
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13  # Pillow's ImageFilter.SMOOTH
 _CENTER = np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
-# Pillow truncates where DALI rounds. A little less than a half, because sums that should be integers are a little smaller.
+# Pillow truncates, DALI rounds. Slightly less than a half, because sums that should be integers are slightly smaller.
 _TRUNCATE = 0.499
 _ALL_BITS = Constant(np.uint8(255))
 
 
 class CpuResizer:
-    """Resizes the images of a batch in a thread pool, with antialiasing, as Pillow does to within 1 of 255."""
+    """Resizes the images of a batch in a thread pool, with antialiasing; pixels are within 1 of 255 of Pillow's."""
 
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
@@ -80,7 +78,6 @@ class CpuResizer:
         return list(self._pool.map(_resize_one, images, sizes, linear))
 
     def close(self) -> None:
-        """Ends the threads."""
         self._pool.shutdown()
 
 
@@ -93,7 +90,7 @@ def _resize_one(image: np.ndarray, size: np.ndarray, linear: np.ndarray) -> np.n
 def resize(images: Any, size: Any, linear: Any, on_cpu: CpuResizer) -> Any:
     """Adds the resize, with antialiasing, of uint8 HWC images.
 
-    `size` is a node of int32 (height, width), `linear` one of 1 for bilinear interpolation and 0 for bicubic.
+    `size` is a node of int32 (height, width); `linear` is a node, 1 for bilinear interpolation and 0 for bicubic.
     """
     if images.device == "cpu":
         return fn.python_function(images, size, linear, function=on_cpu, batch_processing=True, output_layouts="HWC")
@@ -110,8 +107,8 @@ def compute_operator_inputs(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Computes the graph's inputs for one layer over n samples.
 
-    Geometry is that of the mirrored image where `mirrored`, bool (n,), because the graph mirrors last; `linear`, bool (n,), interpolates
-    it bilinearly. Returns Branch int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,).
+    Where `mirrored`, bool (n,), is true, the geometry is that of the mirrored image, because the graph mirrors last. Where `linear`,
+    bool (n,), is true, geometry is interpolated bilinearly. Returns Branch int32 (n,), matrix float32 (n, 3, 3) and value float32 (n,).
     """
     operator, argument = layer.operator, layer.argument
     branch = _BRANCHES[operator]
@@ -168,7 +165,7 @@ def apply_layer(images: Any, branch: Any, matrix: Any, value: Any, fill: list[fl
     elif branch == Branch.POSTERIZE:
         result = images & fn.cast(value, dtype=DALIDataType.UINT8)
     elif branch == Branch.FILTER:
-        weights = matrix.gpu() if images.device == "gpu" else matrix  # an input of this operator, an argument of others
+        weights = matrix.gpu() if images.device == "gpu" else matrix  # an input of this operator, but an argument of the others
         result = fn.filter(images, weights, border="clamp")
     elif branch == Branch.COLOR:
         result = fn.coord_transform(images, M=matrix, T=-_TRUNCATE, dtype=DALIDataType.UINT8)
@@ -193,7 +190,7 @@ def _contrast(images: Any, factor: Any) -> Any:
 
 
 def _auto_contrast(images: Any) -> Any:
-    """Scales each channel so that its least and greatest values become 0 and 255, unless they are equal."""
+    """Scales each channel so that its minimum becomes 0 and its maximum 255, unless they are equal."""
     low = fn.cast(fn.reductions.min(images, axes=[0, 1], keep_dims=True), dtype=DALIDataType.FLOAT)
     high = fn.cast(fn.reductions.max(images, axes=[0, 1], keep_dims=True), dtype=DALIDataType.FLOAT)
     flat = high == low
@@ -202,6 +199,6 @@ def _auto_contrast(images: Any) -> Any:
 
 
 def _equalize(images: Any) -> Any:
-    # Pillow's cumulative histogram begins with 0; that of OpenCV, which DALI uses, with the count of the least value. On the negative
-    # image the two agree.
+    # Pillow's cumulative histogram begins with 0; that of OpenCV, which DALI uses, begins with the count of the lowest value. On the
+    # inverted image the two agree.
     return fn.equalize(images ^ _ALL_BITS) ^ _ALL_BITS

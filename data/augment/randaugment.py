@@ -18,7 +18,7 @@ from data.settings import Policy
 
 
 class Operator(IntEnum):
-    """Operators on an image, with the meaning of the argument. From AUTO_CONTRAST on, they have the order of timm's list."""
+    """Operators on an image, with the meaning of the argument; from AUTO_CONTRAST on, in the order of timm's list."""
 
     NONE = 0
     AUTO_CONTRAST = 1
@@ -27,7 +27,7 @@ class Operator(IntEnum):
     ROTATE = 4  # degrees, counter-clockwise
     POSTERIZE = 5  # bits that are kept
     SOLARIZE = 6  # lowest intensity that is inverted
-    SOLARIZE_ADD = 7  # is added to intensities below 128
+    SOLARIZE_ADD = 7  # added to intensities below 128
     COLOR = 8  # saturation: 0 gray, 1 unchanged
     CONTRAST = 9  # 0 the mean gray, 1 unchanged
     BRIGHTNESS = 10  # 0 black, 1 unchanged
@@ -88,8 +88,8 @@ def _compute_argument(operator: np.ndarray, level: np.ndarray, sign: np.ndarray,
 def draw_color_jitter(seed: int, epoch: int, ids: np.ndarray, strength: float) -> list[Layer]:
     """Draws the layers of color jitter: brightness, contrast and saturation in a random order.
 
-    Factors are uniform in [max(0, 1 - strength), 1 + strength], as in torchvision.transforms.ColorJitter, which timm uses with one strength
-    and without hue.
+    Factors are uniform in [max(0, 1 - strength), 1 + strength], as in torchvision.transforms.ColorJitter, which timm uses with the same
+    strength for all three and without hue.
     """
     rank = hash64(seed, Draw.JITTER_ORDER, epoch, ids[:, None], np.arange(JITTER_LAYERS)).argsort(axis=1)
     low, high = max(0.0, 1 - strength), 1 + strength

@@ -1,11 +1,11 @@
-"""The augmentation of a job: draws all parameters of its samples, for the loader, `data order` and `data preview`.
+"""Draws all augmentation parameters of a job's samples, for the loader, `data order` and `data preview`.
 
     recipe = Recipe(seed, settings)
     drawn = recipe.draw(epoch, ids, copies, index.samples[ids])
     mix = recipe.draw_mix(epoch, ids, copies)    # for pairs of neighbors; None without mixup and cutmix
 
-The parameters are pure functions of (seed, epoch, sample id, copy). Copies are those of repeated augmentation; copy 0 has the parameters
-of a sample that is not repeated.
+The parameters are pure functions of (seed, epoch, sample id, copy). Repeated augmentation makes several copies of a sample; copy 0 has the
+parameters of a sample that is not repeated.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from data.augment.randaugment import JITTER_LAYERS, Layer, draw_color_jitter, dr
 from data.augment.sampling import Mix, draw_bilinear, draw_crops, draw_erased_boxes, draw_flips, draw_mix, draw_noise_starts
 from data.settings import DataConfig, parse_policy
 
-_COPY_BITS = 48  # above those of sample ids
+_COPY_SHIFT = 48  # the copy takes the bits above those of the sample id
 
 
 @dataclass(frozen=True, eq=False)
 class ErasedBoxes:
     """The boxes that are erased in n samples, int32 (n, count, 4): y, x, height, width.
 
-    A height of 0 stands for no box. `starts`, int64 (n, count), is where the noise of each box begins in the bank (erasing.py).
+    A height of 0 means no box. `starts`, int64 (n, count): where in the bank (erasing.py) the noise of each box begins.
     """
 
     boxes: np.ndarray
@@ -59,7 +59,9 @@ class Recipe:
     @property
     def layers(self) -> int:
         """The number of layers of operators. As in timm, RandAugment turns color jitter off."""
-        return self._policy.layers if self._policy else JITTER_LAYERS if self.settings.color_jitter else 0
+        if self._policy:
+            return self._policy.layers
+        return JITTER_LAYERS if self.settings.color_jitter else 0
 
     def draw(self, epoch: int, ids: np.ndarray, copies: np.ndarray, rows: np.ndarray) -> AugmentParameters:
         """Draws the parameters of samples with these ids and copies, int64 (n,), and rows of the index."""
@@ -83,7 +85,7 @@ class Recipe:
         )
 
     def draw_mix(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> Mix | None:
-        """Draws how pairs of neighbors are mixed; the first of the `ids` and `copies` is that of an even slot."""
+        """Draws how pairs of neighbors are mixed; `ids` and `copies` start at an even slot."""
         settings = self.settings
         if not (settings.mixup or settings.cutmix):
             return None
@@ -99,4 +101,4 @@ class Recipe:
 
 
 def _draw_ids(ids: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    return ids + (copies << _COPY_BITS)
+    return ids + (copies << _COPY_SHIFT)

@@ -1,4 +1,4 @@
-"""Random augmentation parameters: pure functions of (seed, epoch, sample id), as arrays over a batch.
+"""Draws augmentation parameters: pure functions of (seed, epoch, sample id), as arrays over a batch.
 
     crops = draw_crops(seed, epoch, ids, widths, heights)
     mirror = draw_flips(seed, epoch, ids)
@@ -6,8 +6,8 @@
     mix = draw_mix(seed, epoch, ids[::2], image_size=224, mixup=0.8, cutmix=1.0)
 
 Epochs count from 0, `ids` are (n,), and sizes are in pixels. RandAugment and color jitter are in randaugment.py; recipe.py draws all
-parameters that a job's settings require. They do not depend on micro-batches, ranks or restarts. A mix belongs to a pair of neighboring
-slots (2i, 2i + 1) of the global batch and is a function of the even slot's sample.
+parameters that a job's settings require. Parameters do not depend on micro-batches, ranks or restarts. A mix belongs to a pair of
+neighboring slots (2i, 2i + 1) of the global batch and is a function of the even slot's sample.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import numpy as np
 from data.common.counter_rng import Draw, hash64, uniform
 
 _TRIES = 10
-_ERASED_AREA = (0.02, 1 / 3)  # timm's RandomErasing: share of the image's area, and
+_ERASED_AREA = (0.02, 1 / 3)  # fraction of the image's area, as in timm's RandomErasing
 _ERASED_RATIO = (0.3, 1 / 0.3)  # height to width
 NOISE_STARTS = 1 << 20  # positions in the bank of numbers (erasing.py) at which the noise of a box can begin
 _BETA_TRIES = 16
@@ -35,9 +35,9 @@ def draw_crops(
 ) -> np.ndarray:
     """Draws random resized crops, with the algorithm of torchvision's RandomResizedCrop.get_params, which timm shares.
 
-    Up to ten tries draw a share of the image's area, uniform in `scale`, and a ratio of width to height, log-uniform in `ratio`. The
-    first window that fits gets a uniform position. If no window fits, the result is the central window of the nearest ratio that is
-    allowed. Returns int32 (n, 4): y, x, height, width.
+    Up to ten tries draw a fraction of the image's area, uniform in `scale`, and a ratio of width to height, log-uniform in `ratio`. The
+    first window that fits gets a uniform position. If no window fits, the result is the central window with the nearest allowed ratio.
+    Returns int32 (n, 4): y, x, height, width.
     """
     ids, widths, heights = ids[:, None], widths[:, None].astype(np.int64), heights[:, None].astype(np.int64)
     tries = np.arange(_TRIES)
@@ -67,7 +67,7 @@ def draw_flips(seed: int, epoch: int, ids: np.ndarray, probability: float = 0.5)
 def draw_bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, use: int) -> np.ndarray:
     """Draws which samples are interpolated bilinearly rather than bicubically: bool (n,).
 
-    `interpolation` is bilinear, bicubic or random; `use` is 0 for the resize, from 1 on for the layers of operators.
+    `interpolation` is bilinear, bicubic or random; `use` is 0 for the resize and counts the layers of operators from 1.
     """
     if interpolation == "random":
         return uniform(seed, Draw.INTERPOLATION, epoch, ids, use) < 0.5
@@ -77,7 +77,7 @@ def draw_bilinear(seed: int, epoch: int, ids: np.ndarray, interpolation: str, us
 def draw_erased_boxes(seed: int, epoch: int, ids: np.ndarray, *, image_size: int, probability: float, count: int = 1) -> np.ndarray:
     """Draws the boxes of random erasing, with the algorithm of timm's RandomErasing (arXiv 1708.04896).
 
-    With `probability` an image has one to `count` boxes. Each has up to ten tries of an area, uniform between 2 % and a third of the
+    With `probability` an image has one to `count` boxes. For each, up to ten tries draw an area, uniform between 2 % and a third of the
     image's and divided by the number of boxes, and a log-uniform ratio of height to width. The first box that is smaller than the image
     gets a uniform position. Returns int32 (n, count, 4): y, x, height, width; all 0 without a box.
     """
@@ -109,7 +109,7 @@ class Mix:
     """How the two samples of each pair are mixed.
 
     Attributes:
-        box: int32 (pairs, 4), y0, y1, x0, x1 in pixels: the part that is swapped (cutmix). An empty box stands for a weighted mean of the
+        box: int32 (pairs, 4), y0, y1, x0, x1 in pixels: the part that is swapped (cutmix). An empty box means a weighted mean of the
             whole images (mixup).
         lam: float32 (pairs,): the weight of a sample's label, and in mixup of its pixels; 1 - lam is its partner's.
     """
@@ -123,7 +123,7 @@ def draw_mix(seed: int, epoch: int, even_ids: np.ndarray, *, image_size: int, mi
 
     `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), 0 for off; `switch` is the probability of cutmix if both are on. The box is
     that of timm's rand_bbox: sides of sqrt(1 - lam) times the image's, a uniform center, clipped at the borders. Then lam is corrected to
-    the share of a sample's remaining pixels.
+    the fraction of the sample's pixels that remain.
     """
     share_cut = switch if mixup > 0 and cutmix > 0 else float(cutmix > 0)
     cut = uniform(seed, Draw.MIX_KIND, epoch, even_ids) < share_cut

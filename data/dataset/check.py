@@ -1,8 +1,9 @@
-"""The check of a dataset's shards before a job starts, for datasets in folders.
+"""Checks the shards of a dataset in a folder before a job starts.
 
     faults = find_damaged_shards(index, range(rank, len(index.shards), ranks), checksums=False)
 
-index.py checks that all shards exist in their sizes. Shards at URLs are compared with their checksums when they are fetched (store.py).
+open_index checks that all shards exist and have the right size. Shards at URLs are checked against their checksums when they are fetched
+(store.py).
 """
 
 import os
@@ -21,7 +22,7 @@ _HEADER = tarfile.BLOCKSIZE
 
 
 def find_damaged_shards(index: Index, shards: Sequence[int], *, checksums: bool, quiet: bool = False) -> list[str]:
-    """Finds shards, by number, that differ from those that were packed; returns a message for each.
+    """Finds shards, by number, that have changed since they were packed; returns a message for each.
 
     With `checksums` every byte is read. Otherwise two small reads check the tar headers of the first and last image. A dataset at a URL
     is not checked.

@@ -1,4 +1,4 @@
-"""Headers of encoded images: checks that keep damaged files from DALI, and the JPEG headers that packing needs.
+"""Reads the headers of encoded images: checks that keep damaged files from DALI, and the JPEG headers that packing needs.
 
 check_header(encoded, width, height)        # raises BadImage; takes a few microseconds; safe in several threads
 width, height = read_image_size(encoded)
@@ -29,15 +29,15 @@ _SEGMENT = re.compile(rb"\xff+([\xc0-\xcf\xda-\xef\xfe])(..)", re.DOTALL)
 
 
 class BadImage(ValueError):
-    """An image that can't be used. The message is the reason, the same at every attempt to read the image."""
+    """An image that can't be used. The message is the reason, the same on every attempt to read the image."""
 
 
 @dataclass(frozen=True)
 class JpegHeader:
     """The header of a JPEG: `frame` is a key of FRAMES, `scan_start` the byte offset of the first scan's data.
 
-    `single_scan` is true if the first scan holds all components; `exif` is empty without such a segment; `unwanted` is a word for
-    content that should not be stored, such as "mpo". `stripped` is the header without that content and without metadata.
+    `single_scan` is true if the first scan holds all components; `exif` is empty without such a segment; `unwanted` names content that
+    should not be stored, such as "mpo". `stripped` is the header without that content and without metadata.
     """
 
     frame: int
@@ -49,7 +49,7 @@ class JpegHeader:
 
 
 def read_jpeg_header(encoded: bytes) -> JpegHeader:
-    """Reads the segments of a JPEG up to the first scan. Raises BadImage where one is damaged or cut short."""
+    """Reads the segments of a JPEG up to the first scan. Raises BadImage if one is damaged or truncated."""
     frame, components, exif, unwanted = 0, 0, b"", None
     stripped = [encoded[:2]]
     end = 2
@@ -71,13 +71,13 @@ def read_jpeg_header(encoded: bytes) -> JpegHeader:
             unwanted = "mpo"
         elif marker == 0xDA:
             return JpegHeader(frame, encoded[start] == components, end, exif, unwanted, b"".join(stripped))
-    raise BadImage("the JPEG's header is damaged or cut short")
+    raise BadImage("the JPEG's header is damaged or truncated")
 
 
 @functools.cache
 def nvimgcodec() -> ModuleType:
     """Imports the library with which DALI decodes images."""
-    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # read at the import; a failure to decode is seen in the result
+    os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # read on import; results show failures to decode
     return importlib.import_module("nvidia.nvimgcodec")
 
 
@@ -86,7 +86,7 @@ def check_header(encoded: np.ndarray, width: int, height: int) -> None:
 
     Raises:
         BadImage: the header can't be read or has another size in pixels; the format can make DALI abort the process; or a JPEG is
-            cut short. A JPEG that is cut short decodes while the crop lies above the cut, so it would be bad in some epochs only.
+            truncated. A truncated JPEG still decodes if the crop lies above the cut, so it would be bad in some epochs only.
     """
     try:
         stream = nvimgcodec().CodeStream(encoded)
@@ -100,13 +100,13 @@ def check_header(encoded: np.ndarray, width: int, height: int) -> None:
     if codec == "jpeg" and encoded[-2:].tobytes() != END_OF_IMAGE:  # most files end with the marker
         file = encoded.tobytes()
         if file.rfind(END_OF_IMAGE) < read_jpeg_header(file).scan_start:  # a marker before the scan belongs to a thumbnail
-            raise BadImage("the JPEG is cut short: its end is missing")
+            raise BadImage("the JPEG is truncated: its end is missing")
 
 
 def read_image_size(encoded: bytes) -> tuple[int, int]:
     """Reads width and height, in pixels, from the header of a JPEG, PNG or WebP.
 
-    Raises ValueError for any other format, and for more pixels a side than an index can hold.
+    Raises ValueError for any other format, and for a side longer than an index can hold.
     """
     try:
         with (
@@ -115,7 +115,7 @@ def read_image_size(encoded: bytes) -> tuple[int, int]:
         ):
             width, height = image.size
     except UnidentifiedImageError:
-        raise ValueError("its image is no JPEG, PNG or WebP, or its header is damaged") from None
+        raise ValueError("its image is not a JPEG, PNG or WebP, or its header is damaged") from None
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"its image can't be read ({error})") from error
     if max(width, height) > MAX_SIDE:

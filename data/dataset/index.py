@@ -1,9 +1,9 @@
-"""The index of a dataset: place, label and size of every sample, in a NumPy array that is memory-mapped.
+"""Reads and writes the index of a dataset: position, label and size of every sample, in a memory-mapped NumPy array.
 
     FOLDER/NAME-000000.tar …  the shards, each with an .idx beside it for DALI's reader (shards.py)
     FOLDER/index.npy          a row of 20 bytes for each sample (DTYPE), in shard order; a sample's id is its row
     FOLDER/classes.json       class names; a label is a position in this list
-    FOLDER/dataset.json       name, samples, bytes and checksum of each shard, the fingerprint, the settings of packing
+    FOLDER/dataset.json       name, samples, bytes and checksum of each shard; the fingerprint; the settings of packing
 
 dataset.json is written last; a folder without it is not a dataset.
 
@@ -48,7 +48,7 @@ class Index:
     """An open dataset.
 
     Attributes:
-        folder: has the files or, for a dataset at a URL, the cache of them.
+        folder: the dataset's folder or, for a dataset at a URL, the folder of its local copies.
         shard_start: int64 (shards + 1,): the id of each shard's first sample, then the number of samples.
         samples: a read-only map of index.npy, (N,) of DTYPE: byte offset of the encoded image in its shard, its size in bytes, label,
             width and height in pixels as stored, before EXIF orientation.
@@ -83,7 +83,7 @@ class Index:
 
 
 def compute_fingerprint(samples: np.ndarray, shards: Iterable[Shard]) -> str:
-    """Hashes the index rows and the names and checksums of the shards, which identify a dataset."""
+    """Hashes the index rows and the shards' names and checksums, which identify a dataset."""
     digest = new_hash()
     for start in range(0, len(samples), _HASH_ROWS):
         digest.update(samples[start : start + _HASH_ROWS].tobytes())
@@ -116,11 +116,11 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes: bool = True) -> Index:
-    """Opens the dataset in a folder or at a URL, of which `cache` is the folder for local copies (choose_cache_root).
+    """Opens the dataset in a folder or at a URL; `cache` is the folder for local copies of a URL's files (choose_cache_root).
 
     Raises:
         ValueError: the place does not exist, can't be read or is not a dataset; or, with `sizes`, a shard is missing or has another size
-            than when it was packed. Sizes on web servers are not known before they are fetched.
+            than when it was packed. Sizes on web servers are known only after fetching.
     """
     remote = Remote(str(place)) if is_url(place) else None
     folder = Path(place)
@@ -136,15 +136,15 @@ def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes
         raise ValueError(f"{place} is a dataset of format {description.get('format')}, not {FORMAT}; pack or index it again")
     try:
         shards = tuple(Shard(**shard) for shard in description["shards"])
-        expected, identity = (description["samples"], description["classes"]), description["fingerprint"]
+        expected, fingerprint = (description["samples"], description["classes"]), description["fingerprint"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{place}: dataset.json is damaged ({error}); pack or copy the dataset again") from error
     if sizes:
         _check_sizes(place, shards, remote.list_sizes() if remote else _read_sizes(folder, shards))
 
     if remote is not None:
-        folder = choose_cache_root(cache) / identity
-        _fetch_index(remote, folder, shards, identity, texts)
+        folder = choose_cache_root(cache) / fingerprint
+        _fetch_index(remote, folder, shards, fingerprint, texts)
     try:
         samples = np.load(folder / "index.npy", mmap_mode="r")
     except Exception as error:  # NumPy parses the header as Python, which raises errors of many types
@@ -162,7 +162,7 @@ def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes
         shard_start=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
         samples=samples,
         classes=tuple(classes),
-        fingerprint=identity,
+        fingerprint=fingerprint,
         remote=remote,
     )
 
@@ -202,12 +202,12 @@ def _check_sizes(place: str | os.PathLike[str], shards: Iterable[Shard], sizes: 
         raise ValueError(f"{place}: {'; '.join(faults[:5])}{more}. Copy these shards again from where the dataset was packed")
 
 
-def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], expected: str, texts: Mapping[str, bytes]) -> None:
-    """Fetches index.npy into the cache and writes the texts beside it. An index of another fingerprint is rejected."""
+def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], fingerprint: str, texts: Mapping[str, bytes]) -> None:
+    """Fetches index.npy into the cache and writes the texts beside it. An index with another fingerprint is rejected."""
 
     def check(path: Path) -> None:
         samples = np.load(path, mmap_mode="r")
-        if samples.dtype != DTYPE or compute_fingerprint(samples, shards) != expected:
+        if samples.dtype != DTYPE or compute_fingerprint(samples, shards) != fingerprint:
             raise ValueError("not the index that belongs to dataset.json; copy both again from where the dataset was packed")
 
     cache = Cache(folder)
@@ -227,7 +227,7 @@ def read_key(index: Index, sample_id: int) -> str:
 
 
 def fetch_idx(index: Index, shard: int) -> Path:
-    """Returns the path of a shard's .idx, which is fetched first for a dataset at a URL."""
+    """Returns the path of a shard's .idx; for a dataset at a URL, fetches the file first."""
     path = (index.folder / index.shards[shard].name).with_suffix(".idx")
     remote = index.remote
     if remote is not None and not path.exists():

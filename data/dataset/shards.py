@@ -1,10 +1,10 @@
-"""Tar shards in WebDataset's layout, with an .idx file for DALI's reader: writes and reads them.
+"""Writes and reads tar shards in WebDataset's layout, with an .idx file for DALI's reader.
 
     KEY.cls   the label, as decimal text
     KEY.jpg   the encoded image (or KEY.jpeg, .png, .webp)
 
-The bytes of a shard depend on its samples alone: not on times, users or modes of the machine. A shard gets its final name once it is
-complete. Shards of other writers can be read too: with any letter case, other members, and labels in a .json.
+The bytes of a shard depend on its samples alone, not on times, users or file modes. A shard gets its final name once it is complete. Shards
+of other writers can be read too: with any letter case, other members, and labels in a .json.
 """
 
 import itertools
@@ -27,7 +27,7 @@ from data.dataset.headers import read_image_size
 from data.dataset.index import DTYPE, Index, Shard, open_index, write_index
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_TAR_OVERHEAD = 2048  # two headers, the label and padding
+TAR_OVERHEAD = 2048  # bytes per sample: two headers, the label and padding
 _BLOCK_BYTES = 1 << 20
 _END_OF_TAR = bytes(512)
 # Names of the members that form a sample: as in webdataset.tariterators, base_plus_ext and tar_file_iterator's skip_meta. But hidden
@@ -41,7 +41,7 @@ _IDX_SAFE = string.punctuation.replace("%", "")
 class Sample:
     """A sample to be written.
 
-    `key` has no dot, where WebDataset ends a key, and at most 95 bytes, which fit a plain tar header.
+    `key` has no dot, because WebDataset ends a key at a dot, and at most 95 bytes, which fit a plain tar header.
     """
 
     key: str
@@ -54,8 +54,7 @@ class Sample:
 class Member:
     """A file in a tar, with the offset and size of its data in bytes.
 
-    Its key is the name up to the first dot of its base name, its extension the rest, in lower case. `data` is empty where only headers
-    were read.
+    `key` is the name up to the first dot of the base name, `extension` the rest, in lower case. `data` is empty if only headers were read.
     """
 
     key: str
@@ -65,7 +64,7 @@ class Member:
     data: bytes = b""
 
 
-# From a sample's members to its label, width and height in pixels. Raises ValueError for a sample that can't be used.
+# From a sample's members to its label, width and height (in pixels). Raises ValueError for a sample that can't be used.
 Describe = Callable[[list[Member]], tuple[int, int, int]]
 
 
@@ -73,7 +72,7 @@ Describe = Callable[[list[Member]], tuple[int, int, int]]
 class ShardContents:
     """The contents of a shard: keys and index rows of its samples, the text of its .idx, and faults by sample number.
 
-    Where only headers were read, checksum, labels, widths and heights are empty or 0.
+    If only headers were read, checksum, labels, widths and heights are empty or 0.
     """
 
     shard: Shard
@@ -84,9 +83,9 @@ class ShardContents:
 
 
 def write_dataset(out: Path, samples: Iterable[Sample], classes: Sequence[str], *, shard_bytes: int, name: str) -> Index:
-    """Writes samples, in their order, to NAME-000000.tar … of about `shard_bytes` in an existing folder, as a dataset.
+    """Writes samples, in their order, as a dataset in an existing folder: NAME-000000.tar … of about `shard_bytes` each.
 
-    Raises ValueError where there are no samples, or one can't be used.
+    Raises ValueError if there are no samples or one can't be used.
     """
     samples = iter(samples)
     shards: list[Shard] = []
@@ -107,7 +106,7 @@ def _fill_shard(samples: Iterator[Sample], shard_bytes: int) -> Iterator[Sample]
     filled = 0
     for sample in samples:
         yield sample
-        filled += len(sample.encoded) + _TAR_OVERHEAD
+        filled += len(sample.encoded) + TAR_OVERHEAD
         if filled >= shard_bytes:
             return
 
@@ -128,7 +127,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> tuple[Shard, np.ndarra
 
 
 def find_image(sample: list[Member]) -> Member:
-    """Returns the image among a sample's members. Raises ValueError for no image and for two members of one extension."""
+    """Returns the image among a sample's members. Raises ValueError for no image and for two members with one extension."""
     by_extension = {member.extension: member for member in sample}
     if len(by_extension) < len(sample):
         raise ValueError(f"it has several members of one extension: {_extensions(sample)}")
@@ -176,7 +175,7 @@ def _extensions(sample: list[Member]) -> str:
 def read_shard(path: Path, describe: Describe | None = describe_sample) -> ShardContents:
     """Reads a shard once from start to end. Without `describe` only headers are read, about 4 KB a sample.
 
-    Raises ValueError for a file that can't be read, is cut short or is no tar.
+    Raises ValueError for a file that can't be read, is truncated or is not a tar.
     """
     keys: list[str] = []
     rows: list[tuple[int, int, int, int, int]] = []
@@ -218,7 +217,7 @@ class _HashedReader:
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """Raises an error for a damaged or missing header, which tarfile takes for the end of the archive."""
+    """A TarInfo that raises an error for a damaged or missing header, which tarfile treats as the end of the archive."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -233,8 +232,8 @@ class StrictTarInfo(tarfile.TarInfo):
 def read_samples(file: Any, *, data: bool) -> Iterator[list[Member]]:
     """Yields the samples of a tar as WebDataset does: consecutive members of one key.
 
-    With `data` the file needs only read(). Otherwise only headers are read, by seeking. Raises tarfile.TarError for a file that is cut
-    short, damaged or no tar.
+    With `data` the file needs only read(). Otherwise only headers are read, by seeking. Raises tarfile.TarError for a file that is
+    truncated, damaged or not a tar.
     """
     with tarfile.open(fileobj=file, mode="r|" if data else "r:", tarinfo=StrictTarInfo) as tar:
         for _, members in itertools.groupby(_members(tar, data), key=operator.attrgetter("key")):
@@ -262,6 +261,6 @@ def format_idx_line(sample: list[Member]) -> str:
 
 
 def write_idx(path: Path, text: str) -> None:
-    """Writes the text of an .idx file, which appears once it is complete."""
+    """Writes the text of an .idx file atomically."""
     with open_to_replace(path, encoding="ascii") as file:
         file.write(text)

@@ -28,6 +28,7 @@ from data.common.counter_rng import Draw, hash64
 from data.common.files import sync
 from data.common.progress import report_progress
 from data.dataset.headers import BadImage
+from data.dataset.shards import TAR_OVERHEAD
 from data.packing.images import ImageRules, StoredImage, convert_image
 from data.packing.labels import escape_name
 from data.packing.sources import ENTRY, SHARDS, Container, Source, read_entry
@@ -35,7 +36,6 @@ from data.packing.workers import Run
 
 HOLDOUT_SPLIT = "val"
 _MEASURED_ENTRIES = 256  # entries whose stored size is measured
-_TAR_OVERHEAD = 2048  # bytes per sample: two headers, the label and padding
 _MAX_FILE_BYTES = 1 << 30  # no image file is larger, and reading a larger file could exhaust the memory
 
 
@@ -164,7 +164,7 @@ def write_plan(folder: Path, source: Source, settings: Settings, made: dict[str,
             f"{source.root}: {plan.describe_path(one)} and {plan.describe_path(other)} have the same key, {plan.read_key(one)}"
         )
 
-    cost = entries["size"][order] * measure_stored_share(plan) + _TAR_OVERHEAD
+    cost = entries["size"][order] * measure_stored_share(plan) + TAR_OVERHEAD
     shards: list[PlannedShard] = []
     first = 0
     for split, count in ((settings.split, int(np.count_nonzero(~held))), (HOLDOUT_SPLIT, int(np.count_nonzero(held)))):

@@ -8,10 +8,10 @@
 
     FOLDER/train-000000.tar          a complete, checked shard; processes that need it hold a shared lock
     FOLDER/train-000001.tar.part     a download, of the shard's final size; the downloading process holds an exclusive lock
-    FOLDER/reserved-…                one for each process, which holds its lock; its size is the reservation
+    FOLDER/reserved-…                one per process, which holds a lock on it; the size of the file is the reservation
     FOLDER/lock                      locked while any of the above changes
 
-All locks are flock's, which end with their process. A killed process leaves no locks, and its partial downloads are overwritten or
+All locks are flock's, which end with their process. So a killed process leaves no locks, and its partial downloads are overwritten or
 evicted. Only shards count toward the bound and are evicted; the index and .idx files stay.
 """
 
@@ -36,15 +36,17 @@ _SHARDS = (".tar", ".tar.part")
 def choose_cache_root(configured: str | None) -> Path:
     """Returns the configured folder for caches, or one in the node's scratch space if the environment names that.
 
-    Raises ValueError where neither exists. There is no default such as /tmp, which is often held in memory.
+    Raises ValueError without either. There is no default such as /tmp, which is often held in memory.
     """
+    if configured is not None:
+        return Path(configured)
     scratch = os.environ.get("SLURM_TMPDIR") or os.environ.get("TMPDIR")
-    if configured is None and scratch is None:
+    if scratch is None:
         raise ValueError(
             "a dataset at a URL needs a folder for local copies, best on a local disk of the node: set data.cache=FOLDER "
             "(--cache FOLDER for python -m data); without it SLURM_TMPDIR or TMPDIR is used, but neither is set"
         )
-    return Path(configured) if configured is not None else Path(scratch or "") / f"van-pretrain-{os.getuid()}"
+    return Path(scratch) / f"van-pretrain-{os.getuid()}"
 
 
 class Cache:
@@ -58,18 +60,18 @@ class Cache:
             raise ValueError(f"{folder}: can't be created ({error}); set data.cache to a folder that you may write to") from error
 
     def keep(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Returns the path of a file that is never evicted; `write` makes it, at a temporary path, if it does not exist."""
+        """Returns the path of a file that is never evicted; if it does not exist, `write` makes it at a temporary path."""
         os.close(self.pin(name, 0, write))
         return self.folder / name
 
     def pin(self, name: str, size: int, write: Callable[[Path], None], stop: threading.Event | None = None) -> int:
-        """Opens a file for reading, which is not evicted before its descriptor is passed to `release`.
+        """Opens a file for reading and protects it from eviction until its descriptor is passed to `release`.
 
         If the file does not exist, one process writes it while the others wait.
 
         Args:
-            size: its bytes, for which room is made; 0 for files that are no shards.
-            write: is called with the path of a temporary file, which is renamed when `write` returns. Its errors are raised.
+            size: its size in bytes, for which room is made; 0 for files other than shards.
+            write: called with the path of a temporary file, which is renamed when `write` returns. Errors of `write` are raised.
             stop: ends the wait for another process or for room.
 
         Raises:
@@ -110,24 +112,22 @@ class Cache:
         return descriptor
 
     def _claim(self, part: Path, size: int) -> int | None:
-        """Opens and locks a temporary file of `size` bytes; returns None if another process has it or room is missing."""
+        """Opens and locks a temporary file of `size` bytes; returns None if another process holds it or there is no room yet."""
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT, 0o644)
         if not _try_lock(descriptor):
             os.close(descriptor)
             return None
+        is_allocated = False
         try:
-            if self._allocate(part, descriptor, size):
-                return descriptor
-            part.unlink()
-            os.close(descriptor)
-            return None
-        except BaseException:
-            part.unlink()
-            os.close(descriptor)
-            raise
+            is_allocated = self._allocate(part, descriptor, size)
+        finally:
+            if not is_allocated:
+                part.unlink()
+                os.close(descriptor)
+        return descriptor if is_allocated else None
 
     def _allocate(self, part: Path, descriptor: int, size: int) -> bool:
-        """Allocates a file's final size, evicting shards if needed; returns False where the bound leaves no room yet."""
+        """Allocates a file's final size, evicting shards if needed; returns False if the bound leaves no room yet."""
         os.ftruncate(descriptor, 0)
         if not size:
             return True
@@ -162,9 +162,9 @@ class Cache:
     def reserve(self, at_least: int, wanted: int) -> Iterator[int]:
         """Reserves bytes that this process may pin at the same time, and yields their number.
 
-        The number is `wanted`, or `at_least` where other processes have left less room. All reservations together never exceed the bound.
-        So a process that waits for room waits for files that are being released or can be evicted, and processes never wait for each
-        other. Raises ValueError where there is no room for `at_least`.
+        The number is `wanted`, or `at_least` if other processes have left less room. All reservations together never exceed the bound.
+        So a process that waits for room waits only for files that are being released or can be evicted, and processes can't deadlock.
+        Raises ValueError if there is no room for `at_least`.
         """
         with self._locked():
             self._shrink(self.bound)
@@ -213,7 +213,7 @@ class Cache:
 
 
 def release(descriptor: int) -> None:
-    """Releases a pinned file, which may then be evicted, after all files that were released before."""
+    """Releases a pinned file: it may then be evicted, after all files that were released earlier."""
     now = time.time_ns()
     os.utime(descriptor, ns=(now, now))  # the kernel's clock for file times has steps of milliseconds
     os.close(descriptor)

@@ -1,11 +1,11 @@
-"""Access to datasets at URLs (s3://, gs://, https://, file:// and other protocols of fsspec): lists, reads and downloads files.
+"""Lists, reads and downloads files of datasets at URLs (s3://, gs://, https://, file:// and other protocols of fsspec).
 
     remote = Remote("s3://bucket/in22k/train")
     json.loads(remote.read("dataset.json"))
     remote.download("train-000000.tar", path, check=check, limit=shard.bytes, stop=stop)
 
 Credentials and endpoints come from where the store's tools look for them (AWS_PROFILE, AWS_ENDPOINT_URL, …) or from fsspec's
-configuration (FSSPEC_S3_ANON=true, ~/.config/fsspec). A request that fails is tried again, with growing pauses.
+configuration (FSSPEC_S3_ANON=true, ~/.config/fsspec). A failed request is retried with exponential backoff.
 """
 
 import math
@@ -26,19 +26,18 @@ _BLOCK_BYTES = 16 << 20  # size of one request, which bounds a download's memory
 
 
 class Stopped(Exception):
-    """A wait or download was stopped, because its result is no longer needed."""
+    """A wait or download was stopped because its result is no longer needed."""
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
-    """Returns whether a place is a URL rather than a folder."""
     return "://" in str(place)
 
 
 class Remote:
     """A folder at a URL.
 
-    Raises ValueError for a protocol that is unknown or whose package is not installed. The methods raise ValueError with the URL,
-    the reason and the number of tries.
+    Raises ValueError if the protocol is unknown or its package is not installed. The methods raise ValueError with the URL, the reason
+    and the number of tries.
     """
 
     def __init__(self, url: str) -> None:
@@ -65,7 +64,7 @@ class Remote:
         return self._persist(name, once, stop)
 
     def list_sizes(self) -> dict[str, int] | None:
-        """Lists the bytes of each file by name; returns None for web servers and without permission to list."""
+        """Lists the size of each file in bytes, by name; returns None for web servers and without permission to list."""
         if self.url.startswith("http"):
             return None
         self._fs.invalidate_cache(self._path)
@@ -82,7 +81,7 @@ class Remote:
     ) -> None:
         """Downloads a file of at most `limit` bytes over an existing file.
 
-        A ValueError from `check`, which is called with its path, counts as a failed try. Raises ValueError where every try failed, and
+        `check` is called with the path of the file; its ValueError counts as a failed try. Raises ValueError if every try failed, and
         Stopped soon after `stop` is set.
         """
         stop = stop or threading.Event()
@@ -101,7 +100,7 @@ class Remote:
         self._persist(name, once, stop)
 
     def _persist(self, name: str, action: Callable[[], T], stop: threading.Event | None = None) -> T:
-        """Returns the result of `action`, which is called until it succeeds, TRIES times at most."""
+        """Calls `action` until it succeeds, at most TRIES times, and returns its result."""
         for tried in range(1, TRIES + 1):
             try:
                 return action()

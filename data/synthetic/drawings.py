@@ -1,4 +1,4 @@
-"""The drawings of synthetic datasets: ten patterns that fill an image, and sixty figures, each a shape with a surface.
+"""Draws the images of synthetic datasets: ten patterns that fill an image, and sixty figures, each a shape with a surface.
 
 Colors, position, scale, angle, shading and noise are random in every image. So the mean color does not reveal the class, and a
 network has to recognize form. All classes survive mirroring and moderate crops. Some images are gray.
@@ -120,12 +120,12 @@ def _rotate(x: np.ndarray, y: np.ndarray, angle: float) -> tuple[np.ndarray, np.
 
 
 def _cover(distance: np.ndarray, scale: float) -> np.ndarray:
-    """Returns the share of each pixel inside, float32 (H, W), from signed distances in units of 1 / scale pixels."""
+    """Returns the covered fraction of each pixel, float32 (H, W), from signed distances in units of 1 / scale pixels."""
     return np.clip(0.5 + distance / scale, 0, 1).astype(np.float32)
 
 
 def _draw_colors(count: int, gap: float, random: np.random.Generator) -> np.ndarray:
-    """Draws colors (count, 3) whose luminances, 0 to 255, differ by at least `gap`: they differ in gray too."""
+    """Draws colors (count, 3) whose luminances, 0 to 255, differ by at least `gap`, so they differ in gray too."""
     while True:
         colors = random.uniform(10, 245, (count, 3))
         if np.diff(np.sort(colors @ LUMA)).min() >= gap:

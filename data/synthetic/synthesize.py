@@ -72,7 +72,7 @@ def synthesize(
     seed: int = 0,
     photographs: bool = False,
 ) -> tuple[Index, Index]:
-    """Writes OUT/train and OUT/val, with so many images of the first `classes` of a set, or of all.
+    """Writes OUT/train and OUT/val, with `train` and `val` images of the first `classes` of a set (by default of all).
 
     Raises ValueError for more classes than the set has, and for an OUT that is not empty.
     """

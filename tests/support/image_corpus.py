@@ -237,7 +237,7 @@ def _list_bad() -> Iterator[Case]:
     yield Case("drawing.svg", b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', bad="not an image")
     yield Case("print.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", bad="not an image")
     for part in range(1, 20):
-        yield Case(f"cut {part}.jpg", plain[: len(plain) * part // 20], bad="cut short|[Pp]remature|damaged")
+        yield Case(f"cut {part}.jpg", plain[: len(plain) * part // 20], bad="truncated|[Pp]remature|damaged")
     yield Case("no end.jpg", plain[:-2], bad="Premature end")
     yield Case("zeros at the tail.jpg", plain[:-150] + bytes(150), bad="Corrupt JPEG data|Premature end")
     yield Case("zeros within.jpg", plain[: scan + 90] + bytes(60) + plain[scan + 150 :], bad="Corrupt JPEG data")

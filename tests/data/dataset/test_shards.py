@@ -133,8 +133,8 @@ def test_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
         ({"jpg": JPEGS[0]}, "it has jpg, and no cls"),
         ({"cls": b"1", "b.jpg": JPEGS[0]}, "it has cls, b.jpg, and no jpg or jpeg or png or webp"),
         ({"cls": b"cat", "jpg": JPEGS[0]}, "its .cls holds b'cat' instead of a number"),
-        ({"cls": b"1", "jpg": reencode(JPEGS[0], "GIF")}, "its image is no JPEG, PNG or WebP"),
-        ({"cls": b"1", "jpg": b""}, "its image is no JPEG, PNG or WebP"),
+        ({"cls": b"1", "jpg": reencode(JPEGS[0], "GIF")}, "its image is not a JPEG, PNG or WebP"),
+        ({"cls": b"1", "jpg": b""}, "its image is not a JPEG, PNG or WebP"),
         ({"cls": b"1", "jpg": JPEGS[0], "JPG": JPEGS[1]}, "it has several members of one extension: cls, jpg, jpg"),
     ],
 )
