@@ -15,8 +15,7 @@ from data.dataset.index import Index, read_key
 def list_parameters(recipe: Recipe, epoch: int, ids: np.ndarray, copies: np.ndarray, index: Index) -> list[dict[str, str]]:
     """Lists, for each sample, the name and value of each augmentation parameter that the settings use.
 
-    `ids` are those of consecutive slots from an even one on, and `copies` says which copy of its sample each slot holds. Both samples of
-    a pair have the same `mix`.
+    `ids` and `copies` are those of consecutive slots that start at an even one. Both samples of a pair have the same `mix`.
     """
     drawn = recipe.draw(epoch, ids, copies, index.samples[ids])
     columns = {

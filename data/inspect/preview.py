@@ -43,9 +43,9 @@ class Picture:
 
 
 def write_preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], images: int) -> None:
-    """Writes a .png of the first `images` slots of each step, and of as many samples of data.val, if there is one.
+    """Writes a .png of the first `images` slots of each step, and of as many samples of data.val, if set.
 
-    Raises ValueError for another file extension, and for a step that the epoch does not have.
+    Raises ValueError for another file extension, and for a step outside of the epoch.
     """
     if out.suffix != ".png":
         raise ValueError(f"{out}: a preview is a .png")
@@ -64,9 +64,9 @@ def write_preview(job: JobData, out: Path, *, epoch: int, steps: Sequence[int], 
 
 
 def load_step(index: Index, order: SampleOrder, settings: DataConfig, epoch: int, step: int, images: int) -> list[Picture]:
-    """Loads the first slots of a training step, as many as divide the global batch, up to `images`.
+    """Loads the first slots of a training step, at most `images`, a divisor of the global batch.
 
-    Raises ValueError for a step that the epoch does not have.
+    Raises ValueError for a step outside of the epoch.
     """
     is_mixed = bool(settings.mixup or settings.cutmix)
     divisors = [count for count in range(1, min(images, order.global_batch) + 1) if order.global_batch % count == 0]

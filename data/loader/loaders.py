@@ -11,7 +11,7 @@
         for batch in loader: …                     # all samples again, with the same pipeline
 
 DALI decodes the crop, resizes, applies the operators of RandAugment or color jitter, and normalizes. The graph is the same on a CPU and
-on a GPU, to which encoded bytes are copied; pixels are never copied back. pipeline.py runs the graph.
+on a GPU. Only encoded bytes are copied to a GPU, and pixels are never copied back. pipeline.py runs the graph.
 """
 
 import itertools
@@ -49,7 +49,7 @@ class TrainLoader(Loader):
     """Loads one rank's micro-batches of the steps from `start` up to `end`, in slot order.
 
     Steps count from the start of training. Ranks and micro-batch must divide the global batch of `order`. Steps for which `is_skipped`
-    returns True have no batches. `quarantine` has the known bad samples. The ranks of a node share the cache of a dataset at a URL.
+    returns True have no batches. `quarantine` holds the known bad samples. The ranks of a node share the cache of a dataset at a URL.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class TrainLoader(Loader):
         self._noise.erase(images, erased)
 
     def _draw_mix(self, slots: Slots) -> Mix | None:
-        """Draws the mix for the samples of the order, not for replacements: partners of bad samples keep their mix."""
+        """Draws the mix for the samples of the order, not for their replacements, so partners of bad samples keep their mix."""
         return self.recipe.draw_mix(slots.epoch, slots.ids, slots.copies)
 
     def _define_graph(self, encoded: Any, start: Any, shape: Any, size: Any, linear: Any, mirror: Any, *layers: Any) -> tuple[Any, Any]:
@@ -124,11 +124,11 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """Loads one rank's samples, each once an iteration. The last micro-batch may be smaller; steps count from 0.
+    """Loads one rank's samples, each once per iteration. The last micro-batch may be smaller; steps count from 0.
 
-    The images are those of timm's evaluation transform: bicubic with antialiasing, the shorter side to image_size / eval_crop, then the
-    central square of image_size; with eval_resize "squash" directly to image_size x image_size. Bad samples are skipped, so a
-    `quarantine` must not replace them. `samples` are ascending ids; without them, those of select_evaluated are loaded.
+    As in timm's evaluation transform, the shorter side is resized to image_size / eval_crop, bicubic with antialiasing, and the central
+    square of image_size is cut out; with eval_resize "squash" images are resized to image_size x image_size. Bad samples are skipped, so
+    `quarantine` must not replace them. `samples` are ascending ids, by default those of select_evaluated.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class EvalLoader(Loader):
 
 
 def select_evaluated(index: Index, settings: DataConfig) -> np.ndarray:
-    """Returns the ids of the samples to evaluate, int64 and ascending: all but those of the classes in data.val_except.
+    """Returns the ids of the samples to evaluate, int64 and ascending: all except those of the classes in data.val_except.
 
     Raises ValueError for a name in data.val_except that is not a class.
     """

@@ -1,9 +1,9 @@
-"""The sample order: pure functions from (seed, epoch, step) to the sample ids of a global batch.
+"""Computes the sample order: pure functions from (seed, epoch, step) to the sample ids of a global batch.
 
     order = SampleOrder(index.shard_start, seed=0, global_batch=8192)
     epoch, step_in_epoch = order.locate(step)
     ids = order.batch(epoch, step_in_epoch)[select_rank_slots(8192, rank, ranks)]
-    for use in plan_shard_uses(order, select_rank_slots(8192, rank, ranks), start, end): …      # shards that are needed, and when
+    for use in plan_shard_uses(order, select_rank_slots(8192, rank, ranks), start, end): …      # the shards needed, and when
 
 The layout of an epoch, for N samples, a global batch of G, S = N // G steps and L lanes:
 
@@ -19,8 +19,8 @@ sequence, while a global batch mixes L windows of different shards. The order do
 costs the same: only its windows are permuted.
 
 With repeated augmentation (Hoffer et al., "Augment your batch", CVPR 2020; as DeiT's RASampler) a global batch holds G/R distinct samples,
-R times each. The layout above is that of the distinct samples, with G/R in place of G: an epoch is still one pass over the data, and has
-R times as many steps. The distinct samples are concatenated R times. So neighbors, which mixup pairs, are never copies of one sample, and
+R times each. The layout above is that of the distinct samples, with G/R in place of G: an epoch is still one pass over the data, but has R
+times as many steps. The distinct samples are concatenated R times. So neighbors, which mixup pairs, are never copies of one sample, and
 with R ranks or more the copies of a sample are on different ranks.
 """
 
@@ -37,7 +37,7 @@ from data.settings import DataConfig
 
 
 def count_lanes(global_batch: int, lanes: int) -> int:
-    """Returns the largest divisor of the global batch up to `lanes`, so that all lanes give equally many samples."""
+    """Returns the largest divisor of the global batch up to `lanes`, so that all lanes contribute equally many samples."""
     return next(count for count in range(min(lanes, global_batch), 0, -1) if global_batch % count == 0)
 
 
@@ -67,12 +67,13 @@ class SampleOrder:
 
     Args:
         shard_start: int64 (shards + 1,): the id of each shard's first sample, then the number of samples.
-        lanes: the most lanes.
+        lanes: the maximum number of lanes.
         window: samples of a lane that are permuted together.
-        repeats: how many times each sample of a global batch is in it.
+        repeats: the number of copies of each sample in a global batch.
 
     Raises:
-        ValueError: the dataset is smaller than one global batch, or `repeats` doesn't divide it into more than one distinct sample.
+        ValueError: the dataset is smaller than one global batch, or `repeats` does not divide the global batch into more than one
+            distinct sample.
     """
 
     shard_start: np.ndarray
@@ -86,11 +87,11 @@ class SampleOrder:
         divisors = [count for count in range(1, self.global_batch) if self.global_batch % count == 0] or [1]
         if self.repeats not in divisors:
             raise ValueError(
-                f"a global batch of {self.global_batch} can't hold samples {self.repeats} times each, and more than one of them; "
+                f"a global batch of {self.global_batch} can't hold {self.repeats} copies each of more than one sample; "
                 f"numbers of repeats that work: {', '.join(map(str, divisors))}"
             )
         if self.samples < self.distinct:
-            needed = f"one global batch of {self.global_batch}" + (f" with {self.repeats} repeats takes" if self.repeats > 1 else "")
+            needed = f"one global batch of {self.global_batch}" + (f" with {self.repeats} repeats needs" if self.repeats > 1 else "")
             raise ValueError(f"the dataset has {self.samples} samples, fewer than {needed}; lower the global batch or use more data")
 
     @property
@@ -114,7 +115,7 @@ class SampleOrder:
         return self.samples // self.distinct
 
     def locate(self, step: int) -> tuple[int, int]:
-        """Returns epoch and step in the epoch of a step counted from 0 at the start of training."""
+        """Converts a step counted from 0 at the start of training to (epoch, step in the epoch)."""
         return divmod(step, self.steps_per_epoch)
 
     def batch(self, epoch: int, step: int) -> np.ndarray:
@@ -166,7 +167,7 @@ class ShardUse:
 def plan_shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> Iterator[ShardUse]:
     """Yields the uses of shards by one rank's slots in steps `start` to `end` - 1, in the order of first need.
 
-    A shard has a use for each of its slices: one in every lane and epoch. `last` is the end of the last window of the slice.
+    A shard has one use for each of its slices (_Slices) in every epoch. `last` is the end of the last window of the slice.
     """
     epoch = -1
     for step in range(start, end):
@@ -184,7 +185,7 @@ def plan_shard_uses(order: SampleOrder, slots: slice, start: int, end: int) -> I
 
 
 def compute_peak_bytes(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, start: int, end: int) -> int:
-    """Computes the most bytes of shards, int64 (shards,), that any rank needs in a step from `start` to `end` - 1."""
+    """Computes the most bytes of shards that any rank needs in a step from `start` to `end` - 1; `shard_bytes` is int64 (shards,)."""
     lanes = count_lanes(order.distinct, order.lanes)
     share, per_lane = order.global_batch // ranks, order.distinct // lanes
     # A rank's slots may continue from the last lane of one copy to the first lane of the next, so the lanes are laid out twice.

@@ -1,11 +1,11 @@
-"""The base of the data loaders: runs a DALI graph over micro-batches that are read ahead.
+"""Runs a DALI graph over micro-batches that are read ahead: the base class of the data loaders.
 
 A loader (loaders.py has two) lists the samples of its micro-batches (`_list_slots`), computes the parameters of each
 (`_compute_parameters`) and defines the graph (`_define_graph`). Threads read encoded images ahead and compute the parameters
 (read_ahead.py); labels and ids bypass DALI. One pipeline serves all epochs.
 
-A bad image goes into quarantine (quarantine.py) and is replaced, or skipped in evaluation. The threads find it when it can't be read or
-its header is wrong. Otherwise DALI fails on it: then each image inside DALI is decoded alone, and a new pipeline gets the good ones.
+A bad image goes into quarantine (quarantine.py) and is replaced, or skipped in evaluation. The reading threads find images that can't be
+read or have a wrong header. If DALI fails on any other image, each image in flight is decoded alone, and a new pipeline gets the good ones.
 """
 
 from collections import deque
@@ -89,13 +89,13 @@ CanDecode = Callable[[int, int, int, np.ndarray], bool]
 
 
 class Loader(AbstractContextManager):
-    """Runs a graph over a rank's micro-batches, in order. Subclasses implement the methods of the first part.
+    """Runs a graph over a rank's micro-batches, in order. Subclasses implement the methods before __init__.
 
     `dtypes` are DALI's types of the graph's parameters.
     """
 
     def _plan_uses(self) -> tuple[Iterable[ShardUse], int]:
-        """Plans the uses of shards of one pass over the slots; returns also the most bytes in use at once."""
+        """Plans the uses of shards of one pass over the slots; also returns the most bytes in use at once."""
         raise NotImplementedError
 
     def _list_slots(self) -> Iterator[Slots]:
@@ -123,7 +123,7 @@ class Loader(AbstractContextManager):
         self.device, self._dtypes = placement.device, dtypes
         self._store: ShardStore | None = None
         self._reader: ReadAhead[Slots, MicroBatch] | None = None
-        self._inside: deque[MicroBatch] = deque()  # inside DALI
+        self._in_flight: deque[MicroBatch] = deque()  # inside DALI
         self._retried: deque[MicroBatch] = deque()  # to be passed to DALI before those of the reader
         self._pipeline: Pipeline | None = None
         self._resizer = CpuResizer(settings.decode_threads)
@@ -174,7 +174,7 @@ class Loader(AbstractContextManager):
     def _read(self, slots: Slots, can_decode: CanDecode | None = None) -> MicroBatch:
         """Reads the images of slots, or of their replacements, and computes the parameters. Runs in the reading threads.
 
-        `can_decode` rejects images that DALI can't decode; with it, shards may no longer be booked.
+        `can_decode` rejects images that DALI can't decode. It is given for a second read, when shards may no longer be booked.
         """
         epoch = slots.epoch
         images = [self._read_image(*slot, epoch, can_decode) for slot in zip(slots.ids.tolist(), slots.copies.tolist(), strict=True)]
@@ -208,7 +208,7 @@ class Loader(AbstractContextManager):
             batch = self._retried.popleft() if self._retried else next(self._reader)
             self._store.advance(batch.slots.done)
             if len(batch.ids):
-                self._inside.append(batch)
+                self._in_flight.append(batch)
                 return [batch.encoded, *batch.parameters]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -223,7 +223,7 @@ class Loader(AbstractContextManager):
             while not self._closed:
                 if self._pipeline is None:
                     self._pipeline = self._build_pipeline(self.placement.micro_batch, self._feed, prefetch=2)
-                # On the consumer's stream, outputs are ready and are freed in that stream's order, without synchronization.
+                # Outputs become ready and are freed in the order of the consumer's stream, without synchronization.
                 stream = (torch.cuda.current_stream(self.device),) if self.device.type == "cuda" else ()
                 try:
                     (output,) = self._pipeline.run(*stream)
@@ -233,7 +233,7 @@ class Loader(AbstractContextManager):
                 except RuntimeError as error:
                     self._remove_bad(error)
                     continue
-                batch = self._inside.popleft()
+                batch = self._in_flight.popleft()
                 labels = torch.from_numpy(self.index.samples["label"][batch.ids].astype(np.int64))
                 if self.device.type == "cuda":
                     labels = labels.pin_memory().to(self.device, non_blocking=True)
@@ -243,20 +243,20 @@ class Loader(AbstractContextManager):
                 yield Batch(images, labels, batch.ids, batch.mix, batch.slots.epoch, batch.slots.step)
         finally:
             self._stop()
-            if self._inside:  # the consumer stopped early: this pipeline still holds batches of this pass
+            if self._in_flight:  # the consumer stopped early: this pipeline still holds batches of this pass
                 self._drop_pipeline()
 
     def _drop_pipeline(self) -> None:
         self._pipeline = None
-        self._inside.clear()
+        self._in_flight.clear()
         self._retried.clear()
 
     def _remove_bad(self, error: RuntimeError) -> None:
-        """Replaces the images that DALI can't decode in the micro-batches inside it.
+        """Replaces the images that DALI can't decode in the micro-batches in flight.
 
         The repaired micro-batches go to a new pipeline, as the old one is broken. Raises ValueError if DALI can decode every image alone.
         """
-        failed = list(self._inside)
+        failed = list(self._in_flight)
         decoder = SingleImageDecoder(self)
         repaired = [self._read(batch.slots, decoder.can_decode) for batch in failed]
         if all(np.array_equal(new.ids, old.ids) for new, old in zip(repaired, failed, strict=True)):
@@ -265,12 +265,12 @@ class Loader(AbstractContextManager):
                 f"{self.index.place}: DALI failed on samples {ids.min()} to {ids.max()}, each of which it can decode alone: {error}"
             ) from error
         self._pipeline = None
-        self._inside.clear()
+        self._in_flight.clear()
         self._retried.extendleft(reversed(repaired))
 
     @property
     def waited_for_shards_s(self) -> float:
-        """Seconds that all reading threads together have waited for shards to be fetched."""
+        """Seconds that all reading threads together have waited for fetched shards."""
         assert self._store is not None
         return self._store.waited_s
 
@@ -286,7 +286,7 @@ class Loader(AbstractContextManager):
 
 
 class SingleImageDecoder:
-    """CanDecode images one at a time, with the graph of a loader."""
+    """Decodes images one at a time, with the graph of a loader."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -294,7 +294,7 @@ class SingleImageDecoder:
         self._inputs: list[Any] = []
 
     def can_decode(self, epoch: int, sample: int, copy: int, encoded: np.ndarray) -> bool:
-        """Returns whether DALI can decode an encoded image, uint8 (bytes,), with the crop of this epoch."""
+        """Returns whether DALI can decode an encoded image, uint8 (bytes,), with its crop in this epoch: a CanDecode."""
         parameters, _ = self._loader._compute_parameters(epoch, np.array([sample]), np.array([copy]))
         self._inputs[:] = [[encoded], *parameters]
         if self._pipeline is None:

@@ -1,4 +1,4 @@
-"""The bad images that a job meets: records them, replaces them, and stops the job when there are too many.
+"""Records and replaces the bad images that a job meets, and stops the job when there are too many.
 
     quarantine = Quarantine(index, max_bad=0.001, file=RUN / "quarantine.jsonl")    # with the bad samples of earlier starts
     quarantine.find_replacement(sample_id)              # the sample itself or, if it is bad, its replacement
@@ -6,8 +6,8 @@
     new = quarantine.merge(entries_of_all_ranks)        # samples that are new to the job
     quarantine.record(new, step)                        # on one rank
 
-A replacement depends on the dataset and the known bad samples alone. A replacement that is bad too is found when it is read. So each
-bad sample is replaced by the next good one, on any rank and in whatever order the bad ones were found.
+A replacement depends only on the dataset and the known bad samples, and is itself checked when it is read. So each bad sample is replaced
+by the next good one, on any rank and in whatever order the bad ones were found.
 """
 
 import json
@@ -21,12 +21,12 @@ from pathlib import Path
 from data.common.files import open_to_replace
 from data.dataset.index import Index, read_key
 
-_NAMED = 5  # samples in the error of too many
+_NAMED = 5  # bad samples that the error lists
 
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that can't be used. `key` is None where the shard's .idx can't be read."""
+    """A sample that can't be used. `key` is None if the shard's .idx can't be read."""
 
     sample: int
     key: str | None
@@ -41,7 +41,7 @@ class Quarantine:
     """The bad samples of a dataset that this rank knows.
 
     Bad samples are replaced or, without `replaces`, skipped. `file` keeps the bad samples of all datasets of a run. Raises ValueError for
-    a file that can't be read, and, at the start or later, where the share of bad samples exceeds `max_bad`.
+    a file that can't be read, and, on creation or later, if the fraction of bad samples exceeds `max_bad`.
     """
 
     def __init__(self, index: Index, max_bad: float, file: Path | None = None, *, replaces: bool = True) -> None:
@@ -71,7 +71,7 @@ class Quarantine:
         return next((other for other in _candidates(self.index, sample) if other not in self._known), None)
 
     def add(self, sample: int, reason: str) -> None:
-        """Adds a bad sample. May be called from any thread. Raises ValueError when this rank alone knows too many."""
+        """Adds a bad sample, from any thread. Raises ValueError if this rank alone knows too many."""
         if sample in self._known:
             return
         shard = self.index.shards[self.index.shard_of(sample)].name
@@ -84,11 +84,11 @@ class Quarantine:
 
     @property
     def unreported_count(self) -> int:
-        """The number of bad samples that this rank has found and not yet reported to the others."""
+        """The number of bad samples that this rank has found but not yet reported to the others."""
         return len(self._unreported)
 
     def take_unreported(self) -> list[BadSample]:
-        """Returns the bad samples that this rank has to report to the others, and forgets that it has to."""
+        """Returns and clears the bad samples that this rank has not yet reported to the others."""
         with self._lock:
             taken, self._unreported = self._unreported, []
             return taken
@@ -102,7 +102,7 @@ class Quarantine:
         return list(new.values())
 
     def check(self) -> None:
-        """Raises ValueError, the same on all ranks, when all ranks together know more bad samples than are allowed."""
+        """Raises ValueError, the same on all ranks, if all ranks together know more bad samples than are allowed."""
         self._check_limit(self._merged)
 
     def _check_limit(self, bad: dict[int, BadSample]) -> None:
@@ -117,7 +117,7 @@ class Quarantine:
         )
 
     def record(self, new: Iterable[BadSample], step: int) -> None:
-        """Appends new bad samples, found by this step of training, to the file, which is replaced as a whole."""
+        """Appends bad samples that are new at this training step to the file, which is replaced atomically."""
         assert self.file is not None
         lines = self.file.read_text() if self.file.exists() else ""
         for bad in new:
@@ -128,7 +128,7 @@ class Quarantine:
 
 
 def _candidates(index: Index, sample: int) -> Iterator[int]:
-    """Yields the other samples of the dataset in the order in which they replace a sample."""
+    """Yields the other samples of the dataset in the order in which they may replace a sample."""
     shard = index.shard_of(sample)
     first, end = index.shard_start[shard : shard + 2].tolist()
     yield from range(sample + 1, end)
@@ -138,7 +138,7 @@ def _candidates(index: Index, sample: int) -> Iterator[int]:
 
 
 def try_read_key(index: Index, sample: int) -> str | None:
-    """Reads a sample's key; returns None where the .idx of its shard can't be read."""
+    """Reads a sample's key; returns None if the .idx of its shard can't be read."""
     try:
         return read_key(index, sample)
     except (OSError, ValueError):  # a damaged shard may have a damaged .idx, and messages name the sample's id too

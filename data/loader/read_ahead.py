@@ -1,10 +1,10 @@
-"""Reads items ahead of need, in threads beside the training thread.
+"""Reads items ahead in background threads.
 
     with ReadAhead(work, read, threads=4, depth=6) as reader:
         for result in reader:      # read(item) for each item of `work`, in that order
             …
 
-The threads also advance `work`, one at a time, so the consumer does not wait for its generator, which computes the sample order.
+The threads also advance `work`, one at a time, so the consumer does not wait for the generator that computes the sample order.
 """
 
 import threading
@@ -17,10 +17,10 @@ Result = TypeVar("Result")
 
 
 class ReadAhead(AbstractContextManager, Generic[Item, Result]):
-    """An iterator over the results of `read`, which several threads call, in the order of `work`.
+    """Iterates over the results of `read`, which several threads call, in the order of `work`.
 
-    At most `depth` items are read, or being read, beyond the last one that was returned. An error in `work` or `read` is raised at the
-    item's turn, and again on every later call.
+    At most `depth` items are read, or being read, beyond the last one that was returned. An error in `work` or `read` is raised when its
+    item is due, and again on every later call.
     """
 
     def __init__(self, work: Iterator[Item], read: Callable[[Item], Result], *, threads: int, depth: int) -> None:
@@ -76,7 +76,7 @@ class ReadAhead(AbstractContextManager, Generic[Item, Result]):
                 try:
                     raise result
                 finally:
-                    del result  # its traceback refers to this frame, and would keep the callers' frames until a garbage collection
+                    del result  # the traceback refers to this frame, and would keep the callers' frames until a garbage collection
             del self._results[self._returned]
             self._returned += 1
         self._room.release()

@@ -1,4 +1,4 @@
-"""Stores of encoded images: read a dataset's shards from any number of threads.
+"""Reads encoded images from a dataset's shards, from any number of threads.
 
     with ShardStore(index) as store:                                     # for a folder
         encoded = store.read(sample_id)
@@ -7,8 +7,8 @@
         encoded = store.read(sample_id)                                  # waits until the shard is fetched
         store.advance(step)                                              # releases the shards of earlier steps
 
-A read that fails is tried again, with growing pauses. If all tries fail, one image is bad: an OSError. A shard that can't be fetched
-from a URL is an outage: a ValueError.
+A failed read is retried with exponential backoff. If all tries fail, OSError is raised: one image is bad. If a shard can't be fetched from
+a URL, ValueError is raised: an outage.
 
 Threads of FetchedShards fetch the shards of `uses` (order.py) in that order, as far ahead as this process's part of the cache allows.
 """
@@ -43,7 +43,7 @@ _CLOSE_SECONDS = 1.0  # to wait for a download to stop; a stalled one ends later
 class _OpenShard:
     """A file descriptor that is closed when the last thread drops it.
 
-    If it were closed on eviction, another file could get its number while a thread is about to read.
+    If it were closed on eviction, another file could get the same number while a thread is about to read.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -83,7 +83,7 @@ class ShardStore(AbstractContextManager):
         """Reads the encoded image of a sample: uint8 (bytes,).
 
         Args:
-            planned: whether its shard is among the uses of FetchedShards, and no step that needs it is done.
+            planned: whether the sample's shard is among the uses of FetchedShards, and no step that needs the shard is done.
 
         Raises:
             OSError: every try failed; the message names the shard.
@@ -128,7 +128,7 @@ class ShardStore(AbstractContextManager):
             return file
 
     def advance(self, step: int) -> None:
-        """Releases shards that only steps before this one need; the images of those steps must have been read."""
+        """Releases the shards that only steps before this one need; the images of those steps must have been read."""
 
     def close(self) -> None:
         """Closes all files and ends waiting reads."""
@@ -143,7 +143,7 @@ class ShardStore(AbstractContextManager):
 
 @dataclass
 class _BookedShard:
-    """A booked shard: the number of its booked uses, and the result of fetching it once that has ended."""
+    """The number of booked uses of a shard, and the result of fetching the shard, None until then."""
 
     uses: int
     result: _PinnedShard | Exception | None = None
@@ -152,10 +152,10 @@ class _BookedShard:
 class FetchedShards(ShardStore):
     """Reads the shards of a dataset at a URL through the local cache of at most `cache_gb` (10^9 bytes).
 
-    A shard is pinned from the booking of its first use until the last step of its booked uses is read. Pinned shards fit into this
-    process's reservation: half of the bound, divided by the ranks of the node. The other half keeps shards for the next epoch, and has
-    room for another job. `uses` are booked in their order, that of first need, and all shards of one step, at most `peak_bytes`, fit, so
-    no step waits for a later one. Raises ValueError where `cache_gb` or the disk is too small.
+    Booking a use takes room for its shard. A shard stays pinned until the last step of its booked uses is read. Pinned shards fit into
+    this process's reservation: half of the bound, divided by the ranks of the node. The other half keeps shards for the next epoch, and
+    has room for another job. `uses` are booked in their order, that of first need. All shards of one step, at most `peak_bytes`, fit, so
+    no step waits for a later one. Raises ValueError if `cache_gb` or the disk is too small.
     """
 
     def __init__(self, index: Index, uses: Iterable[ShardUse], *, peak_bytes: int, cache_gb: float, ranks_on_node: int = 1) -> None:
@@ -188,7 +188,7 @@ class FetchedShards(ShardStore):
         """Fetches the next shard; returns False when there is none.
 
         This frame must hold no reference to a shard. A library that keeps an exception in a reference cycle keeps the exception's
-        frames until a garbage collection, and with them any shard, which would stay pinned.
+        frames until a garbage collection, and any shard in them would stay pinned.
         """
         shard = self._book()
         if shard is None:
@@ -208,7 +208,7 @@ class FetchedShards(ShardStore):
             self._changed.notify_all()
 
     def _book(self) -> int | None:
-        """Books uses, as soon as there is room, until a shard must be fetched; returns its number, None at the end."""
+        """Books uses, as soon as there is room, until a shard must be fetched; returns the shard's number, None at the end."""
         with self._next_lock:
             for use in self._uses:
                 with self._changed:
@@ -273,7 +273,7 @@ class FetchedShards(ShardStore):
 
 
 def fetch_shard(cache: Cache, index: Index, shard: int, stop: threading.Event | None = None) -> int:
-    """Fetches a shard into the cache unless it is there; returns a descriptor, to be released (cache.release)."""
+    """Fetches a shard into the cache unless it is there; returns a descriptor to pass to cache.release."""
     remote, expected = index.remote, index.shards[shard]
     assert remote is not None
 
@@ -308,6 +308,6 @@ def open_whole_shard(index: Index, shard: int) -> Iterator[Path]:
 
 
 def _round_up(gb: float) -> str:
-    """Rounds up to three digits."""
+    """Formats a size, rounded up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(gb)) - 2)
     return f"{math.ceil(gb / unit) * unit:.3g}"

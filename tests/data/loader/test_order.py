@@ -146,10 +146,10 @@ def test_batch_mixes_lanes_far_apart() -> None:
 def test_errors_name_values_that_work() -> None:
     with pytest.raises(ValueError, match="9 samples, fewer than one global batch of 10"):
         SampleOrder(shard_start(4, 5), seed=0, global_batch=10)
-    with pytest.raises(ValueError, match="9 samples, fewer than one global batch of 20 with 2 repeats takes"):
+    with pytest.raises(ValueError, match="9 samples, fewer than one global batch of 20 with 2 repeats needs"):
         SampleOrder(shard_start(4, 5), seed=0, global_batch=20, repeats=2)
     for repeats in (0, 5, 12):
-        with pytest.raises(ValueError, match=f"of 12 can't hold samples {repeats} times .*; numbers of repeats that work: 1, 2, 3, 4, 6$"):
+        with pytest.raises(ValueError, match=f"of 12 can't hold {repeats} copies .*; numbers of repeats that work: 1, 2, 3, 4, 6$"):
             SampleOrder(shard_start(100), seed=0, global_batch=12, repeats=repeats)
     with pytest.raises(ValueError, match="numbers of ranks that work: 1, 2, 3, 4, 6"):
         select_rank_slots(12, 0, 5)
