@@ -23,37 +23,37 @@ from pretrain.engine.distributed import gather_objects, run_on_rank_0
 from pretrain.run.directory import LATEST, TRAINER, checkpoint_name, list_checkpoints
 from pretrain.run.metrics import RunLog
 
-_SIZE_FACTOR = 1.05  # of a checkpoint to its state, for .metadata and for trainer.json with the names of all classes
+_SIZE_FACTOR = 1.05  # size of a checkpoint over that of its state: .metadata, and trainer.json with the names of all classes
 _COUNTER = "optimizer_steps"
 
 
 class SaveFailed(RuntimeError):
-    """Reports that the last state of a run is not on disk."""
+    """Reports that the final state of a run is not on disk."""
 
 
 class Checkpoints:
     """Saves and loads a run's checkpoints on one of its ranks. Construction, `save`, `load` and `roll_back` are collective.
 
-    A save that fails because of the disk is logged and dropped: training continues, and existing checkpoints stay.
+    A save that the disk refuses is logged and dropped: training continues, and existing checkpoints stay.
 
     Args:
         folder: RUN/checkpoints.
-        engine: DeepSpeed's, whose weights and optimizer states are saved and loaded.
+        engine: DeepSpeed's engine, whose weights and optimizer states are saved and loaded.
         stats: BatchNorm's statistics, which are saved and loaded too.
-        retention: decides which checkpoints to keep.
+        retention: selects the checkpoints to keep.
         lock: of the run directory.
-        log: gets lines, and a record of each save: "checkpoint" with step, bytes, blocked_s (training's wait), total_s and mb_per_s (of
+        log: gets lines, and a record of each save: "checkpoint" with step, bytes, blocked_s (wait of training), total_s and mb_per_s (of
             writing); or "save_failed" with step and reason.
     """
 
     def __init__(self, folder: Path, engine: Any, stats: BatchStats, *, retention: Retention, lock: RunLock, log: RunLog):
         self.folder, self.engine, self.stats = folder, engine, stats
         self.retention, self.lock, self.log = retention, lock, log
-        self.group = dist.new_group(backend="gloo")  # for the writing thread, beside the collectives of training
+        self.group = dist.new_group(backend="gloo")  # for the writer thread, concurrent with the collectives of training
         self.rank = dist.get_rank()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._unsaved: str | None = None  # the reason why the last save is not on disk
+        self._unsaved: str | None = None  # why the last save is not on disk
 
         pieces = _name_pieces(zero_state.list_saved_pieces(engine))
         buffers = _list_buffers(engine, stats) if self.rank == 0 else {}  # equal on all ranks
@@ -72,7 +72,7 @@ class Checkpoints:
         files.remove_leftovers(self.folder, self.log.line)
 
     def check_disk(self) -> None:
-        """Raises ValueError if the disk lacks room for the checkpoints that the run will have beside those it has. Collective."""
+        """Raises ValueError if the disk lacks room for the checkpoints that the run will add. Collective."""
         run_on_rank_0(self._check_disk, self.group)
 
     def _check_disk(self) -> None:
@@ -87,25 +87,25 @@ class Checkpoints:
     # ---------------------------------------------------------------- saving
 
     def save(self, trainer: dict[str, Any]) -> None:
-        """Copies the state to host memory and writes it in the background, after waiting for an earlier save.
+        """Waits for an earlier save, copies the state to host memory and writes it in the background.
 
-        `trainer` is the content of trainer.json, everything else that resuming needs; its "step" names the checkpoint. `before_update`
-        must be called before the weights change.
+        `trainer` is the content of trainer.json: everything else that resuming needs; its "step" names the checkpoint. Call
+        `before_update` before the weights change.
         """
-        asked = time.monotonic()
+        called = time.monotonic()
         self.wait()
         began = time.monotonic()
         self.staging.copy()
-        arguments = (trainer, began, time.monotonic() - asked)
+        arguments = (trainer, began, time.monotonic() - called)
         self._writer = threading.Thread(target=self._write_in_background, args=arguments, name="checkpoint-writer")
         self._writer.start()
 
     def before_update(self) -> None:
-        """Orders the next update of the weights after the copies of a save, on the device; must be called before every update."""
+        """Makes the next update of the weights wait on the device for the copies of a save; call it before every update."""
         self.staging.before_update()
 
     def wait(self) -> None:
-        """Waits until the last save has ended, and raises RuntimeError if it failed for another reason than the disk."""
+        """Waits until the last save has ended; raises RuntimeError if it failed for a reason other than the disk."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -114,10 +114,10 @@ class Checkpoints:
             raise RuntimeError(f"saving to {self.folder} failed: {error}") from error
 
     def close(self) -> None:
-        """Waits until the last save is on disk; raises SaveFailed if the disk refused it."""
+        """Waits until the last save has ended; raises SaveFailed if it is not on disk."""
         self.wait()
         if self._unsaved is not None:
-            raise SaveFailed(f"the last state of this run is not saved: {self._unsaved}; fix that and start the same command again")
+            raise SaveFailed(f"the final state of this run is not saved: {self._unsaved}; fix that and start the same command again")
 
     def _write_in_background(self, *arguments: Any) -> None:
         try:
@@ -198,7 +198,7 @@ class Checkpoints:
     # ---------------------------------------------------------------- loading
 
     def roll_back(self, until: int, identity: dict[str, Any]) -> dict[str, Any]:
-        """Loads the newest whole checkpoint up to step `until`, after removing all later ones; raises ValueError if there is none."""
+        """Removes all checkpoints after the newest whole one up to step `until`, and loads that one; ValueError if there is none."""
         self.wait()
         run_on_rank_0(lambda: self._remove_after(until), self.group)
         trainer = self.load(identity)
@@ -216,13 +216,13 @@ class Checkpoints:
     def load(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """Loads the newest whole checkpoint into the engine and returns its trainer.json, or None if the run has no checkpoint.
 
-        A moving average that the checkpoint lacks starts from the weights; one that this job does not keep is skipped. Either is logged.
+        A moving average that the checkpoint lacks starts from the weights; one that this job does not keep is skipped. Both are logged.
 
         Args:
-            identity: the settings that can't change during a run; must equal "identity" in trainer.json.
+            identity: what can't change during a run; must equal "identity" in trainer.json.
 
         Raises:
-            ValueError: there are checkpoints, but none is whole, or the newest is of another job.
+            ValueError: there are checkpoints, but none is whole, or the newest whole one belongs to another job.
         """
         chosen = run_on_rank_0(self._find_newest, self.group)
         if chosen is None:
@@ -259,7 +259,7 @@ class Checkpoints:
 
 def _name_pieces(pieces: list[zero_state.Piece]) -> dict[str, PieceTensor]:
     """Returns live views of the weights and their states, by their names in a checkpoint."""
-    return {f"{key}/{one.name}": PieceTensor(tensor, one.start, one.numel) for one in pieces for key, tensor in one.tensors.items()}
+    return {f"{key}/{each.name}": PieceTensor(tensor, each.start, each.numel) for each in pieces for key, tensor in each.tensors.items()}
 
 
 def _list_buffers(engine: Any, stats: BatchStats) -> dict[str, torch.Tensor]:

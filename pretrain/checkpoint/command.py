@@ -33,7 +33,7 @@ def run(folder: Path, verify: bool, compared: Sequence[str] | None, keep: int | 
 
 
 def show(folder: Path, verify: bool) -> int:
-    """Prints a line for each checkpoint; returns 1 if one is damaged, which only `verify` finds, and otherwise 0."""
+    """Prints a line for each checkpoint; returns 1 if `verify` finds damage, and otherwise 0."""
     pointed, damaged = files.read_pointer(folder), 0
     print(f"{'step':>9} {'epoch':>8} {'saved':16} {'MB':>9} {'ranks':>5} {'ZeRO':>4} {'top-1':>7}  state")
     for path in list_checkpoints(folder):
@@ -60,7 +60,7 @@ def _describe(path: Path) -> str:
 
 
 def _list_names(path: Path) -> list[str]:
-    """Returns the names of the tensors in a checkpoint, none if they can't be read."""
+    """Returns the names of the tensors in a checkpoint; empty if they can't be read."""
     try:
         return list(list_tensors(path))
     except Exception:  # a damaged pickle raises errors of any kind; --verify reports the damage
@@ -68,32 +68,32 @@ def _list_names(path: Path) -> list[str]:
 
 
 def compare(one: Path, other: Path) -> int:
-    """Prints how two checkpoints differ, by kind of tensor; returns 1 if they differ, and otherwise 0; ValueError if one is damaged."""
+    """Prints the differences of two checkpoints by kind of tensor; returns 1 if they differ, else 0; ValueError if one is damaged."""
     for path in (one, other):
         if faults := files.verify(path):
             raise ValueError(f"checkpoint {path} can't be compared: {'; '.join(faults)}")
     kinds = sorted({get_kind(name) for path in (one, other) for name in list_tensors(path)})
     is_different = False
-    for kind in kinds:  # one kind at a time, to bound the memory for a large model
+    for kind in kinds:  # one kind at a time, to limit the memory for a large model
         first, second = read_tensors(one, (kind,)), read_tensors(other, (kind,))
         common = [name for name in first if name in second and first[name].shape == second[name].shape]
         unlike = [name for name in common if not first[name].equal(second[name])]
-        alone = (first | second).keys() - set(common)
+        unmatched = (first | second).keys() - set(common)
         line = f"{kind:12} {len(common) - len(unlike)} of {len(first | second)} tensors are equal bit for bit"
         if unlike:
             distance = {name: float((first[name].double() - second[name].double()).abs().max()) for name in unlike}
             farthest = max(distance, key=distance.__getitem__)
             line += f"; the largest difference is {distance[farthest]:.3g}, in {farthest}"
-        if alone:
-            line += f"; {len(alone)} are in one checkpoint only or differ in shape, for example {min(alone)}"
+        if unmatched:
+            line += f"; {len(unmatched)} are in one checkpoint only or differ in shape, for example {min(unmatched)}"
         print(line)
-        is_different |= bool(unlike or alone)
+        is_different |= bool(unlike or unmatched)
     print(f"{one} and {other} are {'different' if is_different else 'the same'}")
     return int(is_different)
 
 
 def prune(run: Path, keep: int) -> int:
-    """Removes whole checkpoints that need not stay, and leaves damaged ones for inspection; ValueError if the run is in use."""
+    """Removes the whole checkpoints that retention does not keep, but no damaged ones; ValueError if the run is in use."""
     if keep < 1:
         raise ValueError(f"--prune {keep} would remove the last checkpoint; keep 1 or more")
     lock = acquire(run, print)

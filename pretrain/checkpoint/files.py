@@ -1,6 +1,6 @@
-"""Writes, lists, publishes and verifies the files of a checkpoint: with checksums, a manifest and a rename.
+"""Writes, publishes, verifies and removes the files of a checkpoint: with checksums, a manifest and a rename.
 
-Nothing here depends on a checkpoint's content or on ranks.
+This module depends neither on the content of a checkpoint nor on ranks.
 """
 
 import json
@@ -18,12 +18,12 @@ from pretrain.run.directory import LATEST, MANIFEST, checkpoint_name, list_check
 
 FORMAT = 2
 Entry = dict[str, Any]  # {"bytes": size, "xxh3_128": checksum in hex} of a file
-_BLOCK_BYTES = 8 << 20  # large: after each block the thread has to get the interpreter's lock back from training
+_BLOCK_BYTES = 8 << 20  # large, because after each block the thread has to reacquire the GIL from training
 _VERIFY_THREADS = 8
 
 
 def write(path: Path, content: Any) -> Entry:
-    """Writes a whole file durably, and returns its entry in the manifest. `content` is a buffer of bytes or numbers."""
+    """Writes a file durably and returns its entry in the manifest. `content` is a buffer of bytes or numbers."""
     digest, rest = new_hash(), memoryview(content).cast("B")
     entry: Entry = {"bytes": len(rest)}
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -39,7 +39,7 @@ def write(path: Path, content: Any) -> Entry:
 
 
 def make_temporary_path(folder: Path, purpose: str, name: str) -> Path:
-    """Returns an unused path that readers ignore; `remove_leftovers` removes what an interruption leaves there."""
+    """Returns an unused path that readers ignore and that `remove_leftovers` removes after an interruption."""
     return folder / f".{purpose}-{name}-{uuid.uuid4().hex[:8]}"
 
 
@@ -85,14 +85,14 @@ def read_pointer(folder: Path) -> str | None:
 
 
 def remove(path: Path) -> None:
-    """Deletes a checkpoint; no reader can meet a part of it."""
+    """Deletes a checkpoint; no reader can see a part of it."""
     doomed = make_temporary_path(path.parent, "removed", path.name)
     path.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def find_newest_whole(folder: Path, log: Callable[[str], None], until: int | None = None) -> Path | None:
-    """Returns the newest checkpoint whose files are all there and unchanged, or None if there are no checkpoints.
+    """Returns the newest checkpoint whose files are all present and unchanged, or None if there are no checkpoints.
 
     Args:
         folder: RUN/checkpoints.
@@ -100,7 +100,7 @@ def find_newest_whole(folder: Path, log: Callable[[str], None], until: int | Non
         until: consider checkpoints up to this step only.
 
     Raises:
-        ValueError: there are checkpoints, but none is whole. A run that started afresh instead would lose its work.
+        ValueError: there are checkpoints, but none is whole. Starting afresh instead would lose the run's work.
     """
     candidates = [path for path in list_checkpoints(folder) if until is None or path.name <= checkpoint_name(until)]
     for path in reversed(candidates):
@@ -114,7 +114,7 @@ def find_newest_whole(folder: Path, log: Callable[[str], None], until: int | Non
 
 
 def verify(path: Path) -> list[str]:
-    """Returns the faults of a checkpoint's files by its manifest, none for a whole checkpoint; reads every byte."""
+    """Checks every byte of a checkpoint against its manifest; returns the faults, none for a whole checkpoint."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except FileNotFoundError:

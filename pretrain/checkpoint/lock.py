@@ -1,13 +1,13 @@
-"""Lets one job at a time train in a run directory.
+"""Ensures that only one job at a time trains in a run directory.
 
     lock = lock_run(run, log)    on every rank, at the start; released when the process ends normally
-    lock.check()                 on rank 0, before it publishes a checkpoint: raises if another job has taken the lock
+    lock.check()                 on rank 0, before publishing a checkpoint: raises if another job has taken the lock
 
-The file RUN/lock-000007 names the holder. Its number grows with every holder, and only one process can create the next number.
+The file RUN/lock-000007 names the holder. The number increases with every holder, and only one process can create the next number.
 
-A holder is gone when its process is gone, which is visible on the holder's own machine. Other machines share only the file system with
-the holder: it touches the file every few seconds, and a job that wants the lock watches the file for longer than that. Clocks are not
-compared. A job that Slurm has requeued takes the lock from its earlier start at once. A holder that was suspended until its lock was
+The lock is free when the holder's process is gone, which only the holder's own machine can see. Other machines share just the file system
+with it: the holder touches the file every few seconds, and a job that wants the lock watches the file for longer than that. Clocks are
+not compared. A job that Slurm has requeued takes the lock from its earlier start at once. A holder that was suspended until its lock was
 taken finds its file gone, and publishes nothing more.
 """
 
@@ -28,7 +28,7 @@ from pretrain.run.position import host_name
 
 
 class RunLock:
-    """Holds the lock of a run directory; only rank 0 has a `path`, and only there is it checked and released."""
+    """Holds the lock of a run directory. Only rank 0 has a `path`, and checks and releases the lock."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -41,7 +41,7 @@ class RunLock:
         """Raises RuntimeError if another job has taken the lock."""
         assert self.path is not None
         try:
-            os.utime(self.path)  # reaches the file server, while the answer to a stat may come from this machine's cache
+            os.utime(self.path)  # always reaches the file server, while a stat may be answered from this machine's cache
         except FileNotFoundError:
             raise RuntimeError(f"{self.path} is gone: another job took {self.path.parent} over, so this one must not write to it") from None
 
@@ -95,14 +95,14 @@ def acquire(run: Path, log: Callable[[str], None]) -> Path:
 def _require_gone(path: Path, log: Callable[[str], None]) -> None:
     """Raises ValueError if the holder of a lock is alive."""
     held = read_lock(path)
-    if held is None:  # the file may be a moment old, and not written yet
+    if held is None:  # the file may have just been created and not be written yet
         time.sleep(min(1.0, PATIENCE_S / 10))
         held = read_lock(path)
     who = f"{path.parent} is in use"
     if held:
         who += f" by job {held['job'] or 'without a number'}, process {held['pid']} on {held['host']}, since {held['since']}"
     if held and held["job"] and held["job"] == os.environ.get("SLURM_JOB_ID"):
-        # Slurm has requeued the job. The rest of the earlier start, on a node that Slurm has lost, must not continue.
+        # Slurm has requeued the job. Processes of the earlier start, on a node that Slurm has lost, must not continue.
         log(f"{who}, an earlier start of this job: taking over")
         return
     if held and held["machine"] == machine_id():

@@ -1,8 +1,8 @@
-"""Describes the training state to torch.distributed.checkpoint, and reads from a checkpoint the bytes that a reader needs.
+"""Describes the training state to torch.distributed.checkpoint, and reads from a checkpoint only the bytes that are needed.
 
 The planners of torch.distributed.checkpoint record which range of which tensor lies where, and determine which ranges a reader needs. Its
-own file format is not used: a zip archive for every tensor, and a new plan for every save, would cost the training thread seconds for
-VAN-B6. Here a rank's file is its staging memory, byte for byte, whose layout is planned once.
+file format is not used: a zip archive per tensor and a new plan per save would cost the training thread seconds for VAN-B6. Here a rank's
+file is a byte-for-byte copy of its staging memory, whose layout is planned once.
 """
 
 import math
@@ -28,7 +28,7 @@ METADATA = ".metadata"
 
 
 class PieceTensor(torch.Tensor):
-    """Gives torch.distributed.checkpoint a range of a flattened parameter: with the size of the parameter and the data of the range."""
+    """Presents a range of a flattened parameter to torch.distributed.checkpoint: the size of the parameter, the data of the range."""
 
     piece: Tensor
     start: int
@@ -70,7 +70,7 @@ class ShardReader(dcp.FileSystemReader):
                     descriptors[info.relative_path] = os.open(Path(self.path) / info.relative_path, os.O_RDONLY)
                 target = planner.resolve_tensor(request).detach()
                 buffer = torch.empty(target.shape, dtype=target.dtype)
-                begin = info.offset + sum(request.storage_offsets) * target.itemsize  # a scalar has no offset, all else has one
+                begin = info.offset + sum(request.storage_offsets) * target.itemsize  # one offset, none for a scalar
                 assert math.prod(request.lengths) == target.numel()
                 memory = buffer.view(-1).view(torch.uint8).numpy().data
                 _read_into(descriptors[info.relative_path], memory, begin, Path(self.path) / info.relative_path)
@@ -88,9 +88,9 @@ def plan_metadata(state: dict[str, Tensor], offsets: dict[str, int], group: dist
     """Returns the content of .metadata on rank 0, and None on the other ranks. Collective.
 
     Args:
-        state: that this rank saves: PieceTensors, and whole tensors that no other rank saves.
+        state: saved by this rank: PieceTensors, and whole tensors that no other rank saves.
         offsets: first byte of each tensor in this rank's file.
-        group: of all ranks.
+        group: all ranks.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(state, is_coordinator=dist.get_rank() == 0)
@@ -125,7 +125,7 @@ def read_tensors(path: Path, kinds: tuple[str, ...]) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path, state: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Fills tensors and pieces by name from a checkpoint: collectively, or in this process alone without a group."""
+    """Fills tensors and pieces by name from a checkpoint; collective, or without a group in this process alone."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # by no_dist

@@ -29,23 +29,23 @@ class Retention:
     """Selects the checkpoints to keep."""
 
     last: int  # number of the newest to keep, at least 1
-    every: int = 0  # keep those of steps that are a multiple of this; 0: none
-    best: Best = "none"  # keep the best by this result of the evaluation, of the moving average where there is one
+    every: int = 0  # keep the checkpoints at multiples of this many steps; 0: none
+    best: Best = "none"  # keep the best by this evaluation result, of the moving average if there is one
 
     def select_expired(self, saved: Sequence[Saved], newest_whole: int) -> list[Path]:
         """Returns the checkpoints that can be removed; `newest_whole` is the step of the newest whole one, which stays.
 
-        Checkpoints of later steps are damaged: the run skipped them when it resumed. They neither count nor go, and the run overwrites them
-        when it gets there.
+        Checkpoints of later steps are damaged: the run skipped them when it resumed. They do not count and are not removed; the run
+        overwrites them when it reaches their steps.
         """
-        candidates = sorted((one for one in saved if one.step <= newest_whole), key=lambda one: one.step)
-        keep = {one.step for one in candidates[-self.last :]} | {newest_whole}
+        candidates = sorted((each for each in saved if each.step <= newest_whole), key=lambda each: each.step)
+        keep = {each.step for each in candidates[-self.last :]} | {newest_whole}
         if self.every:
-            keep |= {one.step for one in candidates if one.step % self.every == 0}
-        scored = [(-one.score if self.best == "loss" else one.score, one.step) for one in candidates if one.score is not None]
+            keep |= {each.step for each in candidates if each.step % self.every == 0}
+        scored = [(-each.score if self.best == "loss" else each.score, each.step) for each in candidates if each.score is not None]
         if self.best != "none" and scored:
             keep.add(max(scored)[1])
-        return [one.path for one in candidates if one.step not in keep]
+        return [each.path for each in candidates if each.step not in keep]
 
 
 def list_saved(folder: Path, best: Best) -> list[Saved]:
@@ -61,7 +61,7 @@ def list_saved(folder: Path, best: Best) -> list[Saved]:
 
 
 def get_score(trainer: dict[str, Any], best: Best) -> float | None:
-    """Returns the result `best` of a checkpoint's own weights, or None if the evaluation in `trainer` is absent or of an earlier step."""
+    """Returns the result `best` of a checkpoint's weights; None if the evaluation in `trainer` is missing or of an earlier step."""
     evaluation = trainer["evaluation"]
     if best == "none" or evaluation is None or evaluation["step"] != trainer["step"]:
         return None

@@ -1,7 +1,7 @@
-"""Copies the training state to host memory, from where a thread writes it while training continues.
+"""Copies the training state to host memory, which a thread writes to disk while training continues.
 
-The memory, page-locked for a GPU, is allocated once and serves every save: one save is in progress at a time, so a slow disk costs no
-memory. ZeRO's flat buffers are copied as the few long ranges that they are, not parameter by parameter.
+The memory, page-locked for a GPU, is allocated once and reused by every save: only one save is in progress at a time, so a slow disk costs
+no memory. ZeRO's flat buffers are copied as a few long ranges, not parameter by parameter.
 """
 
 import torch
@@ -11,15 +11,15 @@ _ALIGNMENT = 64  # bytes; any element type may begin there
 
 
 class Staging:
-    """Copies tensors to `memory`, in bytes. `host` has a view of it for each name, and `offsets` its first byte.
+    """Copies tensors to `memory`. `host` maps each name to a view of `memory`, and `offsets` to the view's first byte.
 
-    All tensors must stay where they are in memory for the whole run, as ZeRO's flat buffers do.
+    The addresses of all tensors must not change during the run, as is true of ZeRO's flat buffers.
 
     Args:
-        updated: contiguous tensors that only the optimizer's step changes: weights and their states. A GPU copies them beside the next
-            step's forward and backward passes, on a stream of their own.
-        running: contiguous tensors that the forward pass changes: BatchNorm's statistics. A GPU first copies them on the device, in the
-            order of its work, so that the copy is of one step.
+        updated: contiguous tensors that only the optimizer's step changes: weights and their states. A GPU copies them on a separate
+            stream, during the next step's forward and backward passes.
+        running: contiguous tensors that the forward pass changes: BatchNorm's statistics. A GPU first copies them on the device, in
+            stream order, so that all values are of one step.
         device: of the tensors.
     """
 
@@ -29,7 +29,7 @@ class Staging:
         ranges = [(merged, parts, False) for merged, parts in _merge(updated)]
         ranges += [(merged, parts, self._stream is not None) for merged, parts in _merge(running)]
         self.bytes = sum(_pad(merged.nbytes) for merged, _, _ in ranges)
-        # Filled now, as the kernel allocates the pages at their first write, and the first save would wait for that.
+        # Filled now, because the kernel allocates pages at their first write, which would delay the first save.
         self.memory = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=self._stream is not None).fill_(0)
         self._snapshots: list[tuple[Tensor, Tensor]] = []
         self._copies: list[tuple[Tensor, Tensor]] = []
@@ -50,7 +50,7 @@ class Staging:
             offset += _pad(merged.nbytes)
 
     def copy(self) -> None:
-        """Copies the tensors; on a GPU it queues the copies and returns at once."""
+        """Copies the tensors; on a GPU, queues the copies and returns at once."""
         if self._stream is None:
             for live, host in self._copies:
                 host.copy_(live)
@@ -65,20 +65,20 @@ class Staging:
             self._copied.record()
 
     def before_update(self) -> None:
-        """Makes the device's next work wait for the copies; the host does not wait."""
+        """Makes the device's later work wait for the copies; the host does not wait."""
         if self._copied is not None:
             assert self._stream is not None
             torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
             self._copied = None
 
     def wait(self) -> None:
-        """Waits until `memory` holds all of the last copy."""
+        """Waits until the last copy is complete."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 def _merge(tensors: dict[str, Tensor]) -> list[tuple[Tensor, list[tuple[str, Tensor]]]]:
-    """Returns the fewest 1-D tensors that cover these, each with the names and tensors that lie in it end to end."""
+    """Merges tensors that are adjacent in memory; returns 1-D tensors, each with the names and tensors that lie in it end to end."""
     groups: list[list[tuple[str, Tensor]]] = []
     end = None
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].untyped_storage().data_ptr(), item[1].data_ptr())):
