@@ -1,4 +1,4 @@
-"""Reports faults that concern all ranks: damaged data, of which all ranks draw the same conclusion, and errors that several ranks raise."""
+"""Reports faults that concern all ranks: damaged data, on which all ranks must agree, and errors that several ranks raise."""
 
 import itertools
 import time
@@ -13,14 +13,14 @@ from pretrain.engine import distributed
 from pretrain.run.metrics import RunLog
 
 NAMED_SHARDS = 5  # in an error
-LINGER_S = 2.0  # ranks that fail alike do so within this time
+LINGER_S = 2.0  # ranks with the same fault fail within this time
 
 
 def check_shards(datasets: Sequence[Index], *, checksums: bool) -> None:
-    """Checks all shards of the data sets, which the ranks divide among them (data/dataset/check.py). Collective.
+    """Checks all shards of the data sets, divided among the ranks (data/dataset/check.py). Collective.
 
     Raises:
-        ValueError: some shards are damaged; the same error on all ranks.
+        ValueError: shards are damaged; the same error on all ranks.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for index in datasets:
@@ -34,7 +34,7 @@ def check_shards(datasets: Sequence[Index], *, checksums: bool) -> None:
 
 
 def report_bad_images(quarantine: Quarantine, step: int, log: RunLog) -> None:
-    """Shares the bad images of each rank, and writes them to the log and the run's file. Collective; ValueError if there are too many."""
+    """Shares new bad images between ranks, writes them to the log and the run's file; ValueError if there are too many. Collective."""
     new = share_bad_images(quarantine)
     if dist.get_rank() == 0:
         quarantine.record(new, step)
@@ -44,12 +44,12 @@ def report_bad_images(quarantine: Quarantine, step: int, log: RunLog) -> None:
 
 
 def share_bad_images(quarantine: Quarantine) -> list[BadSample]:
-    """Shares the bad images that each rank has found; returns those that are new to the job. Collective."""
+    """Shares the bad images of each rank; returns those that are new to the job. Collective."""
     return quarantine.merge(_gather_lists(quarantine.take_unreported()))
 
 
 def describe_bad_image(quarantine: Quarantine, bad: BadSample) -> str:
-    """Returns the sample, its fault, and its replacement."""
+    """Returns a phrase with the sample, its fault and its replacement."""
     replacement = quarantine.find_replacement(bad.sample)
     return f"{bad}; {'skipped' if replacement is None else f'replaced by sample {replacement}'}"
 
@@ -59,13 +59,13 @@ def _gather_lists(values: list) -> list:
 
 
 def is_first_to_report(message: str) -> bool:
-    """Returns whether no other rank has failed with the very same message so far; True before the ranks are connected."""
+    """Returns whether this rank is the first to fail with this message; True before the ranks are connected."""
     if not dist.is_initialized():
         return True
     store = dist.distributed_c10d._get_default_store()
     try:
         count = store.add(message, 1)
-        # The store ends with rank 0, so rank 0 waits for the ranks that are about to ask.
+        # The store ends with rank 0, so rank 0 waits for the ranks that are about to call this.
         deadline = time.monotonic() + LINGER_S
         while dist.get_rank() == 0 and store.add(message, 0) < dist.get_world_size() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""Counts the arithmetic of training, and computes model FLOPs utilization (MFU, arXiv 2204.02311, appendix B).
+"""Counts the FLOPs of training and computes model FLOPs utilization (MFU, arXiv 2204.02311, appendix B).
 
 flops = training_flops(model, config.data.image_size)
 peak = peak_flops(device, config.engine.precision)
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-# Dense FLOP/s of the tensor cores, (in 16 bits, in TF32), by CUDA's name of the GPU, from NVIDIA's data sheets, which print twice as much
-# "with sparsity". Parts of a GPU (MIG) and cards without known figures are not in the table.
+# Dense FLOP/s of the tensor cores, (16-bit, TF32), by CUDA's name of the GPU, from NVIDIA's data sheets; these print twice as much "with
+# sparsity". MIG instances and GPUs without published figures are not in the table.
 _PEAKS = {
     r"NVIDIA A10": (125e12, 62.5e12),
     r"NVIDIA A30": (165e12, 82e12),
@@ -33,24 +33,24 @@ _PEAKS = {
 
 
 def training_flops(model: nn.Module, image_size: int) -> float | None:
-    """Returns the floating-point operations of one image in training, forward and backward; a multiply-add counts as two.
+    """Returns the FLOPs of one image in training, forward and backward; a multiply-add counts as two.
 
-    Counts convolutions and matrix products; the backward pass counts as twice the forward pass, recomputation does not count. Nothing is
-    computed, but the model must still have all of its weights and PyTorch's own operators: call this before layers are replaced and the
-    engine is built. Returns None for a model whose forward pass can't compute shapes alone.
+    Counts convolutions and matrix products; the backward pass counts as twice the forward pass, recomputation is not counted. Works on
+    shapes alone, but needs all of the weights and PyTorch's own operators: call this before layers are replaced and the engine is built.
+    Returns None for a model whose forward pass does not run on the meta device.
 
     Raises:
         ValueError: the model can't compute images of `image_size` pixels, or does not return logits.
     """
-    # A copy that shares nothing with the model, and takes no memory. (functional_call leaves modules broken that a model uses twice.)
+    # A copy that shares nothing with the model and takes no memory. (functional_call breaks modules that a model uses twice.)
     tensors: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     tensors |= {id(parameter): nn.Parameter(parameter.detach().to("meta")) for parameter in model.parameters()}
     on_meta = copy.deepcopy(model, tensors)
-    images, name = torch.empty(2, 3, image_size, image_size, device="meta"), type(model).__name__  # two, as BatchNorm wants
+    images, name = torch.empty(2, 3, image_size, image_size, device="meta"), type(model).__name__  # BatchNorm needs two
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             output, flops = on_meta(images), 3.0 * counter.get_total_flops() / 2
-    except Exception:  # of any kind: the model's code decides
+    except Exception:  # of any kind, raised by the model's own code
         output, flops = _compute(model, torch.zeros_like(images, device="cpu")), None
     if not isinstance(output, Tensor) or output.shape != (2, model.num_classes):
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
@@ -59,7 +59,7 @@ def training_flops(model: nn.Module, image_size: int) -> float | None:
 
 
 def _compute(model: nn.Module, images: Tensor) -> Any:
-    """Returns the output for images; raises ValueError if the model fails."""
+    """Returns the model's output for images; raises ValueError if the model fails."""
     training = model.training
     try:
         with torch.no_grad():
@@ -75,19 +75,19 @@ def _compute(model: nn.Module, images: Tensor) -> Any:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Returns the FLOP/s of a GPU's data sheet; None for a CPU and for a GPU that is not in the table."""
+    """Returns the peak FLOP/s of a GPU by its data sheet; None for a CPU or a GPU that is not in the table."""
     return peak_by_name(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
 def peak_by_name(name: str, precision: str) -> float | None:
-    """Returns the FLOP/s of a GPU by name, as `peak_flops` does.
+    """Returns the peak FLOP/s of a GPU by its name, as `peak_flops` does.
 
-    fp32 counts as TF32, in which cuDNN's convolutions run unless torch.backends.cudnn.allow_tf32 is off.
+    fp32 counts as TF32, in which cuDNN runs convolutions unless torch.backends.cudnn.allow_tf32 is off.
     """
     peaks = next((peaks for pattern, peaks in _PEAKS.items() if re.fullmatch(pattern, name)), None)
     return peaks and peaks[precision == "fp32"]
 
 
 def mfu(images_per_s_per_gpu: float, training_flops: float, peak_flops: float) -> float:
-    """Returns the model FLOPs utilization, 0 to 1, from the speed, the FLOP of one image and the FLOP/s of one GPU."""
+    """Returns the model FLOPs utilization, 0 to 1, from the speed, the FLOPs of one image and the peak FLOP/s of one GPU."""
     return images_per_s_per_gpu * training_flops / peak_flops

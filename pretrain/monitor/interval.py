@@ -1,13 +1,13 @@
-"""Collects loss, gradient norm, speed and waiting times of the steps since the last log line.
+"""Collects loss, gradient norm, speed and data-waiting time of the steps since the last log line.
 
     interval = Interval(device, capacity=50, accumulation=2, detects_launch_bound=True)
     for each step: interval.add(loss) for each micro-batch; interval.end_step(step, guard)
     steps = interval.close(bad_images=0)
 
-Only `close` reads from the device, so no step in between waits for it.
+Only `close` reads from the device, so the steps in between do not wait for the device.
 
-A GPU is launch-bound in a step if it has finished all backward passes when the host has launched the whole step. That can be seen without
-waiting, but not where the host waits for the GPU within a step, as in ZeRO-2 and 3.
+A step is launch-bound if the GPU has finished all backward passes by the time the host has launched the whole step. The host can check
+this without waiting, except in ZeRO-2 and 3, where it waits for the GPU within a step anyway.
 """
 
 import time
@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain.engine import distributed
 from pretrain.engine.guard import Guard
 
-LAUNCH_BOUND_SHARE = 0.5  # of the steps, above which the log line gives advice
+LAUNCH_BOUND_SHARE = 0.5  # of the steps; the log line gives advice above this share
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,14 +33,14 @@ class Steps:
     losses: np.ndarray  # (ranks, steps), the mean loss of each rank's samples
     grad_norms: np.ndarray  # (steps,), before clipping
     skipped: np.ndarray  # (steps,), whether the step changed nothing because its numbers were not finite
-    launch_bound: float | None  # share of the steps, 0 to 1, in which the GPU of some rank was launch-bound; None if not measured
+    launch_bound: float | None  # share of steps, 0 to 1, that were launch-bound on any rank; None if not measured
     seconds: float  # of training
-    data_seconds: float  # of these, the time in which this rank waited for data
+    data_seconds: float  # part of `seconds` in which this rank waited for data
     has_bad_images: bool  # whether some rank has bad images to report
 
     @property
     def mean_losses(self) -> np.ndarray:
-        """(steps,) over all ranks; summed in fp32, as the ranks' own losses are."""
+        """Returns the mean loss of each step, (steps,), over all ranks; summed in fp32, as each rank's losses are."""
         return self.losses.sum(0, dtype=np.float32) / len(self.losses)
 
     def means(self) -> dict[str, float]:
@@ -66,7 +66,7 @@ class Interval:
 
     def __init__(self, device: torch.device, capacity: int, accumulation: int, *, detects_launch_bound: bool):
         self._accumulation = accumulation
-        # A step's loss, gradient norm, whether it was skipped, and whether it was launch-bound; the last row: bad images.
+        # By step: loss, gradient norm, skipped, launch-bound. The last row: bad images.
         self._rows = torch.zeros(capacity + 1, 4, device=device)
         self._backward_done = torch.cuda.Event() if detects_launch_bound else None
         self._begin()
@@ -86,7 +86,7 @@ class Interval:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time inside, as of an evaluation or a save, from the time of training."""
+        """Excludes the time inside, such as that of an evaluation or a save, from the training time."""
         began = time.monotonic()
         yield
         self._began += time.monotonic() - began
@@ -105,7 +105,7 @@ class Interval:
         self._numbers.append(number)
 
     def close(self, bad_images: int) -> Steps:
-        """Returns the steps so far, and shares how many bad images this rank has to report. Collective; waits for the device."""
+        """Returns the steps since the last call; `bad_images`: how many this rank has to report. Collective; waits for the device."""
         self._rows[-1] = bad_images
         self._rows[: len(self.launch_bound), 3] = torch.tensor(self.launch_bound, dtype=torch.float32)
         rows = distributed.all_gather_tensors(self._rows).cpu().numpy()

@@ -1,10 +1,10 @@
-"""Explains what to do when a GPU's memory is too small in the first steps of a job.
+"""Suggests settings that fit when a GPU runs out of memory in the first steps of a job.
 
     with explain_out_of_memory(config, ranks, device, is_warm=lambda: step >= 3): …the loop…
 
-The estimate of a micro-batch's memory is linear: the state of the model (all that is allocated before the first step), the gradients, and
-for each sample the tensors that the forward pass keeps for the backward pass. These are counted by running the model's shapes through
-PyTorch's operators without computing anything. A share stays free for workspaces, gradients of activations and fragmentation.
+The memory estimate is linear in the micro-batch: the model's state (all memory allocated before the first step), the gradients, and per
+sample the tensors that the forward pass keeps for the backward pass. These tensors are counted by a forward pass on fake tensors, which
+computes shapes only. A share of the memory stays free for workspaces, gradients of activations and fragmentation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +26,9 @@ USABLE = 0.9  # of a GPU's memory
 
 @contextmanager
 def explain_out_of_memory(config: Config, ranks: int, device: torch.device, is_warm: Callable[[], bool]) -> Iterator[None]:
-    """Raises ValueError, which names a micro-batch that fits, instead of torch.OutOfMemoryError.
+    """Converts torch.OutOfMemoryError into a ValueError that names a micro-batch that fits.
 
-    `is_warm` returns whether enough steps have succeeded: running out of memory then is a fault of the machine, and is raised as it is.
+    `is_warm` returns whether enough steps have succeeded: running out of memory then is not due to the settings, and is re-raised as it is.
     """
     state, total = measure_memory(device)
     try:
@@ -47,12 +47,12 @@ def measure_memory(device: torch.device) -> tuple[int, int]:
 
 
 def out_of_memory_message(config: Config, ranks: int, device_type: str, state: int, total: int) -> str:
-    """Returns the error of a job that ran out of memory, with the settings that help.
+    """Returns the error message of a job that ran out of memory, with settings that help.
 
     Args:
         config: of the job.
         ranks: of the job.
-        device_type: "cuda" or "cpu", whose operators are counted.
+        device_type: "cuda" or "cpu", the device whose operators are counted.
         state: bytes in use before the first step.
         total: bytes of the GPU.
     """
@@ -78,7 +78,7 @@ def out_of_memory_message(config: Config, ranks: int, device_type: str, state: i
 
 
 def _can_recompute_more(config: Config) -> bool:
-    """Returns whether the model can recompute blocks that it does not recompute yet."""
+    """Returns whether the model can recompute further blocks."""
     every = [0, 1, 2, 3]
     if config.model.graphs or set(config.model.checkpoint_stages) == set(every):
         return False
@@ -91,7 +91,7 @@ def _can_recompute_more(config: Config) -> bool:
 
 
 def largest_that_fits(fixed: int, sample: int, total: int, sizes: Sequence[int]) -> int | None:
-    """Returns the largest of `sizes` for which `fixed` bytes and `sample` bytes a sample leave a tenth of the memory free, or None."""
+    """Returns the largest of `sizes` at which `fixed` bytes plus `sample` bytes per sample leave a tenth of the memory free, or None."""
     return max((size for size in sizes if fixed + size * sample <= USABLE * total), default=None)
 
 
@@ -99,13 +99,13 @@ def activation_bytes(model: nn.Module, image_size: int, precision: str, device_t
     """Returns the bytes that the forward pass of one sample keeps for the backward pass, without weights; computes nothing.
 
     Args:
-        model: in training mode; it may be on the meta device.
+        model: in training mode; may be on the meta device.
         image_size: pixels of a side.
         precision: of the settings.
-        device_type: "cuda" or "cpu", whose operators are counted.
+        device_type: "cuda" or "cpu", the device whose operators are counted.
     """
 
-    def kept(batch: int) -> int:
+    def count_kept_bytes(batch: int) -> int:
         storages = {}
         with FakeTensorMode():
             state = {
@@ -124,4 +124,4 @@ def activation_bytes(model: nn.Module, image_size: int, precision: str, device_t
                 storages.pop(tensor.untyped_storage()._cdata, None)
         return sum(storage.nbytes() for storage in storages.values())
 
-    return kept(3) - kept(2)  # the difference excludes copies of the weights in 16 bits
+    return count_kept_bytes(3) - count_kept_bytes(2)  # the difference excludes 16-bit copies of the weights

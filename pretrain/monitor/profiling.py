@@ -1,11 +1,11 @@
-"""Marks the phases of a step, and traces some steps with torch.profiler, to be opened in Perfetto (ui.perfetto.dev) or chrome://tracing.
+"""Marks the phases of a step and traces steps with torch.profiler, for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
     profiler = Profiler(position, settings.profiled_steps("200:205"), folder / "profile", log.line)
     for each step: profiler.start_step(step); with profiler.phase("forward", micro_step): …
     profiler.close(step)
 
-The first rank of each node writes RUN/profile/steps-200-205-rank-0.json.gz, where the phases of a step are ranges of their names. Starting,
-ending and writing a trace stop training for seconds and wait for the device; the results of the steps stay the same, bit for bit.
+The first rank of each node writes RUN/profile/steps-200-205-rank-0.json.gz, in which each phase of a step is a named range. Starting,
+ending and writing a trace pause training for seconds and wait for the device; the results of the steps stay the same, bit for bit.
 """
 
 import os
@@ -30,7 +30,7 @@ class Profiler:
         self._first, self._step = 0, 0
 
     def start_step(self, step: int) -> None:
-        """Starts or ends the trace, if that is due at this step."""
+        """Starts or ends the trace if due at this step."""
         self._step = step
         self._position.set(step, "data")
         if self._running is None and step in self._steps:
@@ -46,7 +46,7 @@ class Profiler:
         return record_function(name) if self._running is not None else nullcontext()
 
     def close(self, step: int) -> None:
-        """Writes a trace that the end of training, before this step, cut short."""
+        """Writes a trace that is still running when training ends before `step`."""
         if self._running is not None:
             self._write(step)
 

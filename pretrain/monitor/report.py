@@ -1,4 +1,4 @@
-"""Reports an interval of training steps as a line of the log and as a record of metrics.jsonl."""
+"""Reports an interval of training steps as a log line and as a record of metrics.jsonl."""
 
 import math
 from dataclasses import dataclass
@@ -23,18 +23,19 @@ class Reporter:
     global_batch: int
     ranks: int
     device: torch.device
-    image_flops: float | None  # floating-point operations of one image in training (monitor/flops.py); None if unknown
-    peak_flops: float | None  # FLOP/s of one GPU by its data sheet; without it no MFU is reported
-    has_graphs: bool  # whether the job runs CUDA graphs, which the advice on launch-bound steps depends on
+    image_flops: float | None  # FLOPs of one image in training (monitor/flops.py); None if unknown
+    peak_flops: float | None  # peak FLOP/s of one GPU; None if unknown: no MFU is reported
+    has_graphs: bool  # whether the job runs CUDA graphs; decides the advice on launch-bound steps
 
     def report(self, step: int, steps: Steps, slowest: SlowestRank, *, lr: float, bad_images: int, is_evaluated: bool) -> None:
-        """Writes the line and the record of an interval, after `step` steps.
+        """Writes the line and the record of an interval.
 
         Args:
+            step: number of steps done.
             steps: of the interval, at least one.
-            slowest: rank of the interval.
+            slowest: slowest rank of the interval.
             lr: learning rate of the last step.
-            bad_images: known so far, of the whole run.
+            bad_images: of the whole run so far.
             is_evaluated: whether an evaluation follows.
         """
         images_per_s = len(steps.numbers) * self.global_batch / steps.seconds

@@ -1,4 +1,4 @@
-"""Stop and save requests, which all ranks agree on at a step boundary.
+"""Collects stop and save requests, on which all ranks agree at a step boundary.
 
     with Requests(run / "STOP", save_seconds=600) as requests:
         for each step:
@@ -6,9 +6,9 @@
             …
             request = requests.answer()     # the same on every rank
 
-A stop is requested by a signal to any rank: USR1 (Slurm, before the time limit), TERM (preemption) or INT (Ctrl-C); or by the file, which
-rank 0 looks for. A save is requested by rank 0's clock. The answer travels between hosts during the step: nobody waits for the device, and
-a request is granted at the end of the step that follows it.
+A stop is requested by a signal to any rank, USR1 (Slurm, before the time limit), TERM (preemption) or INT (Ctrl-C), or by the file, for
+which rank 0 looks. A save is requested by rank 0's clock. The hosts exchange requests during a step, without waiting for the device, and
+grant them at its end.
 """
 
 import signal
@@ -30,16 +30,16 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 @dataclass(frozen=True)
 class Request:
-    """Holds the requests that ranks agreed on. `exit_code` is 0 unless the job has to stop."""
+    """Holds the requests on which all ranks agree. `exit_code` is 0 unless the job has to stop."""
 
     exit_code: int
     save: bool
 
 
 class Requests:
-    """Collects the requests of this rank and agrees on them with the other ranks.
+    """Collects the requests of this rank and shares them with the other ranks.
 
-    A stop is requested while `file` exists, a save `save_seconds` after the start or the last save by rank 0's `clock`; None: never.
+    `file` requests a stop while it exists. Rank 0's `clock` requests a save `save_seconds` after the start or the last save; None: never.
     """
 
     def __init__(self, file: Path, save_seconds: float | None, clock: Callable[[], float] = time.monotonic):
@@ -62,7 +62,7 @@ class Requests:
         self._closed.set()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
         for number, handler in self._handlers.items():
-            # The job already stops; a later signal could only change the exit code.
+            # A job that stops already ignores later signals, which could only change its exit code.
             signal.signal(number, signal.SIG_IGN if self.exit_code else handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -74,20 +74,20 @@ class Requests:
                 self.exit_code = EXIT_STOP_FILE
 
     def ask(self) -> None:
-        """Sends this rank's requests to the other ranks. Collective; returns at once. Call at the beginning of each step."""
+        """Sends this rank's requests to the other ranks and returns at once; call at the beginning of each step. Collective."""
         is_save_due = self._is_rank_0 and self._save_seconds is not None and self._clock() >= self._saved_at + self._save_seconds
         self._requests = torch.tensor([self.exit_code, is_save_due], dtype=torch.int32)
         self._work = dist.all_reduce(self._requests, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def answer(self) -> Request:
-        """Returns the requests of all ranks, as they were at the last `ask`. Collective.
+        """Returns the requests of all ranks as of the last `ask`. Collective.
 
-        A signal to any rank gives EXIT_REQUEUE; the file gives EXIT_STOP_FILE, which takes precedence.
+        A signal to any rank gives EXIT_REQUEUE. The file gives EXIT_STOP_FILE, which takes precedence.
         """
         self._work.wait()
         exit_code, save = self._requests.tolist()
         return Request(exit_code, bool(save))
 
     def restart_clock(self) -> None:
-        """Measures the time to the next requested save from now. Call after each save."""
+        """Restarts the time to the next requested save; call after each save."""
         self._saved_at = self._clock()

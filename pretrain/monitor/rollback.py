@@ -1,9 +1,9 @@
-"""Rolls training back from bad steps: detects them, keeps evidence of them, and remembers the batches to skip.
+"""Detects bad steps, keeps evidence of them, and records the batches that a rollback skips.
 
-A step whose numbers are not finite changes nothing (pretrain/engine/guard.py). After many such steps in a row, or after a loss far above
-the average, training rolls back to the newest checkpoint from before them, and skips the batches that led there and a number of batches
-before them (as PaLM was trained, arXiv 2204.02311, section 5.1). Step and batch stay bound to each other: a step whose batch is skipped
-makes no update, and learning rate, order and randomness of all other steps stay as they were.
+A step whose loss or gradient is not finite changes nothing (pretrain/engine/guard.py). After many such steps in a row, or after a loss far
+above the average, training rolls back to the newest checkpoint from before them and skips their batches and a number of batches before
+(as in the training of PaLM, arXiv 2204.02311, section 5.1). Each step keeps its batch: a step whose batch is skipped makes no update, and
+learning rate, order and randomness of all other steps do not change.
 
     RUN/bad_steps.jsonl     each bad step: losses of the ranks, gradient norm, keys of the samples
     RUN/rollbacks.json      each rollback, and the steps whose batches are skipped
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data.common.files import publish
+from data.common.files import open_to_replace
 from data.dataset.index import Index
 from data.loader.order import SampleOrder, select_rank_slots
 from data.loader.quarantine import try_read_key
@@ -31,7 +31,7 @@ AVERAGED_STEPS = 100  # that the moving average of losses covers
 
 @dataclass(frozen=True)
 class BadSteps:
-    """Names the steps `first` to `last`, counted from 0, that training has to be rolled back from."""
+    """Names the steps `first` to `last`, counted from 0, that require a rollback."""
 
     first: int
     last: int
@@ -39,15 +39,15 @@ class BadSteps:
 
 
 class DivergenceWatch:
-    """Detects bad steps by their losses. The result depends on the steps alone, and is the same on all ranks."""
+    """Detects bad steps by their losses; the same steps give the same result on all ranks."""
 
     def __init__(self, guard: GuardConfig):
         self.guard = guard
-        self.mean, self.seen = 0.0, 0  # of losses
-        self.run = 0  # steps in a row that were skipped, up to now
+        self.mean, self.seen = 0.0, 0  # moving average and number of the losses
+        self.run = 0  # consecutive skipped steps so far
 
     def find_bad(self, steps: Steps) -> BadSteps | None:
-        """Returns the first steps that training has to be rolled back from, if there are any."""
+        """Returns the first steps that require a rollback, or None."""
         for number, loss, skipped in zip(steps.numbers, steps.mean_losses.tolist(), steps.skipped.tolist(), strict=True):
             if skipped:
                 self.run += 1
@@ -56,7 +56,7 @@ class DivergenceWatch:
                 continue
             self.run = 0
             if self.guard.spike and self.seen >= AVERAGED_STEPS and loss > self.guard.spike * self.mean:
-                return BadSteps(number, number, f"a loss of {loss:.4f}, where the average before it is {self.mean:.4f}")
+                return BadSteps(number, number, f"a loss of {loss:.4f} after an average of {self.mean:.4f}")
             self.seen += 1
             self.mean += (loss - self.mean) / min(self.seen, AVERAGED_STEPS)
         return None
@@ -71,7 +71,7 @@ class DivergenceWatch:
 
 
 class Rollbacks:
-    """Remembers the rollbacks of a run. `entries` are those of its file, which rank 0 reads for all ranks."""
+    """Holds the rollbacks of a run. `entries` are the contents of its file, which rank 0 reads for all ranks."""
 
     def __init__(self, file: Path, entries: list[dict[str, Any]]):
         self.file, self.entries = file, entries
@@ -88,13 +88,12 @@ class Rollbacks:
 
     def write(self) -> None:
         """Replaces the file."""
-        with self.file.with_suffix(".part").open("w") as file:
+        with open_to_replace(self.file) as file:
             json.dump(self.entries, file, indent=1)
-            publish(file, self.file)
 
 
 def read_rollbacks(file: Path) -> list[dict[str, Any]]:
-    """Returns the entries of a run's file; none without the file."""
+    """Returns the entries of a run's file, none if it does not exist."""
     return json.loads(file.read_text()) if file.exists() else []
 
 
@@ -110,10 +109,10 @@ class Evidence:
     order: SampleOrder
     index: Index  # of the training data
     hosts: list[str]  # of all ranks
-    has_loss_scale: bool  # whether losses are scaled (fp16): gradients that are not finite are normal then, as long as the loss is
+    has_loss_scale: bool  # whether losses are scaled (fp16); non-finite gradients of a finite loss are normal then
 
     def keep(self, steps: Steps, bad: BadSteps | None) -> None:
-        """Writes all steps of an interval that were skipped or that `bad` names."""
+        """Writes all steps of an interval that were skipped or belong to `bad`."""
         for position in self.find(steps, bad):
             facts = self.describe(steps, position)
             self.log.append(self.file, facts)
@@ -125,7 +124,7 @@ class Evidence:
             )
 
     def find(self, steps: Steps, bad: BadSteps | None) -> list[int]:
-        """Returns the positions in `steps` to keep evidence of."""
+        """Returns the positions in `steps` of which to keep evidence."""
         is_finite = np.isfinite(steps.losses).all(0)
         return [
             position
@@ -135,7 +134,7 @@ class Evidence:
         ]
 
     def describe(self, steps: Steps, position: int) -> dict[str, Any]:
-        """Returns the facts of a bad step: the ranks whose loss is not finite, or else all ranks, and their samples."""
+        """Returns the record of a bad step, with the samples of the ranks whose loss is not finite, or else of all ranks."""
         losses = steps.losses[:, position].tolist()
         ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(len(losses)))
         epoch, step_in_epoch = self.order.locate(steps.numbers[position])
@@ -157,5 +156,5 @@ class Evidence:
 
 
 def _as_json(value: float) -> float | str:
-    """Returns a string for a number that is not finite, which JSON lacks."""
+    """Returns numbers that are not finite, which JSON lacks, as strings."""
     return value if math.isfinite(value) else str(value)

@@ -1,7 +1,7 @@
 """Finds the rank that slows the others down.
 
-Ranks wait for each other where they reduce gradients, so a step takes the same time on all of them. Ranks differ in the time before that,
-from the beginning of a micro-step to the end of its forward pass, in which no rank waits for another.
+Ranks wait for each other when they reduce gradients, so a step takes the same time on all of them. They differ in the time before that:
+from the beginning of a micro-step to the end of its forward pass, no rank waits for another.
 """
 
 import statistics
@@ -14,13 +14,13 @@ import torch
 
 from pretrain.engine import distributed
 
-REMARK_ABOVE = 0.15  # of the median's time, by which the slowest rank exceeds it
+REMARK_ABOVE = 0.15  # excess of the slowest rank's time over the median, as a share of the median
 Moment = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
 class SlowestRank:
-    """Holds the seconds that the slowest rank took by itself, and the (lower) median of all ranks."""
+    """Holds the seconds that the slowest rank took without waiting for others, and the (lower) median of all ranks."""
 
     rank: int
     host: str
@@ -32,17 +32,17 @@ class SlowestRank:
         return {"slowest_rank": self.rank, "slowest_host": self.host, "slowest_ratio": self.seconds / self.median}
 
     def remark(self) -> str:
-        """Returns a remark for the log line; empty unless the rank is much slower than the median."""
+        """Returns a remark for the log line, empty unless the rank is much slower than the median."""
         excess = self.seconds / self.median - 1
         return f"  slowest rank {self.rank} on {self.host}, +{excess:.0%}" if excess > REMARK_ABOVE else ""
 
 
 class RankTimer:
-    """Sums the time of this rank's micro-steps in which it waits for no other rank: data, mixing and the forward pass.
+    """Sums the time in which this rank waits for no other rank: data, mixing and the forward pass of each micro-step.
 
-    On a GPU that is the device's time between two events on its stream, so a wait for data counts as far as the device is idle, and only
-    `close` waits. On a CPU it is the host's time. ZeRO-3 gathers weights in the forward pass, so there the time ends before it, and only
-    late data tells ranks apart.
+    On a GPU the time is that between two events on the device's stream: waiting for data counts only while the device is idle, and only
+    `close` waits for the device. On a CPU it is the host's time. ZeRO-3 gathers weights in the forward pass, so the time ends before the
+    forward pass, and ranks differ only by late data.
     """
 
     def __init__(self, engine: Any, zero_stage: int, hosts: Sequence[str]):
@@ -51,7 +51,7 @@ class RankTimer:
         self._unused: list[torch.cuda.Event] = []
         self._began: Moment | None = None
         if zero_stage == 3:
-            engine.module.register_forward_pre_hook(lambda *_: self._end(), prepend=True)  # before the hooks of DeepSpeed, which gather
+            engine.module.register_forward_pre_hook(lambda *_: self._end(), prepend=True)  # before DeepSpeed's hooks, which gather weights
         else:
             engine.module.register_forward_hook(lambda *_: self._end())
 
@@ -60,7 +60,7 @@ class RankTimer:
         self._began = self._now()
 
     def close(self) -> SlowestRank:
-        """Returns the slowest rank since the last `close`. Collective. Wait for the device first."""
+        """Returns the slowest rank since the last `close`; wait for the device before the call. Collective."""
         times = distributed.all_gather_tensors(torch.tensor([self._take()], dtype=torch.float32, device=self._device)).flatten().tolist()
         rank = max(range(len(times)), key=times.__getitem__)
         return SlowestRank(rank, self._hosts[rank], times[rank], statistics.median_low(times))

@@ -2,8 +2,8 @@
 
 The bytes are those of bandwidth-optimal algorithms, such as a ring: every other rank's part of the tensors, once for an all-gather or a
 reduce-scatter, twice for an all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009). DeepSpeed 0.19.8 averages gradients by
-all-reduce in stages 0 to 2, in stage 2 in every micro-step. Stage 3 gathers weights once in every micro-step. The hosts' requests, log
-lines and SyncBatchNorm are not counted.
+all-reduce in stages 0 to 2, in stage 2 in every micro-step. Stage 3 gathers weights once in every micro-step. Stop and save requests,
+log lines and SyncBatchNorm are not counted.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 FP32 = 4  # bytes of a weight, a gradient and a statistic
-TIMES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
+PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Describes one kind of collective in a step. `bytes` counts whole tensors, or all ranks' parts of them, over all calls in the step."""
+    """Describes one kind of collective in a step. `bytes` is the size of the whole tensors, summed over all calls in the step."""
 
     what: Literal["gradients", "weights", "statistics", "norm"]
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
@@ -24,7 +24,7 @@ class Collective:
 
     def sent(self, ranks: int) -> float:
         """Returns the bytes that each rank sends, and receives."""
-        return TIMES[self.kind] * self.bytes * (ranks - 1) / ranks
+        return PASSES[self.kind] * self.bytes * (ranks - 1) / ranks
 
 
 def communication(parameters: Sequence[int], channels: int, *, stage: int, accumulation: int) -> list[Collective]:

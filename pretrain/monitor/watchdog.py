@@ -1,11 +1,11 @@
 """Ends a job that hangs, with the stacks of all ranks in the log.
 
-Ranks wait for each other in every step, so one rank that hangs stops all of them, and all notice within moments. Each writes the Python
-stacks of all its threads to stderr, and sends its position to the others over a connection of its own to the store that joined them. The
-log names the rank that does not answer, or else the one with the least progress. Then all ranks end with EXIT_HUNG.
+Ranks wait for each other in every step, so one rank that hangs stops all of them, and all detect that at about the same time. Each writes
+the Python stacks of all its threads to stderr and sends its position to the others, over a separate connection to the store of the process
+group. The log names a rank that does not answer, or else the one with the least progress. Then all ranks end with EXIT_HUNG.
 
-The watchdog is a thread and sometimes needs the interpreter's lock. If something holds that forever, the thread of faulthandler, which
-does not need it, writes the stacks and ends the process.
+The watchdog is a thread and needs the GIL. If another thread never releases the GIL, the thread of faulthandler, which does not need it,
+writes the stacks and ends the process.
 """
 
 import faulthandler
@@ -27,7 +27,7 @@ from pretrain.run.position import PHASES, Position, SharedPosition
 
 POLL_S = 1.0
 ANSWER_S = 10.0  # for the other ranks to send their positions
-LONG_PHASES = {PHASES.index(phase) for phase in ("start", "evaluation", "save")}  # may take as long as the first step
+LONG_PHASES = {PHASES.index(phase) for phase in ("start", "evaluation", "save")}  # have the time limit of the first step
 
 
 class Watchdog:
@@ -60,9 +60,9 @@ class Watchdog:
     def _end(self, position: Position, limit: float) -> None:
         rank = dist.get_rank()
         message = f"rank {rank} on {self._hosts[rank]} has not finished a step for {limit:.0f} s; it is in {position}; its threads:\n"
-        os.write(sys.stderr.fileno(), (message + format_stacks()).encode())  # one write: ranks that share a log all write at this moment
+        os.write(sys.stderr.fileno(), (message + format_stacks()).encode())  # one write, because ranks that share a log all write now
         positions = {rank: position}
-        # On a thread, because the store is in rank 0's process, and a client waits for a stopped one regardless of its timeout.
+        # On a thread: the store is in rank 0's process, and if that is stopped, a client waits regardless of its timeout.
         asking = threading.Thread(target=exchange_positions, args=(rank, positions, len(self._hosts)), daemon=True)
         asking.start()
         asking.join(ANSWER_S)
@@ -85,12 +85,12 @@ def format_stacks() -> str:
 
 
 def exchange_positions(rank: int, positions: dict[int, Position], ranks: int) -> None:
-    """Sends this rank's position to the other ranks, and fills in theirs until the caller stops waiting.
+    """Sends this rank's position to the other ranks, and adds theirs to `positions` until the caller stops waiting.
 
-    Ranks above 1 ask ranks 0 and 1 alone, to limit the load on the store of a large job. `positions` holds this rank's at first.
+    Ranks above 1 only ask for ranks 0 and 1, to limit the load on the store of a large job. `positions` must hold this rank's position.
     """
     wanted = set(range(ranks)) if rank <= 1 else {0, 1}
-    # A client of this thread's own, because the process's other client may be what hangs.
+    # A separate client, because the process's other client may be what hangs.
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with suppress(dist.DistError):  # the store is gone with rank 0
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=ANSWER_S), wait_for_workers=False)
@@ -105,7 +105,7 @@ def exchange_positions(rank: int, positions: dict[int, Position], ranks: int) ->
 
 
 def find_hung_rank(positions: Mapping[int, Position], hosts: Sequence[str]) -> tuple[int, str]:
-    """Returns the rank that stops the others, and the reason: it does not answer (no position), or it has the least progress."""
+    """Returns the rank that stops the others and the reason: no answer (no position), or the least progress."""
     most = max(positions.values())
     silent = sorted(set(range(len(hosts))) - set(positions))
     if silent:

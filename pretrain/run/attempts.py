@@ -1,7 +1,7 @@
-"""Attempts of a run: each start of its Slurm job, with how that start ended.
+"""Records the attempts of a run: each start of its Slurm job, and how it ended.
 
-RUN/attempts.jsonl has one line for the begin of an attempt and one for its end. launch/supervisor.py writes it,
-`python -m pretrain status` shows it. An attempt without an end is running, or was cancelled or lost with its node.
+RUN/attempts.jsonl has one line for the start of an attempt and one for its end. launch/supervisor.py writes the file,
+`python -m pretrain status` shows it. An attempt without an end is running, or was canceled or lost with its node.
 """
 
 import json
@@ -11,10 +11,10 @@ from typing import Literal
 
 ATTEMPTS = "attempts.jsonl"
 FAILED = "FAILED.md"  # summary of a job that failed for good
-STOP = "STOP"  # asks a run to save and end, while this file exists
+STOP = "STOP"  # while this file exists, the run saves and ends
 
-# complete: nothing is left to do. stopped: saved on a signal, to be resumed. ended: saved on RUN/STOP. settings: they are wrong.
-# unfit: preflight rejected nodes. crashed, hung: a rank failed, or a step exceeded its time limit.
+# complete: nothing is left to do. stopped: saved on a signal, to be resumed. ended: saved on RUN/STOP. settings: wrong settings or data.
+# unfit: preflight rejected nodes. crashed: a rank failed. hung: a step exceeded its time limit.
 Outcome = Literal["complete", "stopped", "ended", "settings", "unfit", "crashed", "hung"]
 
 
@@ -24,7 +24,7 @@ class End:
     outcome: Outcome
     reason: str  # one line
     saved: int  # step of the newest checkpoint
-    step: int | None = None  # being computed at the failure, counted from 0; None before the first step
+    step: int | None = None  # computed at the time of the failure, counted from 0; None before the first step
     rank: int | None = None  # the first that failed
     host: str | None = None
     excluded: tuple[str, ...] = ()  # nodes that the next attempt must avoid
@@ -43,10 +43,7 @@ class Attempt:
 
 
 def read(run: Path) -> list[Attempt]:
-    """Returns all attempts of a run, the first one first.
-
-    Lines that are cut short, as by the loss of a node, or that have other contents are skipped.
-    """
+    """Returns all attempts of a run, oldest first. Skips lines that are truncated, as by the loss of a node, or otherwise invalid."""
     attempts: dict[tuple[str, int], Attempt] = {}
     try:
         lines = (run / ATTEMPTS).read_text(errors="replace").splitlines()
@@ -69,7 +66,7 @@ def read(run: Path) -> list[Attempt]:
 
 
 def write(run: Path, attempt: Attempt) -> None:
-    """Appends the end of an attempt, or its begin if it has no end yet."""
+    """Appends the end of an attempt, or its start if it has no end yet."""
     values = asdict(attempt)
     line = {key: values[key] for key in ("job", "restart", "end")} if attempt.end else {k: v for k, v in values.items() if k != "end"}
     with open(run / ATTEMPTS, "a") as file:

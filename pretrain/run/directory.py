@@ -1,4 +1,4 @@
-"""Names the files of a run directory and reads its lock. Imports neither torch nor DeepSpeed, so `status` starts in tenths of a second."""
+"""Names the files of a run directory and reads its lock, without torch or DeepSpeed, so that `status` starts in tenths of a second."""
 
 import json
 import os
@@ -7,8 +7,8 @@ from typing import Any
 
 CHECKPOINTS, METRICS, CONFIG = "checkpoints", "metrics.jsonl", "config.yaml"
 MANIFEST, TRAINER = "MANIFEST.json", "trainer.json"  # files of a checkpoint
-LATEST = "latest"  # file beside the checkpoints with the name of the newest
-# The holder of a lock touches its file every BEAT_S seconds. A holder that has not done so for PATIENCE_S seconds counts as gone.
+LATEST = "latest"  # file next to the checkpoints that names the newest
+# The holder of a lock touches the lock file every BEAT_S seconds, and counts as gone after PATIENCE_S seconds without a touch.
 BEAT_S, PATIENCE_S = 10.0, 60.0
 
 
@@ -38,7 +38,7 @@ def read_lock(path: Path) -> dict[str, Any] | None:
 
 
 def machine_id() -> str:
-    """Returns an id of the boot and PID namespace: the scope in which a process number means one process."""
+    """Returns an id of the boot and the PID namespace, within which a process id is unique."""
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
 
 

@@ -1,6 +1,6 @@
-"""Events: structured lines in a job's output, which carry facts from its processes to launch/.
+"""Writes and reads events: structured lines in a job's output, by which its processes report to launch/.
 
-They travel in the output because a shared file system can show other nodes a state that is seconds old.
+Events travel in the output because a shared file system can show other nodes a state that is seconds old.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from pretrain.run.position import host_name
 
 MARK = "@van-pretrain "
-# Characters of JSON in a line. srun cuts lines at 1,024 bytes and may put other tasks' output between the pieces (Slurm 22.05).
+# Characters of JSON in a line. srun splits lines at 1,024 bytes and may interleave other tasks' output (Slurm 22.05).
 LINE_LENGTH = 800
 
 
@@ -23,7 +23,7 @@ class Event:
 
 
 def emit_event(kind: str, **values: Any) -> None:
-    """Prints an event on as many lines as its length needs: MARK, the process, "+" or "." on the last line, a piece of JSON."""
+    """Prints an event on as many lines as needed, each with MARK, the process, "+" (or "." on the last line), and a piece of JSON."""
     text = json.dumps({"kind": kind, **values})
     pieces = [text[start : start + LINE_LENGTH] for start in range(0, len(text), LINE_LENGTH)]
     signs = ["+"] * (len(pieces) - 1) + ["."]
@@ -36,7 +36,7 @@ def is_event(line: str) -> bool:
 
 @dataclass
 class EventReader:
-    """Joins the lines of events, which may arrive mixed with those of other processes."""
+    """Reassembles events from their lines, which may be interleaved with those of other processes."""
 
     _pieces: defaultdict[str, str] = field(default_factory=lambda: defaultdict(str))
 

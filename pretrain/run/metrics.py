@@ -1,6 +1,6 @@
-"""Writes the output of a run: lines on the terminal or in the job's log, records in RUN/metrics.jsonl, and curves (trackers.py).
+"""Writes the output of a run: log lines on stdout, records in RUN/metrics.jsonl, and curves (trackers.py).
 
-Only rank 0 writes; on the other ranks every method does nothing.
+Only rank 0 writes; on other ranks every method does nothing.
 """
 
 import errno
@@ -22,7 +22,7 @@ class RunLog:
 
     def __init__(self, path: Path | None):
         self.path = path
-        self.trackers = Trackers(self.line)  # receive the records too, once they are open
+        self.trackers = Trackers(self.line)  # also receive the records, once opened
         self._bar: tqdm | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,29 +35,29 @@ class RunLog:
                 sys.stdout.flush()
 
     def record(self, kind: str, **values: Any) -> None:
-        """Appends a record to metrics.jsonl and sends it to the trackers. A record that the disk refuses is logged."""
+        """Appends a record to metrics.jsonl and sends it to the trackers; logs a record that the disk refuses."""
         if self.path is None:
             return
         self.trackers.send(kind, values)
         self.append(self.path, {"kind": kind, "time": round(time.time(), 3), **values})
 
     def append(self, path: Path, values: dict[str, Any]) -> None:
-        """Appends a JSON line to a file. A line that the disk refuses is logged."""
-        record = json.dumps(values) + "\n"
+        """Appends a JSON line to a file; logs a line that the disk refuses."""
+        record = json.dumps(values)
         try:
-            _append(path, record.encode())
+            _append(path, f"{record}\n".encode())
         except OSError as error:
-            self.line(f"{path} could not be written: {error}; lost: {record.rstrip()}")
+            self.line(f"{path} could not be written: {error}; lost: {record}")
 
     def start_progress(self, step: int, total: int) -> None:
-        """Opens a progress bar, if stderr is a terminal."""
+        """Opens a progress bar if stderr is a terminal."""
         if self._bar is not None:
             self._bar.close()
         if self.path is not None and sys.stderr.isatty():
             self._bar = tqdm(initial=step, total=total, unit="step", dynamic_ncols=True)
 
     def advance(self) -> None:
-        """Moves the progress bar by a step."""
+        """Advances the progress bar by a step."""
         if self._bar is not None:
             self._bar.update()
 

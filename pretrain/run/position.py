@@ -1,24 +1,20 @@
-"""Shares the position of a process in its work with the process that started it.
-
-The memory outlives the process, so the launcher also knows in which step a killed process was. Nothing here needs torch.
-"""
+"""Shares the position of a process in its work with its launcher, through memory that outlives the process. No torch."""
 
 import mmap
 import os
 import socket
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Phase = Literal["start", "data", "forward", "backward", "optimizer", "log", "evaluation", "save", "end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)  # in the order of a step
-PAGE = "VAN_PRETRAIN_POSITION"  # environment variable: file descriptor of the shared memory
+PAGE = "VAN_PRETRAIN_POSITION"  # environment variable with the file descriptor of the shared memory
 _BYTES = 3 * 8
 
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Names a point in the work of a process; positions are ordered by progress."""
+    """Describes how far a process has come; positions are ordered by progress."""
 
     step: int  # counted from 0
     micro_step: int
@@ -31,7 +27,7 @@ class Position:
 
     @property
     def computed_step(self) -> int | None:
-        """Returns the step that is being computed; None at the start and at the end of a job."""
+        """Returns the step that is being computed; None at the start and the end of a job."""
         return None if PHASES[self.phase] in ("start", "end") else self.step
 
     @classmethod
@@ -42,14 +38,14 @@ class Position:
 
 
 class SharedPosition:
-    """Holds the position of this process, in the memory that its launcher shares with it if there is one."""
+    """Holds the position of this process, in memory shared with its launcher if there is one."""
 
     def __init__(self) -> None:
         page = os.environ.get(PAGE)
         self._numbers = memoryview(mmap.mmap(int(page) if page else -1, _BYTES)).cast("q")
 
     def set(self, step: int, phase: Phase, micro_step: int = 0) -> None:
-        """Moves the position."""
+        """Sets the position."""
         self._numbers[0], self._numbers[1], self._numbers[2] = step, micro_step, PHASES.index(phase)
 
     def get(self) -> Position:
@@ -57,13 +53,13 @@ class SharedPosition:
         return Position(*self._numbers)
 
 
-def host_name(environment: Mapping[str, str] = os.environ) -> str:
+def host_name() -> str:
     """Returns the name of this machine; in a Slurm job, Slurm's name for it."""
-    return environment.get("SLURMD_NODENAME") or socket.gethostname()
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def create_page() -> int:
-    """Returns a file descriptor of memory for `SharedPosition`, to be inherited."""
+    """Returns the file descriptor of memory for `SharedPosition`, to be inherited by the process."""
     page = os.memfd_create("position")
     os.ftruncate(page, _BYTES)
     return page

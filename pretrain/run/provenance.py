@@ -1,6 +1,6 @@
-"""Records everything needed to repeat a run: settings, command, commit and versions.
+"""Records what is needed to repeat a run: settings, command, commit and versions.
 
-Checkpoints hold a short form. Each start of a run writes a folder, RUN/starts/0001, 0002, …:
+Checkpoints hold a short form. Each start of a run writes a folder RUN/starts/0001, 0002, …:
 
     config.yaml         the settings
     environment.json    command, commit, time, data, hosts, GPUs, driver, and the relevant environment variables
@@ -29,8 +29,8 @@ from pretrain.run.position import host_name
 
 PACKAGES = ("torch", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
 STARTS = "starts"
-DIFF_BYTES = 256 << 10  # kept of a diff, because a run may be started hundreds of times
-# Environment variables that change how a job runs, and words that mark one as a secret (such as SLURM_JWT).
+DIFF_BYTES = 256 << 10  # longer diffs are truncated, because a run may be started hundreds of times
+# Environment variables that affect a job, and words in the names of secrets (such as SLURM_JWT).
 _RELEVANT = re.compile(
     r"(SLURM|NCCL|CUDA|NVIDIA|OMP|MKL|TORCH|PYTORCH|TRITON|DS|DALI|MASTER|GLOO|UCX|FI|LD)_|RANK|WORLD_SIZE|LOCAL_RANK|PATH$|TMPDIR$"
 )
@@ -38,7 +38,7 @@ _SECRET = re.compile(r"JWT|TOKEN|KEY|SECRET|PASS|CREDENTIAL")
 
 
 def provenance() -> dict[str, object]:
-    """Returns `command`, as typed after python; `commit`, marked if files have changed since; and `versions` by package."""
+    """Returns `command`, as typed after python; `commit`, marked if files have changed since; and `versions`, by package."""
     return {
         "command": f"python -m pretrain {shlex.join(sys.argv[1:])}",
         "commit": git_commit(),
@@ -47,7 +47,14 @@ def provenance() -> dict[str, object]:
 
 
 def record_start(run: Path, config: Config, data: Mapping[str, str], hosts: Sequence[dict[str, str]]) -> None:
-    """Writes the folder of this start, with the fingerprints of the data sets by split and each rank's `describe_host`."""
+    """Writes the folder of this start.
+
+    Args:
+        run: the run directory.
+        config: of the job.
+        data: fingerprints of the data sets, by split.
+        hosts: `describe_host` of each rank.
+    """
     starts = run / STARTS
     starts.mkdir(exist_ok=True)
     folder = starts / f"{1 + max((int(path.name) for path in starts.iterdir()), default=0):04d}"
@@ -68,12 +75,12 @@ def record_start(run: Path, config: Config, data: Mapping[str, str], hosts: Sequ
 
 
 def variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables that are relevant to a job, without secrets."""
+    """Returns the environment variables that affect a job, without secrets."""
     return {name: value for name, value in sorted(environment.items()) if _RELEVANT.match(name) and not _SECRET.search(name)}
 
 
 def diff(folder: Path) -> bytes:
-    """Returns `git diff HEAD` of the work tree around a folder, cut with a note after DIFF_BYTES; empty without git."""
+    """Returns `git diff HEAD` of the work tree of a folder, truncated with a note after DIFF_BYTES; empty without git."""
     try:
         # Without a user's own colors, tools and prefixes, so that `git apply` accepts the patch.
         command = ["git", "diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--src-prefix=a/", "--dst-prefix=b/"]

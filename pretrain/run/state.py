@@ -2,9 +2,9 @@
 
     for run in read([Path("runs/van_b3_in22k")]): state, remark = state_of(run, time.time())
 
-Files may be half-written, of another version, or vanish during the read: whatever can't be read is skipped. The holder of a run's lock is
-alive if its process exists. On another machine it is alive if it has recently touched the lock or written a record, for which the clocks of
-this machine and of the file server have to agree within about 50 s.
+Files may be half-written, of another version, or vanish during the read: what can't be read is skipped. The holder of a run's lock is alive
+if its process exists. A holder on another machine is alive if it has recently touched the lock or written a record; this requires that the
+clocks of this machine and of the file server agree within about 50 s.
 """
 
 import itertools
@@ -42,12 +42,12 @@ class Holder:
     process: str  # "process 4711 on node3"
     since: float | None
     exists: bool | None  # None: on another machine
-    touched: float = field(compare=False)
+    touched: float = field(compare=False)  # the lock
 
 
 @dataclass(frozen=True)
 class Run:
-    """Describes a run by its files and Slurm's queue. Two values are equal if nothing but time has passed between them."""
+    """Describes a run by its files and Slurm's queue. Two values are equal if only time has passed between them."""
 
     folder: Path
     records: dict[str, Record]  # the newest of each kind near the end of metrics.jsonl
@@ -65,7 +65,7 @@ class Run:
     skipped: int  # steps without an update
     size: int  # bytes of all checkpoints
     free: int | None = field(compare=False)  # bytes of their file system
-    job: str | None = None  # its state in Slurm's queue, as in ask_slurm; None: not in the queue, or unknown
+    job: str | None = None  # state of the job in Slurm's queue, as in `ask_slurm`; None: not in the queue, or unknown
     is_queue_known: bool = False
 
     @property
@@ -100,16 +100,16 @@ def read(folders: Sequence[Path]) -> list[Run]:
 
 
 def with_queue(run: Run, jobs: dict[str, str] | None) -> Run:
-    """Returns a run with the state of its job in Slurm's queue, from the result of `ask_slurm`."""
+    """Returns a run with its job's state in Slurm's queue; `jobs` is the result of `ask_slurm`."""
     if jobs is None or run.job_id is None:
         return run
     return replace(run, job=jobs.get(run.job_id), is_queue_known=True)
 
 
 def ask_slurm(jobs: Sequence[str]) -> dict[str, str] | None:
-    """Returns the state of those jobs that are in Slurm's queue, by id: `RUNNING`, or `PENDING (Priority), expected to start TIME`.
+    """Returns the states of the jobs in Slurm's queue, by id: `RUNNING`, or `PENDING (Priority), expected to start TIME`.
 
-    None if squeue does not exist or does not answer.
+    Returns None if squeue does not exist or does not answer.
     """
     if not jobs or shutil.which("squeue") is None:
         return None
@@ -144,7 +144,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder, records=records, total=int(total) if total else None, saved=saved,
         step=steps[-1] if steps else (saved[-1] if saved else None), is_saving=any((folder / CHECKPOINTS).glob(".partial-*")),
-        # The median: a restart between two records does not count.
+        # The median, which a restart between two records does not affect.
         interval=statistics.median(after - before for before, after in itertools.pairwise(times)) if len(times) > 1 else None,
         attempts=tried, restarts=max(0, starts - 1), holder=holder,
         job_id=job_id if job_id and re.fullmatch(r"\d+(_\d+)?", job_id) else None,
@@ -203,7 +203,7 @@ def number(record: Record, key: str) -> float | None:
 
 
 def _read_json_lines(path: Path, last_bytes: int | None = None) -> list[Record]:
-    """Returns the objects in a file of one JSON object a line. Incomplete and other lines are skipped."""
+    """Returns the objects in a file with one JSON object per line; skips incomplete and other lines."""
     values = []
     try:
         with path.open("rb") as file:
@@ -224,7 +224,7 @@ def _read_json_lines(path: Path, last_bytes: int | None = None) -> list[Record]:
 
 
 def state_of(run: Run, now: float) -> tuple[State, str]:
-    """Returns a run's state and a remark that explains it, "" if there is nothing to add."""
+    """Returns a run's state and a remark that explains it, which may be empty."""
     holder, job, last = run.holder, run.job, run.attempts[-1] if run.attempts else None
     is_queued = job is not None and job.startswith(QUEUED)
     if holder is not None and not (is_queued and holder.job == run.job_id):  # the lock of a queued job is that of its last attempt

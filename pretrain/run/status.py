@@ -1,6 +1,6 @@
-"""`python -m pretrain status [RUN …] [--follow]`: shows the state of runs, on any machine that can read their directories.
+"""Runs `python -m pretrain status [RUN …] [--follow]`: shows the state of runs, on any machine that can read their directories.
 
-One run is shown in detail, several are a table with one row each. A folder that is no run directory means all runs below it.
+One run is shown in detail, several in a table with one row each. A folder that is not a run directory stands for all runs below it.
 """
 
 import sys
@@ -25,7 +25,7 @@ def status(folders: Sequence[Path], follow: bool) -> int:
     """Prints the state of runs, once or until Ctrl-C; returns the exit code.
 
     Raises:
-        ValueError: there is no run in any of the folders. A folder that does not exist counts as a run that has not started.
+        ValueError: the folders contain no run. A folder that does not exist counts as a run that has not started.
     """
     if not (runs := _find(folders)):
         raise ValueError(f"there is no run in {', '.join(map(str, folders))}")
@@ -40,7 +40,7 @@ def _find(folders: Sequence[Path]) -> list[Path]:
 
 
 def _print(folders: Sequence[Path], in_detail: bool, follow: bool) -> None:
-    """Prints once, or again and again: a terminal is redrawn, other output gets a new block after a change."""
+    """Prints the state once, or with `follow` repeatedly: redraws a terminal; appends a block to other output after each change."""
     previous = None
     while True:
         runs, now = read(_find(folders)), time.time()
@@ -99,7 +99,7 @@ def details(run: Run, now: float) -> str:
 
 
 def _numbers(record: Record, *parts: tuple[str, str]) -> str:
-    """Returns those of a record's numbers that exist, each in its format."""
+    """Formats the numbers that the record has; `parts` are (key, format)."""
     return ", ".join(text.format(value) for key, text in parts if (value := number(record, key)) is not None)
 
 
@@ -126,7 +126,7 @@ def _disk(run: Run) -> str:
 
 
 def size(count: float) -> str:
-    """Returns a number of bytes in its largest unit: `3.34 GB`."""
+    """Formats a number of bytes in its largest unit: `3.34 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 999.5:
             return f"{count:.3g} {unit}"

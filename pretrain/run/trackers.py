@@ -1,16 +1,15 @@
-"""Sends the records of a run to tools that draw curves: TensorBoard always, Weights & Biases and MLflow by setting.
+"""Sends the records of a run to experiment trackers: TensorBoard always, Weights & Biases and MLflow by setting.
 
 RUN/tensorboard       event files, one for each start: tensorboard --logdir runs
 run.wandb=PROJECT     or ENTITY/PROJECT; wandb finds its key, server and mode by itself (wandb login, WANDB_MODE=offline)
 run.mlflow=EXPERIMENT MLflow finds its store by itself (MLFLOW_TRACKING_URI)
 
-A resumed run continues the same curves: TensorBoard drops the records of an earlier start after the step that this one resumes at, and
-RUN/trackers.json keeps the ids of the other two. A thread sends the records, so neither a slow disk nor a server that does not answer
-delays training. Records that can't be written are lost; that is logged.
+A resumed run continues the same curves: TensorBoard drops the records of an earlier start after the step at which this start resumes, and
+RUN/trackers.json keeps the run ids of the other two. A thread sends the records, so neither a slow disk nor an unresponsive server delays
+training. Records that can't be written are lost and logged.
 """
 
 import json
-import os
 import queue
 import threading
 import time
@@ -20,13 +19,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.common.files import publish
+from data.common.files import open_to_replace
 from pretrain import config as settings
 from pretrain.config import Config
 
 IDS = "trackers.json"
-NO_CURVES = ("step", "total", "evaluates")  # numbers of a record that describe the course of the job
-CLOSE_S = 30.0  # that the end of training waits for a server
+NO_CURVES = ("step", "total", "evaluates")  # numbers of a record that are not measurements
+CLOSE_S = 30.0  # wait for a server at the end of training
 
 
 class Tracker(Protocol):
@@ -38,7 +37,7 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Sends records to the open trackers. Before `open`, and on ranks that do not call it, records go nowhere."""
+    """Sends records to the open trackers; discards records before `open`, and on ranks that do not call it."""
 
     def __init__(self, log_line: Callable[[str], None]):
         self._log_line = log_line
@@ -47,10 +46,10 @@ class Trackers:
         self._thread: threading.Thread | None = None
 
     def open(self, config: Config, folder: Path, step: int) -> None:
-        """Opens the trackers of the settings for a run that is at `step`.
+        """Opens the trackers of the settings for a run at `step`.
 
         Raises:
-            ValueError: a tracker refuses, at step 0. A resumed run continues without the tracker, and logs that.
+            ValueError: a tracker fails at step 0. A resumed run logs the failure and continues without the tracker.
         """
         self._open = [TensorBoard(folder / "tensorboard", step)]
         for key, project, start in (("run.wandb", config.run.wandb, WandB), ("run.mlflow", config.run.mlflow, MLflow)):
@@ -67,12 +66,12 @@ class Trackers:
         self._thread.start()
 
     def send(self, kind: str, values: dict[str, Any]) -> None:
-        """Queues a record, and returns at once."""
+        """Queues a record and returns at once."""
         if self._thread is not None:
             self._queue.put((values["step"], scalars(kind, values)))
 
     def close(self) -> None:
-        """Waits until all records are written, or for CLOSE_S seconds."""
+        """Waits until all records are written, at most CLOSE_S seconds."""
         if self._thread is None:
             return
         self._queue.put(None)
@@ -99,7 +98,7 @@ class Trackers:
 
 
 def scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
-    """Returns the numbers of a record by the name of their curve, such as train/loss or evaluation/ema/top1."""
+    """Returns the numbers of a record by curve, such as train/loss or evaluation/ema/top1."""
     curves: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -110,7 +109,7 @@ def scalars(kind: str, values: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Writes event files to a folder. The curves of an earlier start end at the step that this one resumes at."""
+    """Writes event files to a folder. The curves of an earlier start end at the step at which this one resumes."""
 
     name = "TensorBoard"
 
@@ -129,7 +128,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
         except Exception:
-            # The writer's thread ended with the error, so the next record begins another file.
+            # The error ended the writer's thread, so the next record begins another file.
             self._writer, self._first = None, step + 1
             raise
 
@@ -152,7 +151,7 @@ class WandB:
             entity=entity or None, project=project, id=run_id, resume="allow", name=config.name, dir=folder,
             config=settings.as_dict(config), settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
-        # wandb's own step counter refuses steps before its newest record, which a run that was cut short makes again.
+        # wandb's own step counter rejects steps before its newest record, which a resumed run computes again.
         self._run.define_metric("*", step_metric="step")
         _write_id(folder, "wandb", run_id)
 
@@ -199,6 +198,5 @@ def _read_ids(folder: Path) -> dict[str, str]:
 
 
 def _write_id(folder: Path, name: str, run_id: str) -> None:
-    with open(folder / f"{IDS}.{os.getpid()}", "w") as file:
+    with open_to_replace(folder / IDS) as file:
         json.dump(_read_ids(folder) | {name: run_id}, file)
-        publish(file, folder / IDS)

@@ -46,7 +46,7 @@ def alike(losses: list[float], first: int = 0) -> Steps:
         ([2.0] * 150, None),
         ([2.0] * 120 + [NAN, NAN] + [2.0] + [NAN, NAN] + [2.0], None),
         ([2.0] * 5 + [NAN] * 3, BadSteps(5, 7, "3 steps in a row were not finite")),
-        ([2.0] * 100 + [2.0, 4.1, 9.0], BadSteps(101, 101, "a loss of 4.1000, where the average before it is 2.0000")),
+        ([2.0] * 100 + [2.0, 4.1, 9.0], BadSteps(101, 101, "a loss of 4.1000 after an average of 2.0000")),
         ([2.0] * 99 + [4.1], None),  # too early to know the usual loss
         ([6.0 - 0.01 * step for step in range(400)] + [4.8], BadSteps(400, 400, "")),  # the average follows a falling loss
     ],
