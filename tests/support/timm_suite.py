@@ -1,7 +1,7 @@
 """Runs timm's own model tests on the VAN family. They are not part of this repository: they are in the source archive of timm's release.
 
     pip download --no-deps --no-binary timm timm==1.0.31 && tar xf timm-1.0.31.tar.gz
-    python -m tests.support.timm_suite timm-1.0.31/tests/test_models.py                          # all seven variants, minutes
+    python -m tests.support.timm_suite timm-1.0.31/tests/test_models.py                          # all variants, minutes
     python -m tests.support.timm_suite timm-1.0.31/tests/test_models.py -k "van_b0 and not prune"  # any of pytest's options
 
 Tests that are written for other models by name, and those of published weights, have nothing to run on here.

@@ -11,24 +11,24 @@ from pretrain.model.formats import FORMATS, from_format, to_format
 from tests.support import REFERENCE as REFERENCE_FOLDER
 
 REFERENCE = json.loads((REFERENCE_FOLDER / "van_state_dicts.json").read_text())
-VARIANTS = sorted(REFERENCE)
+AUTHORS_VARIANTS = sorted(REFERENCE)
 
 
 @pytest.fixture(scope="module")
 def native() -> dict[str, dict[str, torch.Tensor]]:
     """State dicts of all variants without memory behind them."""
     with torch.device("meta"):
-        return {variant: timm.create_model(variant).state_dict() for variant in VARIANTS}
+        return {variant: timm.create_model(variant).state_dict() for variant in AUTHORS_VARIANTS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", AUTHORS_VARIANTS)
 def test_official_keys_and_shapes_are_the_authors(native: dict, variant: str) -> None:
     official = to_format(native[variant], "official")
     assert {key: list(value.shape) for key, value in official.items()} == REFERENCE[variant]["state_dict"]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", AUTHORS_VARIANTS)
 def test_round_trip(native: dict, variant: str, fmt: str) -> None:
     state_dict = {key: value for key, value in native[variant].items() if fmt != "mmseg" or not key.startswith("head.")}
     there = to_format(native[variant], fmt)
