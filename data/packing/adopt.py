@@ -1,4 +1,4 @@
-"""Adopts tar shards that other tools wrote as a dataset, in place: img2dataset, open_clip, timm, webdataset's ShardWriter.
+"""Makes a dataset, in place, of tar shards that other tools wrote: img2dataset, open_clip, timm, webdataset's ShardWriter.
 
     python -m data index SHARDS [--classes FILE] [--label FIELD]
 
@@ -35,13 +35,13 @@ def index_shards(
     """Makes a dataset of the .tar files in a folder, in the order of their names.
 
     Args:
-        classes: class names in label order. Without, a number is named by its decimal text, and names are sorted.
+        classes: class names in label order. If None, numbers are named by their decimal text, and class names are sorted.
         field: the field of the .json members that holds a number or a class name; None for the number in the .cls members.
-        force: replace a dataset in the folder by a different one.
+        force: replace a different dataset in the folder.
 
     Raises:
-        ValueError: and nothing is written, for samples that can't be used, for a folder without shards, and, without `force`, for
-            a folder that already is a different dataset.
+        ValueError: a sample can't be used, the folder has no shards or, without `force`, the folder is already a different dataset.
+            Nothing is written then.
     """
     paths = sorted(folder.glob("*.tar"))
     if not paths:
@@ -63,7 +63,7 @@ def index_shards(
         earlier = read_description(folder)
         is_same = (earlier.get("fingerprint"), earlier.get("classes")) == (compute_fingerprint(np.concatenate(rows), shards), list(classes))
         if (folder / "dataset.json").exists() and not (is_same or force):
-            raise ValueError(f"{folder} already is a dataset of other shards, labels or classes; --force replaces it")
+            raise ValueError(f"{folder} is already a dataset of other shards, labels or classes; --force replaces it")
     except ValueError:
         shutil.rmtree(results)
         raise
@@ -80,7 +80,7 @@ def index_shards(
 
 
 def _read_shard(path: Path, *, results: Path, field: str | None, classes: tuple[str, ...] | None) -> list[str]:
-    """Reads a shard and writes its rows and .idx to `results`, unless an earlier run has; returns its faults."""
+    """Reads a shard and writes its rows and .idx to `results`, unless an earlier run has done so; returns the shard's faults."""
     status = path.stat()
     origin = hash_bytes(repr((status.st_size, status.st_mtime_ns, field, classes)).encode())
     saved = results / f"{path.name}.npz"
@@ -96,7 +96,8 @@ def _read_shard(path: Path, *, results: Path, field: str | None, classes: tuple[
     if not contents.keys:
         return [f"{path.name}: no samples in it; remove it, as DALI accepts no empty shard"]
     write_idx(results / f"{path.stem}.idx", contents.idx)
-    about = {"origin": origin, "shard": asdict(contents.shard), "numbers": labels.has_numbers, "names": labels.list_new_names()}
+    names = list(labels.positions) if classes is None else []
+    about = {"origin": origin, "shard": asdict(contents.shard), "numbers": labels.has_numbers, "names": names}
     with open_to_replace(saved, "wb") as file:
         np.savez(file, rows=contents.rows, about=json.dumps(about))
     return []
@@ -108,15 +109,12 @@ def _load_result(saved: Path) -> tuple[dict[str, Any], np.ndarray]:
 
 
 class Labels:
-    """Maps the labels of a shard to positions: in `classes`, or else among the names that occur in the shard."""
+    """Maps the labels of a shard to positions: in `classes` or, if None, among the names that occur in the shard."""
 
     def __init__(self, field: str | None, classes: tuple[str, ...] | None) -> None:
         self.field, self.classes = field, classes
         self.positions = {name: position for position, name in enumerate(classes or ())}
         self.has_numbers = False
-
-    def list_new_names(self) -> list[str]:
-        return list(self.positions) if self.classes is None else []
 
     def describe(self, sample: list[Member]) -> tuple[int, int, int]:
         """Returns a sample's label, width and height: a Describe of data.dataset.shards."""
@@ -137,7 +135,7 @@ class Labels:
 
 
 def _combine(folder: Path, saved: Sequence[Path], classes: Sequence[str] | None) -> tuple[list[Shard], list[np.ndarray], Sequence[str]]:
-    """Combines the results of all shards; returns shards, rows and classes, with labels that are positions in the classes."""
+    """Combines the results of all shards; returns shards, rows and classes, with labels as positions in the classes."""
     abouts, rows = zip(*map(_load_result, saved), strict=True)
     shards = [Shard(**about["shard"]) for about in abouts]
     if classes is not None:
@@ -154,7 +152,7 @@ def _combine(folder: Path, saved: Sequence[Path], classes: Sequence[str] | None)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Reads dataset.json, with the class names added; returns an empty dict without a readable one."""
+    """Reads dataset.json and adds the class names; returns an empty dict if a file can't be read."""
     try:
         names = json.loads((folder / "classes.json").read_text(encoding="utf-8"))
         return json.loads((folder / "dataset.json").read_text(encoding="utf-8")) | {"classes": names}

@@ -1,4 +1,4 @@
-"""Image conversion: keep an encoded image file as it is, convert it to a baseline JPEG, or reject it.
+"""Converts images: keeps an encoded file as it is, converts it to a baseline JPEG, or rejects it.
 
     rules = ImageRules(resize_short=256)
     try:
@@ -11,13 +11,13 @@ for byte. Every other image becomes a baseline JPEG, gray or RGB: PNG, GIF and W
 palette, alpha, EXIF-rotated, progressive.
 
 Colors are those of timm and torchvision: ICC profiles are not applied, and CMYK is converted with ideal inks. Most images are stored
-as they are, and the others should not differ from them. There are two exceptions. 16-bit samples are scaled to 8 bits, where
+as they are, and converted ones should have the same colors. There are two exceptions. 16-bit samples are scaled to 8 bits, whereas
 convert("RGB") clips them. Alpha is composited on white, the page that such images are made for; dropping alpha would reveal the
 arbitrary colors of transparent pixels.
 
 libjpeg-turbo decides whether a JPEG is sound, with warnings as errors: libjpeg and Pillow decode a damaged file to its end and
 leave gray or garbled blocks. DALI's decoder is libjpeg-turbo too, but it parses headers more strictly, and so does
-`read_jpeg_header`. tests/data/packing/test_images.py holds that DALI decodes everything stored here, with many damaged files. Of the
+`read_jpeg_header`. tests/data/packing/test_images.py asserts, with many damaged files, that DALI decodes everything stored here. Of the
 other formats only PNG has checksums; a damaged file that still decodes becomes a JPEG of the visible pixels.
 """
 
@@ -46,11 +46,11 @@ HISTOGRAM_STEP = 5  # rows; coprime to the 8 rows of a JPEG block
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
-    """How to convert images. Raises ValueError for a value out of range.
+    """Rules for the conversion of images. Raises ValueError for a value out of range.
 
     Attributes:
-        keep_original: keep JPEG, PNG and WebP byte for byte where DALI can read them. Training then sees them as DALI decodes them:
-            EXIF rotation is not applied and alpha is dropped.
+        keep_original: keep JPEG, PNG and WebP byte for byte if DALI can read them. Training then sees them as DALI decodes them: EXIF
+            rotation is not applied and alpha is dropped.
         max_side: shrink images to at most this many pixels on the longer side.
         resize_short: shrink images to at most this many pixels on the shorter side.
         max_pixels: reject larger images by their header.
@@ -74,7 +74,7 @@ class StoredImage:
     """An image as a shard stores it, with its size in pixels.
 
     Attributes:
-        change: the conversions, such as "progressive" or "png+resized"; None for the source byte for byte.
+        change: the conversions, such as "progressive" or "png+resized"; None if the source is stored byte for byte.
         histogram: int64 (3, 256), counts of the red, green and blue values in every fifth row. Integers, so that the sum over a
             dataset does not depend on the order.
     """
@@ -90,7 +90,7 @@ class StoredImage:
 def convert_image(encoded: bytes, rules: ImageRules) -> StoredImage:
     """Converts an encoded image file; equal bytes and rules give equal results. Not thread-safe: it sets Python's warning filter.
 
-    Raises BadImage for a file that is empty, no image, cut short, damaged, of an unsupported format, or too large (known from the header,
+    Raises BadImage for a file that is empty, not an image, truncated, damaged, of an unsupported format, or too large (found in the header,
     before memory for pixels is allocated).
     """
     if not encoded:
@@ -113,9 +113,9 @@ class _Decoded:
 
     Attributes:
         pixels: uint8, (H, W, 3) or, gray, (H, W); EXIF orientation is not applied.
-        extension: of the format in which DALI can read the file; None if it can't.
+        extension: the extension under which DALI can read the file; None if it can't.
         change: why the file can't be stored as it is.
-        original: the bytes to store if the pixels stay as they are; None if these must be encoded.
+        original: the bytes to store for unchanged pixels; None if the pixels must be encoded.
         encoding: Pillow's options to encode the pixels.
         quantized_by: the header whose quantization tables encode unchanged pixels; None for those of `encoding`.
     """
@@ -169,7 +169,7 @@ def _encode_jpeg(image: Image.Image, encoding: dict[str, Any]) -> bytes:
 
 
 def _scale_size(width: int, height: int, rules: ImageRules) -> tuple[int, int]:
-    """Returns width and height under the rules; raises BadImage for an image too large to decode or store."""
+    """Returns the width and height to store; raises BadImage for an image too large to decode or store."""
     if width * height > rules.max_pixels:
         raise BadImage(f"{width} x {height} pixels; the limit is {rules.max_pixels}")
     long, short = max(width, height), min(width, height)
@@ -193,18 +193,18 @@ _UPRIGHT = {
 
 
 def _read_orientation(exif: bytes) -> int:
-    """Returns the EXIF orientation; 1, upright, for EXIF data that are missing, unreadable, or longer than a JPEG can hold."""
+    """Returns the EXIF orientation; 1, upright, if EXIF data are missing, unreadable, or longer than a JPEG can hold."""
     if not exif or len(exif) > 1 << 16:
         return 1
     tags = Image.Exif()
     try:
         tags.load(exif)
         return int(tags.get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Pillow raises errors of many types for damaged EXIF data; the pixels are sound without
+    except Exception:  # Pillow raises errors of many types for damaged EXIF data; the pixels are sound nevertheless
         return 1
 
 
-# For each color space of a JPEG, the space to decode to, and the change to record where decoders disagree about the colors.
+# For each color space of a JPEG, the space to decode to, and the change to record if decoders disagree about the colors.
 _COLORS = {"YCbCr": ("RGB", None), "Gray": ("GRAY", None), "RGB": ("RGB", "rgb"), "CMYK": ("CMYK", "cmyk"), "YCCK": ("CMYK", "cmyk")}
 _SUBSAMPLING = {"422": 1, "420": 2}  # the modes that Pillow can write, by its numbers; every other mode becomes 0, none
 
@@ -224,7 +224,7 @@ def _decode_jpeg(encoded: bytes, rules: ImageRules) -> _Decoded:
         end = encoded.find(END_OF_IMAGE, header.scan_start) + len(END_OF_IMAGE)
     stripped = header.stripped + encoded[header.scan_start : end]
     pixels = simplejpeg.decode_jpeg(stripped, space)  # strict: raises ValueError where libjpeg would warn
-    if space == "CMYK":  # inverted, as Adobe stores it and every other writer since, also where no marker says so
+    if space == "CMYK":  # inverted, as Adobe and every later writer store it, even without a marker
         inks = Image.frombuffer("CMYK", (width, height), pixels, "raw", "CMYK;I", 0, 1)
         pixels = np.asarray(inks.convert("RGB"))
     elif space == "GRAY":
@@ -242,7 +242,7 @@ def _decode_jpeg(encoded: bytes, rules: ImageRules) -> _Decoded:
 
 
 def _copy_quantization(header: JpegHeader) -> dict[str, Any]:
-    """Returns Pillow's options to encode with a JPEG's quantization tables: equal blocks, quantized alike, lose next to nothing."""
+    """Returns Pillow's options to encode with a JPEG's quantization tables, so that unchanged blocks lose next to nothing."""
     source = JpegImageFile(io.BytesIO(header.stripped))
     tables = [source.quantization[table] for _, _, _, table in source.layer]
     return {"quality": -1, "qtables": [[min(step, 255) for step in table] for table in tables]}  # baseline has 8 bits a step

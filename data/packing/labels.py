@@ -1,4 +1,4 @@
-"""Class lists and label files: class names in label order, and the class of each image without a class folder."""
+"""Reads class lists and label files: class names in label order, and the class of each image without a class folder."""
 
 import csv
 import json
@@ -13,7 +13,7 @@ _WNID_WITH_WORDS = re.compile(r"(n\d{8})\s")  # `n01440764 tench, Tinca tinca`, 
 
 
 def escape_name(name: str) -> str:
-    """Returns a file name as valid UTF-8: bytes that are not UTF-8 become `\\xe9`."""
+    """Returns a file name as valid UTF-8: other bytes are escaped, such as `\\xe9`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -44,11 +44,11 @@ def _parse_class(text: str) -> str:
 
 
 def read_image_labels(file: Path, names: Sequence[str]) -> list[str]:
-    """Reads the class of each image, of sorted file names, from a file of labels.
+    """Reads the class of each image from a file of labels; `names` are the images' sorted file names.
 
-    The file is a CSV of `image,class` lines such as Kaggle's LOC_val_solution.csv, with or without file extensions. Otherwise it has one
-    line per image in the order of `names`: a class, or a class number of ILSVRC2012's development kit, which the kit's meta.mat beside
-    the file resolves. Raises ValueError for an unreadable file, an image without a label, and a label without an image.
+    The file is a CSV of `image,class` lines such as Kaggle's LOC_val_solution.csv, with or without file extensions. Any other file has
+    one line per image in the order of `names`: a class, or a class number of ILSVRC2012's development kit, which the kit's meta.mat
+    beside the file resolves. Raises ValueError for an unreadable file, an image without a label, and a label without an image.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -89,7 +89,7 @@ def _read_kit_numbers(file: Path) -> dict[int, str]:
     if not meta.is_file():
         raise ValueError(
             f"{file}: its numbers are those of the development kit, which do not follow the sorted class names; "
-            f"put the kit's meta.mat beside it"
+            "put the kit's meta.mat beside it"
         )
     synsets = loadmat(meta, squeeze_me=True)["synsets"]
     return dict(zip(synsets["ILSVRC2012_ID"].astype(int).tolist(), synsets["WNID"].tolist(), strict=True))

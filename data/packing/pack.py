@@ -1,7 +1,7 @@
 """Packs images into a dataset of tar shards, in parallel. A packing can be stopped at any moment and resumed.
 
     python -m data pack SOURCE OUT                  OUT/train/NAME-train-000000.tar …, a dataset as index.py describes it
-    python -m data pack SOURCE OUT --part 2/8       a share of the work, for several machines; the last to finish merges
+    python -m data pack SOURCE OUT --part 2/8       a part of the work, for several machines; the last to finish merges
 
     OUT/train.packing/plan/       which entry of the source goes into which shard (plan.py); written once, first
     OUT/train.packing/done/       one file per finished shard, with its index rows; its presence marks the shard as finished
@@ -9,9 +9,9 @@
     OUT/train/                    the finished shards; last come index.npy, classes.json, rejected.jsonl, dataset.json
 
 Every image is decoded once (images.py); an image that can't be used is rejected and listed in rejected.jsonl. A shard is the unit
-of work. Its bytes follow from plan and source alone, so the result is the same for every process and every attempt. A shard is
+of work. Its bytes depend on plan and source alone, so the result is the same for every process and every attempt. A shard is
 written in scratch, synced, renamed to its final name, and then marked as finished. Merging makes the dataset's other files from
-done/ and removes OUT/train.packing. Every step is safe while another process runs the same step.
+done/ and removes OUT/train.packing. Several processes may safely run the same step at the same time.
 """
 
 import contextlib
@@ -61,18 +61,18 @@ def pack(
     """Packs a source (sources.py) into one folder per split in OUT, or resumes an earlier call.
 
     Args:
-        settings: of the result. Without classes, a split other than `train` takes those of OUT/train.
-        max_rejected: images, or below 1 a share of the files, that may be rejected.
+        settings: the settings of the result. Without classes, a split other than `train` takes those of OUT/train.
+        max_rejected: the number of images or, below 1, the fraction of the files that may be rejected.
         workers: number of processes.
         part: (i, n) packs every n-th shard from the i-th.
         merge_only: pack nothing; make the dataset of the finished shards.
 
     Returns:
-        The finished datasets: of the split and, with a holdout, of `val`. Empty while other parts are unfinished.
+        The finished datasets: the split and, with a holdout, `val`. Empty while other parts are unfinished.
 
     Raises:
-        ValueError: for an unrecognized source, settings that differ from those of the earlier call, too many rejected images, and
-            a failure to read or write. Finished work is kept.
+        ValueError: the source is not recognized, settings differ from those of the earlier call, too many images are rejected, or a
+            read or write fails. Finished work is kept.
     """
     source = source.absolute()
     settings = _check_settings(source, out, settings)
@@ -113,7 +113,7 @@ def pack(
 
 
 def _check_settings(source: Path, out: Path, settings: Settings) -> Settings:
-    """Checks the settings; returns them with the classes of OUT/train, if the split takes those."""
+    """Checks the settings and returns them, with the classes of OUT/train if the split takes those."""
     if settings.holdout is not None and settings.split == HOLDOUT_SPLIT:
         raise ValueError(f"--holdout writes the split {HOLDOUT_SPLIT}; give another --split, or no --holdout")
     if out.resolve().is_relative_to(source.resolve()):
@@ -128,7 +128,7 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _describe_settings(source: Path, settings: Settings) -> dict[str, Any]:
-    """Describes, for dataset.json, everything that the dataset's bytes depend on besides the bytes of the source."""
+    """Describes, for dataset.json, everything except the source's bytes that the dataset's bytes depend on."""
     classes, labels = settings.classes, settings.labels
     return {
         "command": "python -m data pack",
@@ -142,7 +142,7 @@ def _describe_settings(source: Path, settings: Settings) -> dict[str, Any]:
 
 
 def _read_train_classes(out: Path) -> tuple[str, ...] | None:
-    """Reads the classes of OUT/train, so that labels mean the same in all splits; returns None without OUT/train."""
+    """Reads the classes of OUT/train, so that labels mean the same in all splits; returns None if there is no OUT/train."""
     if (out / "train" / "classes.json").is_file():
         return read_classes(out / "train")
     if (out / "train.packing").is_dir():
@@ -164,7 +164,7 @@ def create_empty_folder(out: Path) -> None:
 
 
 def _open_or_write_plan(source: Path, out: Path, settings: Settings, made: dict[str, Any], run: Run, *, is_new: bool) -> Plan:
-    """Opens the plan; with `is_new` writes a missing one, or waits for another process that is writing it."""
+    """Opens the plan. With `is_new`, writes a missing plan, or waits for another process that is writing it."""
     work = out / f"{settings.split}.packing"
     open_plan.cache_clear()
     if (work / "plan").is_dir():
@@ -184,7 +184,7 @@ def _open_or_write_plan(source: Path, out: Path, settings: Settings, made: dict[
             try:
                 os.rename(scratch, work / "plan")
             except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # without locks, another process may have been faster
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # on a file system without locks, another process was faster
                     raise
             sync(work)
     return open_plan(work / "plan")
@@ -211,7 +211,7 @@ def _pack_shards(plan: Plan, out: Path, work: Path, part: tuple[int, int], max_r
 def pack_shard(out: Path, work: Path, number: int) -> tuple[list[dict[str, str]], int]:
     """Packs the plan's shard of this number.
 
-    Returns the rejected entries, as lines of rejected.jsonl, and the number of the shard's entries.
+    Returns the rejected entries, as lines of rejected.jsonl, and the shard's number of entries.
     """
     plan = open_plan(work / "plan")
     shard = plan.shards[number]
@@ -250,7 +250,7 @@ def pack_shard(out: Path, work: Path, number: int) -> tuple[list[dict[str, str]]
 
 @dataclass(frozen=True, eq=False)
 class ShardResult:
-    """The result of packing a shard. `shards` is empty where no image was usable; `histogram` is int64 (3, 256)."""
+    """The result of packing a shard. `shards` is empty if no image was usable; `histogram` is int64 (3, 256)."""
 
     shards: list[Shard]
     rows: np.ndarray
@@ -281,7 +281,7 @@ def _check_rejected(rejected: Sequence[dict[str, str]], max_rejected: int | floa
 
 
 def _merge(plan: Plan, out: Path, work: Path, splits: Sequence[str], max_rejected: int | float) -> None:
-    """Makes datasets of the packed shards. dataset.json comes last, that of the split after that of its holdout."""
+    """Makes datasets of the packed shards. Each dataset.json is written last, the split's after its holdout's."""
     packed = [(shard.split, _read_result(work, number)) for number, shard in enumerate(plan.shards)]
     _check_rejected([line for _, result in packed for line in result.rejected], max_rejected, plan)
     with _make_scratch(work) as scratch:
@@ -309,8 +309,8 @@ def _merge(plan: Plan, out: Path, work: Path, splits: Sequence[str], max_rejecte
 def _summarize(results: Sequence[ShardResult]) -> dict[str, Any]:
     """Summarizes a dataset's images for dataset.json.
 
-    It has sizes in bytes and pixels; mean and standard deviation of red, green and blue in units of full intensity, over the rows
-    that the histograms count; the number of images by change; and the number of rejected images.
+    Returns sizes in bytes and pixels; mean and standard deviation of red, green and blue in units of full intensity, over the rows that
+    the histograms count; the number of images by change; and the number of rejected images.
     """
     rows = np.concatenate([result.rows for result in results])
     histogram = np.sum([result.histogram for result in results], axis=0)
@@ -357,7 +357,7 @@ def _lock(path: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log("another process lists the source; waiting for it")
+            _log("another process is listing the source; waiting for it")
             fcntl.lockf(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: every process writes the plan, and the first rename wins
             pass

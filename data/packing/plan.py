@@ -1,15 +1,15 @@
-"""The packing plan: which entry of a source goes into which shard, as arrays on disk that every worker maps.
+"""Plans a packing: which entry of a source goes into which shard, as arrays on disk that every worker maps.
 
     PLAN/plan.json         the settings that the result depends on, and the entries of each shard
     PLAN/classes.json      class names in label order
     PLAN/containers.json   the source's folders or tars
-    PLAN/faults.json       by entry number, why an entry can't be used whatever its image: a shard's sample without a label
+    PLAN/faults.json       by entry number, why an entry can't be used, apart from its image: a shard's sample without a label
     PLAN/entries.bin       one row of sources.ENTRY per file of the source, in listing order
     PLAN/text.bin          their keys and names
     PLAN/order.bin         uint32: the entries, shard after shard
 
 The plan is a pure function of source and settings. Entries are ordered by a hash of their key and the seed. So any prefix of the
-shards is an unbiased draw, and the order does not depend on the layout of the source.
+shards is an unbiased sample, and the order does not depend on the layout of the source.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Settings:
     Attributes:
         name: shards are called NAME-SPLIT-000000.tar.
         shard_bytes: the approximate size of a shard.
-        holdout: images per class, or below 1 a share of all images, that go to the split `val`.
+        holdout: images per class or, below 1, the fraction of all images that go to the split `val`.
         classes: all classes in label order; None for the source's.
         labels: the file of labels of images without classes.
     """
@@ -107,7 +107,7 @@ class Plan:
         return os.fsdecode(self.text[start : start + int(row["name_bytes"])].tobytes())
 
     def describe_path(self, entry: int) -> str:
-        """Returns an entry's file below the source's root, followed by the member in a tar."""
+        """Returns the path of an entry's file relative to the source's root, followed by the member in a tar."""
         return escape_name(os.path.join(self.containers[int(self.entries["container"][entry])].path, self.read_name(entry)))
 
     def convert(self, entry: int) -> StoredImage:
@@ -123,7 +123,7 @@ class Plan:
 
 @lru_cache(maxsize=1)
 def open_plan(folder: Path) -> Plan:
-    """Maps a plan; a process opens it once."""
+    """Maps a plan, once per process."""
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     return Plan(
         root=Path(plan["root"]),
@@ -143,8 +143,7 @@ def write_plan(folder: Path, source: Source, settings: Settings, made: dict[str,
     """Lists a source and writes the plan to an empty folder.
 
     Labels are positions in the given classes, or else in the sorted class names. `made` describes source and settings for dataset.json.
-    Raises ValueError for a source without files, a class that is not among the given ones, keys that repeat, and a holdout that holds out
-    no image.
+    Raises ValueError for a source without files, a class that is not among the given ones, repeated keys, and a holdout without images.
     """
     for shard_in_key in (False, True):
         classes, faults = write_listing(folder, source, settings.classes, run, shard_in_key=shard_in_key)
@@ -187,8 +186,7 @@ def write_listing(
     """Writes entries.bin and text.bin, with one container's listing in memory at a time.
 
     `classes` are in label order; None for the source's. With `shard_in_key` the keys of shards' samples begin with the shard's name.
-    Returns the classes, and the faults by entry number. Raises ValueError for a source without files, and for a label that no class
-    belongs to.
+    Returns the classes, and the faults by entry number. Raises ValueError for a source without files, and for a label without a class.
     """
     known = source.classes if classes is None else classes
     indexed = source.classes or classes  # numeric labels are positions in this list
@@ -245,8 +243,8 @@ def draw_order(hashes: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def draw_holdout(labels: np.ndarray, hashes: np.ndarray, holdout: int | float | None, seed: int) -> np.ndarray:
     """Draws the entries to hold out, bool (N,).
 
-    `holdout` is a share of all below 1, or a number per class, of which at most half is held out. The draw depends on the hash of an
-    entry's key, uint64 (N,), and for a number per class on those of its class.
+    `holdout` is, below 1, a fraction of all entries, otherwise a number per class, limited to half of the class. The draw depends on the
+    hash of an entry's key, uint64 (N,), and, for a number per class, on the hashes of the class.
     """
     if holdout is None:
         return np.zeros(len(labels), bool)
@@ -261,7 +259,7 @@ def draw_holdout(labels: np.ndarray, hashes: np.ndarray, holdout: int | float | 
 
 
 def measure_stored_share(plan: Plan) -> float:
-    """Returns the stored bytes per byte of the source, measured on the first entries of the order."""
+    """Measures the stored bytes per byte of the source on the first entries of the order."""
     source_bytes = stored_bytes = 0
     for entry in plan.order[:_MEASURED_ENTRIES].tolist():
         with contextlib.suppress(BadImage):

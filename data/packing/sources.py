@@ -1,4 +1,4 @@
-"""Image sources: recognize the files in a folder or tar, list them as plain arrays, and read each by its position.
+"""Reads image sources: recognizes a folder or tar, lists its files as plain arrays, and reads each by its position.
 
     source = recognize_source(Path("fall11_whole.tar"))
     for listing in map(source.make_lister(), source.containers):      # one Listing per container, in any process
@@ -68,8 +68,8 @@ File = tuple[str, int, int]  # name, byte offset in the tar (0 for a plain file)
 class Container:
     """A folder or tar that is listed as one.
 
-    `path` is relative to the source's root. For a tar within that tar, `inner` is its name, and `start` and `stop` its range of
-    bytes. Names hold undecodable bytes as surrogates, like Python's file functions.
+    `path` is relative to the source's root. For a tar within that tar, `inner` is the name of the inner tar, and `start` and `stop` are
+    its range of bytes. Names hold undecodable bytes as surrogates, as in Python's file functions.
     """
 
     path: str
@@ -83,8 +83,8 @@ class Container:
 class Listing:
     """The files of one container.
 
-    `rows` are of ENTRY; `text` holds keys and names; `labels` are the distinct labels (a class name, a number that stands for one,
-    or None). `faults` says, by row, why a shard's sample can't be used, whatever its image.
+    `rows` are of ENTRY; `text` holds keys and names; `labels` are the distinct labels (a class name, the number of a class, or None).
+    `faults` are the reasons, by row, why a shard's sample can't be used, apart from its image.
     """
 
     rows: np.ndarray
@@ -95,7 +95,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Source:
-    """A recognized source. `classes` is None where only the listing reveals them."""
+    """A recognized source. `classes` is None if only a listing reveals them."""
 
     kind: str
     root: Path
@@ -104,7 +104,7 @@ class Source:
     labels: Path | None = None
 
     def make_lister(self, *, shard_in_key: bool = False) -> Callable[[Container], Listing]:
-        """Returns a function that lists a container and can be sent to other processes."""
+        """Returns a picklable function that lists a container."""
         if self.labels:
             return partial(_list_labeled, self.root, self.labels)
         if self.kind == SHARDS:
@@ -116,7 +116,7 @@ def recognize_source(path: Path, labels: Path | None = None) -> Source:
     """Recognizes the kind of source in a folder or tar; `labels` is the file of labels of images without classes.
 
     Raises:
-        ValueError: naming the expected layouts, for a path that has none of them.
+        ValueError: the path has none of the expected layouts, which the message names.
     """
     if path.is_dir():
         return _recognize_folder(path, labels)
@@ -202,7 +202,7 @@ def _list_labeled(root: Path, labels: Path, container: Container) -> Listing:
 
 
 def _drop_extensions(names: Sequence[str]) -> list[str]:
-    """Returns the names without extensions, except where that would make two names equal."""
+    """Returns the names without extensions, except if that would make two names equal."""
     stems = [posixpath.splitext(name)[0] for name in names]
     counts, taken = Counter(stems), set(names)
     return [name if counts[stem] > 1 or stem in taken else stem for name, stem in zip(names, stems, strict=True)]
@@ -235,7 +235,7 @@ def _list_shard(root: Path, shard_in_key: bool, container: Container) -> Listing
 
 
 def _read_label(shard: BinaryIO, sample: list[Member]) -> str | int:
-    """Reads a sample's number or class name; raises ValueError where there is none."""
+    """Reads a sample's label, a number or a class name; raises ValueError if there is none."""
     members = {member.extension: member for member in sample}
     member = members.get("cls") or members.get("json")
     if member is None:
@@ -290,7 +290,7 @@ def list_files(root: Path, container: Container) -> list[File]:
     path = root / os.fsdecode(container.path)
     if path.is_dir():
         return _list_folder(path)
-    # Of members with the same name the last counts, as when a tar is unpacked.
+    # The last of several members with the same name counts, as when a tar is unpacked.
     return list({name: (name, offset, size) for name, offset, size in list_tar(path, container.start, container.stop)}.values())
 
 
@@ -314,7 +314,7 @@ def list_tar(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Fi
     """Yields the files of a tar, or of the tar at bytes `start` to `stop` of a tar.
 
     Raises:
-        ValueError: for a tar that is compressed, damaged or cut short, and for links in it.
+        ValueError: the tar is compressed, damaged or truncated, or contains links.
     """
     where = escape_name(str(path)) + (f", the tar at byte {start}" if start else "")
     with open(path, "rb") as file:
@@ -340,7 +340,7 @@ def list_tar(path: Path, start: int = 0, stop: int | None = None) -> Iterator[Fi
 def read_entry(root: Path, container: Container, name: str, offset: int, size: int) -> bytes:
     """Reads the bytes of an entry: at `offset` of the container's tar, or of the file `name` in a folder.
 
-    Raises ValueError naming the file, if it can't be read or has another size than when it was listed.
+    Raises ValueError, which names the file, if the file can't be read or has another size than when it was listed.
     """
     path = root / container.path
     try:

@@ -1,4 +1,4 @@
-"""Verifies that a dataset is as it was packed.
+"""Verifies that a dataset has not changed since it was packed.
 
     python -m data verify SHARDS            names, sizes and headers: reads about 4 KB per sample
     python -m data verify SHARDS --deep     every byte: checksums, labels, and every image decoded
@@ -31,8 +31,8 @@ def verify(
     """Logs one line per fault of the dataset in a folder or at a URL; returns the number of faults.
 
     A quick check finds missing, extra and resized files; a classes.json, index.npy or .idx that differs from the one written; tar headers
-    that differ from these; and labels without a class. A `deep` check reads every byte and decodes every image, and so also finds every
-    change of a shard, and images that can't be decoded. `cache` is the folder for whole copies of the shards of a URL.
+    that differ from index.npy or .idx; and labels without a class. A `deep` check reads every byte and decodes every image, and so also
+    finds every change of a shard, and images that can't be decoded. `cache` is the folder for whole copies of a URL's shards.
     """
     try:
         index = open_index(place, cache, sizes=False)
@@ -67,7 +67,7 @@ def _check_files(index: Index) -> Iterator[str]:
         yield "classes.json differs from the packed dataset"
     highest = index.samples["label"].max(initial=0)
     if highest >= len(index.classes):
-        yield f"index.npy has labels up to {highest}, and there are {len(index.classes)} classes"
+        yield f"index.npy has labels up to {highest}, but there are only {len(index.classes)} classes"
     names = {shard.name for shard in index.shards}
     for path in sorted(index.folder.iterdir()):
         if path.suffix == ".tar" and path.name not in names:
@@ -113,7 +113,7 @@ def _check_shard_file(path: Path, index: Index, number: int, deep: bool) -> list
         faults.append(f"{idx.name} does not describe {shard.name}")
     rows = index.samples[index.shard_start[number] : index.shard_start[number + 1]]
     if len(contents.rows) != len(rows):
-        return [*faults, f"{shard.name}: {len(contents.rows)} samples, and {len(rows)} in index.npy"]
+        return [*faults, f"{shard.name}: {len(contents.rows)} samples, but {len(rows)} in index.npy"]
     columns = ["offset", "size", "label", "width", "height"] if deep else ["offset", "size"]
     different = [row for row in np.flatnonzero(contents.rows[columns] != rows[columns]) if row not in contents.faults]
     if different:

@@ -1,4 +1,4 @@
-"""Worker processes that end together: an error, a killed worker or Ctrl-C ends all of them, and none outlives its parent.
+"""Runs worker processes that end together: an error, a killed worker or Ctrl-C ends all of them, and none outlives its parent.
 
 with start_workers(8) as run:
     for result in run(function, items):      # like map: results in order, eight at a time
@@ -24,13 +24,10 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 @contextmanager
 def start_workers(count: int, preload: Sequence[str] = ()) -> Iterator[Run]:
-    """Yields a `map` that runs in `count` processes, or, for 1, in this process.
+    """Yields a `map` that runs in `count` processes or, for 1, in this process.
 
     The workers are forked from a server process that imports the modules in `preload` once. An error that the mapped function
-    raises is raised to the caller. Leaving the context ends all workers at once.
-
-    Raises:
-        ValueError: if a worker was killed.
+    raises is raised to the caller. Leaving the context ends all workers at once. Raises ValueError if a worker was killed.
     """
     if count == 1:
         yield map

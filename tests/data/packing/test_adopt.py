@@ -146,11 +146,11 @@ def test_dataset_changes_only_by_force(dataset: Index, tmp_path: Path) -> None:
     assert again.fingerprint == dataset.fingerprint
     assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
 
-    with pytest.raises(ValueError, match="already is a dataset of other shards, labels or classes; --force"):
+    with pytest.raises(ValueError, match="is already a dataset of other shards, labels or classes; --force"):
         index_shards(copy)  # without class names, the classes would be numbers
     (copy / "train-000001.tar").unlink()
     (copy / "train-000001.idx").unlink()
-    with pytest.raises(ValueError, match="already is a dataset"):
+    with pytest.raises(ValueError, match="is already a dataset"):
         index_shards(copy, classes=dataset.classes)
     assert (copy / "dataset.json").read_bytes() == before["dataset.json"]
     assert not (copy / ".index").exists()

@@ -109,7 +109,7 @@ def test_index_of_other_samples_is_found(copy: Path, dataset: Index) -> None:
     np.save(copy / "index.npy", rows)
     fingerprint, label, offset = find_faults(copy)
     assert "differs from the packed dataset" in fingerprint
-    assert "labels up to 10, and there are 10 classes" in label
+    assert "labels up to 10, but there are only 10 classes" in label
     assert "train-000000.tar: sample 000000007: " in offset
     assert "and 1 more samples" in offset
 
