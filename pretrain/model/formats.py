@@ -1,7 +1,7 @@
-"""The weight formats that other projects read, as names of state-dict keys, both ways.
+"""Converts state-dict keys between the native names and the weight formats of other projects.
 
-    state_dict = to_format(model.state_dict(), "official")       # what the authors' code loads
-    model.load_state_dict(from_format(torch.load(path)))         # whichever of the formats the file is in
+    state_dict = to_format(model.state_dict(), "official")       # for the authors' code
+    model.load_state_dict(from_format(torch.load(path)))         # a file in any of the formats
 
 | format | who reads it |
 |---|---|
@@ -11,8 +11,8 @@
 | mmpretrain | OpenMMLab's mmpretrain |
 | hf | VanForImageClassification of Hugging Face transformers (its last release with VAN is 4.30) |
 
-Only names differ between the formats: tensors and their shapes are the same in all of them. (mmpretrain and the authors' segmentation
-code leave LayerNorm's epsilon at 1e-5, where their classification code has 1e-6; a weights file can't express that.)
+The formats differ only in names, not in tensors or shapes. (mmpretrain and the authors' segmentation code use PyTorch's LayerNorm epsilon
+of 1e-5, their classification code 1e-6; a weights file can't express that.)
 """
 
 import re
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
-# In the names below {s} numbers the stages from 0 and {n} from 1, {b} numbers a stage's blocks from 0, and * is a tensor of a layer.
+# Placeholders in the names below: stage from 0 {s} or from 1 {n}, block of a stage from 0 {b}, and tensor of a layer *.
 _PLACEHOLDERS = {
     "{s}": r"(?P<s>[0-3])",
     "{n}": r"(?P<n>[1-4])",
@@ -29,7 +29,7 @@ _PLACEHOLDERS = {
     "*": r"(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracked)",
 }
 
-# Names of a layer in the native format, the authors' code, mmpretrain and transformers, after the format's prefix of a stage or a block.
+# Columns: native format, the authors' code, mmpretrain, transformers. A name is the prefix of its stage or block and the layer's name.
 _STAGE_PREFIXES = ("stages.{s}.", "", "backbone.", "van.encoder.stages.{s}.")
 _STAGE_LAYERS = (
     ("patch_embed.proj.*", "patch_embed{n}.proj.*", "patch_embed{n}.projection.*", "embeddings.convolution.*"),
@@ -42,7 +42,7 @@ _HF_LKA = "attention.attention_layer.attention"
 _BLOCK_LAYERS = (
     ("layer_scale_1", "layer_scale_1", "layer_scale_1", "attention_scaling.weight"),
     ("layer_scale_2", "layer_scale_2", "layer_scale_2", "mlp_scaling.weight"),
-    ("norm1.*", "norm1.*", "norm1.*", "pre_normomalization.*"),  # spelt so in transformers
+    ("norm1.*", "norm1.*", "norm1.*", "pre_normomalization.*"),  # transformers' spelling
     ("attn.proj_1.*", "attn.proj_1.*", "attn.proj_1.*", "attention.pre_projection.conv.*"),
     (f"{_LKA}.conv0.*", f"{_LKA}.conv0.*", f"{_LKA}.DW_conv.*", f"{_HF_LKA}.depth_wise.*"),
     (f"{_LKA}.conv_spatial.*", f"{_LKA}.conv_spatial.*", f"{_LKA}.DW_D_conv.*", f"{_HF_LKA}.depth_wise_dilated.*"),
@@ -57,14 +57,14 @@ _HEADS = ("head.*", "head.*", "head.fc.*", "classifier.*")
 
 
 def _table(column: int) -> dict[str, str]:
-    """Returns the names of one format by native name."""
+    """Maps native names to the names in a column."""
     table: dict[str, str] = {}
     for prefixes, layers in ((_STAGE_PREFIXES, _STAGE_LAYERS), (_BLOCK_PREFIXES, _BLOCK_LAYERS)):
         table |= {prefixes[0] + names[0]: prefixes[column] + names[column] for names in layers}
     return table | {_HEADS[0]: _HEADS[column]}
 
 
-# In the order in which from_format tries them. A file without a head fits official and mmseg alike, and means the same in both.
+# In the order in which from_format tries them. A file without a head matches official and mmseg, with the same result.
 _TABLES = {
     "timm": _table(0),
     "official": _table(1),
@@ -80,7 +80,7 @@ WITHOUT_USE = ("van.layernorm.weight", "van.layernorm.bias")
 
 
 def to_format(state_dict: Mapping[str, Value], fmt: str) -> dict[str, Value]:
-    """Returns a native state dict under the names of `fmt`, with the same tensors; mmseg loses the head.
+    """Renames the keys of a native state dict to format `fmt`; mmseg drops the head.
 
     Raises:
         ValueError: `fmt` is none of FORMATS, or keys are not native.
@@ -95,7 +95,7 @@ def to_format(state_dict: Mapping[str, Value], fmt: str) -> dict[str, Value]:
 
 
 def from_format(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the native state dict of weights, with the same tensors and without WITHOUT_USE; the keys decide which of FORMATS it is.
+    """Renames the keys of weights in any of FORMATS to native names, and drops WITHOUT_USE.
 
     Raises:
         ValueError: no format has all of the keys.
@@ -109,13 +109,13 @@ def from_format(weights: Mapping[str, Any]) -> dict[str, Any]:
         unknown_by_format[fmt] = unknown
     nearest = min(unknown_by_format, key=lambda fmt: len(unknown_by_format[fmt]))
     raise ValueError(
-        f"these weights are in none of the formats {', '.join(FORMATS)}; the nearest is {nearest}, in which there are no keys "
+        f"these weights are in none of the formats {', '.join(FORMATS)}; the nearest is {nearest}, which lacks the keys "
         f"{some(unknown_by_format[nearest])}"
     )
 
 
 def bare(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `weights` or its entry `state_dict`, without the prefix `module.` that data-parallel wrappers leave on all keys."""
+    """Returns `weights`, or its entry `state_dict`, without the prefix `module.` of data-parallel wrappers."""
     inner = weights.get("state_dict")
     state_dict = {str(key): value for key, value in (inner if isinstance(inner, Mapping) else weights).items()}
     wrapped = all(key.startswith("module.") for key in state_dict)
@@ -123,7 +123,7 @@ def bare(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rename(state_dict: Mapping[str, Value], rules: Iterable[tuple[str, str]]) -> tuple[dict[str, Value], list[str]]:
-    """Returns the values under new names, by rules (old, new), and the keys that no rule fits."""
+    """Returns the values renamed by rules (old, new), and the keys that no rule matches."""
     patterns = [(_pattern(old), new) for old, new in rules]
     renamed: dict[str, Value] = {}
     unknown = []
@@ -138,19 +138,19 @@ def _rename(state_dict: Mapping[str, Value], rules: Iterable[tuple[str, str]]) -
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-    """Returns the regular expression of the keys that an entry of a table stands for."""
+    """Returns the regular expression that matches the keys of a name with placeholders."""
     parts = re.split(r"(\{s\}|\{n\}|\{b\}|\*)", template)
     return re.compile("".join(_PLACEHOLDERS.get(part, re.escape(part)) for part in parts))
 
 
-def _fill(template: str, found: dict[str, str]) -> str:
-    """Returns the key of an entry of a table, for the stage, block and tensor that the key of the other format names."""
-    stage = int(found["s"]) if "s" in found else int(found.get("n", 1)) - 1
+def _fill(template: str, values: dict[str, str]) -> str:
+    """Returns a name with its placeholders replaced by the groups that `_pattern` matched."""
+    stage = int(values["s"]) if "s" in values else int(values.get("n", 1)) - 1
     name = template.replace("{s}", str(stage)).replace("{n}", str(stage + 1))
-    return name.replace("{b}", found.get("b", "")).replace("*", found.get("tensor", ""))
+    return name.replace("{b}", values.get("b", "")).replace("*", values.get("tensor", ""))
 
 
 def some(names: Sequence[str], separator: str = ", ") -> str:
-    """Returns the first few of many names, for a message."""
+    """Joins the first five names and the count of the rest, for a message."""
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return separator.join(names[:5]) + more

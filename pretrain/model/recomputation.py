@@ -1,7 +1,7 @@
-"""Activation checkpointing of models with BatchNorm: running statistics move once a step.
+"""Activation checkpointing of models with BatchNorm: updates running statistics once per step.
 
-Activation checkpointing runs the forward pass of its blocks twice, and the second time BatchNorm would update its running statistics again.
-timm's models leave that to their users. The hooks here work for any model, and with either kind of torch.utils.checkpoint.
+Activation checkpointing runs the forward pass of its blocks twice, and BatchNorm would update its running statistics in both. timm leaves
+that to its users. These hooks work for any model and for both variants of torch.utils.checkpoint.
 """
 
 from typing import Any
@@ -16,14 +16,14 @@ def update_statistics_once(model: nn.Module) -> None:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             hook = _KeepStatistics()
             module.register_forward_pre_hook(hook.set_aside)
-            # A recomputation may end inside a forward pass by an exception, once it has all that the backward pass needs.
+            # Once the backward pass has all it needs, checkpointing may end the recomputation by an exception inside a forward pass.
             module.register_forward_hook(hook.restore, always_call=True)
 
 
 class _KeepStatistics:
-    """Buffers of one BatchNorm, replaced by copies during its forward pass.
+    """Replaces the buffers of one BatchNorm by copies during a recomputed forward pass.
 
-    By copies rather than by nothing: checkpointing requires that both passes save the same tensors.
+    Copies rather than None: checkpointing requires that both passes save the same tensors.
     """
 
     def __init__(self) -> None:

@@ -1,20 +1,20 @@
-"""VAN on a CPU: the parts of training that PyTorch's operators are slow at, computed in other ways with the same values.
+"""CPU path of a VAN: replaces the operators that train slowly in PyTorch by faster code that computes the same.
 
     use_cpu_path(model)         # a VAN; evaluation and tracing keep the reference
     restore_reference(model)
 
-oneDNN, which computes PyTorch's convolutions, is slow in three parts of a depthwise convolution: dilation, the weight gradient of kernels
+oneDNN, which computes PyTorch's convolutions, is slow for depthwise convolutions in three cases: dilation, the weight gradient of kernels
 wider than three columns, and the weight gradient of maps smaller than the kernel. And the MLP's hidden maps, four to eight times as large
-as the block's, travel through memory between any two operators.
+as the block's, pass through memory between any two operators.
 
-- **A convolution with dilation d is d * d convolutions without.** Positions of equal (row mod d, column mod d) form a smaller map, a phase,
+- **A convolution with dilation d is d * d plain convolutions.** Positions with equal (row mod d, column mod d) form a smaller map, a phase,
   on which the dilated kernel is a plain one. The phases become images of the batch. The sums are the same, bit for bit.
 - **The input gradient is a forward convolution** with the kernel rotated by 180 degrees.
-- **The weight gradient takes three columns of the kernel at a time**, for which oneDNN has code. Where half of the kernel spans the whole
-  map, the weight gradient is a product and a sum for each tap, over the positions at which the tap meets the map at all.
-- **The MLP takes a few images at a time**, forward and backward, so that the next operator finds in the cache what the last one wrote.
+- **The weight gradient is computed for three kernel columns at a time**, for which oneDNN has fast code. Where half of the kernel spans
+  the whole map, the weight gradient of each tap is a product and a sum over the positions at which the tap overlaps the map.
+- **The MLP processes a few images at a time**, forward and backward, so that each operator finds its input in the cache.
 
-docs/performance.md has times beside PyTorch's operators.
+docs/performance.md compares times with PyTorch's operators.
 """
 
 from typing import Any
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from pretrain.model import van
 from pretrain.model.fast.swap import swap_class
 
-# Bytes of a hidden map of the MLP that are processed at a time: about the size of a core's own cache.
+# Bytes of the MLP's hidden map that are processed at a time: about the size of a core's private cache.
 _BYTES_AT_A_TIME = 2 * 2**20
 
 
 def use_cpu_path(model: nn.Module) -> None:
-    """Swaps the classes of a VAN's modules for those of this file. Parameters, names and state dict stay; other models stay as they are."""
+    """Swaps the classes of a VAN's modules for those of this file; parameters, their names and the state dict stay."""
     for module in model.modules():
         if isinstance(module, van.LKA):
             for convolution in (module.conv0, module.conv_spatial):
@@ -55,7 +55,7 @@ def restore_reference(model: nn.Module) -> None:
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise nn.Conv2d with an odd, square kernel and stride 1 that keeps the size of the map."""
+    """A depthwise nn.Conv2d with an odd, square kernel and stride 1, padded to keep the size of the map."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
@@ -65,7 +65,7 @@ class DepthwiseConv2d(nn.Conv2d):
 
 
 class GELU(nn.GELU):
-    """nn.GELU of a channels-last map, over its elements in the order in which they lie: oneDNN's code takes contiguous tensors only."""
+    """nn.GELU of a channels-last map, viewed as contiguous NHWC, because oneDNN's code takes only contiguous tensors."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, C, H, W) to (N, C, H, W)."""
@@ -73,7 +73,7 @@ class GELU(nn.GELU):
 
 
 class Mlp(van.Mlp):
-    """VAN's MLP without dropout between its layers. A forward hook on fc1, dwconv, act or fc2 is not called in training."""
+    """VAN's MLP without dropout between its layers. Forward hooks of fc1, dwconv, act and fc2 do not run in training."""
 
     reads_child_parameters = True
 
@@ -83,7 +83,7 @@ class Mlp(van.Mlp):
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    """Returns the depthwise convolution of a map, with padding that keeps its size.
+    """Returns the depthwise convolution of a map, padded to keep its size.
 
     Args:
         x: (N, C, H, W).
@@ -97,14 +97,14 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: i
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Returns GELU of a channels-last map (N, C, H, W), computed over its elements in the order in which they lie."""
+    """Returns GELU of a channels-last map (N, C, H, W), computed on its NHWC view."""
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def mlp(x: Tensor, expand: nn.Conv2d, depthwise: nn.Conv2d, reduce: nn.Conv2d) -> Tensor:
-    """Returns 1x1 convolution, depthwise convolution, GELU and 1x1 convolution of a map, computed a few images at a time.
+    """Applies 1x1 convolution, depthwise convolution, GELU and 1x1 convolution to a map, a few images at a time.
 
-    Under autocast all tensors are cast as F.conv2d casts them. The weight gradients of the parts of a batch are added in fp32.
+    Under autocast all tensors are cast as F.conv2d casts them. Weight gradients are accumulated in fp32.
 
     Args:
         x: (N, dim, H, W).
@@ -204,7 +204,7 @@ def _padded(x: Tensor, left: int, right: int, rows_after: int) -> Tensor:
 
 
 def _split_phases(x: Tensor, d: int) -> Tensor:
-    """Maps (N, C, H, W) to its phases (d * d * N, C, H / d, W / d), rounded up with zeros; channels-last as its input."""
+    """Maps (N, C, H, W) to its phases (d * d * N, C, H / d, W / d), padded with zeros to round up; channels-last like x."""
     if d == 1:
         return x
     n, c, height, width = x.shape
@@ -229,7 +229,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
     if 2 * min(x.shape[2:]) <= k:
         return _weight_gradient_by_taps(_in_fp32(x), _in_fp32(grad), k)
     rows_after = k - x.shape[2]
-    if rows_after > 0:  # oneDNN's fast code needs as many rows as the kernel has
+    if rows_after > 0:  # oneDNN's fast code needs at least as many rows as the kernel has
         x, grad = _padded(x, 0, 0, rows_after), _padded(grad, 0, 0, rows_after)
     outer = max(0, k - 3) // 2
     groups = [(0, outer), (outer, k - 2 * outer), (k - outer, outer)]
@@ -238,7 +238,7 @@ def _weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
 
 def _columns_gradient(x: Tensor, grad: Tensor, k: int, first: int, count: int) -> Tensor:
     """Returns `_weight_gradient` for `count` columns of the kernel, starting at `first`: (C, 1, k, count)."""
-    left, right = k // 2 - first, first + count - 1 - k // 2  # how far the columns reach to either side
+    left, right = k // 2 - first, first + count - 1 - k // 2  # reach of the columns to either side of the middle one
     padding = left if left == right else 0
     if padding == 0:
         x = _padded(x, left, right, 0)

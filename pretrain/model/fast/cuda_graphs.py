@@ -1,15 +1,14 @@
-"""CUDA graphs for the forward and backward passes of VAN's stages: a training step costs the host a few calls instead of thousands.
+"""CUDA graphs for the forward and backward passes of VAN's stages: a few host calls per training step instead of thousands.
 
     message = graph_stages(model, ready, images, partial(CudaGraph, torch.cuda.graph_pool_handle()))   # before the first step
 
-A VAN launches about four thousand kernels in a micro-step, most of them short. A graph is the work
-that one pass of a stage launches, recorded once and then started as a whole: the same kernels in the same order on the same memory. Each of
-the four stages has two graphs, so the gradients of a stage are reduced while the stages before it still compute theirs. Gradients are
-added in tensors that stay, which become the parameters' `grad` in a step's first pass. Other input shapes and evaluation take the stage's
-usual forward.
+A VAN launches about four thousand kernels per micro-step, most of them short. A graph is the work that one pass of a stage launches,
+recorded once and launched as a whole: the same kernels in the same order on the same memory. Each of the four stages has two graphs, so the
+gradients of a stage are reduced while earlier stages still compute theirs. Gradients accumulate in static tensors, which become the
+parameters' `grad` in a step's first pass. Other input shapes and evaluation use the stage's usual forward.
 
-Stochastic depth draws new numbers in each replay, from the device's generator and its seed, as without graphs (torch.cuda.graph
-registers the generator).
+Stochastic depth draws new numbers in each replay from the device's seeded generator, as without graphs (torch.cuda.graph registers the
+generator).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +24,20 @@ from pretrain.model import van
 from pretrain.model.fast import triton
 
 WARM_UP = 3  # passes before recording, in which libraries choose their kernels and compilers compile
-TOLERANCE = 0.01  # of the gradients' norm. Some weight gradients of cuDNN differ in the last bits from run to run; a wrong graph is far off
+TOLERANCE = 0.01  # of the gradients' norm. Some cuDNN weight gradients differ in the last bits between runs; a wrong graph is far off
 
 Pass = Callable[[], tuple[Tensor, ...]]
 
 
 class CudaGraph:
-    """A recorded pass: its results, in memory that stays, and `replay`, which computes them again from the tensors that the pass read.
+    """A recorded pass. `replay` recomputes its `results` in place, from the tensors that the pass read.
 
-    Graphs that are replayed in the order in which they were recorded may share a `pool` of memory.
+    Graphs that are replayed in the order in which they were recorded may share a memory `pool`.
     """
 
     def __init__(self, pool: Any, function: Pass):
         self._graph = torch.cuda.CUDAGraph()
-        # thread_local: other threads, such as DALI's, may use the device while this one records.
+        # thread_local: other threads, such as DALI's, may use the device during the capture.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self.results = tuple(result.detach() for result in function())
 
@@ -48,7 +47,7 @@ class CudaGraph:
 
 
 class PlainStage(nn.Module):
-    """A stage with its usual forward, also after the stage's `forward` was replaced."""
+    """A stage with its original forward, even after the stage's `forward` is replaced."""
 
     def __init__(self, stage: van.VANStage):
         super().__init__()
@@ -70,8 +69,8 @@ class GraphedStage:
         self.stage, self.plain, self.ready = stage, PlainStage(stage), ready
         self.parameters = list(stage.parameters())
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
-        # The graphs compute with leaves of their own. Hooks keep the parameters' autograd nodes alive, with the stream of their first use,
-        # and autograd would wait for that stream. And parameters that autocast would cast one by one are cast all at once.
+        # The graphs compute with separate leaves for two reasons. Hooks keep the parameters' autograd nodes alive, with the stream of their
+        # first use, and autograd would wait for that stream. And all parameters that autocast casts are cast in one operator.
         casts = _parameters_cast_by_autocast(self.plain, self.parameters[0].device.type)
         self.leaves = {
             name: (torch.empty_like(parameter, dtype=casts[name]) if name in casts else parameter.detach()).requires_grad_()
@@ -81,7 +80,7 @@ class GraphedStage:
         self.cast = [position for position, name in enumerate(self.leaves) if name in casts]
 
     def compute(self, x: Tensor) -> Tensor:
-        """Returns the stage's output, computed with the leaves in place of its parameters."""
+        """Returns the stage's output, computed from the leaves instead of its parameters."""
         leaves = list(self.leaves.values())
         if self.cast:
             with torch.no_grad():
@@ -99,7 +98,7 @@ class GraphedStage:
         torch._foreach_add_([gradient.view(-1) for gradient in self.gradients], added)
 
     def record(self, x: Tensor, needs_gradient: bool, graph: Callable[[Pass], Any]) -> Tensor:
-        """Records the forward pass on `x`, into which the inputs of later passes are copied; returns its output."""
+        """Records the forward pass on `x`, which later passes overwrite with their input; returns its output."""
         self.input = x.detach().requires_grad_(needs_gradient)
         self._recorded: Tensor | None = None
 
@@ -151,9 +150,10 @@ class GraphedStage:
 
 
 class _Replay(torch.autograd.Function):
-    """Takes `needs_backward`, a leaf, so that autograd calls backward even for the first stage, whose input needs no gradient.
+    """Replays a stage's graphs.
 
-    The leaf is none of the parameters: autograd would call their hooks, which count gradients.
+    The leaf `needs_backward` makes autograd call backward even for the first stage, whose input needs no gradient. A parameter can't serve
+    as the leaf: autograd would call its hooks, which count gradients.
     """
 
     @staticmethod
@@ -168,13 +168,13 @@ class _Replay(torch.autograd.Function):
 
 
 def graph_stages(model: van.VAN, ready: Callable[..., None], images: Tensor, graph: Callable[[Pass], Any]) -> str:
-    """Records the stages' passes and replaces the stages' forward by the graphs, if these compute the same gradients.
+    """Records the stages' passes and replaces the stages' forward by the graphs, if they compute the same gradients.
 
-    Call it last: the graphs hold on to the way in which the model computes, and to where its parameters and buffers lie.
+    Call this last: the graphs fix the model's operators and the addresses of its parameters and buffers.
 
     Args:
         ready: see `GraphedStage`.
-        images: (N, 3, H, W) of a micro-batch; overwritten here, and by every later pass.
+        images: (N, 3, H, W), a micro-batch; overwritten here and by every later pass.
         graph: records a pass, as CudaGraph does.
 
     Returns:
@@ -190,7 +190,7 @@ def graph_stages(model: van.VAN, ready: Callable[..., None], images: Tensor, gra
         _record(stages, images, graph)
     with _keep(model.buffers()):
         distance = _distance(stages, images, expected)
-    if not distance <= TOLERANCE:  # also where the distance is not a number
+    if not distance <= TOLERANCE:  # also if the distance is NaN
         return f"CUDA graphs: none, as their gradients differ by {distance:.1%} from those without"
     for graphed in stages:
         graphed.ready = ready
@@ -199,13 +199,13 @@ def graph_stages(model: van.VAN, ready: Callable[..., None], images: Tensor, gra
 
 
 def remove_graphs(model: van.VAN) -> None:
-    """Undoes `graph_stages`; gradients that lie in its tensors stay."""
+    """Undoes `graph_stages`; the parameters keep their gradients."""
     for stage in model.stages:
         vars(stage).pop("forward", None)
 
 
 def _gradients(stages: Sequence[GraphedStage], x: Tensor, *, use_leaves: bool) -> list[Tensor]:
-    """Returns the gradients of all leaves, or of all parameters, for a drawn gradient of the last output; without graphs."""
+    """Returns the gradients of all leaves or all parameters, computed without graphs for a random output gradient."""
     torch.manual_seed(0)
     for graphed in stages:
         x = graphed.compute(x) if use_leaves else graphed.plain.compute(x)
@@ -214,7 +214,7 @@ def _gradients(stages: Sequence[GraphedStage], x: Tensor, *, use_leaves: bool) -
 
 
 def _backward(output: Tensor, leaves: Sequence[Tensor], gradient: Tensor) -> tuple[Tensor, ...]:
-    """Returns the leaves' gradients. Runs outside of autocast, as a step's backward pass does: autocast would cast sums of gradients."""
+    """Returns the leaves' gradients, computed without autocast, as in a training step: autocast would cast sums of gradients."""
     with torch.autocast(output.device.type, enabled=False):
         return torch.autograd.grad([output], leaves, [gradient])
 
@@ -229,7 +229,7 @@ def _record(stages: Sequence[GraphedStage], x: Tensor, graph: Callable[[Pass], A
 
 
 def _distance(stages: Sequence[GraphedStage], x: Tensor, expected: list[Tensor]) -> float:
-    """Returns the norm of the difference between the graphs' gradients and `expected`, relative to the former's norm."""
+    """Returns the norm of the difference between the graphs' gradients and `expected`, relative to the norm of the graphs' gradients."""
     torch.manual_seed(0)
     torch._foreach_zero_([gradient for graphed in stages for gradient in graphed.gradients])
     for graphed in stages:
@@ -257,14 +257,14 @@ def _keep(tensors: Iterator[Tensor]) -> Iterator[None]:
 
 
 def _copy(to: Tensor, tensor: Tensor) -> None:
-    """Copies a tensor, unless it lies in `to` already, as the output of the neighboring stage does."""
+    """Copies `tensor` to `to`, unless they share memory, as the output of one stage and the input of the next do."""
     if to.data_ptr() != tensor.data_ptr():
         with torch.no_grad():
             to.copy_(tensor)
 
 
 def _parameters_cast_by_autocast(module: nn.Module, device_type: str) -> dict[str, torch.dtype]:
-    """Returns the names of the parameters that autocast casts, if it is on, and their type: those of all convolutions but kernels'."""
+    """Returns the type to which autocast casts parameters, by name: convolutions', and in Triton blocks the matrix weights'."""
     if not torch.is_autocast_enabled(device_type):
         return {}
     dtype = torch.get_autocast_dtype(device_type)

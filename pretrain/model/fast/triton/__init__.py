@@ -4,13 +4,13 @@
     restore_reference(model)
 
     block.py        VAN's block, computed by the operators below and matrix products
-    depthwise.py    depthwise convolution, also with GELU after it          depthwise_device.py   its kernels
+    depthwise.py    depthwise convolution, optionally followed by GELU      depthwise_device.py   its kernels
     attention.py    GELU before a convolution, and LKA's gate               attention_device.py   its kernels
     residual.py     layer scale, stochastic depth and residual add          residual_device.py    its kernels
-    tiling.py       how the convolutions' work is cut, as pure functions of its shape
+    tiling.py       division of the convolutions' work, as pure functions of the shape
 
-All are custom operators of torch.library (`van::…`) with derivatives and shapes registered, so autograd, autocast and torch.compile work
-with them. tests/pretrain/model/fast/triton compiles them for GPUs that need not be present and counts registers and spills;
+All are custom operators of torch.library (`van::…`) with registered derivatives and shape functions, so they work with autograd, autocast
+and torch.compile. tests/pretrain/model/fast/triton compiles them for GPUs that need not be present and counts registers and spills;
 `python -m benchmarks.training --gpu` times them on a GPU. docs/performance.md counts bytes and multiply-adds.
 """
 
@@ -21,7 +21,7 @@ from pretrain.model import van
 from pretrain.model.fast.swap import swap_class
 from pretrain.model.fast.triton.block import Block
 
-_SIZES, _DILATIONS = (3, 5, 7), (1, 3)  # of the depthwise convolutions that the kernels are tuned and tested for
+_SIZES, _DILATIONS = (3, 5, 7), (1, 3)  # of depthwise convolutions, for which the kernels are tuned and tested
 
 
 def why_unusable(model: nn.Module, device: torch.device) -> str | None:
@@ -42,7 +42,7 @@ def why_unusable(model: nn.Module, device: torch.device) -> str | None:
 
 
 def use_triton(model: nn.Module) -> None:
-    """Swaps the class of a VAN's blocks for the one that computes by kernels."""
+    """Makes a VAN's blocks compute by the kernels."""
     for module in model.modules():
         if isinstance(module, van.Block):
             swap_class(module, Block)

@@ -1,4 +1,4 @@
-"""VAN's block on Triton's kernels: what is computed between its parameters, in one place."""
+"""VAN's block on the Triton kernels."""
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,15 @@ from pretrain.model.fast.triton.residual import scaled_residual
 class Block(van.Block):
     """VAN's block without dropout in its MLP.
 
-    The block reads the parameters of its layers and does not call the layers, so their forward hooks are not called.
+    The block reads its layers' parameters without calling the layers, so the layers' forward hooks do not run.
 
-    The bias of a 1x1 convolution is added outside of autograd. Its gradient is the sum of the gradient of the convolution's output,
-    which the kernel that computes that gradient has at hand.
+    The bias of a 1x1 convolution is added outside of autograd. The bias gradient is the sum of the output gradient, and the kernel that
+    computes the output gradient sums it.
     """
 
     reads_child_parameters = True
 
-    # Weights of matrix products, which autocast casts. Kernels read all other parameters as they are stored.
+    # Weights of matrix products, which autocast casts. The kernels read all other parameters in their stored type.
     matrix_weights = (
         "attn.proj_1.weight",
         "attn.spatial_gating_unit.conv1.weight",
@@ -40,7 +40,7 @@ class Block(van.Block):
         return scaled_residual(x, branch, None, self.layer_scale_2, draw_keep(self.drop_path, x), bias)
 
     def _attention(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the attention of x without its shortcut, and the bias at its end."""
+        """Returns the attention of x without its shortcut, and the bias of its last convolution."""
         lka = self.attn.spatial_gating_unit
         assert lka.conv0.bias is not None
         z, z_bias = multiply_pixels(x, self.attn.proj_1)
@@ -49,16 +49,16 @@ class Block(van.Block):
         return multiply_pixels(gated(z, *multiply_pixels(distant, lka.conv1)), self.attn.proj_2)
 
     def _mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the MLP of x, and the bias at its end."""
+        """Returns the MLP of x, and the bias of its last convolution."""
         hidden, bias = multiply_pixels(x, self.mlp.fc1)
         hidden = depthwise_conv2d(hidden, self.mlp.dwconv.weight, self.mlp.dwconv.bias, gelu=True, x_bias=bias)
         return multiply_pixels(hidden, self.mlp.fc2)
 
 
 def multiply_pixels(x: Tensor, convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Returns a 1x1 convolution of (N, C, H, W), computed as a matrix product, and its bias, which gets no gradient through the product.
+    """Returns the 1x1 convolution of (N, C, H, W) by a matrix product, and its bias, which gets no gradient through the product.
 
-    PyTorch's convolution adds the bias in a pass of its own over the map; the product adds it before the first write.
+    PyTorch's convolution adds the bias in a separate pass over the map; the matrix product adds it before the first write.
     """
     assert convolution.bias is not None
     n, c, h, w = x.shape
@@ -68,7 +68,7 @@ def multiply_pixels(x: Tensor, convolution: nn.Conv2d) -> tuple[Tensor, Tensor]:
 
 
 def draw_keep(drop_path: nn.Module, x: Tensor) -> Tensor | None:
-    """Returns (N,) of what stochastic depth multiplies each sample by, or None for 1. Draws the numbers that timm's DropPath draws."""
+    """Returns stochastic depth's factor for each sample (N,), or None for 1. Draws the same numbers as timm's DropPath."""
     if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.drop_prob == 0:
         return None
     keep = 1 - drop_path.drop_prob

@@ -1,12 +1,12 @@
-"""Depthwise convolution: launches of the kernels of `depthwise_device.py`, and the operators of torch.library.
+"""Depthwise convolution: launches the kernels of `depthwise_device.py` and registers the torch.library operators.
 
 Autograd and torch.compile treat `van::depthwise_conv2d` and its derivative `van::depthwise_conv2d_backward` as single operators. With
-`gelu` the operator computes GELU of the convolution and does not store the convolution's output. The backward pass computes that output
-again, nine multiply-adds for a 3x3, from the input that it reads anyway. In VAN-B3 at 224 px this saves 64 MB of traffic and 32 MB of
-memory an image.
+`gelu` the operator computes GELU of the convolution and does not store the convolution's output. The backward pass recomputes that output
+from the input, which it reads anyway, at nine multiply-adds for a 3x3. In VAN-B3 at 224 px this saves 64 MB of traffic and 32 MB of memory
+per image.
 
 The gradient of the bias of a preceding 1x1 convolution is the sum of the input gradient. It is computed here, as the gradient of `x_bias`,
-so the map is not read again for it.
+which saves another pass over the map.
 """
 
 import math
@@ -38,9 +38,9 @@ TYPES = (torch.bfloat16, torch.float16, torch.float32)
 def depthwise_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int = 1, gelu: bool = False, x_bias: Tensor | None = None
 ) -> Tensor:
-    """Returns the depthwise convolution of a map, with padding that keeps its size; with `gelu`, GELU of the convolution.
+    """Returns the depthwise convolution of a map, padded to keep its size; with `gelu`, GELU of the convolution.
 
-    Under autocast the activations and the output take autocast's type; weight and bias are read as they are stored, and sums are fp32.
+    Under autocast, activations and output have autocast's type. Weight and bias are read in their stored type, and sums are fp32.
 
     Args:
         x: (N, C, H, W); copied unless it is channels-last.
@@ -65,7 +65,7 @@ def in_autocasts_type(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("van::depthwise_conv2d", mutates_args=())
 def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool, x_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the convolution, and for the backward pass the weight by taps."""
+    """Returns the convolution, and the weight by taps for the backward pass."""
     taps = by_taps(weight)
     return conv(channels_last(x), taps, bias, dilation, gelu="after" if gelu else ""), taps
 
@@ -74,7 +74,7 @@ def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gel
 def _backward_operator(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, dilation: int, gelu: bool, with_sum: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, and the sum of that of x; where that is not asked for, nothing."""
+    """Returns the gradients of x, weight and bias, and the sum of x's gradient, which is empty unless `with_sum`."""
     grad, x = channels_last(grad), channels_last(x)
     if gelu:
         grad = conv(x, taps, bias, dilation, gelu="gradient", grad=grad)
@@ -86,7 +86,7 @@ def _backward_operator(
 
 @_operator.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, gelu: bool, x_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.channels_last), _taps_like(weight)
+    return torch.empty_like(x, memory_format=torch.channels_last), by_taps(weight)
 
 
 @_backward_operator.register_fake
@@ -102,7 +102,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
     ctx.x_bias_type = None if x_bias is None else x_bias.dtype
     taps = output[1]
     ctx.mark_non_differentiable(taps)
-    ctx.set_materialize_grads(False)  # or a tensor of zeros would be made for the taps' gradient
+    ctx.set_materialize_grads(False)  # otherwise autograd allocates zeros as the taps' gradient
     ctx.save_for_backward(x, weight, bias, taps)
 
 
@@ -120,19 +120,15 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 def by_taps(weight: Tensor) -> Tensor:
-    """Maps a weight (C, 1, K, K), as the model stores it, to (K * K, C) in fp32, as the kernel reads it.
+    """Maps a weight (C, 1, K, K) of the model to (K * K, C) in fp32 for the kernel.
 
-    A tap of eight channels then is 32 adjacent bytes; in the model's layout each value would take a cache line of 128 bytes.
+    So a tap of eight channels is 32 adjacent bytes; in the model's layout each value would take a cache line of 128 bytes.
     """
-    return _taps_like(weight).copy_(weight.flatten(1).t())
-
-
-def _taps_like(weight: Tensor) -> Tensor:
-    return weight.new_empty((weight[0].numel(), len(weight)), dtype=torch.float32)
+    return weight.new_empty((weight[0].numel(), len(weight)), dtype=torch.float32).copy_(weight.flatten(1).t())
 
 
 def launch_options(bytes_per_value: int) -> dict[str, int]:
-    """Returns the launch options of `conv_kernel` and `weight_gradient_kernel`, for activations of that size."""
+    """Returns the launch options of `conv_kernel` and `weight_gradient_kernel`, for activations of this size."""
     return {"num_warps": WARPS, "maxnreg": REGISTERS[bytes_per_value]}
 
 
@@ -159,7 +155,7 @@ def conv(
 ) -> Tensor:  # fmt: skip
     """Maps (N, C, H, W) to the same shape, channels-last.
 
-    `taps` is (K * K, C), from `by_taps`, and `partial` (`conv_tiles`, C). The others are those of `conv_kernel`.
+    `taps` is (K * K, C), from `by_taps`, and `partial` (`conv_tiles`, C). The others are arguments of `conv_kernel`.
     """
     constants = conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation, flip, gelu)
     total = _strips_of_all(len(x), constants)
@@ -171,7 +167,7 @@ def conv(
 
 
 def conv_tiles(x: Tensor, taps: Tensor, dilation: int) -> int:
-    """Returns the number of tiles of strips that `conv` takes."""
+    """Returns the number of tiles of strips of `conv`."""
     return tiles(_strips_of_all(len(x), conv_constants(x.shape[1:], math.isqrt(taps.shape[0]), dilation)), LANES)
 
 
@@ -180,7 +176,7 @@ def _strips_of_all(images: int, constants: dict[str, Any]) -> int:
 
 
 def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
-    """Returns the gradients of weight (C, 1, K, K) and bias (C,), in the weight's type, from (N, C, H, W), channels-last."""
+    """Returns the gradients of weight (C, 1, K, K) and bias (C,), in the weight's type; x and grad are (N, C, H, W), channels-last."""
     channels, k = x.shape[1], weight.shape[-1]
     constants = weight_gradient_constants(x.shape[1:], k, dilation)
     total = _strips_of_all(len(x), constants)
@@ -198,7 +194,7 @@ def weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, dilation: int) -> t
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Returns the multiprocessors of a GPU; for a CPU, where only the interpreter runs, a few, so that small maps have several runs."""
+    """Returns the number of multiprocessors of a GPU; for the interpreter on a CPU 4, so that small maps have several runs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 

@@ -2,8 +2,8 @@
 
     y = scaled_residual(x, branch, shortcut, scale, keep)        # x + keep * scale * (branch + shortcut)
 
-PyTorch runs an operator for each of these and each reads and writes whole maps. The sum is fp32, as the layer scale is. The backward pass
-also sums the branch's gradient for the bias of the convolution at the branch's end, which would otherwise read the map once more.
+PyTorch runs an operator for each of these, which reads and writes whole maps. The sum is fp32, as the layer scale is. The backward pass
+also sums the branch's gradient for the bias of the branch's last convolution, which saves another pass over the map.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from pretrain.model.fast.triton.depthwise import channels_last, multiprocessors
 from pretrain.model.fast.triton.residual_device import residual_backward_kernel, residual_kernel
 from pretrain.model.fast.triton.tiling import CHANNELS, WARPS, tiles
 
-PIXELS = 32  # with CHANNELS: eight values a thread, as in the convolutions
+PIXELS = 32  # in a tile: with CHANNELS, eight values per thread, as in the convolutions
 TILE = {"PIXELS": PIXELS, "CHANNELS": CHANNELS, "num_warps": WARPS}
 PROGRAMS_PER_MULTIPROCESSOR = 8
 
@@ -26,17 +26,17 @@ def scaled_residual(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: T
     Args:
         x, branch, shortcut: (N, C, H, W); copied unless they are channels-last. `shortcut` may be None.
         scale: (C,), the layer scale.
-        keep: (N,) in fp32: 0 for a dropped sample, 1 / (1 - drop path) for the others; None keeps all samples as they are.
+        keep: (N,) in fp32: 0 for a dropped sample, 1 / (1 - drop path rate) for the others; None keeps all samples unscaled.
         branch_bias: (C,), already added to `branch` outside of autograd. Its gradient is computed here.
     """
     return _operator(x, branch, shortcut, scale, keep, branch_bias)
 
 
 def runs_of_pixels(x: Tensor) -> tuple[int, int]:
-    """Returns how many runs of pixels a map is cut into, and the pixels of each.
+    """Returns the number of runs into which a map's pixels are divided, and the pixels per run.
 
-    A program takes a run and a tile of channels, as many programs as fit on the GPU at once. So the order of sums follows from the shape
-    and the kind of GPU.
+    A program processes a run and a tile of channels; there are as many programs as fit on the GPU at once. So the order of summation
+    depends only on the shape and the GPU model.
     """
     pixels, channel_tiles = x.numel() // x.shape[1], tiles(x.shape[1], CHANNELS)
     runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // channel_tiles, tiles(pixels, PIXELS)))

@@ -1,8 +1,8 @@
-"""Triton kernels of `residual.py`. Not called from here, nor checked by mypy (see pyproject.toml).
+"""Triton kernels of `residual.py`, which mypy does not check (see pyproject.toml).
 
-Maps are matrices (N * H * W, C) of pixels by channels. A program takes a tile of CHANNELS channels and a run of `per_run` pixels, PIXELS at
-a time. Its sums over the run are one row of a partial result (runs, …, C) in fp32, which is added
-up afterwards, so no bit depends on which program ends first. `shortcut` and `keep` may be None: nothing of theirs is compiled then.
+Maps are matrices (N * H * W, C) of pixels by channels. A program processes a tile of CHANNELS channels and a run of `per_run` pixels,
+PIXELS at a time. Its sums over the run are one row of a partial result (runs, …, C) in fp32. The rows are added up afterwards, so the
+result does not depend on the order in which programs end. If `shortcut` or `keep` is None, its code is not compiled.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def run_of_pixels(per_run, pixels, channels, CHANNELS: tl.constexpr):
-    """Returns this program's run, its first pixel and the pixel after its last, its channels, and which channels exist."""
+    """Returns this program's run, the run's first pixel and the pixel after its last, its channels, and the mask of existing channels."""
     channel_tiles = tl.cdiv(channels, CHANNELS)
     tile = tl.program_id(0)
     run = tile // channel_tiles
@@ -21,7 +21,7 @@ def run_of_pixels(per_run, pixels, channels, CHANNELS: tl.constexpr):
 
 @triton.jit
 def places(pixel, end, c, channel_exists, channels):
-    """Returns the offsets of these pixels' channels, in 64 bits, and which of them exist."""
+    """Returns the 64-bit offsets of these pixels' channels, and the mask of those that exist."""
     return (pixel.to(tl.int64) * channels)[:, None] + c[None, :], (pixel < end)[:, None] & channel_exists[None, :]
 
 
@@ -37,7 +37,7 @@ def residual_kernel(
     x, branch, shortcut, scale, keep, y, pixels, per_run, map_pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
     """Computes y = x + keep * scale * (branch + shortcut). scale: (C,); keep: (N,); map_pixels: H * W."""
-    _run, begin, end, c, channel_exists = run_of_pixels(per_run, pixels, channels, CHANNELS)
+    _, begin, end, c, channel_exists = run_of_pixels(per_run, pixels, channels, CHANNELS)
     scales = tl.load(scale + c, mask=channel_exists, other=0.0).to(tl.float32)[None, :]
     for first in range(begin, end, PIXELS):
         pixel = first + tl.arange(0, PIXELS)
@@ -54,7 +54,7 @@ def residual_backward_kernel(
     grad, branch, shortcut, scale, keep, branch_grad, partial, pixels, per_run, map_pixels, channels,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Computes branch_grad = keep * scale * grad, and this run's sums of the scale's gradient and of branch_grad: partial (runs, 2, C)."""
+    """Computes branch_grad = keep * scale * grad, and this run's sums of the scale's gradient and branch_grad: partial (runs, 2, C)."""
     run, begin, end, c, channel_exists = run_of_pixels(per_run, pixels, channels, CHANNELS)
     scales = tl.load(scale + c, mask=channel_exists, other=0.0).to(tl.float32)[None, :]
     sums = tl.zeros((PIXELS, CHANNELS), tl.float32)
