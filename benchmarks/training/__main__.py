@@ -145,7 +145,7 @@ def shares(measured: dict[str, Any], job: Job, copy_bytes_per_s: float, product_
     result = {"share_of_product": rate * flops / product_flops_per_s}
     if job.device.type == "cuda":
         result["share_of_copy"] = rate * roofline.image_bytes(job.model, job.image_size, roofline.FUSED) / copy_bytes_per_s
-        peak, sheet = peak_flops(job.device, "bf16"), roofline.by_name(torch.cuda.get_device_name(job.device))
+        peak, sheet = peak_flops(job.device, "bf16"), roofline.find_device(torch.cuda.get_device_name(job.device))
         if peak is not None:
             result["mfu"] = mfu(rate, flops, peak)
         if sheet is not None:

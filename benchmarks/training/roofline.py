@@ -198,6 +198,6 @@ def image_bytes(model_name: str, image_size: int, kernels: Sequence[Kernel]) -> 
     return sum(part.bytes for part in work(model_name, image_size, kernels))
 
 
-def by_name(name: str) -> Device | None:
+def find_device(name: str) -> Device | None:
     """Returns the limits of the GPU of that name, or None if it is not in the table."""
     return next((device for pattern, device in DEVICES.items() if re.fullmatch(pattern, name)), None)

@@ -1,4 +1,4 @@
-"""Formats text for terminals and logs: durations, aligned tables, and values without control characters."""
+"""Formats text for terminals and logs: durations, aligned tables, long lists, and values without control characters."""
 
 from collections.abc import Container, Sequence
 
@@ -30,3 +30,9 @@ def format_table(rows: Sequence[Sequence[str]], left: Container[int] = ()) -> st
 def printable(text: str) -> str:
     """Escapes line breaks and control characters, which could forge lines of a log or change a terminal."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def join_first(names: Sequence[str], separator: str = ", ") -> str:
+    """Joins the first five names and the count of the rest, for a message."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return separator.join(names[:5]) + more

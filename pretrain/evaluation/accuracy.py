@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data.common.text import join_first
 from data.dataset.index import Index
 from data.loader.loaders import EvalLoader
 from pretrain.engine.precision import autocast
-from pretrain.model.formats import some
 
 _MAX_EXCEPT = 20  # classes that an error proposes for data.val_except
 
@@ -76,10 +76,10 @@ def match_classes(names: Sequence[str], index: Index, without: Sequence[str]) ->
         if len(missing) <= _MAX_EXCEPT:
             remedy = f"leave their images out: data.val_except=[{','.join([*without, *missing])}]"
         else:
-            remedy = f"classes are matched by name, and the others are {some(list(names))}"
+            remedy = f"classes are matched by name, and the others are {join_first(list(names))}"
         raise ValueError(
             f"{index.place}: {len(missing):,} of {len(index.classes):,} classes are not among the {len(names):,} that the weights are for: "
-            f"{some(missing)}; {remedy}"
+            f"{join_first(missing)}; {remedy}"
         )
     targets = np.cumsum([name not in without for name in index.classes]) - 1
     return np.array([position[name] for name in kept], np.int64), targets.astype(np.int64)
@@ -90,7 +90,7 @@ def describe_restriction(head: Sequence[str], index: Index, without: Sequence[st
     outputs, _ = match_classes(head, index, without)
     if len(outputs) == len(head):
         return None
-    left_out = f", without {some(without)}" if without else ""
+    left_out = f", without {join_first(without)}" if without else ""
     return f"head of {len(head):,} classes restricted to the {len(outputs):,} of {index.place}{left_out}"
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from data.common.placement import Placement
+from data.common.text import join_first
 from data.dataset.index import Index, open_index
 from data.loader.loaders import EvalLoader
 from pretrain import config as settings
@@ -27,10 +28,9 @@ from pretrain.evaluation.accuracy import describe_restriction, evaluate, match_c
 from pretrain.evaluation.probe import NEIGHBORS, LinearProbe, extract_features, knn_correct, select_samples
 from pretrain.model.build import build_model
 from pretrain.model.fast.registry import find_fast_paths
-from pretrain.model.formats import some
 from pretrain.monitor.damage import check_shards, describe_bad_image, share_bad_images
 from pretrain.weights.run_model import build_trained, is_run
-from pretrain.weights.source import Source, architecture, head_keys, misfits, read_source
+from pretrain.weights.source import Source, architecture, find_mismatches, head_keys, read_source
 
 _UNCHECKED = ("data.train", "model.init_from")  # keys of CONFIG whose values are not checked
 
@@ -122,7 +122,7 @@ def _load(model: nn.Module, loaded: Source, source: Path, config: Config, needs_
     head, weights = head_keys(model), loaded.weights
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     backbone = {name: shape for name, shape in shapes.items() if name not in head}
-    if loaded.architecture not in (None, architecture(model)) and misfits(backbone, weights, optional=head):
+    if loaded.architecture not in (None, architecture(model)) and find_mismatches(backbone, weights, optional=head):
         raise ValueError(
             f"{source} holds weights of {loaded.architecture}, but model.name={config.model.name}; set model.name={loaded.architecture}"
         )
@@ -132,8 +132,8 @@ def _load(model: nn.Module, loaded: Source, source: Path, config: Config, needs_
     if has_head and len(weights[head[0]]) != config.model.classes:
         rows = len(weights[head[0]])
         raise ValueError(f"the head in {source} has {rows} classes, but model.classes={config.model.classes}; set model.classes={rows}")
-    if wrong := misfits(shapes if has_head else backbone, weights):
-        raise ValueError(f"{source} does not fit {config.model.name}: {some(wrong, '; ')}")
+    if wrong := find_mismatches(shapes if has_head else backbone, weights):
+        raise ValueError(f"{source} does not fit {config.model.name}: {join_first(wrong, '; ')}")
     if not has_head:
         model.reset_classifier(0)  # type: ignore[operator]
     model.load_state_dict(weights)

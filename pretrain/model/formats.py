@@ -16,8 +16,10 @@ of 1e-5, their classification code 1e-6; a weights file can't express that.)
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+
+from data.common.text import join_first
 
 Value = TypeVar("Value")
 
@@ -76,7 +78,7 @@ _TABLES = {
 FORMATS = tuple(_TABLES)
 
 # VanModel of transformers saves a last LayerNorm that its forward pass never uses.
-WITHOUT_USE = ("van.layernorm.weight", "van.layernorm.bias")
+UNUSED_KEYS = ("van.layernorm.weight", "van.layernorm.bias")
 
 
 def to_format(state_dict: Mapping[str, Value], fmt: str) -> dict[str, Value]:
@@ -89,18 +91,18 @@ def to_format(state_dict: Mapping[str, Value], fmt: str) -> dict[str, Value]:
         raise ValueError(f"unknown weight format {fmt!r}: it must be one of {', '.join(FORMATS)}")
     _, unknown = _rename(state_dict, _TABLES["timm"].items())
     if unknown:
-        raise ValueError(f"not keys of a native VAN state dict: {some(unknown)}")
+        raise ValueError(f"not keys of a native VAN state dict: {join_first(unknown)}")
     renamed, _ = _rename(state_dict, _TABLES[fmt].items())
     return renamed
 
 
 def from_format(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames the keys of weights in any of FORMATS to native names, and drops WITHOUT_USE.
+    """Renames the keys of weights in any of FORMATS to native names, and drops UNUSED_KEYS.
 
     Raises:
         ValueError: no format has all of the keys.
     """
-    state_dict = {key: value for key, value in bare(weights).items() if key not in WITHOUT_USE}
+    state_dict = {key: value for key, value in unwrap(weights).items() if key not in UNUSED_KEYS}
     unknown_by_format = {}
     for fmt, table in _TABLES.items():
         renamed, unknown = _rename(state_dict, ((other, native) for native, other in table.items()))
@@ -110,11 +112,11 @@ def from_format(weights: Mapping[str, Any]) -> dict[str, Any]:
     nearest = min(unknown_by_format, key=lambda fmt: len(unknown_by_format[fmt]))
     raise ValueError(
         f"these weights are in none of the formats {', '.join(FORMATS)}; the nearest is {nearest}, which lacks the keys "
-        f"{some(unknown_by_format[nearest])}"
+        f"{join_first(unknown_by_format[nearest])}"
     )
 
 
-def bare(weights: Mapping[str, Any]) -> dict[str, Any]:
+def unwrap(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `weights`, or its entry `state_dict`, without the prefix `module.` of data-parallel wrappers."""
     inner = weights.get("state_dict")
     state_dict = {str(key): value for key, value in (inner if isinstance(inner, Mapping) else weights).items()}
@@ -148,9 +150,3 @@ def _fill(template: str, values: dict[str, str]) -> str:
     stage = int(values["s"]) if "s" in values else int(values.get("n", 1)) - 1
     name = template.replace("{s}", str(stage)).replace("{n}", str(stage + 1))
     return name.replace("{b}", values.get("b", "")).replace("*", values.get("tensor", ""))
-
-
-def some(names: Sequence[str], separator: str = ", ") -> str:
-    """Joins the first five names and the count of the rest, for a message."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return separator.join(names[:5]) + more

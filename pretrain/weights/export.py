@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data.common.files import sync
+from data.common.text import join_first
 from pretrain.config import Config, from_dict
-from pretrain.model.formats import some, to_format
+from pretrain.model.formats import to_format
 from pretrain.run.directory import MANIFEST
 from pretrain.weights.run_model import build_trained, open_run
 from pretrain.weights.source import architecture, formats_of, read_source
@@ -139,7 +140,7 @@ def _check_destination(paths: list[Path], force: bool) -> None:
     for folder in (path for path in existing if path.is_dir()):
         others = sorted({path.name for path in folder.iterdir()} - {"config.json", "model.safetensors", "README.md", "SHA256SUMS"})
         if others:
-            raise ValueError(f"{folder} is not replaced: it holds more than an export, {some(others)}; give another --out")
+            raise ValueError(f"{folder} is not replaced: it holds more than an export, {join_first(others)}; give another --out")
 
 
 # ---------------------------------------------------------------- write
@@ -251,7 +252,7 @@ def _compare(partial: Path, model: nn.Module) -> None:
     same = {name for name in written.keys() & expected.keys() if torch.equal(written[name], expected[name])}
     different = (written.keys() | expected.keys()) - same
     if different:
-        raise RuntimeError(f"the export reads back differently: {some(sorted(different))}; is the disk sound? Nothing was exported")
+        raise RuntimeError(f"the export reads back differently: {join_first(sorted(different))}; is the disk sound? Nothing was exported")
 
 
 def _remove(path: Path) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pretrain.model.formats import some
-from pretrain.weights.source import Source, architecture, head_keys, misfits, read_source
+from data.common.text import join_first
+from pretrain.weights.source import Source, architecture, find_mismatches, head_keys, read_source
 
 
 def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[str]) -> list[str]:
@@ -29,10 +29,10 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name not in head}
     if rows:
         shapes |= {name: (len(source.classes or classes), *state[name].shape[1:]) for name in head}
-    if wrong := misfits(shapes, source.weights, optional=head):
+    if wrong := find_mismatches(shapes, source.weights, optional=head):
         if source.architecture not in (None, architecture(model)):
             wrong.insert(0, f"these are weights of {source.architecture}, the job's model is {architecture(model)}")
-        raise ValueError(f"model.init_from={path} does not fit the model: {some(wrong, '; ')}")
+        raise ValueError(f"model.init_from={path} does not fit the model: {join_first(wrong, '; ')}")
 
     new_head = {name: torch.zeros_like(state[name]) for name in head}
     for row, source_row in rows:
@@ -70,6 +70,6 @@ def _head_rows(
         raise ValueError(f"model.head_init=map, but {path} has none of the data's classes ({classes[0]}, …); it has {source.classes[0]}, …")
     new = [name for name in classes if name not in row_of]
     remarks = [f"{len(rows)} of {len(classes)} rows copied by class name"]
-    remarks += [f"zeros for {some(new)}"] if new else []
+    remarks += [f"zeros for {join_first(new)}"] if new else []
     remarks += [f"{len(row_of) - len(rows)} rows of the source dropped"] if len(rows) < len(row_of) else []
     return rows, "; ".join(remarks)

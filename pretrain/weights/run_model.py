@@ -46,7 +46,7 @@ def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[
     """
     path, trainer = open_run(source)
     config = from_dict(trainer["config"])
-    refuse_enclosed_code(source, config.model.name)
+    reject_enclosed_code(source, config.model.name)
     if average and not config.engine.ema_decay:
         raise ValueError(f"{source} keeps no moving average of its weights (engine.ema_decay was 0); use --weights raw")
     kinds = ("ema", "buffer", "buffer_ema") if average else ("weight", "buffer")
@@ -59,7 +59,7 @@ def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[
     return model.eval(), config, trainer
 
 
-def refuse_enclosed_code(source: Path, name: str) -> None:
+def reject_enclosed_code(source: Path, name: str) -> None:
     """Raises ValueError if the model is defined by a Python file inside `source`: a checkpoint from elsewhere must not bring code along."""
     file = name.rpartition(":")[0]
     if file and Path(file).resolve().is_relative_to(source.resolve()):

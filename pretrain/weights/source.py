@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data.common.text import join_first
 from pretrain.model.fast.channels_last import restore_reference
-from pretrain.model.formats import FORMATS, WITHOUT_USE, bare, from_format, some
+from pretrain.model.formats import FORMATS, UNUSED_KEYS, from_format, unwrap
 from pretrain.model.van import VAN
 from pretrain.weights.run_model import build_trained, is_run
 
@@ -60,7 +61,7 @@ def head_keys(model: nn.Module) -> tuple[str, ...]:
     return tuple(key for key, tensor in state.items() if key.startswith(prefixes) and tensor.shape[:1] == (model.num_classes,))
 
 
-def misfits(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:
+def find_mismatches(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:
     """Returns a text for each tensor that is missing, of another shape than in `shapes`, or in neither `shapes` nor `optional`."""
     actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f"{name} has shape {actual[name]} instead of {shape}" for name, shape in shapes.items() if actual.get(name, shape) != shape]
@@ -83,15 +84,15 @@ def read_source(path: Path, model: nn.Module) -> Source:
         return Source(trained.state_dict(), tuple(trainer["classes"]), architecture(trained))
     contents = _read(path)
     try:
-        weights = from_format(contents) if len(formats_of(model)) > 1 else bare(contents)
+        weights = from_format(contents) if len(formats_of(model)) > 1 else unwrap(contents)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     others = [f"{name} is a {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
     if others:
-        raise ValueError(f"{path} holds other things than tensors: {some(others, '; ')}")
+        raise ValueError(f"{path} holds other things than tensors: {join_first(others, '; ')}")
     classes, name = _describe(path, contents)
     return Source(
-        _fit_image_size(weights, model), classes, name, tuple(key for key in WITHOUT_USE if key in bare(contents) and key not in weights)
+        _fit_image_size(weights, model), classes, name, tuple(key for key in UNUSED_KEYS if key in unwrap(contents) and key not in weights)
     )
 
 

@@ -19,7 +19,7 @@ from pretrain.evaluation.command import print_evaluation
 from pretrain.model.build import build_empty_model, build_model
 from pretrain.monitor.flops import training_flops
 from pretrain.weights.export import export
-from pretrain.weights.run_model import build_trained, refuse_enclosed_code
+from pretrain.weights.run_model import build_trained, reject_enclosed_code
 from pretrain.weights.source import head_keys
 from tests.support import REPOSITORY, jobs
 from tests.support.jobs import wait_until
@@ -214,9 +214,9 @@ def test_a_synchronized_batch_norm_activates_as_before() -> None:
 
 
 def test_a_checkpoint_brings_no_code_along(own: str) -> None:
-    refuse_enclosed_code(Path(own).parent / "run", f"{own}:my_net")
+    reject_enclosed_code(Path(own).parent / "run", f"{own}:my_net")
     with pytest.raises(ValueError, match="a file inside of it, which is not executed"):
-        refuse_enclosed_code(Path(own).parent, f"{own}:my_net")
+        reject_enclosed_code(Path(own).parent, f"{own}:my_net")
 
 
 def test_no_room_asks_for_a_van() -> None:

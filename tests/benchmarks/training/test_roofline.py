@@ -2,10 +2,10 @@
 
 import pytest
 
-from benchmarks.training.roofline import BUILT, DEVICES, EAGER, FUSED, Device, Kernel, Work, attainable, by_name, image_bytes, work
+from benchmarks.training.roofline import BUILT, DEVICES, EAGER, FUSED, Device, Kernel, Work, attainable, find_device, image_bytes, work
 from pretrain.monitor.flops import peak_by_name
 
-H200, H100, A100 = (by_name(name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"))
+H200, H100, A100 = (find_device(name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"))
 
 # Images a second at 224 px, eager and fused, and GB an image: computed independently by the same method, with patch embeddings.
 COUNTED = [
@@ -54,9 +54,9 @@ def test_the_slowest_of_three_bounds() -> None:
 def test_devices_are_in_the_table_of_peaks_too() -> None:
     """And matrix products reach less than those."""
     for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA B200"):
-        device, peak = by_name(name), peak_by_name(name, "bf16")
+        device, peak = find_device(name), peak_by_name(name, "bf16")
         assert device is not None
         assert peak is not None
         assert 0.75 < device.tensor_flops / peak < 0.9
     assert len(DEVICES) == 4
-    assert by_name("NVIDIA GeForce RTX 4090") is None
+    assert find_device("NVIDIA GeForce RTX 4090") is None

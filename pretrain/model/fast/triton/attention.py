@@ -1,7 +1,7 @@
 """Operators around LKA's convolutions: the GELU before the first one and the gate after the last one.
 
     x, near = gelu_conv2d(z, weight, bias, z_bias)      # x = GELU(z), near = the depthwise convolution of x
-    y = gated(x, attention, attention_bias)             # x * attention
+    y = gate(x, attention, attention_bias)             # x * attention
 
 The convolution and the gate both read x, so its gradient has two parts. The gate's backward pass computes its part together with the
 attention map's gradient. The convolution's input gradient adds that part and applies GELU's derivative. Both passes also compute the
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.model.fast.triton.attention_device import gate_backward_kernel
-from pretrain.model.fast.triton.depthwise import by_taps, channels_last, conv, conv_tiles, in_autocasts_type, weight_gradient
+from pretrain.model.fast.triton.depthwise import by_taps, cast_like_autocast, channels_last, conv, conv_tiles, weight_gradient
 from pretrain.model.fast.triton.residual import TILE, grid, runs_of_pixels
 
 
@@ -34,10 +34,10 @@ def gelu_conv2d(z: Tensor, weight: Tensor, bias: Tensor, z_bias: Tensor) -> tupl
     Raises:
         TypeError: `z` is neither bf16, fp16 nor fp32.
     """
-    return _conv_operator(in_autocasts_type(z), weight, bias, z_bias)[:2]
+    return _conv_operator(cast_like_autocast(z), weight, bias, z_bias)[:2]
 
 
-def gated(x: Tensor, attention: Tensor, attention_bias: Tensor) -> Tensor:
+def gate(x: Tensor, attention: Tensor, attention_bias: Tensor) -> Tensor:
     """Returns x * attention, both (N, C, H, W) and copied unless they are channels-last.
 
     `attention_bias`, (C,), is already added to the attention map outside of autograd. Its gradient is computed here.

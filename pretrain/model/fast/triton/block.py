@@ -6,7 +6,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from pretrain.model import van
-from pretrain.model.fast.triton.attention import gated, gelu_conv2d
+from pretrain.model.fast.triton.attention import gate, gelu_conv2d
 from pretrain.model.fast.triton.depthwise import depthwise_conv2d
 from pretrain.model.fast.triton.residual import scaled_residual
 
@@ -46,7 +46,7 @@ class Block(van.Block):
         z, z_bias = multiply_pixels(x, self.attn.proj_1)
         z, near = gelu_conv2d(z, lka.conv0.weight, lka.conv0.bias, z_bias)
         distant = depthwise_conv2d(near, lka.conv_spatial.weight, lka.conv_spatial.bias, lka.conv_spatial.dilation[0])
-        return multiply_pixels(gated(z, *multiply_pixels(distant, lka.conv1)), self.attn.proj_2)
+        return multiply_pixels(gate(z, *multiply_pixels(distant, lka.conv1)), self.attn.proj_2)
 
     def _mlp(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the MLP of x, and the bias of its last convolution."""

@@ -51,10 +51,10 @@ def depthwise_conv2d(
     Raises:
         TypeError: `x` is neither bf16, fp16 nor fp32.
     """
-    return _operator(in_autocasts_type(x), weight, bias, dilation, gelu, x_bias)[0]
+    return _operator(cast_like_autocast(x), weight, bias, dilation, gelu, x_bias)[0]
 
 
-def in_autocasts_type(x: Tensor) -> Tensor:
+def cast_like_autocast(x: Tensor) -> Tensor:
     """Returns x in autocast's type if autocast is on, otherwise x; raises TypeError if the type is neither bf16, fp16 nor fp32."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))

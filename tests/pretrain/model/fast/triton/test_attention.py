@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton import knobs
 
-from pretrain.model.fast.triton.attention import gated, gelu_conv2d
+from pretrain.model.fast.triton.attention import gate, gelu_conv2d
 from tests.pretrain.model.fast.triton.test_depthwise import ROUNDING, SHAPES
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
@@ -34,7 +34,7 @@ def outcome(inputs: list[Tensor], *, exact: bool) -> list[Tensor]:
         y = x * (attention + attention_bias[:, None, None])
     else:
         x, near = gelu_conv2d(z, weight, bias, z_bias)
-        y = gated(x, attention, attention_bias)
+        y = gate(x, attention, attention_bias)
     ((y * tensors[6]).sum() + (near * tensors[7]).sum()).backward()
     return [torch.cat([y, near]).detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[list-item]
 
