@@ -119,8 +119,9 @@ def conv_kernel(
             tap = K * K - 1 - (i * K + j) if FLIP else i * K + j
             weights = weights + (tl.load(taps + tap * C + c, mask=channel_exists)[None, :],)
         shift = (j - K // 2) * D
+        shifted = x + at + shift * C
         column_exists = inside & ((column + shift >= 0) & (column + shift < W))[:, None]
-        sums = _add_rows(sums, weights, x + at + shift * C, column_exists, top, H, W, C, K, D, R, STRIPS)
+        sums = _add_rows(sums, weights, shifted, column_exists, top, H, W, C, K, D, R, STRIPS)
 
     offset = tl.zeros((1, CHANNELS), tl.float32)
     if bias is not None:
@@ -180,8 +181,9 @@ def weight_gradient_kernel(
             exists = inside & (top + r * D < H)[:, None]
             gradients = gradients + (tl.load(grad + at + r * D * W * C, mask=exists, other=0.0).to(tl.float32),)
             bias_sum += gradients[r]
+        shifted = x + at + (shift * C)[:, None]
         column_exists = inside & ((column + shift >= 0) & (column + shift < W))[:, None]
-        sums = _add_rows(sums, gradients, x + at + (shift * C)[:, None], column_exists, top, H, W, C, K, D, R, STRIPS)
+        sums = _add_rows(sums, gradients, shifted, column_exists, top, H, W, C, K, D, R, STRIPS)
 
     j = tl.arange(0, COLUMNS)
     out = partial + run * (K * K + 1) * C + c[None, :]
