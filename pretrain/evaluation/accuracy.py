@@ -1,7 +1,7 @@
 """Measures top-1, top-5 and loss of a model on a packed dataset. Each image counts once, whatever the number of ranks.
 
-Classes are matched by name. If the data has only some of the head's classes, the other outputs take no part in top-k and loss: so
-weights for ImageNet-22K are evaluated on ImageNet-1K, during training and by `python -m pretrain evaluate`.
+Classes are matched by name. Outputs for classes that the data lacks are excluded from top-k and loss. So weights for ImageNet-22K can be
+evaluated on ImageNet-1K, during training and by `python -m pretrain evaluate`.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from data.dataset.index import Index
 from data.loader.loaders import EvalLoader
 from pretrain.engine.precision import autocast
 
-_MAX_EXCEPT = 20  # classes that an error proposes for data.val_except
+_MAX_EXCEPT = 20  # the most classes that an error proposes for data.val_except
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: EvalLoader, head: Sequence[str], precision: str) -> dict[str, Any]:
-    """Evaluates a model, whose outputs are the logits of the classes `head`, among the classes of the data. Collective.
+    """Evaluates a model with a head for the classes `head` on the classes of the data. Collective.
 
     Returns:
         top1 and top5 (0 to 1), loss (mean cross-entropy), images, skipped (bad images), classes (of the data).
@@ -49,8 +49,15 @@ def evaluate(model: nn.Module, loader: EvalLoader, head: Sequence[str], precisio
     return {"images": int(images), "skipped": skipped, "classes": len(outputs), **accuracy}
 
 
+def format_result(result: dict[str, Any], place: str = "") -> str:
+    """Formats what `evaluate` returned as text for one line."""
+    skipped = f"; {result['skipped']} bad images skipped" if result["skipped"] else ""
+    scores = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
+    return f"{scores} on {result['images']} images{place}{skipped}"
+
+
 def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
-    """Counts the labels, int64 (n,), with the highest of their scores, (n, classes), and with one of the five highest; returns (2,).
+    """Counts the top-1 and the top-5 correct labels, int64 (n,), by scores (n, classes); returns (2,).
 
     A score of -inf or NaN is never correct.
     """
@@ -60,14 +67,14 @@ def count_correct(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def match_classes(names: Sequence[str], index: Index, without: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the classes of a dataset, but those in `without`, among `names`, the classes of a head or of another dataset.
+    """Finds the classes of a dataset, except those in `without`, among `names`, the classes of a head or another dataset.
 
     Returns:
-        The positions in `names`, int64 (k,), in the order of the dataset's classes; and for each label of the dataset its position among
-        these k, int64 (classes,).
+        The k positions in `names`, int64 (k,), in the order of the dataset's classes; and for each label of the dataset its position among
+        the k, int64 (classes,).
 
     Raises:
-        ValueError: classes are missing in `names`.
+        ValueError: `names` lacks classes of the dataset.
     """
     position = {name: number for number, name in enumerate(names)}
     kept = [name for name in index.classes if name not in without]
@@ -86,7 +93,7 @@ def match_classes(names: Sequence[str], index: Index, without: Sequence[str]) ->
 
 
 def describe_restriction(head: Sequence[str], index: Index, without: Sequence[str]) -> str | None:
-    """Returns a line for the log if only some classes of a head take part, otherwise None. Raises ValueError as `match_classes`."""
+    """Returns a line for the log if the data has only some of the head's classes, else None. Raises ValueError like `match_classes`."""
     outputs, _ = match_classes(head, index, without)
     if len(outputs) == len(head):
         return None

@@ -3,10 +3,10 @@
     python -m pretrain evaluate SOURCE [CONFIG] [key=value …] [--weights raw|ema] [--probe N]
 
 SOURCE is a run, a checkpoint, or weights in any format that a job can start from. CONFIG has the settings of the evaluation: model.name and
-model.classes, which must be those of the weights; data.val, image size, resize, normalization, precision. A run needs no CONFIG: its own
-settings serve. --probe N fits the classifiers of probe.py on at most N images a class of data.train and tests them on data.val.
+model.classes, which must be those of the weights, data.val, image size, resize, normalization and precision. For a run, CONFIG defaults to
+the run's settings. --probe N fits the classifiers of probe.py on at most N images per class of data.train and tests them on data.val.
 
-One process runs this by itself, or every rank of a job.
+Runs in a single process or on every rank of a job.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine import distributed
 from pretrain.engine.distributed import all_gather_rows
-from pretrain.evaluation.accuracy import describe_restriction, evaluate, match_classes, no_usable_image
+from pretrain.evaluation.accuracy import describe_restriction, evaluate, format_result, match_classes, no_usable_image
 from pretrain.evaluation.probe import NEIGHBORS, LinearProbe, extract_features, knn_correct, select_samples
 from pretrain.model.build import build_model
 from pretrain.model.fast.registry import find_fast_paths
@@ -50,15 +50,16 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
 
     Args:
         source: a run, a checkpoint, or a file or folder of weights.
-        config: the settings of the evaluation; None: those of the run. `overrides` are applied to them.
-        average: evaluate the moving average in place of the weights.
-        probe: images a class for the k-NN and linear probe; None: evaluate the head.
+        config: the settings of the evaluation; None: the run's.
+        overrides: `key=value`, applied to the settings.
+        average: evaluate the moving average instead of the weights.
+        probe: training images per class for k-NN and the linear probe; None: evaluate the head.
 
     Raises:
-        ValueError: settings, weights and data do not fit each other, or too many images are bad.
+        ValueError: settings, weights and data do not match, or too many images are bad.
     """
     if probe is not None and probe < 1:
-        raise ValueError(f"--probe {probe}: must be at least 1 image a class")
+        raise ValueError(f"--probe {probe}: must be at least 1 image per class")
     distributed.join()
     weights = open_weights(source, config, overrides, average=average, needs_head=probe is None)
     data, engine = weights.config.data, weights.config.engine
@@ -83,14 +84,11 @@ def print_evaluation(source: Path, config: Path | None, overrides: list[str], *,
     with EvalLoader(val, data, placement) as loader:
         result = evaluate(weights.model, loader, head, engine.precision)
         _report_bad_images(loader)
-    _print_once(
-        f"{weights.title}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f} "
-        f"on {result['images']} images of {val.place}" + (f"; {result['skipped']} bad images skipped" if result["skipped"] else "")
-    )
+    _print_once(f"{weights.title}: {format_result(result, f' of {val.place}')}")
 
 
 def open_weights(source: Path, config: Path | None, overrides: list[str], *, average: bool, needs_head: bool) -> Weights:
-    """Loads the weights at `source` and the settings of their evaluation; arguments as for `print_evaluation`.
+    """Loads the weights at `source` and the settings of their evaluation; the arguments are those of `print_evaluation`.
 
     Raises:
         ValueError: there are no weights or no settings, they are of different models, or the weights lack a head that is needed.
@@ -102,7 +100,7 @@ def open_weights(source: Path, config: Path | None, overrides: list[str], *, ave
         keys = [key for key in ("name", "classes") if getattr(used.model, key) != getattr(run_config.model, key)]
         if keys:
             differ = ", ".join(f"model.{key}={getattr(used.model, key)}, there {getattr(run_config.model, key)}" for key in keys)
-            raise ValueError(f"{source} is of another model than the settings: {differ}. Leave CONFIG out to use the run's own settings")
+            raise ValueError(f"{source} is of another model than the settings: {differ}. Omit CONFIG to use the run's settings")
         kind = "moving average" if average else "weights"
         return Weights(model, used, tuple(trainer["classes"]), f"{source} ({kind} of step {trainer['step']})")
     if not source.exists():
@@ -118,7 +116,7 @@ def open_weights(source: Path, config: Path | None, overrides: list[str], *, ave
 
 
 def _load(model: nn.Module, loaded: Source, source: Path, config: Config, needs_head: bool) -> None:
-    """Loads weights into the model that the settings name; raises ValueError if they do not fit it."""
+    """Loads weights into the model that the settings name; raises ValueError if they do not fit."""
     head, weights = head_keys(model), loaded.weights
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     backbone = {name: shape for name, shape in shapes.items() if name not in head}
@@ -140,15 +138,15 @@ def _load(model: nn.Module, loaded: Source, source: Path, config: Config, needs_
 
 
 def _head_classes(weights: Weights, source: Path, val: Index) -> tuple[str, ...]:
-    """Returns the names of the head's classes; raises ValueError if they are unknown, and not as many as those of the data."""
+    """Returns the names of the head's classes, if unknown the data's; raises ValueError if their numbers differ."""
     if weights.classes is not None:
         return weights.classes
     if weights.config.model.classes != len(val.classes):
         raise ValueError(
             f"{source} does not name its {weights.config.model.classes:,} classes, so they could only be those of data.val; "
-            f"{val.place} has {len(val.classes):,}. Runs and files that `export` wrote name theirs"
+            f"{val.place} has {len(val.classes):,}. Runs and exported files name their classes"
         )
-    _print_once(f"{source} does not name its classes: taken for the {len(val.classes):,} of {val.place}, in their order")
+    _print_once(f"{source} does not name its classes: assuming the {len(val.classes):,} of {val.place}, in their order")
     return val.classes
 
 

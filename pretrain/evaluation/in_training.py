@@ -1,4 +1,4 @@
-"""Evaluates a job while it trains: its weights and, if there is one, their moving average.
+"""Evaluates a job during training: its weights and, if there is one, their moving average.
 
 evaluator = Evaluator(engine, stats, val_loader, index.classes, precision, new_model, log)
 results = evaluator.evaluate(step)      # {"step": 500, "weight": {"top1": …}, "ema": {…}}
@@ -13,7 +13,7 @@ from torch import nn
 from data.loader.loaders import EvalLoader
 from pretrain.engine import zero_state
 from pretrain.engine.batch_stats import BatchStats
-from pretrain.evaluation.accuracy import evaluate
+from pretrain.evaluation.accuracy import evaluate, format_result
 from pretrain.monitor.damage import report_bad_images
 from pretrain.run.metrics import RunLog
 from pretrain.weights.run_model import copy_weights
@@ -23,21 +23,21 @@ TITLES = {"weight": "weights", "ema": "moving average"}
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates the weights of an engine on the data set of a loader."""
+    """Evaluates the weights of an engine on a loader's dataset."""
 
     engine: Any
-    stats: BatchStats  # BatchNorm's statistics, averaged where the weights are
+    stats: BatchStats  # BatchNorm statistics, with a moving average if the weights have one
     loader: EvalLoader
-    classes: Sequence[str]  # of the outputs of the model
+    classes: Sequence[str]  # of the model's outputs
     precision: str
-    new_model: Callable[[], nn.Module]  # returns a model on the device of the loader, with any weights
+    new_model: Callable[[], nn.Module]  # returns a model on the loader's device, with any weights
     log: RunLog
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Evaluates after `step` steps; returns the results by kind of weights, and writes them to the log. Collective.
+        """Evaluates after `step` steps; logs and returns the results by kind of weights. Collective.
 
         Raises:
-            ValueError: there are too many bad images, or none that can be used.
+            ValueError: too many images are bad, or all.
         """
         results: dict[str, Any] = {"step": step}
         model = self.new_model()
@@ -47,11 +47,7 @@ class Evaluator:
             result = evaluate(model, self.loader, self.classes, self.precision)
             if result["skipped"]:
                 report_bad_images(self.loader.quarantine, step, self.log)
-            self.log.line(
-                f"evaluation at step {step} ({TITLES[kind]}): top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
-                f"loss {result['loss']:.4f} on {result['images']} images"
-                + (f"; {result['skipped']} bad images skipped" if result["skipped"] else "")
-            )
+            self.log.line(f"evaluation at step {step} ({TITLES[kind]}): {format_result(result)}")
             results[kind] = result
         self.log.record("evaluation", **results)
         return results

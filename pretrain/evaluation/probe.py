@@ -1,13 +1,13 @@
 """k-NN and linear-probe evaluation on frozen features: how well a backbone separates classes without its head.
 
-A feature is the head's input for an image under the evaluation transform. Every rank holds the whole bank (the features of training
-images) and classifies its own share of the queries.
+A feature is the head's input for an image under the evaluation transform. Every rank holds the whole bank (the features of the training
+images) and classifies its share of the queries.
 
-The k-NN classifier is that of DINO (Caron et al., ICCV 2021; eval_knn.py of facebookresearch/dino): the 20 nearest by cosine similarity s
-vote for their classes with weights exp(s / 0.07).
+The k-NN classifier is DINO's (Caron et al., ICCV 2021; eval_knn.py of facebookresearch/dino): the 20 nearest neighbors by cosine similarity
+s vote for their classes with weights exp(s / 0.07).
 
-The linear probe is logistic regression by L-BFGS on the whole bank, as for CLIP (Radford et al., ICML 2021, section A.3), on features of
-mean 0 and variance 1. CLIP searches for the best weight penalty; here the penalty is fixed, so the accuracy may be a little lower.
+The linear probe is logistic regression by L-BFGS on the whole bank, as for CLIP (Radford et al., ICML 2021, section A.3), on features with
+mean 0 and variance 1. CLIP searches for the best weight penalty; here it is fixed, so the accuracy may be slightly lower.
 """
 
 from typing import Any
@@ -25,15 +25,15 @@ from pretrain.engine.precision import autocast
 from pretrain.evaluation.accuracy import count_correct
 
 NEIGHBORS, TEMPERATURE = 20, 0.07
-PENALTY = 1e-3  # of the squared weights, beside the mean cross-entropy
+PENALTY = 1e-3  # PENALTY / 2 times the squared weights is added to the mean cross-entropy
 ITERATIONS = 200
-_CHUNK = 1 << 26  # similarities or logits computed at once, of 4 bytes each
+_CHUNK = 1 << 26  # similarities or logits computed at once, 4 bytes each
 
 
 def select_samples(index: Index, labels: np.ndarray, per_class: int) -> np.ndarray:
     """Returns the ids of at most `per_class` samples of each label, int64, ascending.
 
-    The selection is fixed, and a smaller one is part of a larger one.
+    The selection is deterministic, and a smaller one is a subset of a larger one.
     """
     ids = np.flatnonzero(np.isin(index.samples["label"], labels))
     label = index.samples["label"][ids]
@@ -57,10 +57,10 @@ def extract_features(model: nn.Module, loader: EvalLoader, precision: str) -> tu
 
 
 def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Counts the queries that the k-NN classifier gets right, as `count_correct` does, (2,).
+    """Counts the top-1 and top-5 correct predictions of the k-NN classifier, (2,), as `count_correct` does.
 
-    `bank` is float32 (m, d), `queries` (n, d), and the labels of both are int64 from 0 to `classes` - 1. A class without a vote is never
-    correct, even if fewer than five classes have votes.
+    `bank` is float32 (m, d), `queries` (n, d), and the labels of both are int64 from 0 to `classes` - 1. A class without votes never counts
+    as correct, even if fewer than five classes have votes.
     """
     bank, total = F.normalize(bank), torch.zeros(2, dtype=torch.int64, device=bank.device)
     rows = max(1, _CHUNK // max(len(bank), classes))
@@ -73,7 +73,7 @@ def knn_correct(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tens
 
 
 class LinearProbe:
-    """Logistic regression, fitted when it is built to a bank, float32 (m, d), the same on all ranks, and its labels. Collective."""
+    """Logistic regression, fitted on construction to a bank, float32 (m, d), equal on all ranks, and its labels. Collective."""
 
     def __init__(self, bank: Tensor, labels: Tensor, classes: int):
         self.mean, self.deviation = bank.mean(0), bank.std(0, correction=0).clamp_min(1e-6)
@@ -101,12 +101,12 @@ class LinearProbe:
         optimizer.step(closure)
 
     def scores(self, features: Tensor) -> Tensor:
-        """Returns the logits, (n, classes), of features, (n, d)."""
+        """Maps features (n, d) to logits (n, classes)."""
         return F.linear((features - self.mean) / self.deviation, self.weight, self.bias)
 
     @torch.no_grad()
     def correct(self, queries: Tensor, labels: Tensor) -> Tensor:
-        """Counts the queries that the probe gets right, as `knn_correct` does."""
+        """Counts the top-1 and top-5 correct predictions of the probe, (2,), as `count_correct` does."""
         total = torch.zeros(2, dtype=torch.int64, device=queries.device)
         for chunk, chunk_labels in zip(queries.split(self.rows), labels.split(self.rows), strict=True):
             total += count_correct(self.scores(chunk), chunk_labels)

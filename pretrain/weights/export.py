@@ -3,11 +3,11 @@
     python -m pretrain export runs/van_b3_in22k                                             the formats of run.export, to RUN/weights
     python -m pretrain export runs/van_b3_in22k --format official --out van_b3_in22k.pth    one format, of a run or a checkpoint
 
-timm exists for every model, the other formats for some model classes (`formats_of`). official, mmpretrain and mmseg (which has no head) are
-files, {"state_dict": …, "arch": name, "classes": names}; timm and hf are folders with config.json and model.safetensors.
+Every model can be exported as timm; the other formats exist for some model classes (`formats_of`). official, mmpretrain and mmseg (which
+has no head) are files, {"state_dict": …, "arch": name, "classes": names}; timm and hf are folders with config.json and model.safetensors.
 
-Export runs in one process, on a CPU, without DeepSpeed. The weights are read back and compared before the export gets its name. A model
-card and a checksum go with them: PATH.md and PATH.sha256 beside a file, README.md and SHA256SUMS in a folder.
+Export runs in one process, on a CPU, without DeepSpeed. The weights are read back and compared before the export is renamed to its final
+path. It comes with a model card and a checksum: PATH.md and PATH.sha256 beside a file, README.md and SHA256SUMS in a folder.
 """
 
 import copy
@@ -72,14 +72,14 @@ class Export:
 
 
 def check_formats(model: nn.Module, formats: Sequence[str], setting: str) -> None:
-    """Raises ValueError, which names the setting, if a model can't be exported in one of the formats."""
+    """Raises ValueError that names the setting if a model can't be exported in one of the formats."""
     missing = [fmt for fmt in formats if fmt not in formats_of(model)]
     if missing:
         raise ValueError(f"{setting}: {type(model).__name__} has no format {', '.join(missing)}, only {', '.join(formats_of(model))}")
 
 
 def run_formats(config: Config, model: nn.Module) -> list[str]:
-    """Returns the formats of run.export; for null those of official and timm that the model has."""
+    """Returns the formats of run.export; for null, timm and, if the model has it, official."""
     if config.run.export is not None:
         return config.run.export
     return [fmt for fmt in ("official", "timm") if fmt in formats_of(model)]
@@ -89,13 +89,13 @@ def export(
     source: Path, fmt: str, out: Path, *, average: bool = False, dtype: str = "fp32", features_only: bool = False,
     license: str = "not stated", force: bool = False,
 ) -> str:  # fmt: skip
-    """Writes the weights of a run's newest complete checkpoint, or of a checkpoint; returns a line that describes the export.
+    """Exports a checkpoint, or the newest complete one of a run; returns a line that describes the export.
 
-    `out` is the file or folder to write; `force` replaces an export that exists. The other options are those of `Export`.
+    `out` is the file or folder to write; `force` replaces an existing export. The other options are those of `Export`.
 
     Raises:
-        ValueError: there is no complete checkpoint or no average in it, the model has no such format, or `out` can't be written, has the
-            suffix of another format, or exists and `force` is off or it is no export.
+        ValueError: there is no complete checkpoint or no average in it, or the model has no such format; `out` can't be written or has the
+            suffix of another format, or exists and either `force` is off or it is no export.
     """
     job = Export(fmt, out, average, dtype, features_only, license)
     _check_destination([out] if job.is_folder else list(job.files(out)), force)
@@ -107,10 +107,10 @@ def export(
 
 
 def export_run(run: Path, log: Callable[[str], None] = print) -> list[Path]:
-    """Exports a finished run to RUN/weights in the formats of run.export, the moving average if there is one; returns the paths.
+    """Exports a finished run to RUN/weights in the formats of run.export; returns the paths.
 
-    They are called NAME.pth for official, NAME_FORMAT.pth or NAME_FORMAT for the others, and replace earlier exports. `log` is called with
-    a line for each.
+    Exports the moving average if there is one. The paths are NAME.pth for official, NAME_FORMAT.pth or NAME_FORMAT for the others; earlier
+    exports are replaced. `log` is called with a line for each export.
 
     Raises:
         ValueError: the run is not finished, has no complete checkpoint, or RUN/weights can't be written.
@@ -133,24 +133,24 @@ def export_run(run: Path, log: Callable[[str], None] = print) -> list[Path]:
 
 
 def _check_destination(paths: list[Path], force: bool) -> None:
-    """Raises ValueError if a path exists and may not be replaced, or is a folder that is no export."""
+    """Raises ValueError if a path exists and `force` is off, or if it is a folder with other files than an export's."""
     existing = [path for path in paths if path.exists()]
     if existing and not force:
         raise ValueError(f"{existing[0]} exists; give another --out, or --force to replace it")
     for folder in (path for path in existing if path.is_dir()):
         others = sorted({path.name for path in folder.iterdir()} - {"config.json", "model.safetensors", "README.md", "SHA256SUMS"})
         if others:
-            raise ValueError(f"{folder} is not replaced: it holds more than an export, {join_first(others)}; give another --out")
+            raise ValueError(f"{folder} is not replaced: it holds more than an export: {join_first(others)}; give another --out")
 
 
 # ---------------------------------------------------------------- write
 
 
 def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any]) -> str:
-    """Writes an export, in place of an earlier one; returns a line that describes it.
+    """Writes an export, replacing an earlier one; returns a line that describes it.
 
     Args:
-        model: changed by this: its head is removed and its type converted, as the job says.
+        model: modified: its head is removed and its type converted, as the job requires.
         config, trainer: as `build_trained` returns them.
     """
     if not job.has_head:
@@ -176,7 +176,7 @@ def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any
 
 
 def _publish(job: Export, partial: Path, card: str, checksum: str) -> None:
-    """Renames a written export to its name and adds model card and checksum, in place of an earlier export.
+    """Renames a written export to its final path and adds model card and checksum, replacing an earlier export.
 
     If the process dies in between, there is a complete export or none, and no card or checksum of another export.
     """
@@ -238,7 +238,7 @@ def _write_hf(path: Path, fmt: str, model: nn.Module, config: Config, trainer: d
     }  # fmt: skip
     path.mkdir()
     (path / "config.json").write_text(json.dumps(settings, indent=1))
-    # VanModel holds a last LayerNorm that its forward pass never uses, and warns if a file lacks it.
+    # VanModel has a final LayerNorm that its forward pass never uses, and warns if a file lacks it.
     unused = {"van.layernorm.weight": torch.ones(widths[-1]), "van.layernorm.bias": torch.zeros(widths[-1])}
     save_file(to_format(model.state_dict(), fmt) | unused, path / "model.safetensors", metadata={"format": "pt"})
 
@@ -247,7 +247,7 @@ _WRITERS = {"official": _write_file, "mmseg": _write_file, "mmpretrain": _write_
 
 
 def _compare(partial: Path, model: nn.Module) -> None:
-    """Raises RuntimeError if the written weights are not those of the model."""
+    """Raises RuntimeError if the written weights differ from the model's."""
     written, expected = read_source(partial, model).weights, model.state_dict()
     same = {name for name in written.keys() & expected.keys() if torch.equal(written[name], expected[name])}
     different = (written.keys() | expected.keys()) - same
@@ -266,7 +266,7 @@ def _remove(path: Path) -> None:
 
 
 def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any], digest: str) -> str:
-    """Returns the model card of an export as Markdown; `trainer` is trainer.json of the checkpoint, `digest` the weights' SHA-256."""
+    """Returns the model card as Markdown; `trainer` is the checkpoint's trainer.json, `digest` the SHA-256 of the weights."""
     data, optim = config.data, config.optim
     settings: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     rows = {
@@ -295,7 +295,7 @@ def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str,
 
 
 def load_command(name: str, fmt: str) -> str:
-    """Returns how to load an export of the model of model.name, with PATH for its place. A model that is not timm's is imported first."""
+    """Returns the code that loads an export from PATH; `name` is model.name. A model that timm doesn't contain is imported first."""
     file, _, name_in_file = name.rpartition(":")
     module = Path(file).stem if file else timm.model_entrypoint(name_in_file).__module__
     first = f"`import {module}` and " if fmt == "timm" and not module.startswith("timm.") else ""

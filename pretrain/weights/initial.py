@@ -1,9 +1,9 @@
 """Initializes a model from existing weights, with its head kept, zeroed or mapped by class name.
 
-model.init_from=PATH     a file or folder that `export` or another project wrote, a run directory, or a checkpoint
-model.head_init=keep     the head as it is; it must have the job's classes
+model.init_from=PATH     a file or folder written by `export` or another project, a run directory, or a checkpoint
+model.head_init=keep     the head unchanged; its classes must be the job's
                 zero     a new head, all zeros
-                map      the rows of those classes that the job has too, by name (wnid), and zeros for the others
+                map      the rows of classes that the job shares, by name (wnid), and zeros for the others
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from pretrain.weights.source import Source, architecture, find_mismatches, head_
 def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[str]) -> list[str]:
     """Loads the weights at `path` into the model; returns lines for the log that list the tensors loaded and dropped.
 
-    `classes` are the names of the job's classes, in the order of the rows of the model's head; `head_init` is `keep`, `zero` or `map`.
+    `classes` are the names of the job's classes, in the order of the head's rows; `head_init` is `keep`, `zero` or `map`.
 
     Raises:
-        ValueError: there are no weights, they do not fit the model's backbone, or the head can't be initialized as asked.
+        ValueError: there are no weights, they do not fit the model's backbone, or `head_init` is impossible with them.
     """
     source, head, state = read_source(path, model), head_keys(model), model.state_dict()
     rows, remark = _head_rows(source, path, head, head_init, classes)
@@ -48,7 +48,7 @@ def start_from(model: nn.Module, path: Path, head_init: str, classes: Sequence[s
 def _head_rows(
     source: Source, path: Path, head: Sequence[str], head_init: str, classes: Sequence[str]
 ) -> tuple[list[tuple[int, int]], str]:
-    """Returns (row of the new head, row of the source's head) for the rows to copy, and a remark for the log. Other rows are zero."""
+    """Returns the rows to copy as (row of the new head, row of the source's head), and a remark for the log; other rows are zero."""
     missing = [name for name in head if name not in source.weights]
     if head_init == "zero":
         dropped = [name for name in head if name in source.weights]

@@ -15,7 +15,7 @@ from pretrain.run.directory import CHECKPOINTS, MANIFEST, TRAINER
 
 
 def is_run(source: Path) -> bool:
-    """Returns whether `source` is a run directory or a checkpoint, rather than a file or folder of weights."""
+    """Returns whether `source` is a run directory or a checkpoint rather than a file or folder of weights."""
     return (source / CHECKPOINTS).is_dir() or (source / MANIFEST).is_file()
 
 
@@ -60,15 +60,15 @@ def build_trained(source: Path, average: bool) -> tuple[nn.Module, Config, dict[
 
 
 def reject_enclosed_code(source: Path, name: str) -> None:
-    """Raises ValueError if the model is defined by a Python file inside `source`: a checkpoint from elsewhere must not bring code along."""
+    """Raises ValueError if a Python file inside `source` defines the model: a downloaded checkpoint must not execute code."""
     file = name.rpartition(":")[0]
     if file and Path(file).resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"{source}: its model.name is {name}, a file inside of it, which is not executed; keep such files outside of runs")
+        raise ValueError(f"{source}: its model.name is {name}, a file inside it, which is not executed; keep such files outside of runs")
 
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-    """Copies weights into a model by name; they may be flat, and lie as the model stores them."""
+    """Copies tensors into a model by name; they may be flattened, and have the model's memory layout."""
     for name, parameter in model.named_parameters():
         parameter.copy_(parameters[name].view(parameter.shape))
     for name, buffer in model.named_buffers():

@@ -3,7 +3,7 @@
     source = read_source(Path("van_b3.pth"), model)     native names, whatever the format of the file
     formats_of(model)                                   ("timm", …)
 
-timm, the native names, exists for every model. Further formats exist for some model classes (pretrain/model/formats.py).
+The format timm, the native names, exists for every model, others for some model classes (pretrain/model/formats.py).
 """
 
 import argparse
@@ -45,14 +45,14 @@ def formats_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def architecture(model: nn.Module) -> str:
-    """Returns the name under which timm built a model, without a tag: `resnet50` of `resnet50.a1_in1k`."""
+    """Returns the name under which timm built a model, without a tag: `resnet50` for `resnet50.a1_in1k`."""
     return model.pretrained_cfg["architecture"]  # type: ignore[index,return-value]
 
 
 def head_keys(model: nn.Module) -> tuple[str, ...]:
-    """Returns the state-dict keys of a timm model's classifier that have a row for each class; none if it was built without one.
+    """Returns the state-dict keys of a timm model's classifier with a row per class; none if the model has no classifier.
 
-    Other layers that a model counts to its classifier, such as a hidden one, belong to the backbone here.
+    Other layers that a model counts as its classifier, such as a hidden one, belong to the backbone here.
     """
     classifier = model.get_classifier()  # type: ignore[operator]
     layers = classifier if isinstance(classifier, tuple) else (classifier,)
@@ -62,7 +62,7 @@ def head_keys(model: nn.Module) -> tuple[str, ...]:
 
 
 def find_mismatches(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], optional: Collection[str] = ()) -> list[str]:
-    """Returns a text for each tensor that is missing, of another shape than in `shapes`, or in neither `shapes` nor `optional`."""
+    """Describes each tensor that is missing, has another shape than in `shapes`, or is in neither `shapes` nor `optional`."""
     actual = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = [f"{name} has shape {actual[name]} instead of {shape}" for name, shape in shapes.items() if actual.get(name, shape) != shape]
     wrong += [f"{name} is missing" for name in shapes if name not in actual]
@@ -70,14 +70,14 @@ def find_mismatches(shapes: Mapping[str, tuple[int, ...]], weights: Mapping[str,
 
 
 def read_source(path: Path, model: nn.Module) -> Source:
-    """Reads weights for a model; whether they fit it is not checked.
+    """Reads weights for a model, without checking that they fit.
 
     Args:
-        path: a run directory, a checkpoint, a file of torch.save or safetensors, or a folder as timm and transformers write it.
-        model: decides the formats that the file may have.
+        path: a run directory, a checkpoint, a file of torch.save or safetensors, or a folder written by timm or transformers.
+        model: determines the formats to try.
 
     Raises:
-        ValueError: `path` is none of these, is damaged, or holds no tensors under names of any format of the model.
+        ValueError: `path` is none of these, is damaged, or its keys match no format of the model.
     """
     if is_run(path):
         trained, _, trainer = build_trained(path, average=False)
@@ -90,14 +90,12 @@ def read_source(path: Path, model: nn.Module) -> Source:
     others = [f"{name} is a {type(value).__name__}" for name, value in weights.items() if not isinstance(value, Tensor)]
     if others:
         raise ValueError(f"{path} holds other things than tensors: {join_first(others, '; ')}")
-    classes, name = _describe(path, contents)
-    return Source(
-        _fit_image_size(weights, model), classes, name, tuple(key for key in UNUSED_KEYS if key in unwrap(contents) and key not in weights)
-    )
+    unused = tuple(key for key in UNUSED_KEYS if key in unwrap(contents) and key not in weights)
+    return Source(_fit_image_size(weights, model), *_describe(path, contents), unused)
 
 
 def _fit_image_size(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resamples weights that depend on the image size, such as position embeddings, to the model's, as timm does for the model's class."""
+    """Resamples weights that depend on the image size, such as position embeddings, to the model's image size, by timm's function."""
     head, resample = head_keys(model), getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in head}
     if resample is None or all(weights[name].shape == shape for name, shape in shapes.items() if name in weights):
@@ -115,7 +113,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         # Checkpoints of timm's CheckpointSaver, which the authors use, hold the training script's arguments too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's message is a page long and advises to execute the file's code
+    except pickle.UnpicklingError as error:  # torch's message is a page long and suggests executing the file's code
         raise ValueError(f"{file} can't be read as weights: not a file of torch.save, or one with more in it than tensors") from error
     except Exception as error:  # torch and safetensors raise many types for damaged files
         raise ValueError(f"{file} can't be read as weights: {str(error) or 'it is empty'}") from error
@@ -125,7 +123,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _describe(path: Path, contents: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str | None]:
-    """Returns the class names and the architecture, as config.json of a folder, `export` or timm's CheckpointSaver has them."""
+    """Returns class names and architecture, from a folder's config.json or as `export` and timm's CheckpointSaver store them."""
     classes, name = contents.get("classes"), contents.get("arch")
     if path.is_dir():
         settings = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}

@@ -215,7 +215,7 @@ def test_a_synchronized_batch_norm_activates_as_before() -> None:
 
 def test_a_checkpoint_brings_no_code_along(own: str) -> None:
     reject_enclosed_code(Path(own).parent / "run", f"{own}:my_net")
-    with pytest.raises(ValueError, match="a file inside of it, which is not executed"):
+    with pytest.raises(ValueError, match="a file inside it, which is not executed"):
         reject_enclosed_code(Path(own).parent, f"{own}:my_net")
 
 

@@ -249,7 +249,7 @@ def test_all_sources_of_the_same_weights_give_the_same_result(
     def result(*arguments: object) -> str:
         assert command(monkeypatch, *arguments) == 0
         output = capsys.readouterr().out
-        assert ("does not name its classes: taken for the 7 of" in output) == ("nameless" in str(arguments[0]))
+        assert ("does not name its classes: assuming the 7 of" in output) == ("nameless" in str(arguments[0]))
         match = RESULT.search(output)
         assert match, output
         return match[1]
@@ -283,7 +283,7 @@ def test_all_sources_of_the_same_weights_give_the_same_result(
         ("plain", ["VAL", "--weights", "ema"], "keeps no moving average of its weights"),
         ("averaged", ["data.val=DRAWN"], "10 of 10 classes are not among the 7 that the weights are for: checks, crosses, "),
         ("averaged", ["VAL", "data.val_except=[rings]"], "data.val_except contains rings, which"),
-        ("averaged", ["VAL", "--probe", "0"], "--probe 0: must be at least 1 image a class"),
+        ("averaged", ["VAL", "--probe", "0"], "--probe 0: must be at least 1 image per class"),
         ("averaged", ["VAL", "--probe", "5"], "unused: no such folder"),
         ("nothing", ["CONFIG", "VAL"], "nothing: no such file or folder"),
         ("official.pth", ["VAL"], "official.pth has no checkpoints; other weights need a CONFIG"),

@@ -92,7 +92,7 @@ def test_model_card_and_checksum_are_not_overwritten_either(runs: Path, tmp_path
 def test_a_folder_that_is_no_export_is_never_replaced(runs: Path, tmp_path: Path, fmt: str) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("precious")
-    with pytest.raises(ValueError, match=f"^{tmp_path / 'run'} is not replaced: it holds more than an export, checkpoints; "):
+    with pytest.raises(ValueError, match=f"^{tmp_path / 'run'} is not replaced: it holds more than an export: checkpoints; "):
         export(runs / "plain", fmt, tmp_path / "run", force=True)
     assert (tmp_path / "run" / "checkpoints").read_text() == "precious"
 
