@@ -1,1 +1,1 @@
-"""From a cluster to processes: Slurm scripts, and one task of a job."""
+"""Starts the processes of a job: Slurm scripts, the job supervisor, preflight checks, and the tasks of a step."""

@@ -1,12 +1,12 @@
 """Starts a job's processes: all ranks on this machine, or one rank as a task of a Slurm step.
 
     python -m launch configs/van_b3_in22k.yaml [--force-config] key=value …
-    python -m launch evaluate runs/van_b3_in22k data.val=datasets/in1k/val …       arguments as of `python -m pretrain evaluate`
+    python -m launch evaluate runs/van_b3_in22k data.val=datasets/in1k/val …       same arguments as `python -m pretrain evaluate`
 
-As a task of a Slurm step (srun, one task per GPU) it starts the rank of number SLURM_PROCID (launch/task.py). Elsewhere it starts
-one process per GPU of this machine, or RANKS processes (default 1 without a GPU), forwards stop signals to them, ends all of them
-when one fails, and exports the weights of a complete training (run.export). Its exit code there:
-0 complete, 2 wrong settings, 85 stopped and saved (start again), 86 stopped by RUN/STOP.
+As a task of a Slurm step (srun, one task per GPU) it starts rank SLURM_PROCID (launch/task.py). Elsewhere it starts one process per GPU
+of this machine, or RANKS processes (default 1 without a GPU), forwards stop signals to them, ends all of them when one fails, and
+exports the weights of a complete run (run.export). Its exit codes there: 0 complete, 2 wrong settings, 85 stopped and saved (start
+again), 86 stopped by RUN/STOP.
 
 torchrun works too: torchrun --nproc-per-node=8 -m pretrain train CONFIG key=value …
 """
@@ -25,8 +25,8 @@ from launch import task
 from pretrain import config as settings
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_REQUEUE, EXIT_STOP_FILE
 
-GRACE_S = 120  # that the other ranks have to save after one was stopped, before they are killed
-LEAVE_S = 5  # that the other ranks have after one failed, as a rank with the same fault can still report it
+GRACE_S = 120  # for the other ranks to save after one was stopped; then they are ended
+LEAVE_S = 5  # for the other ranks to end after one failed; a rank with the same fault can still report it
 
 
 def main() -> int:
@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def set_rank_from_slurm() -> None:
-    """Sets the variables of torch.distributed from those of srun. launch/job.sh sets MASTER_ADDR and MASTER_PORT."""
+    """Sets torch.distributed's variables from srun's, except for MASTER_ADDR and MASTER_PORT, which launch/job.sh sets."""
     for name, source in {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}.items():
         os.environ[name] = os.environ[source]
 
@@ -95,7 +95,7 @@ def run_ranks(command: list[str], ranks: int) -> int:
 def wait_for_failure(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
     """Returns the first process that fails, or None once all have ended with code 0."""
     while True:
-        codes = [process.poll() for process in processes]  # polls all: one that runs must not hide one that failed
+        codes = [process.poll() for process in processes]  # of all: a running process must not hide a failed one
         failed = next((process for process, code in zip(processes, codes, strict=True) if code), None)
         if failed is not None or None not in codes:
             return failed

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs the jobs of the job scripts:
+# Runs a job of the job scripts:
 #
 #   job.sh CONFIG [key=value …]             trains; in a Slurm job, launch/supervisor.py decides whether to requeue it
 #   job.sh preflight CONFIG [key=value …]   checks the nodes of a Slurm allocation, or this machine
-#   job.sh evaluate SOURCE …                arguments as of `python -m pretrain evaluate`
+#   job.sh evaluate SOURCE …                same arguments as `python -m pretrain evaluate`
 #   job.sh export RUN …                     exports the weights of complete runs
-#   job.sh pack SOURCE OUT …                arguments as of `python -m data pack`; each task of an array job packs a part
+#   job.sh pack SOURCE OUT …                same arguments as `python -m data pack`; each task of an array job packs a part
 #
-# In a Slurm job it runs one task per GPU on every node, without Slurm all processes on this machine.
+# In a Slurm job it runs one task per GPU on every node; without Slurm, all processes run on this machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,7 +24,7 @@ if [[ $PYTHON == .venv/* && ! -x $PYTHON ]]; then
     echo "error: $PWD/.venv is missing; make it with: make setup" >&2
     exit 2
 fi
-# One process on this node; in a job with containers, in a step of its own beside others.
+# Runs one process on this node; in a job with containers, as a separate step that overlaps the others.
 python=("${WRAP[@]}" "$PYTHON")
 if [[ -n "${SLURM_JOB_ID:-}" && ${#CONTAINER[@]} != 0 ]]; then
     python=(srun --overlap --mem=0 --nodes=1 --ntasks=1 "${CONTAINER[@]}" "${python[@]}")
@@ -61,7 +61,7 @@ if [[ $1 == evaluate || $1 == preflight ]]; then
     shift
 fi
 if [[ $kind != evaluate ]]; then
-    set -- "$1" "${SETTINGS[@]}" "${@:2}" # the last value of a key counts
+    set -- "$1" "${SETTINGS[@]}" "${@:2}" # the last value of a key wins
 fi
 if [[ -z "${SLURM_JOB_ID:-}" ]]; then
     case $kind in
@@ -74,17 +74,17 @@ fi
 # ---------------------------------------------------------------- steps of a Slurm job
 
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
-# Tasks per node. A job script does not set --ntasks-per-node: with a range of nodes, Slurm would then give it the fewest.
+# Tasks per node. Job scripts do not set --ntasks-per-node, with which Slurm would allocate the fewest of a range of nodes.
 tasks=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 cpus=${SLURM_CPUS_ON_NODE:-1}
 RANKS=$((tasks * SLURM_JOB_NUM_NODES))
-# The address of the first node as Slurm itself reaches it, and a port for this job and restart.
+# The address by which Slurm reaches the first node, and a port for this job and restart.
 MASTER_ADDR=$(scontrol show node "${NODES%% *}" --oneliner | grep -oP 'NodeAddr=\K\S+')
 MASTER_PORT=$((10000 + (SLURM_JOB_ID * 10 + ${SLURM_RESTART_COUNT:-0} % 10) % 20000))
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > tasks ? cpus / tasks : 1))}
 export NODES RANKS MASTER_ADDR MASTER_PORT OMP_NUM_THREADS
 
-# step TASKS_PER_NODE OPTIONS… -m MODULE …: a step on all nodes. Each task gets its part of the cores, and the memory near them.
+# step TASKS_PER_NODE OPTIONS… -m MODULE …: runs a step on all nodes. Each task gets its share of the cores, and the memory local to them.
 step() {
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node="$1" --cpus-per-task=$((cpus > $1 ? cpus / $1 : 1)) \
         --cpu-bind=cores --mem-bind=local "${@:2}"
@@ -95,13 +95,13 @@ print_code() {
     echo "@van-pretrain job.sh . {\"kind\": \"step\", \"code\": $1}"
 }
 
-# A Python process that reads the output of a step. Signals to the whole job must not end it.
+# reader -m MODULE …: runs a Python process that reads the output of a step. Signals to the whole job must not end it.
 reader() {
     (trap '' TERM USR1 && exec "${python[@]}" "$@")
 }
 
-# preflight nodes|network …: a step of preflight, and its reader, which names unfit nodes. srun ends tasks that have not ended a minute after
-# the first one.
+# preflight nodes|network …: runs a step of preflight, and its reader, which names unfit nodes. srun ends the tasks that still run a minute
+# after the first has ended.
 preflight() {
     local code=0 per_node=1
     if [[ $1 == network ]]; then
@@ -113,12 +113,12 @@ preflight() {
     } 2>&1 | reader -m launch.preflight --step "$@"
 }
 
-# The step that trains or evaluates. The first task that fails ends the step.
+# Runs the step that trains or evaluates. The first task that fails ends the step.
 run_ranks() {
     step "$tasks" --kill-on-bad-exit=1 --wait=300 "${CONTAINER[@]}" "${WRAP[@]}" "$PYTHON" -m launch "$@"
 }
 
-# Preflight and training; prints the exit code of the last step.
+# Runs preflight and training; prints the exit code of the last step.
 attempt() {
     local code=0
     { preflight nodes "$@" && { ((RANKS == 1)) || preflight network "$@"; } && run_ranks "$@"; } || code=$?

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Trains without Slurm, by torchrun:  bash launch/local.sh CONFIG [key=value …]
+# Trains without Slurm, with torchrun:  bash launch/local.sh CONFIG [key=value …]
 #
-# Starts one process per GPU of this machine, or RANKS processes (default 1 without a GPU). With several machines, run on each of them
+# Starts one process per GPU of this machine, or RANKS processes (default 1 without a GPU). With several machines, run on each of them, with
+# its own NODE_RANK and the address of the first,
 #
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 MASTER_PORT=29500 bash launch/local.sh CONFIG [key=value …]
 #
-# with its own NODE_RANK and the address of the first. A failure ends the job; the same command again resumes from the newest checkpoint.
-# TERM, USR1 and Ctrl-C stop the job, which has two minutes to save. The first machine exports the weights of a complete training (run.export).
+# A failure ends the job; the same command again resumes from the newest checkpoint. TERM, USR1 and Ctrl-C stop the job, which has two
+# minutes to save. The first machine exports the weights of a complete run (run.export).
 # Exit codes: 0 complete, 2 wrong settings, 1 anything else, because torchrun reports every other code as 1.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

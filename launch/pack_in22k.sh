@@ -2,7 +2,7 @@
 # Packs ImageNet-22K into shards:  sbatch launch/pack_in22k.sh SOURCE OUT [option …]   (from the repository's root)
 # Each task of the array packs a part on a node of its own; the last one to finish merges the parts. The same command again resumes.
 # On this machine, without Slurm:  bash launch/pack_in22k.sh SOURCE OUT [option …]
-# Options as of `python -m data pack`.
+# The options are those of `python -m data pack`.
 #SBATCH --job-name=pack_in22k
 #SBATCH --array=0-7
 #SBATCH --nodes=1

@@ -2,8 +2,8 @@
 
     { srun …; print the step's exit code; } 2>&1 | python -m launch.supervisor CONFIG key=value … 2> decision        in launch/job.sh
 
-Prints the output, also to RUN/logs/JOB-RESTART.log, without the events in it (pretrain/run/events.py). At the end of the output
-it appends to RUN/attempts.jsonl and prints one line for the script on stderr:
+Copies the output, without its events (pretrain/run/events.py), to stdout and RUN/logs/JOB-RESTART.log. At the end of the output it
+appends to RUN/attempts.jsonl and prints one line for the script on stderr:
 
     complete                      training is complete and its weights are exported
     requeue SECONDS [NODE,NODE]   start again after this delay, without these nodes
@@ -36,7 +36,7 @@ from pretrain.run.events import Event, EventReader, is_event
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_HUNG, EXIT_REQUEUE, EXIT_STOP_FILE, EXIT_UNFIT
 
 FAILURES = ("crashed", "hung", "unfit")
-# Delay before a job without progress is started again, in seconds; doubles each time. The first is Slurm's own minimum.
+# Delay in seconds before a job without progress restarts; doubles each time, starting at Slurm's own minimum.
 FIRST_DELAY_S, LONGEST_DELAY_S = 120, 3600
 NODE_FAILURES = 2  # failures of ranks on a node after which the job avoids the node
 LAST_LINES = 60
@@ -47,9 +47,9 @@ NODE_FAILURE = re.compile(r"Node failure on (\S+)")  # srun
 
 @dataclass
 class Report:
-    """The events and the last lines of an attempt's output."""
+    """Holds the events and the last lines of an attempt's output."""
 
-    ranks: list[dict[str, Any]] = field(default_factory=list)  # in the order of their end
+    ranks: list[dict[str, Any]] = field(default_factory=list)  # in the order in which they ended
     hang: dict[str, Any] | None = None
     unfit: dict[str, str] = field(default_factory=dict)  # reason by node
     code: int = 0  # of the last step
@@ -68,9 +68,9 @@ class Report:
 
 def main() -> int:
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # Slurm signals the whole job; this process still has to report the ends of the ranks
+        signal.signal(number, signal.SIG_IGN)  # Slurm signals the whole job, but this process has to outlive the ranks
     try:
-        # Paths that are missing on this node only are reported by preflight.
+        # Preflight reports paths that are missing on this node only.
         config = settings.load(*job_words(sys.argv[1:]), unchecked=settings.NODE_PATHS)
         run = Path(config.run.dir)
         attempt, history = begin_attempt(run)
@@ -91,14 +91,14 @@ def main() -> int:
         attempts.write(run, attempt)
         if end.outcome in FAILURES and not end.again:
             (run / FAILED).write_text(format_summary(run, [*history, attempt], report.last_lines))
-    except OSError as error:  # a full disk must not end a job that can go on
+    except OSError as error:  # a full disk must not end a job that can resume
         print(f"the end of this attempt could not be recorded in {run}: {error}", flush=True)
     print(format_decision([*history, attempt]), file=sys.stderr)
     return 0
 
 
 def begin_attempt(run: Path) -> tuple[Attempt, list[Attempt]]:
-    """Records the begin of this attempt; returns it and the earlier attempts of the same job."""
+    """Records the start of this attempt; returns this attempt and the earlier ones of the same job."""
     (run / "logs").mkdir(parents=True, exist_ok=True)
     job, restart, nodes = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)), os.environ["NODES"].split()
     attempt = Attempt(job, restart, time.time(), tuple(nodes), int(os.environ["RANKS"]), saved=newest_step(run))
@@ -110,7 +110,7 @@ def begin_attempt(run: Path) -> tuple[Attempt, list[Attempt]]:
 
 
 def read_output(output: IO[bytes], log: IO[bytes] | None) -> Report:
-    """Reads the output of an attempt to its end, prints its lines and collects its events."""
+    """Reads the output of an attempt to its end, copies its lines and collects its events."""
     report, reader = Report(), EventReader()
     for line in output:
         text = line.decode(errors="replace").rstrip()
@@ -128,10 +128,10 @@ def read_output(output: IO[bytes], log: IO[bytes] | None) -> Report:
 
 
 def classify_end(report: Report, saved: int, ranks: int) -> End:
-    """Classifies the end of an attempt of `ranks` ranks, after a checkpoint of step `saved`; names the rank and node that caused it."""
+    """Classifies the end of an attempt, with the rank and node that caused it; `saved`: step of the newest checkpoint."""
     now = time.time()
     stopped = End(now, "stopped", f"stopped by a signal; saved at step {saved}", saved)
-    if report.code == 128 + signal.SIGUSR1:  # the signal killed a task without a handler yet; other failures follow from that
+    if report.code == 128 + signal.SIGUSR1:  # the signal killed a task that had no handler yet; other failures are consequences
         return stopped
     if report.unfit:
         reason = "; ".join(f"{node}: {reason}" for node, reason in report.unfit.items())
@@ -168,23 +168,23 @@ def _lost_node(report: Report) -> str | None:
 
 
 def export_weights(run: Path, end: End) -> End:
-    """Exports the weights of a complete run; returns its end, which becomes a failure if the export fails."""
+    """Exports the weights of a complete run; returns `end`, or a failure if the export fails."""
     from pretrain.weights.export import export_run
 
     try:
         export_run(run)
-    except Exception as error:  # of any kind: the run itself is safe, and the next attempt only exports
+    except Exception as error:  # of any kind: the run is saved, and the next attempt only exports
         return replace(end, outcome="crashed", reason=f"training is complete, but the export failed: {type(error).__name__}: {error}")
     return end
 
 
 def decide_restart(history: Sequence[Attempt], attempt: Attempt, restarts: int) -> End:
-    """Decides whether the job is requeued after `attempt`, and which nodes it then avoids.
+    """Decides whether to requeue the job after `attempt`, and which nodes it must then avoid.
 
     Args:
         history: the job's earlier attempts.
         attempt: the attempt that has ended.
-        restarts: failures without a new checkpoint that are allowed (guard.restarts).
+        restarts: allowed failures without a new checkpoint (guard.restarts).
 
     Returns:
         The end of `attempt` with `again`, `excluded` and the final reason set.
@@ -198,7 +198,7 @@ def decide_restart(history: Sequence[Attempt], attempt: Attempt, restarts: int) 
     before = history[-1].end if history else None
     if end.step is not None and before is not None and before.outcome in FAILURES and before.step == end.step:
         return replace(end, reason=f"step {end.step} has failed twice in a row: {end.reason}")
-    if (count := count_fruitless([*history, attempt])) > restarts:
+    if (count := count_without_progress([*history, attempt])) > restarts:
         return replace(end, reason=f"{count} failures without a new checkpoint (guard.restarts={restarts}); the last: {end.reason}")
     excluded = set(end.excluded)
     hosts = [other.end.host for other in (*history, attempt) if other.end is not None and other.end.outcome in FAILURES]
@@ -207,8 +207,8 @@ def decide_restart(history: Sequence[Attempt], attempt: Attempt, restarts: int) 
     return replace(end, again=True, excluded=tuple(sorted(excluded)))
 
 
-def count_fruitless(history: Sequence[Attempt]) -> int:
-    """Returns how many of the latest attempts in a row saved no new checkpoint."""
+def count_without_progress(history: Sequence[Attempt]) -> int:
+    """Returns the number of latest consecutive attempts that saved no new checkpoint."""
     count = 0
     for attempt, following in zip(reversed(history), [None, *reversed(history)], strict=False):
         saved = attempt.end.saved if attempt.end else following.saved if following else attempt.saved
@@ -219,11 +219,11 @@ def count_fruitless(history: Sequence[Attempt]) -> int:
 
 
 def format_decision(history: Sequence[Attempt]) -> str:
-    """Returns the line for launch/job.sh about the last of these attempts."""
+    """Returns the decision for launch/job.sh after the last of these attempts."""
     end = history[-1].end
     assert end is not None
     if end.again:
-        count = count_fruitless(history)
+        count = count_without_progress(history)
         delay = min(FIRST_DELAY_S * 2 ** (count - 1), LONGEST_DELAY_S) if count and end.outcome in FAILURES else 0
         return f"requeue {delay} {','.join(end.excluded)}".rstrip()
     if end.outcome == "complete":
@@ -232,7 +232,7 @@ def format_decision(history: Sequence[Attempt]) -> str:
 
 
 def format_summary(run: Path, history: Sequence[Attempt], last_lines: Iterable[str]) -> str:
-    """Returns FAILED.md of a job that is not requeued after the last of these attempts."""
+    """Returns the content of FAILED.md, for a job that is not requeued after the last of these attempts."""
     end = history[-1].end
     assert end is not None
     rows = [
@@ -262,7 +262,7 @@ The last lines of the output:
 
 
 def _format_end(end: End | None) -> str:
-    return f"{end.outcome}: {end.reason.replace('|', '/')}" if end else "not recorded: the node was lost or the job was cancelled"
+    return f"{end.outcome}: {end.reason.replace('|', '/')}" if end else "not recorded: the node was lost or the job was canceled"
 
 
 def _format_time(seconds: float) -> str:
@@ -270,7 +270,7 @@ def _format_time(seconds: float) -> str:
 
 
 def newest_step(run: Path) -> int:
-    """Returns the step of the newest checkpoint, 0 without one. A checkpoint gets its name when it is complete."""
+    """Returns the step of the newest checkpoint, 0 if there is none. Only complete checkpoints have such names."""
     checkpoints = list_checkpoints(run / CHECKPOINTS)
     return step_of(checkpoints[-1]) if checkpoints else 0
 

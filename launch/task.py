@@ -1,8 +1,8 @@
-"""One task of a Slurm step: starts a rank, prints its output and reports how it ended.
+"""Runs one task of a Slurm step: starts a rank, prints its output and reports how it ended.
 
-When a rank fails, the job's log has its number, its node, the cause of its end, its current step and its last lines; an event carries
-the same to launch/supervisor.py. The task's exit code is 0 for a rank that completed or that saved on request: any other code makes
-srun end all tasks at once (--kill-on-bad-exit), also those that are still saving.
+When a rank fails, the job's log has the rank's number, node, cause of failure, current step and last lines; an event carries the same to
+launch/supervisor.py. The task's exit code is 0 for a rank that completed or that saved on request, because any other code makes srun end
+all tasks at once (--kill-on-bad-exit), including those that are still saving.
 """
 
 import os
@@ -20,19 +20,19 @@ from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_HUNG, EXIT_REQUEUE, EXIT_S
 from pretrain.run.position import PAGE, Position, create_page, host_name
 
 LAST_LINES = 20
-# Errors of a rank that lost its connection to another rank. They follow from the end of the other rank.
+# Errors of a rank that lost its connection to another rank: consequences of the other rank's end.
 LOST_PEER = re.compile(
     r"connection (was )?(closed|reset)|remote process exited|broken pipe|Dist(Backend|Network|Store)Error", re.IGNORECASE
 )
 FLUSH_S = 1.0  # srun drops output that arrives after the message about the end of its last task (seen with Slurm 22.05)
-LEAVE_S = 3.0  # delay before srun ends the other ranks, as a rank with the same fault can still report it
+LEAVE_S = 3.0  # delay before srun ends the other ranks; a rank with the same fault can still report it
 
 
 def run(command: Sequence[str]) -> int:
-    """Runs the rank of number RANK; returns the task's exit code."""
+    """Runs rank RANK; returns the task's exit code."""
     rank, node, page = int(os.environ["RANK"]), host_name(), create_page()
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # Slurm also signals the rank. Not SIG_IGN, which the rank would inherit
+        signal.signal(number, lambda *_: None)  # Slurm signals the rank itself; SIG_IGN would be inherited by it
     with hold_usr1():
         process = subprocess.Popen(
             command,
@@ -64,9 +64,9 @@ def run(command: Sequence[str]) -> int:
 
 @contextmanager
 def hold_usr1() -> Iterator[None]:
-    """Blocks USR1 for processes started inside, which would be killed by it before their Python runs.
+    """Blocks USR1 for processes started inside the block, which it would kill until they have a handler.
 
-    A rank unblocks it before its first step (pretrain/monitor/requests.py), this process at the end of the block.
+    A rank unblocks USR1 before its first step (pretrain/monitor/requests.py), this process at the end of the block.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     yield

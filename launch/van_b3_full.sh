@@ -6,10 +6,10 @@
 #   pretrain ─┬─ fine-tune at 224 px ── evaluate ── export
 #             └─ fine-tune at 384 px ── evaluate ── export
 #
-# Both fine-tunings start from the pretrained weights. A job starts when the one before it has succeeded, however often that is requeued,
-# and is cancelled when that fails. The same command again resumes a broken chain: jobs of complete runs end at once.
+# Both fine-tunings start from the pretrained weights. A job starts when the one before it has succeeded, after any number of requeues, and
+# is canceled when the one before it fails. The same command again resumes a broken chain: jobs of complete runs end at once.
 #
-# A WORD is key=value, a setting of the three trainings, or --option=value, an option of sbatch for every job. The prefixes pretrain.,
+# A WORD is key=value, a setting of the three training jobs, or --option=value, an sbatch option for every job. The prefixes pretrain.,
 # finetune., evaluate. and export. restrict a word to these jobs:
 #
 #   bash launch/van_b3_full.sh model.kernels=auto --account=vision pretrain.--nodes=4 pretrain.data.train=/data/in22k/train
@@ -25,7 +25,7 @@ if ! cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/launch" || ! cd ..; then
     echo "error: submit this from the repository's root: cd REPOSITORY && sbatch launch/van_b3_full.sh …" >&2
     exit 2
 fi
-for variable in "${!SLURM_@}"; do # variables of this job, which sbatch would take as options of the others
+for variable in "${!SLURM_@}"; do # variables of this job, which sbatch would take as options
     [[ $variable == SLURM_CONF ]] || unset "$variable"
 done
 WORDS=("$@") PRETRAINED=${NAME:-van_b3}_in22k
@@ -77,7 +77,7 @@ submit() {
 }
 
 jobs=()
-trap '(($? == 0 || ${#jobs[@]} == 0)) || { echo "error: the chain could not be submitted; cancelling ${jobs[*]}" >&2; scancel "${jobs[@]}"; }' EXIT
+trap '(($? == 0 || ${#jobs[@]} == 0)) || { echo "error: the chain could not be submitted; canceling ${jobs[*]}" >&2; scancel "${jobs[@]}"; }' EXIT
 run=runs/$PRETRAINED
 submit pretrain "" van_b3_in22k.sh "name=$PRETRAINED"
 pretraining=$job runs=("$run")

@@ -1,1 +1,1 @@
-"""Checks before a start of a job whether its nodes can run it."""
+"""Checks, before a job starts, whether its nodes can run it."""

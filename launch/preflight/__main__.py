@@ -1,4 +1,4 @@
-"""Checks before a start whether a job can run on its nodes: in half a minute, not after hours in a queue.
+"""Checks in half a minute, before a job starts, whether its nodes can run it.
 
     python -m launch.preflight CONFIG [--force-config] key=value …         this machine
     bash launch/job.sh preflight CONFIG [--force-config] key=value …       the nodes of a Slurm allocation
@@ -8,11 +8,11 @@ nodes are fit, all ranks import torch and time the network (network.py). A reade
 
     srun … -m launch.preflight.step nodes|network CONFIG … | python -m launch.preflight --step nodes|network CONFIG …
 
-shows the reports of the tasks and names the nodes that are unfit (verdict.py). Exit codes:
+shows the reports of the tasks and names the unfit nodes (verdict.py). Exit codes:
 
     0   fit, perhaps with warnings
-    2   settings, data or software are wrong on all nodes; all problems that could be found are listed
-    3   nodes are unfit and named, also in events to launch/supervisor.py; or all nodes fail together, and none is named
+    2   settings, data or software are wrong on all nodes; all detected problems are listed
+    3   some nodes are unfit, and named here and in events for launch/supervisor.py; or all nodes fail, and none is named
 """
 
 import argparse
@@ -25,15 +25,7 @@ from pathlib import Path
 from data.common.command_line import parse
 from data.common.text import format_table
 from launch.preflight.node import Inspection, Node, read_settings
-from launch.preflight.verdict import (
-    Task,
-    Verdict,
-    exchange_rates,
-    judge_network,
-    judge_nodes,
-    judge_tasks,
-    node_table,
-)
+from launch.preflight.verdict import Task, Verdict, exchange_rates, judge_network, judge_nodes, judge_tasks, node_table
 from pretrain.config import Config, ConfigError
 from pretrain.run.events import EventReader, emit_event, is_event
 from pretrain.run.exit_codes import EXIT_CONFIG, EXIT_UNFIT
@@ -47,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force-config", action="store_true", help="as for training: resume a run with changed settings")
     parser.add_argument("--step", choices=["nodes", "network"], help="judge the output of this step of srun, read from stdin")
     args = parse(parser, arguments)
-    if args.step:  # read to its end in any case: srun must not lose the reader of its output
+    if args.step:  # read to the end in any case: srun must not lose the reader of its output
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         tasks, code = read_tasks(sys.stdin)
     ranks = int(os.environ.get("RANKS", 1))
@@ -59,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.step:
         node = Inspection(host_name(), config, problems, args.force_config).run(0, 1, lambda doing: None)
         verdict = report_nodes([node], 1, ranks, config)
-    elif code == 128 + signal.SIGUSR1:  # a request to stop that came before a task could handle it
+    elif code == 128 + signal.SIGUSR1:  # a stop request that killed a task without a handler
         return code
     else:
         verdict = judge_step(args.step, tasks, ranks, config)
@@ -68,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def judge_step(step: str, tasks: Sequence[Task], ranks: int, config: Config) -> Verdict:
-    """Prints the results of the tasks of a step, "nodes" or "network"; returns the verdict about the nodes of the job."""
+    """Prints the results of a step, "nodes" or "network"; returns the verdict on the nodes of the job."""
     nodes = os.environ["NODES"].split()
     per_node = ranks // len(nodes)
     if step == "nodes":
@@ -81,7 +73,7 @@ def judge_step(step: str, tasks: Sequence[Task], ranks: int, config: Config) -> 
 
 
 def read_tasks(lines: Iterable[str]) -> tuple[list[Task], int]:
-    """Reads the output of a step to its end and prints all but its events; returns the tasks by rank and srun's exit code."""
+    """Reads the output of a step to its end and prints all but its events; returns the tasks in rank order and srun's exit code."""
     reader, tasks, code = EventReader(), dict[int, Task](), 0
     for line in lines:
         if not is_event(line):
@@ -104,7 +96,7 @@ def read_tasks(lines: Iterable[str]) -> tuple[list[Task], int]:
 
 
 def report_nodes(nodes: Sequence[Node], expected: int, per_node: int, config: Config) -> Verdict:
-    """Prints a table of the inspected nodes; returns the verdict about them."""
+    """Prints a table of the inspected nodes; returns the verdict on them."""
     print(f"preflight: {len(nodes)} of {expected} nodes inspected, for {per_node} ranks on each", flush=True)
     if not nodes:
         return Verdict()
@@ -113,7 +105,7 @@ def report_nodes(nodes: Sequence[Node], expected: int, per_node: int, config: Co
 
 
 def report_network(tasks: Sequence[Task]) -> Verdict:
-    """Prints the times of the network; returns the verdict about them."""
+    """Prints the network's times; returns the verdict on them."""
     rates = exchange_rates(tasks)
     if rates:
         print(format_table([["node", "network"], *([name, f"{rate / 1e9:.2f} GB/s"] for name, rate in rates.items())], left=[0]))
@@ -124,7 +116,7 @@ def report_network(tasks: Sequence[Task]) -> Verdict:
 
 
 def show_verdict(verdict: Verdict, step: str | None) -> None:
-    """Prints the verdict and emits its unfit nodes."""
+    """Prints the verdict and emits an event for each unfit node."""
     for warning in verdict.warnings:
         print(f"warning: {warning}", flush=True)
     reasons = [f"{name}: {text}" for name, texts in verdict.unfit.items() for text in texts]

@@ -1,6 +1,6 @@
 """Reads the state of a node's GPUs from NVIDIA's management library (NVML) and lists their faults.
 
-Names and meanings of the values: docs.nvidia.com/deploy/nvml-api. NVML neither initializes a GPU nor takes memory of one.
+docs.nvidia.com/deploy/nvml-api describes the values. NVML neither initializes a GPU nor allocates memory on it.
 """
 
 import os
@@ -12,8 +12,8 @@ import pynvml
 
 T = TypeVar("T")
 
-USED_SHARE = 0.05  # of a GPU's memory that may be in use before a job: the driver takes less, a leftover process more
-# Reasons of the hardware to hold clocks down. An idle GPU, as all are before a job, has none of them.
+USED_SHARE = 0.05  # of a GPU's memory that may be in use before a job: the driver uses less, a leftover process more
+# Hardware reasons for reduced clocks. An idle GPU, as all are before a job, has none of them.
 HARDWARE_SLOWDOWNS = {
     pynvml.nvmlClocksEventReasonHwSlowdown: "hardware slowdown",
     pynvml.nvmlClocksEventReasonHwThermalSlowdown: "hardware thermal slowdown",
@@ -27,14 +27,14 @@ class Gpu:
     name: str
     memory: int  # bytes
     used: int  # bytes
-    uncorrected: int | None = None  # ECC errors since the driver was loaded; None if the card does not count them
+    uncorrected: int | None = None  # ECC errors since the driver was loaded; None if the GPU does not count them
     repair_pending: bool = False  # rows to be remapped, or pages to be retired, at the next reset
     repair_failed: bool = False  # no spare row was left
-    clocks: int = 0  # NVML's bit mask of reasons that hold clocks down
+    clocks: int = 0  # NVML's bit mask of reasons for reduced clocks
 
 
 def read_gpus() -> tuple[str, list[Gpu]]:
-    """Returns the driver's version and the GPUs of CUDA_VISIBLE_DEVICES in its order. Raises ValueError if NVML is missing or fails."""
+    """Returns the driver's version, and the GPUs in the order of CUDA_VISIBLE_DEVICES; ValueError if NVML is missing or fails."""
     try:
         pynvml.nvmlInit()
         try:

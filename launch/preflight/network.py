@@ -1,9 +1,9 @@
 """Times the network: an all-reduce over all ranks, and exchanges between neighboring nodes, which show a slow node.
 
-Every rank calls `time_network`. Uses NCCL on GPUs and gloo on CPUs.
+Every rank calls `time_network`, which uses NCCL on GPUs and gloo on CPUs.
 
-An all-reduce takes equally long on every rank, whichever node is slow. So the nodes form a ring, and the first rank of each node exchanges
-data with one neighbor at a time. The faster of a node's two exchanges counts: only a slow node has two slow exchanges.
+An all-reduce takes equally long on every rank, whichever node is slow. Therefore the nodes form a ring, and the first rank of each node
+exchanges data with one neighbor at a time. The faster of a node's two exchanges counts: only a slow node has two slow exchanges.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}  # of a buffer; takes a few hundredths of a second on either
 TRIES = 3  # of which the fastest counts
-TIMEOUT_S = 10  # of a collective; less than the patience of a preflight step, so that a rank that waits for another reports it
+TIMEOUT_S = 10  # of a collective; less than PATIENCE_S of a preflight step, so that a rank that waits for another reports it
 
 
 def time_network(device: str, join_s: float, report_progress: Callable[..., None]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def time_network(device: str, join_s: float, report_progress: Callable[..., None
     Args:
         device: engine.device; "auto" uses GPUs if torch sees any.
         join_s: seconds for all ranks to join.
-        report_progress: called with a phrase, and the seconds if not the usual, before each operation that can hang.
+        report_progress: called before each operation that can hang, with a phrase and, if not the default, the seconds it may take.
 
     Returns:
         `bytes`: the size of a buffer; `all_reduce_s`: seconds of an all-reduce over all ranks; `exchange_s`: (rank of the peer, seconds)
@@ -37,7 +37,7 @@ def time_network(device: str, join_s: float, report_progress: Callable[..., None
     report_progress("waiting for all ranks to join", join_s + TIMEOUT_S)
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
-        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # NCCL's watchdog would end all ranks that wait, which hides the cause
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"  # NCCL's watchdog would end all waiting ranks and so hide the cause
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), ranks, rank == 0, timedelta(seconds=join_s))
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=TIMEOUT_S))
@@ -62,7 +62,7 @@ def time_network(device: str, join_s: float, report_progress: Callable[..., None
 
 
 def ring_rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Returns rounds of pairs of nodes: each node meets both of its neighbors in a ring, in one pair at a time."""
+    """Returns rounds of pairs of neighbors in a ring of nodes; each node is in at most one pair of a round."""
     if nodes < 3:
         return [[(0, 1)]] if nodes == 2 else []
     ring = [(node, (node + 1) % nodes) for node in range(nodes)]
@@ -76,7 +76,7 @@ def _exchange(outgoing: torch.Tensor, incoming: torch.Tensor, peer: int) -> None
 
 
 def _fastest(action: Callable[[], object], kind: str) -> float:
-    """Returns the seconds of the fastest try. A first one, which sets up connections, does not count."""
+    """Returns the seconds of the fastest try, after one more that sets up connections."""
     times = []
     for _ in range(1 + TRIES):
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Inspects a node before a job: GPUs, software versions, settings, disks, data sets and the speed of reading. Does not import torch.
+"""Inspects a node before a job: GPUs, software versions, settings, disks, data sets and read speed. Does not import torch.
 
 config, problems = read_settings(path, overrides, ranks)
 node = Inspection(name, config, problems).run(number, nodes, report_progress)        verdict.py compares the nodes of a job
@@ -29,18 +29,18 @@ from pretrain.run.directory import CHECKPOINTS, list_checkpoints
 
 PACKAGES = ("torch", "nvidia-nccl-cu13", "deepspeed", "nvidia-dali-cuda130", "timm", "numpy")
 DATASETS = ("data.train", "data.val")
-LOCAL_SETTINGS = (*DATASETS, "data.cache")  # may differ between nodes; the data there are compared by their fingerprints
-SHARD_CHECKERS = 2  # nodes that check each shard: one with a bad disk differs from the other
-MAX_DAMAGED = 20  # shards that a node reports
+LOCAL_SETTINGS = (*DATASETS, "data.cache")  # may differ between nodes; the data sets are compared by fingerprint
+SHARD_CHECKERS = 2  # nodes that check each shard, so that a node with a bad disk differs from another
+MAX_DAMAGED = 20  # damaged shards that a node reports
 TMP_BYTES = 1 << 30  # for compiled kernels and files of running processes
 READ_BYTES, READ_SECONDS, READ_THREADS = 64 << 20, 2.0, 8
 
 
 @dataclass(frozen=True)
 class Problem:
-    about: str  # the same on all nodes with the same problem
+    about: str  # the subject, equal on all nodes with the same problem
     text: str
-    is_defect: bool = False  # of this node, even if all nodes have one
+    is_defect: bool = False  # makes its node unfit, even if all nodes have it
     checkers: int | None = None  # number of nodes that check for this problem; None: all
 
 
@@ -51,7 +51,7 @@ class Node:
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)  # by dotted key, without LOCAL_SETTINGS
     gpus: list[Gpu] = field(default_factory=list)
-    no_gpus: str = ""  # the reason if GPUs were looked for and none was seen
+    no_gpus: str = ""  # why the node has no GPU; empty if it has one or needs none
     free_bytes: dict[str, int] = field(default_factory=dict)  # by the setting that names the folder
     fingerprints: dict[str, str] = field(default_factory=dict)  # of DATASETS
     read_bytes: int = 0
@@ -59,13 +59,13 @@ class Node:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Node":
-        """Returns the node of which `asdict` made these values."""
+        """Rebuilds a node from the result of `asdict`."""
         problems = [Problem(**problem) for problem in values["problems"]]
         return cls(**{**values, "problems": problems, "gpus": [Gpu(**gpu) for gpu in values["gpus"]]})
 
 
 def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Config, list[str]]:
-    """Returns the settings, and problems that only this node may have (a missing folder). Raises ConfigError for all other problems."""
+    """Returns the settings, and problems that only this node may have (missing paths); ConfigError lists all others."""
     problems: list[str] = []
     try:
         config = settings.load(path, overrides)
@@ -82,7 +82,7 @@ def read_settings(path: Path, overrides: Sequence[str], ranks: int) -> tuple[Con
 
 
 class Inspection:
-    """Inspects the node of this process. Each of `problems`, with the settings on this node, begins with a key."""
+    """Inspects the node of this process. `problems` are those of `read_settings`, each of which begins with a key."""
 
     def __init__(self, name: str, config: Config, problems: Sequence[str], force_config: bool = False) -> None:
         self.config, self.force_config = config, force_config
@@ -90,7 +90,7 @@ class Inspection:
         self.indexes: dict[str, Index] = {}
 
     def run(self, number: int, nodes: int, report_progress: Callable[[str], None]) -> Node:
-        """Inspects node `number` of `nodes` with its part of the shards; calls `report_progress` before each thing that can hang."""
+        """Inspects node `number` of `nodes` and its part of the shards; calls `report_progress` before each operation that can hang."""
         report_progress("reading versions and GPUs")
         self._read_versions()
         self._read_gpus()
@@ -141,7 +141,7 @@ class Inspection:
         return len(list_checkpoints(Path(self.config.run.dir, CHECKPOINTS)))
 
     def _check_disks(self) -> None:
-        self._check_disk("run.dir", Path(self.config.run.dir), 0, "")  # the job knows what its checkpoints need, and refuses to start
+        self._check_disk("run.dir", Path(self.config.run.dir), 0, "")  # the job itself checks the size of its checkpoints
         self._check_disk("TMPDIR", Path(os.environ.get("TMPDIR", "/tmp")), TMP_BYTES, "compiled kernels and temporary files")
 
     def _check_disk(self, name: str, path: Path, needed: int, purpose: str) -> None:
@@ -196,12 +196,12 @@ def _version(package: str) -> str:
 
 
 def _open_store(index: Index, cache_gb: float) -> ShardStore:
-    """Returns a store that bypasses the cache for URLs: the cache only has room for samples that a job has planned."""
+    """Returns a store of the shards; for URLs it bypasses the cache, which has room only for the samples that a job plans."""
     return ShardStore(index) if index.remote is None else FetchedShards(index, [], peak_bytes=0, cache_gb=cache_gb)
 
 
 def _random_samples(index: Index, number: int, nodes: int) -> Iterator[int]:
-    """Yields sample ids of this node's part of the shards. The shards are shuffled, so that few of them are in the host's memory."""
+    """Yields sample ids of this node's part of the shards, in random order of shards, so that few are in the page cache."""
     shards = list(range(number % len(index.shards), len(index.shards), nodes))
     random.SystemRandom().shuffle(shards)
     for shard in shards:

@@ -1,4 +1,4 @@
-"""One task of a preflight step: checks its node, or times the network as one rank, and reports in events.
+"""Runs one task of a preflight step: inspects its node, or times the network as one rank, and reports in events.
 
     srun --ntasks-per-node=1 … -m launch.preflight.step nodes CONFIG key=value …          one task on each node
     srun --ntasks-per-node=8 … -m launch.preflight.step network CONFIG key=value …        one task for each rank
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         _report("failed", error=f"{error}")
         return EXIT_CONFIG
-    except Exception as error:  # of any kind: the node is to be named
+    except Exception as error:  # of any kind: the report names the node
         place = traceback.extract_tb(error.__traceback__)[-1]
         _report("failed", error=f"{type(error).__name__}: {error}".splitlines()[0] + f" ({Path(place.filename).name}, line {place.lineno})")
         return EXIT_UNFIT
@@ -57,7 +57,7 @@ def _run(step: str, *words: str) -> dict[str, Any]:
 
 
 def report_progress(doing: str, seconds: float = PATIENCE_S) -> None:
-    """Reports the next operation of this process. SIGALRM ends the process if the operation takes longer than `seconds`."""
+    """Reports the next operation of this process; SIGALRM ends the process if it takes longer than `seconds`."""
     _report("doing", doing=doing)
     signal.setitimer(signal.ITIMER_REAL, seconds)
 

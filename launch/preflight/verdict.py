@@ -1,7 +1,7 @@
-"""Judges a preflight step by what its tasks reported: pure functions that return a Verdict.
+"""Judges a preflight step by the reports of its tasks, in pure functions that return a Verdict.
 
-What is wrong on every node is a matter of settings, data or software: starting again cannot help (exit code 2). What is wrong on some
-nodes makes these unfit (3), and the job may start again without them. A defect, such as a broken GPU, always makes its node unfit.
+A problem on every node comes from settings, data or software, so restarting cannot help (exit code 2). A problem on some nodes makes these
+nodes unfit (3), and the job may restart without them. A defect, such as a broken GPU, always makes its node unfit.
 """
 
 import statistics
@@ -21,7 +21,7 @@ MIN_READ_BYTES = 8 << 20  # for a rate; reading less is too short to measure a d
 
 @dataclass
 class Task:
-    """A task of a preflight step and what it reported."""
+    """Holds the reports of one task of a preflight step."""
 
     rank: int
     host: str
@@ -51,10 +51,10 @@ class Verdict:
 
 
 def judge_tasks(tasks: Sequence[Task], nodes: Sequence[str], per_node: int, *, collective: bool) -> Verdict:
-    """Names those of `nodes` with a task, of `per_node` on each, that gave no result.
+    """Returns the nodes as unfit on which one of the `per_node` tasks gave no result.
 
-    Tasks of a `collective` step wait for each other, so that one failure causes others. The cause then is the tasks that stopped
-    responding, and among these the ones with the least progress.
+    Tasks of a `collective` step wait for each other, so one failure causes others. Then the tasks with the least progress among those that
+    stopped responding are the cause.
     """
     reasons: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:
@@ -74,7 +74,7 @@ def judge_tasks(tasks: Sequence[Task], nodes: Sequence[str], per_node: int, *, c
 
 
 def judge_nodes(nodes: Sequence[Node], device: str, tasks: int) -> Verdict:
-    """Compares inspected nodes of a job with this engine.device and number of tasks (ranks) on each node."""
+    """Compares the inspected nodes of a job; `device` is engine.device, `tasks` the number of ranks per node."""
     verdict = Verdict()
     gpus_used = uses_gpus(nodes, device)
     problems = {node.name: [*node.problems, *(_gpu_problems(node, device, tasks) if gpus_used else [])] for node in nodes}
@@ -95,18 +95,19 @@ def judge_nodes(nodes: Sequence[Node], device: str, tasks: int) -> Verdict:
 
 
 def judge_network(rates: Mapping[str, float]) -> Verdict:
-    """Warns of nodes with slow exchanges, from three nodes on: of two nodes, each has the rate of the other."""
+    """Warns of nodes with slow exchanges if there are at least three nodes; two nodes always have the same rate."""
     return Verdict(warnings=_slow(rates, "exchanges data with its neighbors") if len(rates) > 2 else [])
 
 
 def exchange_rates(tasks: Sequence[Task]) -> dict[str, float]:
-    """Returns the rate of each node's faster exchange with a neighbor, in bytes per second each way. Empty for one node."""
+    """Returns the rate of each node's faster exchange with a neighbor, in bytes per second each way; empty for one node."""
     seconds = {task.rank: dict(task.result["exchange_s"]) for task in tasks if task.result}
     rates = {}
     for task in tasks:
         if task.result and seconds[task.rank]:
-            # Of a pair, the slower side's time is the duration of the exchange.
-            rates[task.host] = task.result["bytes"] / min(max(own, seconds[peer][task.rank]) for peer, own in seconds[task.rank].items())
+            # The duration of an exchange is the time of the slower side.
+            durations = (max(time, seconds[peer][task.rank]) for peer, time in seconds[task.rank].items())
+            rates[task.host] = task.result["bytes"] / min(durations)
     return rates
 
 
@@ -116,7 +117,7 @@ def uses_gpus(nodes: Sequence[Node], device: str) -> bool:
 
 
 def read_rate(node: Node) -> float | None:
-    """Returns bytes per second, or None where too little was read."""
+    """Returns the read rate in bytes per second, or None if too little was read."""
     return node.read_bytes / node.read_seconds if node.read_bytes >= MIN_READ_BYTES else None
 
 
@@ -131,7 +132,7 @@ def _gpu_problems(node: Node, device: str, tasks: int) -> list[Problem]:
 
 
 def _compare(nodes: Sequence[Node]) -> tuple[list[str], dict[str, list[Problem]]]:
-    """Compares versions, settings and data sets; returns differences without a majority, and the problems of nodes unlike most."""
+    """Compares versions, settings and data sets; returns differences without a majority, and the problems of nodes in a minority."""
     values_of: dict[str, dict[str, str]] = {}  # by subject and node
     for node in nodes:
         datasets = {f"fingerprint of {key}": fingerprint for key, fingerprint in node.fingerprints.items()}
@@ -169,7 +170,7 @@ def _slow(rates: Mapping[str, float], activity: str) -> list[str]:
 
 
 def node_table(nodes: Sequence[Node], device: str) -> str:
-    """Returns a line with what all nodes have in common and a row for each node."""
+    """Returns a line with the versions that all nodes share, and a row for each node."""
     folders = list(dict.fromkeys(name for node in nodes for name in node.free_bytes))
     rows = [["node", "GPUs", *(f"{name} free" for name in folders), "data", "read"]]
     for node in nodes:

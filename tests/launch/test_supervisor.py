@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from launch.supervisor import Report, classify_end, count_fruitless, decide_restart, format_decision
+from launch.supervisor import Report, classify_end, count_without_progress, decide_restart, format_decision
 from pretrain.run import attempts
 from pretrain.run.attempts import Attempt, End, Outcome
 from pretrain.run.events import MARK
@@ -125,7 +125,7 @@ def test_a_step_that_fails_twice_in_a_row_ends_the_job() -> None:
 
 def test_failures_without_a_new_checkpoint_are_limited() -> None:
     run = history(*[("crashed", 5, step, "n1") for step in (7, 6, 8, 7, 6)])  # the first one saved step 5
-    assert [count_fruitless(run[:count]) for count in range(1, 6)] == [0, 1, 2, 3, 4]
+    assert [count_without_progress(run[:count]) for count in range(1, 6)] == [0, 1, 2, 3, 4]
     assert decide(run[:4]).again
     assert not decide(run).again
     assert "4 failures without a new checkpoint (guard.restarts=3)" in decide(run).reason
@@ -133,9 +133,9 @@ def test_failures_without_a_new_checkpoint_are_limited() -> None:
 
 
 def test_progress_of_an_unrecorded_attempt_is_seen_by_the_next_one() -> None:
-    assert count_fruitless(history(None, None, ("crashed", 0, 3, "n1"))) == 3
+    assert count_without_progress(history(None, None, ("crashed", 0, 3, "n1"))) == 3
     lost = [Attempt("12", 0, 50.0, ("n0",), 1, 0), Attempt("12", 1, 60.0, ("n0",), 1, 4, End(70.0, "crashed", "", 4))]
-    assert count_fruitless(lost) == 1
+    assert count_without_progress(lost) == 1
 
 
 def test_a_node_whose_ranks_fail_twice_is_excluded() -> None:

@@ -94,7 +94,7 @@ def test_a_chain_that_fails_to_submit_is_cancelled(cluster: Cluster, tmp_path: P
     assert done.returncode == 1
     jobs = list(read_chain(done.stdout))
     assert len(jobs) == 2
-    assert f"cancelling {jobs[0]} {jobs[1]}" in done.stderr
+    assert f"canceling {jobs[0]} {jobs[1]}" in done.stderr
     assert [cluster.wait(job, timeout=30) for job in jobs] == ["CANCELLED"] * 2
 
 
