@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import command_line, in_turns, parser, report, seconds
+from benchmarks.harness import format_command, make_parser, report, run_in_turns, time_call
 from launch.__main__ import free_port
 from pretrain import checkpoint
 from pretrain import config as settings
@@ -52,7 +52,7 @@ def plain_write(path: Path, content: torch.Tensor) -> float:
             os.fsync(file.fileno())
 
     os.sync()
-    duration = seconds(write)
+    duration = time_call(write)
     path.unlink()
     return duration
 
@@ -79,7 +79,7 @@ def measure(model_name: str, folder: Path, rounds: int) -> tuple[int, list[dict[
     target = torch.empty_like(source).fill_(0)
 
     def copy() -> dict[str, float]:
-        return {"plain_copy_s": seconds(lambda: target.copy_(source))}
+        return {"plain_copy_s": time_call(lambda: target.copy_(source))}
 
     def write() -> dict[str, float]:
         return {"plain_write_mb_per_s": size / 1e6 / plain_write(folder / "plain", source)}
@@ -91,7 +91,7 @@ def measure(model_name: str, folder: Path, rounds: int) -> tuple[int, list[dict[
         shutil.rmtree(saved / "step-000000001")
         return {"blocked_s": log.last["blocked_s"], "save_mb_per_s": log.last["mb_per_s"]}
 
-    results = in_turns({"copy": copy, "save": save, "write": write}, rounds, warm_up=True)
+    results = run_in_turns({"copy": copy, "save": save, "write": write}, rounds, warm_up=True)
     lock.release()
     distributed.stop()
     rows = [copied | saving | writing for copied, saving, writing in zip(*results.values(), strict=True)]
@@ -102,7 +102,7 @@ def measure(model_name: str, folder: Path, rounds: int) -> tuple[int, list[dict[
 
 
 def main() -> None:
-    options = parser(MODULE, __doc__)
+    options = make_parser(MODULE, __doc__)
     options.add_argument("--model", default="van_b6")
     options.add_argument("--rounds", type=int, default=8)
     options.add_argument("--folder", type=Path, help="on the disk to measure")
@@ -110,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         size, rows = measure(args.model, Path(folder), args.rounds)
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-    command = command_line(MODULE, {"model": args.model, "rounds": args.rounds, "folder": args.folder})
+    command = format_command(MODULE, {"model": args.model, "rounds": args.rounds, "folder": args.folder})
     report(args.out / "checkpoint.json", command, ["torch", "deepspeed"], state_mb=round(size / 1e6), rows=rows, medians=[medians])
 
 

@@ -1,6 +1,6 @@
-"""Shared parts of all benchmarks: command line, measuring in turns, tables, result files.
+"""Shared parts of all benchmarks: command line, interleaved measurement, tables, result files.
 
-A benchmark compares cases. Its `main` reads the options of `parser`, measures all cases with `in_turns`, and ends with `report`, which
+A benchmark compares cases. Its `main` adds options to `make_parser`, measures all cases with `run_in_turns`, and ends with `report`. That
 prints the rows as a table and stores them with machine, commit and versions, enough to judge and repeat the measurement.
 """
 
@@ -25,8 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 T = TypeVar("T")
 
 
-def parser(module: str, description: str | None) -> argparse.ArgumentParser:
-    """Returns the parser of `python -m module`, with the option --out FOLDER."""
+def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of `python -m module`, with the option --out FOLDER."""
     result = argparse.ArgumentParser(
         prog=f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -34,8 +34,8 @@ def parser(module: str, description: str | None) -> argparse.ArgumentParser:
     return result
 
 
-def command_line(module: str, options: Mapping[str, Any]) -> str:
-    """Returns the command of a measurement: `python -m module` with the options that are neither None nor False."""
+def format_command(module: str, options: Mapping[str, Any]) -> str:
+    """Formats the command of a measurement: `python -m module` with the options that are neither None nor False."""
     words = ["python", "-m", module]
     for name, value in options.items():
         if value is None or value is False:
@@ -46,30 +46,30 @@ def command_line(module: str, options: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Returns the wall-clock time of one call."""
+def time_call(run: Callable[[], object]) -> float:
+    """Returns the wall-clock seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
 def synchronize(device: "torch.device") -> None:
-    """Waits until a GPU has computed all that was launched; does nothing for a CPU."""
+    """Waits until a GPU has finished all launched work; does nothing for a CPU."""
     if device.type == "cuda":
         import torch  # slow to import, and some benchmarks need no torch
 
         torch.cuda.synchronize(device)
 
 
-def in_turns(cases: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: bool = False) -> dict[str, list[T]]:
-    """Calls every case once a round and returns the results of each case.
+def run_in_turns(cases: Mapping[str, Callable[[], T]], rounds: int, *, warm_up: bool = False) -> dict[str, list[T]]:
+    """Calls every case once per round and returns the results of each case.
 
     Load and temperature of the machine then affect all cases alike, so ratios between cases are more reliable than their times.
 
     Args:
         cases: measurements by name.
         rounds: number of results per case. Every second round calls the cases in reverse order.
-        warm_up: whether to add a first round whose results are dropped.
+        warm_up: whether to add a first round whose results are discarded.
     """
     results: dict[str, list[T]] = {name: [] for name in cases}
     for number in range(-1 if warm_up else 0, rounds):
@@ -91,7 +91,7 @@ def deciles(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "tenth": tenths[0], "ninetieth": tenths[-1]}
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def format_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     """Formats the rows as a table with a column for each key.
 
     A list of numbers (one for each round) and a result of `deciles` become "median (10th to 90th percentile)".
@@ -122,11 +122,11 @@ def report(path: Path, command: str, packages: Iterable[str], **content: Any) ->
         path: a JSON list of measurements. An earlier measurement with the same command is replaced, others stay.
         command: the command that repeats the measurement.
         packages: distributions whose versions matter.
-        content: figures and facts by name; a list of dicts is a table. Stored with four significant digits.
+        content: figures and facts by name; a list of dicts is a table. Numbers are stored with four significant digits.
     """
     for value in content.values():
         if _is_table(value):
-            print(f"{table(value)}\n", flush=True)
+            print(f"{format_rows(value)}\n", flush=True)
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     measurement = {"command": command, "machine": machine, "commit": git_commit(), "versions": versions, **content}

@@ -1,4 +1,4 @@
-"""Packing speed beside plain tar of the same files and beside decoding alone; time and memory of a plan for ImageNet-22K.
+"""Compares packing with plain tar of the same files and with decoding alone; measures a plan for ImageNet-22K.
 
     python -m benchmarks.packing [--images 2000] [--rounds 3]
     python -m benchmarks.packing --simulate                        # a plan for 14,197,122 generated names, without files
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 import data.packing.plan
-from benchmarks.harness import command_line, in_turns, parser, report, seconds
+from benchmarks.harness import format_command, make_parser, report, run_in_turns, time_call
 from data.common.files import sync
 from data.packing.images import ImageRules, convert_image
 from data.packing.pack import pack
@@ -37,7 +37,7 @@ CLASSES, FILES = 21_841, 14_197_122  # ImageNet-22K
 
 
 def draw_source(folder: Path, count: int) -> list[Path]:
-    """Draws JPEGs of 500 x 375 pixels and about 60 kB in 20 class folders; 40 pictures repeat."""
+    """Draws `count` JPEGs of 500 x 375 pixels and about 60 kB, copies of 40 pictures, in 20 class folders."""
     random = np.random.default_rng(0)
     pictures, paths = [], []
     for pattern in list(PATTERNS.values()) * 4:
@@ -57,7 +57,7 @@ def decode(paths: list[Path]) -> None:
 
 
 def cpu_seconds() -> float:
-    """Returns the CPU time of this process and of its children that have ended."""
+    """Returns the CPU seconds of this process and of its children that have ended."""
     return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
 
@@ -77,20 +77,20 @@ def compare(count: int, rounds: int) -> list[dict[str, Any]]:
                 list(run(decode, [paths[start : start + 50] for start in range(0, count, 50)]))
 
         def pack_source(processes: int) -> None:
-            # Shards so small that all processes have work to the end, as they have with ImageNet's thousands of shards.
+            # Shards are so small that all processes have work until the end, as with ImageNet's thousands of shards.
             pack(folder / "source", folder / "out", Settings(name="out", shard_bytes=total // 16), workers=processes)
 
         def timed(run: Callable[[], None]) -> tuple[float, float]:
             shutil.rmtree(folder / "out", ignore_errors=True)
             (folder / "out.tar").unlink(missing_ok=True)
             used = cpu_seconds()
-            return seconds(run), cpu_seconds() - used
+            return time_call(run), cpu_seconds() - used
 
         cases: dict[str, Callable[[], None]] = {"tar": tar}
         for processes in sorted({1, os.cpu_count() or 1}):
             cases[f"decode only, processes: {processes}"] = partial(decode_only, processes)
             cases[f"pack, processes: {processes}"] = partial(pack_source, processes)
-        times = in_turns({name: partial(timed, run) for name, run in cases.items()}, rounds)
+        times = run_in_turns({name: partial(timed, run) for name, run in cases.items()}, rounds)
     wall, cpu = ({name: min(pair[kind] for pair in pairs) for name, pairs in times.items()} for kind in (0, 1))
     rows: list[dict[str, Any]] = []
     for case in cases:
@@ -114,7 +114,7 @@ class GeneratedNames(Source):
 
 
 def generated_part(container: Container) -> Listing:
-    """Lists names as in ImageNet-22K's class tars, at the cost of listing a real tar's members."""
+    """Lists names as in ImageNet-22K's class tars, at the cost of listing the members of a real tar."""
     label = int(container.class_name[1:])
     count = FILES // CLASSES + (label < FILES % CLASSES)
     names = [f"{container.class_name}_{number}.JPEG" for number in range(count)]
@@ -125,13 +125,13 @@ def generated_part(container: Container) -> Listing:
 
 
 def simulate() -> list[dict[str, Any]]:
-    """Returns time, memory and size of a plan for ImageNet-22K."""
+    """Measures time, memory and size of a plan for ImageNet-22K."""
     classes = tuple(f"n{number:08d}" for number in range(CLASSES))
     source = GeneratedNames("class tars", Path("/nowhere"), tuple(Container(f"{name}.tar", name) for name in classes), classes)
     data.packing.plan.measure_stored_share = lambda plan: 1.0  # there are no images to measure the share on
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        duration = seconds(lambda: write_plan(folder, source, Settings(name="in22k", holdout=1), {}, map))
+        duration = time_call(lambda: write_plan(folder, source, Settings(name="in22k", holdout=1), {}, map))
         on_disk = sum(path.stat().st_size for path in folder.iterdir())
         plan = open_plan(folder)
         figures = {
@@ -145,12 +145,12 @@ def simulate() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    options = parser(MODULE, __doc__)
+    options = make_parser(MODULE, __doc__)
     options.add_argument("--images", type=int, default=2000)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--simulate", action="store_true")
     args = options.parse_args()
-    command = command_line(MODULE, {"simulate": True} if args.simulate else {"images": args.images, "rounds": args.rounds})
+    command = format_command(MODULE, {"simulate": True} if args.simulate else {"images": args.images, "rounds": args.rounds})
     rows = simulate() if args.simulate else compare(args.images, args.rounds)
     report(args.out / "packing.json", command, ["numpy", "pillow", "simplejpeg"], rows=rows)
 

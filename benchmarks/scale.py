@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pretrain.model.van  # noqa: F401  registers the models
-from benchmarks.harness import table
+from benchmarks.harness import format_rows
 from benchmarks.training import roofline
 from pretrain import config as settings
 from pretrain.engine.engine import choose_bucket_size
@@ -198,7 +198,7 @@ def main() -> None:
         print(f"{one.name}: {one.size / 1e6:.1f} M parameters, launches {one.launches}, at most {one.sample / 1e9:.2f} GB per image")
     for name, network in NETWORKS.items():
         print(f"\n{name}\n")
-        print(table([row(one, gpus, network, cut, stage) for one in jobs for cut in CUTS for gpus in GPUS]))
+        print(format_rows([row(one, gpus, network, cut, stage) for one in jobs for cut in CUTS for gpus in GPUS]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Data loader benchmarks: the images a second of a job's loader beside timm's, and beside decoding alone.
+"""Compares the images per second of a job's data loader with timm's loader and with decoding alone.
 
 python -m benchmarks.loader CONFIG --against timm [--images 2048] [--batch N] [--rounds 3] [--out FOLDER] [key=value …]
     this loader and timm's with the same settings, over the shards of data.train
@@ -24,13 +24,13 @@ MODULE = "benchmarks.loader"
 
 
 def parser() -> argparse.ArgumentParser:
-    options = harness.parser(MODULE, __doc__)
+    options = harness.make_parser(MODULE, __doc__)
     options.add_argument("config", type=Path, metavar="CONFIG")
     options.add_argument("overrides", nargs="*", metavar="key=value")
     compared = options.add_mutually_exclusive_group(required=True)
     compared.add_argument("--against", choices=["timm"], help="compare with this loader")
     compared.add_argument("--gpu-sweep", action="store_true", help="vary the load of the GPU's JPEG decoder and the threads")
-    options.add_argument("--images", type=int, default=2048, help="of each case in a round (%(default)s)")
+    options.add_argument("--images", type=int, default=2048, help="images of each case in a round (%(default)s)")
     options.add_argument("--batch", type=int, help="images of a batch (the job's micro-batch)")
     options.add_argument("--rounds", type=int, default=3, help="turns of each case (%(default)s)")
     return options
@@ -42,16 +42,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         job = load_job(args.config, args.overrides)
         batch = args.batch or job.engine.micro_batch
-        compare = rates.gpu_sweep if args.gpu_sweep else rates.compare_with_timm
+        compare = rates.sweep_gpu if args.gpu_sweep else rates.compare_with_timm
         measured = compare(job, images=args.images, batch=batch, rounds=args.rounds)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     given = {"gpu_sweep": args.gpu_sweep, "against": args.against, "images": args.images, "batch": batch, "rounds": args.rounds}
-    command = f"{harness.command_line(MODULE, given)} {shlex.join([str(args.config), *args.overrides])}"
-    device = rates.job_device(job)
+    command = f"{harness.format_command(MODULE, given)} {shlex.join([str(args.config), *args.overrides])}"
+    device = rates.choose_device(job)
     facts = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch_threads": torch.get_num_threads()}
-    tables = {"rows": rates.rows(measured), "ratios": rates.ratios(measured)}
+    tables = {"rows": rates.list_rows(measured), "ratios": rates.compute_ratios(measured)}
     harness.report(args.out / "loader.json", command, rates.PACKAGES, **facts, **tables)
     return 0
 

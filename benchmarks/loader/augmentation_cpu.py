@@ -1,9 +1,9 @@
-"""CPU time of each stage of the loader's graph and of RandAugment, beside DALI's own operators and timm.
+"""Measures the CPU time of each stage of the loader's graph, and of RandAugment here, in DALI and in timm.
 
     python -m benchmarks.loader.augmentation_cpu [--images 256]
 
-CPU time of one thread in microseconds per image, for JPEGs of 500 x 375 pixels and 110 kB, cropped and resized to 224 px. The cases take
-turns and the shortest time over the rounds counts. A case that begins with "…" includes the stages before it.
+The result is the CPU time of one thread in microseconds per image, for JPEGs of 500 x 375 pixels and 110 kB, cropped and resized to 224 px.
+The cases take turns and the shortest time over the rounds counts. A case that begins with "…" includes the stages before it.
 """
 
 import io
@@ -21,7 +21,7 @@ from nvidia.dali.types import DALIDataType, DALIInterpType
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-from benchmarks.harness import command_line, in_turns, parser, report
+from benchmarks.harness import format_command, make_parser, report, run_in_turns
 from data.augment.operators import CpuResizer, apply_layer, compute_operator_inputs, resize
 from data.augment.randaugment import draw_rand_augment
 from data.augment.sampling import draw_crops
@@ -43,12 +43,12 @@ def cpu_seconds(run: Callable[[], None]) -> float:
 
 def shortest_times(cases: dict[str, Callable[[], None]], count: int) -> list[dict[str, Any]]:
     """Returns a row for each case; every case processes `count` images."""
-    times = in_turns({name: partial(cpu_seconds, run) for name, run in cases.items()}, ROUNDS, warm_up=True)
+    times = run_in_turns({name: partial(cpu_seconds, run) for name, run in cases.items()}, ROUNDS, warm_up=True)
     return [{"case": name, "us_per_image": round(1e6 * min(case) / count)} for name, case in times.items()]
 
 
 def dali(graph: Callable[..., Any], feeds: Sequence[Any], batches: int, **inputs: Any) -> Callable[[], None]:
-    """Returns a function that runs a DALI graph over `batches` batches of the feeds, which have one row per image."""
+    """Returns a function that runs a DALI graph over `batches` batches of the feeds; each feed has one row per image."""
     starts = itertools.cycle(range(0, batches * BATCH, BATCH))
 
     def feed() -> list[Any]:
@@ -80,7 +80,7 @@ def normalized(pixels: Any) -> Any:
 
 
 def stage_cases(encoded: list[np.ndarray], resizer: CpuResizer) -> dict[str, Callable[[], None]]:
-    """Returns decoding, cropping, resizing and normalizing, the resize by DALI and by torch."""
+    """Returns the cases of decoding, cropping, resizing and normalizing, with the resize by DALI and by torch."""
     count = len(encoded)
     ids, (width, height) = np.arange(count), PHOTOGRAPH
     crops = draw_crops(0, 0, ids, np.full(count, width), np.full(count, height))
@@ -103,7 +103,7 @@ def stage_cases(encoded: list[np.ndarray], resizer: CpuResizer) -> dict[str, Cal
 
 
 def augmentation_cases(pixels: list[np.ndarray]) -> dict[str, Callable[[], None]]:
-    """Returns RandAugment by this project, DALI and timm."""
+    """Returns the cases of RandAugment by this project, DALI and timm."""
     count = len(pixels)
     never = np.zeros(count, bool)
     run = partial(dali, batches=count // BATCH, layout=["HWC"])
@@ -134,7 +134,7 @@ def augmentation_cases(pixels: list[np.ndarray]) -> dict[str, Callable[[], None]
 
 
 def main() -> None:
-    options = parser(MODULE, __doc__)
+    options = make_parser(MODULE, __doc__)
     options.add_argument("--images", type=int, default=256, help="a multiple of 64 (%(default)s)")
     args = options.parse_args()
     torch.set_num_threads(1)
@@ -144,7 +144,7 @@ def main() -> None:
     rows = shortest_times(stage_cases(encoded, resizer), args.images) + shortest_times(augmentation_cases(pixels), args.images)
     resizer.close()
     packages = ["torch", "nvidia-dali-cuda130", "timm", "pillow"]
-    report(args.out / "augmentation_cpu.json", command_line(MODULE, {"images": args.images}), packages, rows=rows)
+    report(args.out / "augmentation_cpu.json", format_command(MODULE, {"images": args.images}), packages, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Cost of an index at the size of ImageNet-22K, measured without the data: a real index over shards that are holes.
+"""Measures the cost of an index at the size of ImageNet-22K without the data: a real index over sparse shards.
 
     python -m benchmarks.loader.index_at_scale [--samples 14197122] [--shards 4096] [--out FOLDER]
 
 index.npy, classes.json and dataset.json are real; tars are sparse files of the right size, so only their names and sizes can be used. Each
-figure stands beside its documented limit, and the exit status is 1 where a figure exceeds its limit.
+figure is compared with its documented limit, and the exit status is 1 if a figure exceeds its limit.
 
-A second table shows how well the sample order mixes shards that are sorted by class, beside a full permutation. That is the worst case: in
-shards that `python -m data pack` writes, a hash of the key decides the place of a sample, and every order is random.
+A second table compares how well the sample order and a full permutation mix shards that are sorted by class. That is the worst case: in
+shards that `python -m data pack` writes, a hash of the key decides the position of a sample, and every order is random.
 """
 
 import multiprocessing
@@ -61,7 +61,7 @@ class Figure:
 
 
 def measure(samples: int = SAMPLES, shards: int = SHARDS) -> list[Figure]:
-    """Makes a dataset of that size in a temporary folder and measures all figures."""
+    """Makes a dataset of this size in a temporary folder and measures all figures."""
     with tempfile.TemporaryDirectory(prefix="simulated-") as name:
         folder = Path(name)
         simulate(folder, samples=samples, shards=shards)
@@ -69,38 +69,38 @@ def measure(samples: int = SAMPLES, shards: int = SHARDS) -> list[Figure]:
         alone = run_ranks(folder, 1)[0]
         together = run_ranks(folder, RANKS_PER_NODE)
         order, full = compare(index.samples["label"], index.shard_start, global_batch=GLOBAL_BATCH, choices=[DEFAULT]).values()
-        # Samples lie in random order here, as in packed shards; `sorted_shards` shows the effect of the order alone.
+        # Samples lie in random order here, as in packed shards; `measure_sorted_shards` shows the effect of the order alone.
         entropy, displacement = full.entropy_bits - order.entropy_bits, order.displacement / full.displacement
         return [
-            Figure("index.npy, dataset.json and classes.json on disk", bytes_on_disk(folder) / samples, "B/sample", 32),
+            Figure("index.npy, dataset.json and classes.json on disk", count_bytes_on_disk(folder) / samples, "B/sample", 32),
             Figure("opening", 1000 * alone.opening, "ms", 1000),
-            Figure(f"order of a step, slowest of {_STEPS} in all epochs", 1000 * slowest_step(index), "ms", 20),
+            Figure(f"order of a step, slowest of {_STEPS} in all epochs", 1000 * time_slowest_step(index), "ms", 20),
             Figure(f"private memory of a rank, {RANKS_PER_NODE} on the node", max(rank.private for rank in together) / 1e6, "MB", 100),
             Figure("entropy of a batch's classes, short of a full permutation's", max(0.0, entropy), "bits", 0.1),
             Figure("displacement, short of a full permutation's", max(0.0, 100 * (1 - displacement)), "%", 5),
         ]
 
 
-def sorted_shards(samples: int = SAMPLES, shards: int = SHARDS) -> dict[str, list[dict[str, Any]]]:
-    """Measures how orders of several lanes and windows mix shards sorted by class: a table for each size of dataset."""
-    labels_22k = np.sort(uneven_labels(np.random.default_rng(0), samples))
+def measure_sorted_shards(samples: int = SAMPLES, shards: int = SHARDS) -> dict[str, list[dict[str, Any]]]:
+    """Measures how orders with different lanes and windows mix shards sorted by class: a table for each size of dataset."""
+    labels_22k = np.sort(draw_uneven_labels(np.random.default_rng(0), samples))
     labels_1k = np.arange(SAMPLES_1K) * CLASSES_1K // SAMPLES_1K
     tables = {}
     sizes = {"22K": (labels_22k, shards, GLOBAL_BATCH), "1K": (labels_1k, SHARDS_1K, GLOBAL_BATCH_1K)}
     for name, (labels, count, batch) in sizes.items():
         start = np.arange(count + 1) * len(labels) // count
-        tables[f"sorted_shards_of_{name}"] = rows(compare(labels, start, global_batch=batch, choices=CHOICES))
+        tables[f"sorted_shards_of_{name}"] = list_rows(compare(labels, start, global_batch=batch, choices=CHOICES))
     return tables
 
 
 def simulate(folder: Path, *, samples: int = SAMPLES, shards: int = SHARDS, seed: int = 0) -> None:
-    """Makes a dataset without images in `folder`: each shard is a hole of the right size.
+    """Makes a dataset without images in `folder`: each shard is a sparse file of the right size.
 
     Sizes are distributed as those of photographs (gamma), classes as unevenly as ImageNet-22K's.
     """
     random = np.random.default_rng(seed)
     rows = np.zeros(samples, DTYPE)
-    rows["label"] = uneven_labels(random, samples)
+    rows["label"] = draw_uneven_labels(random, samples)
     rows["size"] = 2000 + random.gamma(2.0, 45_000, samples)
     rows["width"], rows["height"] = random.gamma(8.0, 60.0, (2, samples)).astype(np.uint16) + 40
     stored = _HEADER_BYTES + -(-rows["size"].astype(np.int64) // 512) * 512
@@ -117,21 +117,21 @@ def simulate(folder: Path, *, samples: int = SAMPLES, shards: int = SHARDS, seed
     write_index(folder, entries, [rows], [f"n{number:08d}" for number in range(CLASSES)])
 
 
-def uneven_labels(random: np.random.Generator, samples: int) -> np.ndarray:
+def draw_uneven_labels(random: np.random.Generator, samples: int) -> np.ndarray:
     weights = random.gamma(2.0, size=CLASSES)
     return random.choice(CLASSES, samples, p=weights / weights.sum())
 
 
-def bytes_on_disk(folder: Path) -> int:
-    """Returns the size of the files that training maps or reads; the .idx files serve other readers."""
+def count_bytes_on_disk(folder: Path) -> int:
+    """Returns the bytes of the files that training maps or reads; the .idx files serve other readers."""
     return sum((folder / name).stat().st_size for name in ("index.npy", "dataset.json", "classes.json"))
 
 
-def slowest_step(index: Index, seed: int = 0) -> float:
+def time_slowest_step(index: Index, seed: int = 0) -> float:
     """Returns the seconds to compute a rank's ids in the slowest of random steps, epochs and numbers of ranks.
 
-    Successive steps belong to different epochs, so none profits from cached work of the one before. The fastest of three runs of a step
-    counts, to exclude other load of the machine.
+    Successive steps belong to different epochs, so no step benefits from cached work of the one before. The fastest of three runs of a
+    step counts, to exclude other load of the machine.
     """
     order = SampleOrder(index.shard_start, seed=seed, global_batch=GLOBAL_BATCH)
     random = np.random.default_rng(seed)
@@ -185,18 +185,18 @@ def _init_worker(meet: Barrier) -> None:
 
 def _rank(folder: Path, ranks: int, use: Use, rank: int) -> Rank:
     _meet.wait()
-    before = private_bytes()
+    before = read_private_bytes()
     start = time.perf_counter()
     index = open_index(folder)
     opening = time.perf_counter() - start
     use(index, rank, ranks)
     _meet.wait()
-    private = private_bytes() - before
+    private = read_private_bytes() - before
     _meet.wait()
     return Rank(opening, private)
 
 
-def private_bytes() -> int:
+def read_private_bytes() -> int:
     """Returns the memory that this process shares with no other, including pages of files that it alone maps (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
@@ -204,11 +204,11 @@ def private_bytes() -> int:
 
 @dataclass(frozen=True)
 class Mixing:
-    """How well an order mixes: means over steps.
+    """Measures of how well an order mixes, as means over steps.
 
     Attributes:
         displacement: |place in the epoch - place in the shards|, both from 0 to 1; 1/3 for a full permutation.
-        pairs_of_one_class: share of the pairs of slots 2i and 2i + 1, which mixup and cutmix mix.
+        pairs_of_one_class: fraction of the pairs of slots 2i and 2i + 1, which mixup and cutmix mix, that have one class.
         classes: distinct classes in a global batch.
         entropy_bits: entropy of the distribution of classes in a global batch.
     """
@@ -220,7 +220,7 @@ class Mixing:
 
 
 def measure_mixing(labels: np.ndarray, batches: Iterable[tuple[float, np.ndarray]]) -> Mixing:
-    """Measures batches of (place in the epoch from 0 to 1, sample ids). `labels`, (N,), are in shard order."""
+    """Measures batches of (position in the epoch from 0 to 1, sample ids). `labels`, (N,), are in shard order."""
     steps = []
     for place, ids in batches:
         pairs = labels[ids].reshape(-1, 2)
@@ -233,7 +233,7 @@ def measure_mixing(labels: np.ndarray, batches: Iterable[tuple[float, np.ndarray
 def compare(
     labels: np.ndarray, shard_start: np.ndarray, *, global_batch: int, choices: Sequence[tuple[int, int]], seed: int = 0
 ) -> dict[str, Mixing]:
-    """Measures orders of several (lanes, window), and last a full permutation, by name, on the same random steps."""
+    """Measures the orders of `choices`, (lanes, window) each, and a full permutation, by name, on the same random steps."""
     random = np.random.default_rng(seed)
     orders = [SampleOrder(shard_start, seed=seed, global_batch=global_batch, lanes=lanes, window=window) for lanes, window in choices]
     steps_per_epoch = orders[0].steps_per_epoch
@@ -247,21 +247,21 @@ def compare(
     return measured | {"full permutation": measure_mixing(labels, zip(places, drawn, strict=True))}
 
 
-def rows(measured: dict[str, Mixing]) -> list[dict[str, Any]]:
+def list_rows(measured: dict[str, Mixing]) -> list[dict[str, Any]]:
     """Returns a row for each order, with displacements relative to the full permutation's."""
     full = measured["full permutation"].displacement
     return [{"order": order, **asdict(one), "displacement": one.displacement / full} for order, one in measured.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures and stores all figures; returns 1 where one exceeds its limit."""
-    options = harness.parser(MODULE, __doc__)
+    """Measures and stores all figures; returns 1 if one exceeds its limit."""
+    options = harness.make_parser(MODULE, __doc__)
     options.add_argument("--samples", type=int, default=SAMPLES, help="(%(default)s)")
     options.add_argument("--shards", type=int, default=SHARDS, help="(%(default)s)")
     args = options.parse_args(arguments)
     figures = measure(args.samples, args.shards)
-    tables = {"rows": [asdict(figure) for figure in figures]} | sorted_shards(args.samples, args.shards)
-    command = harness.command_line(MODULE, {"samples": args.samples, "shards": args.shards})
+    tables = {"rows": [asdict(figure) for figure in figures]} | measure_sorted_shards(args.samples, args.shards)
+    command = harness.format_command(MODULE, {"samples": args.samples, "shards": args.shards})
     harness.report(args.out / "index_at_scale.json", command, ["numpy"], **tables)
     exceeded = [figure for figure in figures if not figure.is_kept]
     for figure in exceeded:

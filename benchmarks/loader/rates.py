@@ -1,10 +1,10 @@
-"""Images a second of a job's data loader beside timm's loader, and beside decoding alone.
+"""Measures the images per second of a job's data loader, of timm's loader, and of decoding alone.
 
 Both loaders read the same shards and apply the same crops, flips, interpolation and augmentation, without mixup and cutmix. timm gets a
 map-style dataset that reads an image from its shard and opens it with Pillow. Every loader is measured with several numbers of threads or
-processes; all cases take turns, and the setting with the best median stands for its loader. The clock starts after as many batches as a
-loader prefetches and stops while more are to come. The CPU time of an image counts all threads and processes; the images per CPU second
-follow from it and depend less on other load of the machine.
+processes; all cases take turns, and the setting with the best median represents its loader. The clock starts after as many batches as a
+loader prefetches and stops while more are to come. CPU time counts all threads and processes; the images per CPU second depend less on
+other load of the machine.
 """
 
 import io
@@ -29,7 +29,7 @@ from PIL import Image
 from timm.data import create_loader
 from torch.utils.data import Dataset
 
-from benchmarks.harness import in_turns, median_ratio, seconds, synchronize
+from benchmarks.harness import median_ratio, run_in_turns, synchronize, time_call
 from data.common.placement import Placement
 from data.dataset.index import Index, open_index
 from data.loader.loaders import TrainLoader
@@ -49,7 +49,7 @@ Batches = Callable[[int], AbstractContextManager[Iterator[Any]]]  # opens a load
 
 @dataclass(frozen=True)
 class Case:
-    """A loader and its settings. `parallel`: batches made side by side. `prefetched`: batches made before the first is taken."""
+    """A loader and its settings. `parallel`: batches made in parallel. `prefetched`: batches made before the first is taken."""
 
     name: str
     settings: dict[str, Any]
@@ -81,19 +81,19 @@ def compare_with_timm(job: JobData, *, images: int, batch: int, rounds: int) -> 
     """
     index, settings, device = _open(job)
     cores = len(os.sched_getaffinity(0))
-    workers = [0, *counts(2 * cores)]
+    workers = [0, *list_counts(2 * cores)]
     cases = []
-    for decode, read in itertools.product(counts(cores), _READ_THREADS):
-        cases.append(our_case(index, job.seed, settings, batch, device, {"decode_threads": decode, "read_threads": read}))
+    for decode, read in itertools.product(list_counts(cores), _READ_THREADS):
+        cases.append(make_case(index, job.seed, settings, batch, device, {"decode_threads": decode, "read_threads": read}))
     for prefetcher, count in itertools.product((False, True), workers):
         batches = partial(timm_batches, index, settings, batch, device, count, prefetcher)
         cases.append(Case(TIMM, {"workers": count, "prefetcher": "on" if prefetcher else "off"}, batches, max(count, 1), 2 * count + 2))
-    for count in counts(cores):
+    for count in list_counts(cores):
         cases.append(Case(DECODING, {"threads": count}, partial(decode_with_dali, index, batch, device, count, {})))
     return measure(cases, images=images, batch=batch, device=device, rounds=rounds)
 
 
-def gpu_sweep(job: JobData, *, images: int, batch: int, rounds: int) -> list[Rates]:
+def sweep_gpu(job: JobData, *, images: int, batch: int, rounds: int) -> list[Rates]:
     """Measures this loader and decoding alone on a GPU, by the load of its hardware decoder and by threads.
 
     Raises ValueError without a GPU, and for a dataset at a URL.
@@ -102,9 +102,9 @@ def gpu_sweep(job: JobData, *, images: int, batch: int, rounds: int) -> list[Rat
     if device.type != "cuda":
         raise ValueError("--gpu-sweep needs a GPU that torch sees, and engine.device=auto or cuda")
     cases = []
-    for load, count in itertools.product(_HARDWARE_LOADS, counts(len(os.sched_getaffinity(0)))):
+    for load, count in itertools.product(_HARDWARE_LOADS, list_counts(len(os.sched_getaffinity(0)))):
         options = {"hw_decoder_load": load}
-        cases.append(our_case(index, job.seed, settings, batch, device, {**options, "decode_threads": count}))
+        cases.append(make_case(index, job.seed, settings, batch, device, {**options, "decode_threads": count}))
         cases.append(Case(DECODING, {**options, "threads": count}, partial(decode_with_dali, index, batch, device, count, options)))
     return measure(cases, images=images, batch=batch, device=device, rounds=rounds)
 
@@ -113,15 +113,15 @@ def _open(job: JobData) -> tuple[Index, DataConfig, torch.device]:
     index = open_index(job.data.train, job.data.cache)
     if index.remote:
         raise ValueError(f"{index.place}: rates are measured on a folder; timm's workers read it by position")
-    return index, replace(job.data, mixup=0.0, cutmix=0.0), job_device(job)
+    return index, replace(job.data, mixup=0.0, cutmix=0.0), choose_device(job)
 
 
-def job_device(job: JobData) -> torch.device:
+def choose_device(job: JobData) -> torch.device:
     on_gpu = torch.cuda.is_available() if job.engine.device == "auto" else job.engine.device == "cuda"
     return torch.device("cuda", 0) if on_gpu else torch.device("cpu")
 
 
-def counts(most: int) -> list[int]:
+def list_counts(most: int) -> list[int]:
     """Returns 1, 2, 4, 8 … and `most`."""
     return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
 
@@ -129,8 +129,8 @@ def counts(most: int) -> list[int]:
 # ---------------------------------------------------------------- loaders
 
 
-def our_case(index: Index, seed: int, settings: DataConfig, batch: int, device: torch.device, changes: dict[str, Any]) -> Case:
-    """Returns the case of this loader with `changes` to the job's settings."""
+def make_case(index: Index, seed: int, settings: DataConfig, batch: int, device: torch.device, changes: dict[str, Any]) -> Case:
+    """Makes the case of this loader with `changes` to the job's settings."""
     changed = replace(settings, **changes)
 
     @contextmanager
@@ -159,15 +159,15 @@ class ShardImages(Dataset):
         return self.transform(image) if self.transform else image, int(self.index.samples["label"][sample_id])
 
 
-# Names in timm's create_loader of the fields of DataConfig that change an image.
+# The fields of DataConfig that change an image, with their names in timm's create_loader.
 TIMM_NAMES = {
     "crop_area": "scale", "crop_ratio": "ratio", "flip": "hflip", "mean": "mean", "std": "std", "interpolation": "interpolation",
     "auto_augment": "auto_augment", "color_jitter": "color_jitter", "random_erasing": "re_prob", "erasing_count": "re_count",
 }  # fmt: skip
 
 
-def timm_recipe(settings: DataConfig) -> dict[str, Any]:
-    """Returns the settings as arguments of timm's create_loader."""
+def to_timm_arguments(settings: DataConfig) -> dict[str, Any]:
+    """Converts the settings to arguments of timm's create_loader."""
     recipe = {timm_name: getattr(settings, name) for name, timm_name in TIMM_NAMES.items()}
     return {**recipe, "color_jitter": settings.color_jitter or None, "re_mode": "pixel"}  # a jitter of 0 costs time, None does not
 
@@ -185,7 +185,7 @@ def timm_batches(
         use_prefetcher=prefetcher,
         pin_memory=device.type == "cuda",
         device=device,
-        **timm_recipe(settings),
+        **to_timm_arguments(settings),
     )
     if prefetcher:  # timm brings the batches to the device
         yield iter(loader)
@@ -216,25 +216,25 @@ def decode_with_dali(
 def measure(cases: Sequence[Case], *, images: int, batch: int, device: torch.device, rounds: int) -> list[Rates]:
     """Measures all cases in turns.
 
-    The images of a turn are rounded up to whole groups of batches made side by side. Otherwise the rate depends on how many of these are
-    half done when the clock starts.
+    The images of a turn are rounded up to whole groups of parallel batches. Otherwise the rate would depend on how many of these are half
+    done when the clock starts.
     """
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")  # more than cores is measured too
 
     def run(rates: Rates) -> None:
         counted = -(-max(images // batch, 2) // rates.case.parallel) * rates.case.parallel
-        wall, cpu = timed(rates.case, counted, device)
+        wall, cpu = time_case(rates.case, counted, device)
         rates.per_s.append(counted * batch / wall)
         rates.per_cpu_s.append(counted * batch / cpu)
         print(f"{rates.per_s[-1]:7.0f} images/s   {rates.case}", file=sys.stderr, flush=True)
 
     measured = [Rates(case) for case in cases]
-    in_turns({str(number): partial(run, rates) for number, rates in enumerate(measured)}, rounds)
+    run_in_turns({str(number): partial(run, rates) for number, rates in enumerate(measured)}, rounds)
     return measured
 
 
-def timed(case: Case, counted: int, device: torch.device) -> tuple[float, float]:
-    """Returns seconds, and seconds of CPU time, of `counted` batches after the prefetched ones, while more are to come."""
+def time_case(case: Case, counted: int, device: torch.device) -> tuple[float, float]:
+    """Returns wall-clock and CPU seconds of `counted` batches after the prefetched ones, while more are to come."""
     with case.batches(case.prefetched + counted + case.prefetched) as batches:
 
         def take(count: int) -> None:
@@ -244,32 +244,32 @@ def timed(case: Case, counted: int, device: torch.device) -> tuple[float, float]
 
         take(case.prefetched)
         used = cpu_time()
-        return seconds(lambda: take(counted)), cpu_time() - used
+        return time_call(lambda: take(counted)), cpu_time() - used
 
 
 def cpu_time() -> float:
-    """Returns the seconds of CPU time of this process and of its running children."""
+    """Returns the CPU seconds of this process and of its running children."""
     return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in psutil.Process().children(recursive=True))
 
 
-def best(measured: Sequence[Rates], name: str) -> Rates:
-    """Returns the rates of a loader with the setting of the highest median."""
+def find_best(measured: Sequence[Rates], name: str) -> Rates:
+    """Returns the rates of a loader at the setting with the highest median."""
     return max((rates for rates in measured if rates.case.name == name), key=lambda rates: rates.median)
 
 
-def ratios(measured: Sequence[Rates]) -> list[dict[str, Any]]:
+def compute_ratios(measured: Sequence[Rates]) -> list[dict[str, Any]]:
     """Returns a row for each pair of loaders, each at its best setting: medians of the rounds' ratios."""
     names = {rates.case.name for rates in measured}
     rows = []
     for name, other in [(OURS, TIMM), (OURS, DECODING)]:
         if {name, other} <= names:
-            one, two = best(measured, name), best(measured, other)
+            one, two = find_best(measured, name), find_best(measured, other)
             rate, cpu = median_ratio(one.per_s, two.per_s), median_ratio(one.per_cpu_s, two.per_cpu_s)
             rows.append({"ratio": f"{name} to {other}", "images_per_s": rate, "images_per_cpu_s": cpu})
     return rows
 
 
-def rows(measured: Sequence[Rates]) -> list[dict[str, Any]]:
+def list_rows(measured: Sequence[Rates]) -> list[dict[str, Any]]:
     """Returns a row for each case, with all rounds."""
     return [
         {"case": rates.case.name, **rates.case.settings, "images_per_s": rates.per_s, "images_per_cpu_s": rates.per_cpu_s}

@@ -37,7 +37,7 @@ CPU_BATCH = 16
 
 
 def parser() -> argparse.ArgumentParser:
-    options = harness.parser(MODULE, __doc__)
+    options = harness.make_parser(MODULE, __doc__)
     device = options.add_mutually_exclusive_group(required=True)
     device.add_argument("--gpu", action="store_true", help="depth-wise layers and whole steps")
     device.add_argument("--cpu", action="store_true", help="whole steps")
@@ -88,7 +88,7 @@ def _measure_layers(args: Namespace, model: str, device: torch.device) -> None:
     job = {"model": model, "image_size": args.image_size, "batch": batch, "precision": args.precision}
     print(f"\n{model}, {args.image_size} px, {batch} images, {args.precision}", flush=True)
     copy, rows = layers.measure(layers.layers(model, args.image_size), batch, DTYPES[args.precision], device)
-    command = harness.command_line(MODULE, {"gpu": True, "only": "layers", **job})
+    command = harness.format_command(MODULE, {"gpu": True, "only": "layers", **job})
     facts = {**describe_device(device), **job, "copy_bytes_per_s": copy}
     harness.report(_result_path(args, "layers", device), command, ["torch", "triton"], **facts, rows=rows)
 
@@ -102,7 +102,7 @@ def _measure_steps(args: Namespace, model: str, device: torch.device, authors: A
     rows = [one | shares(one, job, **limits) for one in (row(one, measured) for one in measured)]
     options = {"model": model, "image_size": args.image_size, "batch": batch, "rounds": args.rounds}
     options |= {"cases": args.cases, "peer": "PATH" if authors else None}
-    command = harness.command_line(MODULE, {"gpu": args.gpu, "cpu": args.cpu, "only": "steps", **options})
+    command = harness.format_command(MODULE, {"gpu": args.gpu, "cpu": args.cpu, "only": "steps", **options})
     facts = {**describe_device(device), "model": model, "image_size": args.image_size, "drop_path": job.drop_path, "classes": job.classes}
     if authors is not None:
         facts["peer_sha256"] = peer.fingerprint(authors)
@@ -119,7 +119,7 @@ def _measure_feed(args: Namespace, device: torch.device) -> None:
     facts: dict[str, Any] = {"model": config.model.name, "kernels": config.model.kernels, "image_size": config.data.image_size}
     facts |= {"precision": config.engine.precision, **describe_device(device)}
     packages = ["torch", "deepspeed", "nvidia-dali-cuda130"]
-    harness.report(_result_path(args, "feed", device), harness.command_line(MODULE, options), packages, **facts, rows=rows)
+    harness.report(_result_path(args, "feed", device), harness.format_command(MODULE, options), packages, **facts, rows=rows)
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

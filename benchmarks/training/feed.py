@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import in_turns, median_ratio, seconds, synchronize
+from benchmarks.harness import median_ratio, run_in_turns, synchronize, time_call
 from benchmarks.training.step_cases import engine_step
 from data.augment.mixup import mix_pairs
 from data.common.placement import Placement
@@ -53,7 +53,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, A
 
     def turn(name: str, batches: Iterator[Batch]) -> float:
         run(batches, prefetched)
-        rate = steps * micro_batch / seconds(partial(run, batches, steps))
+        rate = steps * micro_batch / time_call(partial(run, batches, steps))
         print(f"{name:9} {rate:9.2f} images/s", flush=True)
         return rate
 
@@ -62,7 +62,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, A
         fed = iter(loader)
         first = next(fed)
         repeated = itertools.repeat(replace(first, images=first.images.clone()))
-        rates = in_turns({"fed": partial(turn, "fed", fed), "repeated": partial(turn, "repeated", repeated)}, rounds)
+        rates = run_in_turns({"fed": partial(turn, "fed", fed), "repeated": partial(turn, "repeated", repeated)}, rounds)
     ratio = median_ratio(rates["fed"], rates["repeated"])
     return [
         {"case": "fed", "micro_batch": micro_batch, "images_per_s": rates["fed"], "to_repeated": ratio},

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from triton.testing import do_bench
 
-from benchmarks.harness import deciles, seconds
+from benchmarks.harness import deciles, time_call
 from pretrain.model.fast.triton import why_unusable
 from pretrain.model.fast.triton.depthwise import by_taps, conv, conv_tiles, weight_gradient
 from pretrain.model.fast.triton.residual import scaled_residual
@@ -196,7 +196,7 @@ def times_ms(run: Callable[[], Tensor], device: torch.device) -> list[float]:
     """Returns the milliseconds of several runs after a warm-up; of three runs without one on a CPU, where only tests come."""
     if device.type == "cuda":
         return do_bench(run, warmup=50, rep=200, return_mode="all")
-    return [1000 * seconds(run) for _ in range(3)]
+    return [1000 * time_call(run) for _ in range(3)]
 
 
 def copy_bytes_per_s(device: torch.device) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import in_turns, median_ratio, seconds, synchronize
+from benchmarks.harness import median_ratio, run_in_turns, synchronize, time_call
 from benchmarks.training.step_cases import Case, Job, Step, new_model
 
 WARM_UP_STEPS = {"cuda": 5, "cpu": 1}  # in which cuDNN and compilers choose
@@ -111,7 +111,7 @@ def measure(job: Job, cases: Sequence[Case], *, batch: int | None, rounds: int, 
     _free_memory(job.device)
     for one in measured.values():
         one.attempt(partial(_warm_up, one, job, running))
-    in_turns({name: partial(one.attempt, partial(_run_turn, one, running, job.device)) for name, one in measured.items()}, rounds)
+    run_in_turns({name: partial(one.attempt, partial(_run_turn, one, running, job.device)) for name, one in measured.items()}, rounds)
     running.clear()
     _free_memory(job.device)
     return list(measured.values())
@@ -171,7 +171,7 @@ def _step_seconds(running: Running, count: int, device: torch.device) -> float:
         synchronize(device)
 
     synchronize(device)
-    return seconds(run) / count
+    return time_call(run) / count
 
 
 def _allocated(device: torch.device) -> int:

@@ -15,7 +15,7 @@ def test_cases_take_turns_in_alternating_order() -> None:
         calls.append(name)
         return len(calls)
 
-    results = harness.in_turns({name: lambda name=name: call(name) for name in "abc"}, 2, warm_up=True)  # type: ignore[misc]
+    results = harness.run_in_turns({name: lambda name=name: call(name) for name in "abc"}, 2, warm_up=True)  # type: ignore[misc]
     assert "".join(calls) == "cba" + "abc" + "cba"
     assert results == {"a": [4, 9], "b": [5, 8], "c": [6, 7]}
 
@@ -27,7 +27,7 @@ def test_ratios_are_of_rounds() -> None:
 
 def test_table_has_a_column_for_each_key() -> None:
     rows = [{"case": "a", "images_per_s": [1.0, 2.0, 3.0]}, {"case": "bb", "rate": 12345.6, "count": 3}]
-    assert harness.table(rows).splitlines() == [
+    assert harness.format_rows(rows).splitlines() == [
         "case        images/s    rate  count",
         "a     2 (1.2 to 2.8)",
         "bb                    12,346      3",
@@ -36,7 +36,7 @@ def test_table_has_a_column_for_each_key() -> None:
 
 def test_command_line_has_the_options_that_are_set() -> None:
     options = {"batch": 2, "image_size": None, "gpu": True, "cpu": False, "models": ["a", "b"]}
-    assert harness.command_line("benchmarks.x", options) == "python -m benchmarks.x --batch 2 --gpu --models a b"
+    assert harness.format_command("benchmarks.x", options) == "python -m benchmarks.x --batch 2 --gpu --models a b"
 
 
 def test_report_replaces_the_result_of_the_same_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,12 @@ import pytest
 from benchmarks.loader import index_at_scale
 from benchmarks.loader.index_at_scale import (
     Figure,
-    bytes_on_disk,
     compare,
+    count_bytes_on_disk,
+    list_rows,
     main,
     measure,
     measure_mixing,
-    rows,
     run_ranks,
     simulate,
 )
@@ -43,7 +43,7 @@ def test_simulated_dataset_lacks_only_images(simulated: Path) -> None:
         assert (index.samples["offset"][first + 1 : end] > ends[first : end - 1]).all(), "images do not overlap"
         assert ends[end - 1] <= index.shards[number].bytes
     assert sum(path.stat().st_blocks for path in simulated.glob("*.tar")) == 0, "shards are holes"
-    assert 20 < bytes_on_disk(simulated) / 2_000_000 < 32
+    assert 20 < count_bytes_on_disk(simulated) / 2_000_000 < 32
 
 
 COPIES: list[np.ndarray] = []
@@ -66,7 +66,7 @@ def test_private_memory_of_a_rank_excludes_shared_pages(simulated: Path) -> None
 def test_exceeded_limit_sets_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     figures = [Figure("first", 1.0, "s", 2), Figure("second", 3.0, "s")]
     monkeypatch.setattr(index_at_scale, "measure", lambda samples, shards: figures)
-    monkeypatch.setattr(index_at_scale, "sorted_shards", lambda samples, shards: {"sorted": [{"order": "full permutation"}]})
+    monkeypatch.setattr(index_at_scale, "measure_sorted_shards", lambda samples, shards: {"sorted": [{"order": "full permutation"}]})
     command = ["--samples", "50", "--shards", "5", "--out", str(tmp_path)]
     assert main(command) == 0
     figures.append(Figure("third", 2.5, "s", 2))
@@ -123,7 +123,7 @@ def test_unpermuted_shards_have_a_small_displacement(monkeypatch: pytest.MonkeyP
     """Control of the limit on the displacement."""
 
     def displacement() -> float:
-        return rows(compare(LABELS, SHARD_START, global_batch=BATCH, choices=[(64, 64)]))[0]["displacement"]
+        return list_rows(compare(LABELS, SHARD_START, global_batch=BATCH, choices=[(64, 64)]))[0]["displacement"]
 
     assert displacement() > 0.85
     monkeypatch.setattr(SampleOrder, "batch", lambda order, epoch, step: np.arange(step * BATCH, (step + 1) * BATCH))

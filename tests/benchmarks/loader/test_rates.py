@@ -21,12 +21,12 @@ from benchmarks.loader.rates import (
     TIMM_NAMES,
     Case,
     Rates,
-    best,
-    our_case,
-    ratios,
-    timed,
+    compute_ratios,
+    find_best,
+    make_case,
+    time_case,
     timm_batches,
-    timm_recipe,
+    to_timm_arguments,
 )
 from data.dataset.index import Index
 from data.settings import DataConfig
@@ -46,7 +46,7 @@ def test_every_setting_of_augmentation_reaches_timm() -> None:
     """A new field of DataConfig must be passed to timm or added to NO_AUGMENTATION."""
     assert {f.name for f in fields(DataConfig)} <= TIMM_NAMES.keys() | NO_AUGMENTATION
     changed = replace(DataConfig(), crop_area=(0.3, 0.9), crop_ratio=(0.5, 2.0), flip=0.1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    recipe = timm_recipe(changed)
+    recipe = to_timm_arguments(changed)
     expected = {"scale": (0.3, 0.9), "ratio": (0.5, 2.0), "hflip": 0.1, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
     assert expected.items() <= recipe.items()
     assert recipe["interpolation"] == "bicubic"
@@ -57,7 +57,7 @@ def test_every_setting_of_augmentation_reaches_timm() -> None:
 def test_both_loaders_make_the_same_images(dataset: Index, prefetcher: bool) -> None:
     """Without random choices: the whole image, never flipped."""
     settings = DataConfig(image_size=48, crop_area=(1, 1), crop_ratio=(0.01, 100), flip=0, mixup=0, cutmix=0, lanes=5)
-    with our_case(dataset, 0, settings, 50, CPU, {"decode_threads": 1, "read_threads": 1}).batches(3) as batches:
+    with make_case(dataset, 0, settings, 50, CPU, {"decode_threads": 1, "read_threads": 1}).batches(3) as batches:
         own = [(batch.images, batch.labels) for batch in batches]
     with timm_batches(dataset, settings, 50, CPU, 0, prefetcher, 3) as batches:
         others = list(batches)
@@ -78,10 +78,10 @@ def test_random_crops_and_flips_of_both_loaders_vary_alike(dataset: Index) -> No
     one = replace(dataset, samples=dataset.samples[:1], shard_start=np.array([0, 1]), shards=dataset.shards[:1])
     with timm_batches(one, settings, 300, CPU, 0, False, 1) as batches:
         spread.append(float(next(batches)[0].std(dim=0).mean()))
-    with our_case(one, 0, settings, 1, CPU, {}).batches(300) as batches:
+    with make_case(one, 0, settings, 1, CPU, {}).batches(300) as batches:
         spread.append(float(torch.cat([batch.images for batch in batches]).std(dim=0).mean()))
     assert spread[0] == pytest.approx(spread[1], rel=0.1)
-    with our_case(one, 0, replace(settings, crop_area=(0.9, 1.0), flip=0), 1, CPU, {}).batches(300) as batches:
+    with make_case(one, 0, replace(settings, crop_area=(0.9, 1.0), flip=0), 1, CPU, {}).batches(300) as batches:
         less = torch.cat([batch.images for batch in batches]).std(dim=0).mean()
     assert less < 0.8 * spread[1]  # control
 
@@ -109,7 +109,7 @@ def test_prefetched_batches_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> No
     clock = Clock(monkeypatch)
     for prefetched, expected in ((3, 10 * 0.01), (2, 0.5 + 9 * 0.01)):
         case = Case("a", {}, lambda count: clock.batches(3, count), prefetched=prefetched)
-        assert timed(case, 10, CPU)[0] == pytest.approx(expected)
+        assert time_case(case, 10, CPU)[0] == pytest.approx(expected)
 
 
 def test_ratios_compare_the_best_settings() -> None:
@@ -119,12 +119,12 @@ def test_ratios_compare_the_best_settings() -> None:
     slow, fast = rates(OURS, [100, 900, 100], 1), rates(OURS, [200, 400, 600], 2)
     others = [rates(TIMM, [100, 100, 200], 1), rates(DECODING, [400, 800, 600], 2)]
     measured = [slow, fast, *others]
-    assert best(measured, OURS) is fast, "by the median"
-    assert ratios(measured) == [
+    assert find_best(measured, OURS) is fast, "by the median"
+    assert compute_ratios(measured) == [
         {"ratio": f"{OURS} to {TIMM}", "images_per_s": 3, "images_per_cpu_s": 6},  # of 2, 4 and 3
         {"ratio": f"{OURS} to {DECODING}", "images_per_s": 0.5, "images_per_cpu_s": 0.5},  # of 1/2, 1/2 and 1
     ]
-    assert [row["ratio"] for row in ratios([fast, others[1]])] == [f"{OURS} to {DECODING}"]  # as on a GPU
+    assert [row["ratio"] for row in compute_ratios([fast, others[1]])] == [f"{OURS} to {DECODING}"]  # as on a GPU
 
 
 # ---------------------------------------------------------------- the command
