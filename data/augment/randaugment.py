@@ -38,7 +38,6 @@ class Operator(IntEnum):
     TRANSLATE_Y = 15  # share of the height
 
 
-_SIGNED = [Operator.ROTATE, Operator.SHEAR_X, Operator.SHEAR_Y, Operator.TRANSLATE_X, Operator.TRANSLATE_Y]
 _ENHANCE = [Operator.COLOR, Operator.CONTRAST, Operator.BRIGHTNESS, Operator.SHARPNESS]
 _JITTERED = np.array([Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR])
 JITTER_LAYERS = len(_JITTERED)

@@ -145,7 +145,6 @@ def _read_layers(schema: type, path: Path) -> list[_Given]:
 
 
 def _parse(schema: type, text: str | bytes, path: Path) -> list[_Given]:
-    """Returns the values of a YAML text."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)  # builds no objects: a scalar keeps its text
         if node is not None and not isinstance(node, yaml.MappingNode):

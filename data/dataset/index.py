@@ -25,6 +25,7 @@ import numpy as np
 
 from data.common.files import open_to_replace
 from data.common.hashing import hash_file, new_hash
+from data.common.text import join_first
 from data.storage.cache import Cache, choose_cache_root
 from data.storage.remote import Remote, is_url
 
@@ -198,8 +199,7 @@ def _check_sizes(place: str | os.PathLike[str], shards: Iterable[Shard], sizes: 
         if sizes.get(shard.name) != shard.bytes
     ]
     if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{place}: {'; '.join(faults[:5])}{more}. Copy these shards again from where the dataset was packed")
+        raise ValueError(f"{place}: {join_first(faults, '; ')}. Copy these shards again from where the dataset was packed")
 
 
 def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], fingerprint: str, texts: Mapping[str, bytes]) -> None:

@@ -192,7 +192,6 @@ def _render_picture(index: Index, thumbnails: Sequence[Thumbnail]) -> bytes:
 
 
 def _plot(figure: "FigureBase", index: Index) -> None:
-    """Plots class balance and image sizes side by side."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.ticker import FixedLocator, NullLocator
 

@@ -37,7 +37,6 @@ from data.loader.order import (
     compute_peak_bytes,
     plan_evaluation_uses,
     plan_shard_uses,
-    select_evaluation_ids,
     select_rank_slots,
 )
 from data.loader.pipeline import Loader, Slots
@@ -141,7 +140,7 @@ class EvalLoader(Loader):
         samples: np.ndarray | None = None,
     ) -> None:
         self.samples = select_evaluated(index, settings) if samples is None else samples
-        self.rank_samples = self.samples[select_evaluation_ids(len(self.samples), placement.rank, placement.ranks)]
+        self.rank_samples = self.samples[placement.rank :: placement.ranks]
         size = linear = corner = DALIDataType.INT32
         quarantine = Quarantine(index, settings.max_bad, replaces=False) if quarantine is None else quarantine
         super().__init__(index, settings, quarantine, (size, linear, corner), placement)

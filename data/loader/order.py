@@ -56,11 +56,6 @@ def select_rank_slots(global_batch: int, rank: int, ranks: int) -> slice:
     return slice(rank * share, (rank + 1) * share)
 
 
-def select_evaluation_ids(samples: int, rank: int, ranks: int) -> np.ndarray:
-    """Returns the positions of the samples that `rank` of `ranks` evaluates, int64; each sample has exactly one rank."""
-    return np.arange(rank, samples, ranks, dtype=np.int64)
-
-
 @dataclass(frozen=True, eq=False)  # eq=False: instances are hashed by identity, for the caches below
 class SampleOrder:
     """The sample order of a run.
@@ -96,7 +91,6 @@ class SampleOrder:
 
     @property
     def samples(self) -> int:
-        """Samples of the dataset."""
         return int(self.shard_start[-1])
 
     @property
@@ -207,8 +201,8 @@ def compute_peak_bytes(order: SampleOrder, shard_bytes: np.ndarray, ranks: int, 
 def plan_evaluation_uses(shard_start: np.ndarray, micro_batch: int, ranks: int) -> list[ShardUse]:
     """Returns the uses of shards by evaluation, in the order of first need; the same for every rank.
 
-    Step i is micro-batch i: the ranks together take micro_batch * ranks consecutive samples. `shard_start` is as in SampleOrder, but
-    counts only the samples that are evaluated.
+    Rank r takes every `ranks`-th sample from r on, and step i is micro-batch i: together, the ranks take micro_batch * ranks consecutive
+    samples. `shard_start` is as in SampleOrder, but counts only the samples that are evaluated.
     """
     per_step = micro_batch * ranks
     bounds = enumerate(itertools.pairwise(shard_start.tolist()))

@@ -107,7 +107,6 @@ class Loader(AbstractContextManager):
         raise NotImplementedError
 
     def _erase(self, images: torch.Tensor, erased: ErasedBoxes) -> None:
-        """Erases boxes of images in place, on the device."""
         raise NotImplementedError
 
     def _draw_mix(self, slots: Slots) -> Mix | None:
@@ -267,12 +266,6 @@ class Loader(AbstractContextManager):
         self._pipeline = None
         self._in_flight.clear()
         self._retried.extendleft(reversed(repaired))
-
-    @property
-    def waited_for_shards_s(self) -> float:
-        """Seconds that all reading threads together have waited for fetched shards."""
-        assert self._store is not None
-        return self._store.waited_s
 
     def close(self) -> None:
         """Ends all threads. Batches that were returned stay valid."""

@@ -18,7 +18,6 @@ import itertools
 import math
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -68,8 +67,6 @@ class _PinnedShard(_OpenShard):
 
 class ShardStore(AbstractContextManager):
     """Reads local shards by position (os.pread). The `max_open` most recently used files stay open."""
-
-    waited_s = 0.0  # seconds that all readers together have waited for shards to be fetched
 
     def __init__(self, index: Index, max_open: int = 256) -> None:
         self.index = index
@@ -241,9 +238,7 @@ class FetchedShards(ShardStore):
             return self._stop.is_set() or (booked.result is not None if booked else not planned)
 
         with self._changed:
-            began = time.monotonic()
             self._changed.wait_for(is_decided)
-            self.waited_s += time.monotonic() - began
             if self._stop.is_set():
                 raise Stopped
             result = self._booked_shards[shard].result if shard in self._booked_shards else None

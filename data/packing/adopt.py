@@ -20,13 +20,13 @@ import numpy as np
 from data.common.files import open_to_replace
 from data.common.hashing import hash_bytes
 from data.common.progress import report_progress
+from data.common.text import join_first
 from data.dataset.headers import read_image_size
 from data.dataset.index import Index, Shard, compute_fingerprint, open_index, write_index
 from data.dataset.shards import Member, find_image, read_label, read_shard, write_idx
 from data.packing.workers import start_workers
 
 MAX_CLASSES = 1 << 20  # a larger label is an identifier, not a position in a list of classes
-_LISTED_FAULTS = 5
 
 
 def index_shards(
@@ -54,9 +54,8 @@ def index_shards(
         faults = [fault for shard_faults in fault_lists for fault in shard_faults]
     try:
         if faults:
-            more = f"; and {len(faults) - _LISTED_FAULTS} more" if len(faults) > _LISTED_FAULTS else ""
             raise ValueError(
-                f"{folder} can't be indexed: {'; '.join(faults[:_LISTED_FAULTS])}{more}. Nothing was written. "
+                f"{folder} can't be indexed: {join_first(faults, '; ')}. Nothing was written. "
                 f"To drop images that can't be used, pack the shards: `python -m data pack {folder} OUT`"
             )
         shards, rows, classes = _combine(folder, [results / f"{path.name}.npz" for path in paths], classes)

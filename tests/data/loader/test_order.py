@@ -15,7 +15,6 @@ from data.loader.order import (
     count_lanes,
     plan_evaluation_uses,
     plan_shard_uses,
-    select_evaluation_ids,
     select_rank_slots,
 )
 
@@ -278,7 +277,7 @@ def test_evaluation_uses_cover_every_read(share: float) -> None:
         most = compute_evaluation_peak_bytes(uses, np.array(sizes))
         assert most <= sum(sizes)
         for rank in range(ranks):
-            ids = samples[select_evaluation_ids(len(samples), rank, ranks)]
+            ids = samples[rank::ranks]
             for step in range(-(-len(ids) // micro_batch)):
                 shards = np.searchsorted(starts, ids[step * micro_batch : (step + 1) * micro_batch], side="right") - 1
                 active = {use.shard for use in uses if use.first <= step <= use.last}

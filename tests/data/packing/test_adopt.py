@@ -88,7 +88,7 @@ def test_faults_are_listed_and_nothing_is_written(tmp_path: Path) -> None:
         "b.tar: sample 4: its label is 9000000000; labels are from 0 to 1048575",
         "b.tar: sample 5: its label is -1",
         "c.tar: not a whole tar file",
-        "; and 1 more.",
+        " and 1 more.",
         f"`python -m data pack {tmp_path} OUT`",
     ):
         assert fault in message
