@@ -1,10 +1,10 @@
-"""Measures the cost of saving a checkpoint: blocking beside a plain copy, and the background write beside a plain write.
+"""Measures the cost of saving a checkpoint: blocking time against a plain copy, background write against a plain write.
 
     python -m benchmarks.checkpoint [--model van_b6] [--rounds 8] [--folder FOLDER]
 
 One rank, ZeRO-1, fp32 weights and both moments, on the CPU; FOLDER (default: a temporary one) selects the disk. The three measurements
-take turns, each write is synced to the disk, and every file is removed again. A round's ratios compare measurements that followed each
-other. The medians over the rounds count.
+take turns, each write is synced to the disk, and every file is removed again. Ratios compare measurements of the same round. The result is
+the medians over the rounds.
 """
 
 import os
@@ -31,7 +31,7 @@ BLOCK = 8 << 20
 
 
 class LastRecord(RunLog):
-    """Keeps the last record of a run's log only."""
+    """A run log that keeps only the last record."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -58,7 +58,7 @@ def plain_write(path: Path, content: torch.Tensor) -> float:
 
 
 def measure(model_name: str, folder: Path, rounds: int) -> tuple[int, list[dict[str, float]]]:
-    """Returns the size of a checkpoint in bytes, and a row for each round."""
+    """Returns the size of a checkpoint in bytes, and a row per round."""
     config = settings.from_dict(
         {
             "name": "bench", "global_batch": 2, "epochs": 1.0, "model": {"name": model_name, "classes": 21841}, "data": {"train": "unused"},

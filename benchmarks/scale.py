@@ -2,10 +2,10 @@
 
     python -m benchmarks.scale [--stage 1]
 
-The time of a step is the sum of its micro-steps, of the part of the gradient reduction that the last backward pass does not hide, of norm,
-update and all-gather of the weights. A micro-step takes as long as its images take at RATES, but at least as long as the host needs to
-launch its kernels. Bytes (pretrain/monitor/traffic.py) travel over rings through all GPUs, so the slowest link counts, and each collective
-also takes the hops of its algorithm. Data loading, evaluation and checkpoints are not counted.
+A step takes the sum of its micro-steps, the gradient reduction that computation does not hide, the gradient norm, the update and the
+all-gather of the weights. A micro-step takes as long as its images at RATES, but at least as long as the host needs to launch its kernels.
+Bytes (pretrain/monitor/traffic.py) travel over rings through all GPUs, so the slowest link counts, and each collective also takes the hops
+of its algorithm. Data loading, evaluation and checkpoints are not counted.
 """
 
 import argparse
@@ -32,33 +32,33 @@ from pretrain.monitor.traffic import FP32, communication
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = ("van_b3", "van_b4", "van_b5", "van_b6")
 GPUS = (8, 16, 32, 64, 128, 256, 512)
-IMAGES = 14_197_122  # of ImageNet-22K
+IMAGES = 14_197_122  # in ImageNet-22K
 CUTS = ("eager", "fused")  # one kernel per operator; as few kernels as possible
 H200 = roofline.DEVICES["NVIDIA H200"]
-MEMORY = 141e9  # bytes of it (data sheet)
-# Assumed for kernels: 85 % of the memory bandwidth, 70 % of the rate of large matrix products, 30 % of the fp32 peak.
+MEMORY = 141e9  # bytes of an H200 (data sheet)
+# Assumed of kernels: 85 % of the memory bandwidth, 70 % of the rate of large matrix products, 30 % of the fp32 peak.
 ATTAINED = roofline.Device(0.85 * H200.bytes_per_s, 0.7 * H200.tensor_flops, 0.3 * H200.core_flops)
-# Images a second at 224 px in each cut.
+# Images per second at 224 px, for each of CUTS.
 RATES = {name: [roofline.attainable(name, 224, cut, ATTAINED) for cut in (roofline.EAGER, roofline.FUSED)] for name in VARIANTS}
-NODE = 8  # GPUs
-NVLINK = 450e9  # bytes/s of a GPU in each direction (data sheet: 900 GB/s in both)
-NETWORKS = {"400 Gb/s a GPU": NODE * 50e9, "100 Gb/s a node": 12.5e9}  # bytes/s of a node in each direction
-# Assumed: the share of a link that a collective uses, seconds per hop, seconds per kernel launch.
+NODE = 8  # GPUs per node
+NVLINK = 450e9  # bytes/s per GPU and direction (data sheet: 900 GB/s in both)
+NETWORKS = {"400 Gb/s a GPU": NODE * 50e9, "100 Gb/s a node": 12.5e9}  # bytes/s per node and direction
+# Assumed: a collective's share of the link bandwidth, seconds per hop, seconds per kernel launch.
 SHARE, HOP, LAUNCH = 0.8, 5e-6, 5e-6
-BACKWARD = 2 / 3  # of a micro-step
-UPDATE = 8 * FP32  # bytes that the norm and AdamW move per weight: the gradient twice, weight and moments in and out
+BACKWARD = 2 / 3  # the backward pass's share of a micro-step
+UPDATE = 8 * FP32  # bytes per weight that the gradient norm and AdamW move: gradient twice, weight and moments in and out
 
 
 @dataclass(frozen=True)
 class Job:
-    """Recipe of a model. `launches`: kernels per micro-step, by cut. `sample`: bytes of an image's activations."""
+    """A pretraining job and what its time depends on."""
 
     name: str
-    parameters: list[int]
-    channels: int
-    bucket: int
-    launches: dict[str, int]
-    sample: int
+    parameters: list[int]  # size of each
+    channels: int  # of all BatchNorms
+    bucket: int  # weights whose gradients are reduced at once
+    launches: dict[str, int]  # kernels per micro-step, by cut
+    sample: int  # bytes of an image's activations
     global_batch: int
     epochs: float
 
@@ -69,14 +69,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Step:
-    """Holds the times of one optimizer step, in seconds."""
+    """An optimizer step, with its times in seconds."""
 
     gpus: int
     micro_batch: int
     accumulation: int
-    compute: float  # of all micro-steps
+    compute: float  # all micro-steps
     reduction: float  # of gradients
-    exposed: float  # of the reduction: the part that is not hidden by computation
+    exposed: float  # part of the reduction that computation does not hide
     gather: float  # of weights
     update: float
     total: float
@@ -100,8 +100,8 @@ class _Operators(TorchDispatchMode):
 def launches(model: nn.Module) -> dict[str, int]:
     """Returns the kernels of a micro-step, counted on the meta device.
 
-    eager: one per operator. A convolution has three gradients, and autocast casts its weight and bias, and their gradients back.
-    fused: three per convolution (forward, gradients of input and weight) and two per normalization.
+    eager: one per operator. A convolution has three gradients; autocast casts its weight and bias, and casts their gradients back.
+    fused: three per convolution (forward, input gradient, weight gradient) and two per normalization.
     """
     with _Operators() as operators:
         logits = model(torch.empty(2, 3, 64, 64, device="meta"))
@@ -111,7 +111,7 @@ def launches(model: nn.Module) -> dict[str, int]:
 
 
 def job(name: str) -> Job:
-    """Returns the recipe of configs/NAME_in22k.yaml."""
+    """Returns the job of configs/NAME_in22k.yaml."""
     config = settings.load(CONFIGS / f"{name}_in22k.yaml", unchecked=("data.train", "data.val"))
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=config.model.classes, drop_path_rate=config.model.drop_path)
@@ -140,17 +140,17 @@ def largest_micro_batch(job: Job, gpus: int) -> int:
 
 
 def transfer(sent: float, hops: int, gpus: int, network: float) -> float:
-    """Returns the seconds of a collective in which each GPU sends `sent` bytes."""
+    """Returns the seconds of a collective in which each GPU sends `sent` bytes; `network` is the bytes/s per node and direction."""
     return sent / (SHARE * (NVLINK if gpus <= NODE else min(NVLINK, network))) + hops * HOP
 
 
 def hops(kind: str, gpus: int) -> int:
-    """Returns the hops of NCCL's algorithm: up and down a tree for an all-reduce, around the ring for the other collectives."""
+    """Returns the hops of NCCL's algorithm: up and down a tree for an all-reduce, around a ring for other collectives."""
     return 2 * math.ceil(math.log2(gpus)) if kind == "all-reduce" else gpus - 1
 
 
 def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
-    """Returns the times of a step in ZeRO stage 0, 1 or 2; `network` is the bytes/s of a node in each direction."""
+    """Returns the times of a step in ZeRO stage 0, 1 or 2; `network` is the bytes/s per node and direction."""
     micro_batch = largest_micro_batch(job, gpus)
     accumulation = job.global_batch // gpus // micro_batch
     images, host = micro_batch / RATES[job.name][CUTS.index(cut)], job.launches[cut] * LAUNCH
@@ -160,7 +160,7 @@ def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
     calls = {"gradients": passes * buckets, "weights": 2}  # two groups of parameters
     times = {what: transfer(part.sent(gpus), calls.get(what, 1) * hops(part.kind, gpus), gpus, network) for what, part in parts.items()}
     reduction = times["gradients"]
-    # The last bucket is full when the backward pass has ended.
+    # The last bucket is full only when the backward pass ends.
     exposed = max(reduction / buckets, reduction - passes * BACKWARD * micro_step)
     update = UPDATE * job.size / (gpus if stage else 1) / H200.bytes_per_s
     gather = times.get("weights", 0.0)
@@ -174,7 +174,7 @@ def days(job: Job, step: Step) -> float:
 
 
 def row(job: Job, gpus: int, network: float, cut: str, stage: int) -> dict[str, Any]:
-    """Returns a line of the table; efficiency is relative to one node, `*` marks launch-bound steps."""
+    """Returns a row of the table; efficiency is relative to one node, `*` marks launch-bound steps."""
     one, base = step(job, gpus, network, cut, stage), step(job, NODE, network, cut, stage)
     total_days = days(job, one)
     return {

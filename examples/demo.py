@@ -2,7 +2,7 @@
 
     make demo          or: python -m examples.demo
 
-It uses the commands and the stack of a cluster: two ranks (one per GPU where there are at least two), ZeRO-1, bf16, DALI, sharded
+It uses the same commands and stack as on a cluster: two ranks (on GPUs if there are at least two), ZeRO-1, bf16, DALI, sharded
 checkpoints. It replaces datasets/demo and runs/demo.
 """
 
@@ -18,18 +18,18 @@ from pathlib import Path
 DATA, RUN = Path("datasets/demo"), Path("runs/demo")
 REQUEUE = 85  # the exit code of a job that has saved a checkpoint after a stop signal
 
-# Loads the exported weights in a separate process from their files, as another project would.
+# Run in a separate process, loads the exported weights from their files, as another project would.
 LOAD = """
 import sys, timm, torch
+from pathlib import Path
 import pretrain.model.van
 from pretrain.model.formats import from_format
+from pretrain.weights.run_model import build_trained
 torch.manual_seed(0)
 images = torch.randn(8, 3, 64, 64)
 from_timm = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True).eval()
 from_pth = timm.create_model("van_b0", num_classes=10).eval()
 from_pth.load_state_dict(from_format(torch.load(sys.argv[2], weights_only=True)))
-from pretrain.weights.run_model import build_trained
-from pathlib import Path
 trained = build_trained(Path(sys.argv[3]), average=True)[0]
 with torch.no_grad():
     logits = [model(images) for model in (trained, from_timm, from_pth)]
@@ -61,7 +61,7 @@ def main() -> None:
     evaluation = read_records("evaluation")[-1]["ema"]
     accuracy = evaluation["top1"]
     if accuracy <= 0.9:
-        sys.exit(f"error: top-1 is {accuracy:.1%}; over 90 % was expected")
+        sys.exit(f"error: top-1 is {accuracy:.1%}; expected more than 90 %")
 
     announce("5/6  exporting for timm and for the authors' code")
     run_python("-m", "pretrain", "export", str(RUN), "--format", "timm", "--weights", "ema", "--out", str(RUN / "timm"))
@@ -101,7 +101,7 @@ def check_exit(code: int, expected: int) -> None:
 def start_job(*arguments: str) -> subprocess.Popen:
     import torch
 
-    # One GPU can't serve two ranks (NCCL refuses); without GPUs two ranks share the cores.
+    # NCCL rejects two ranks on one GPU; without GPUs, two ranks share the cores.
     ranks = os.environ.get("RANKS") or str(min(2, torch.cuda.device_count()) or 2)
     return subprocess.Popen(["bash", "launch/job.sh", *arguments], env=os.environ | {"RANKS": ranks})
 

@@ -1,10 +1,10 @@
 """Trains a segmentation head on VAN's feature maps, from exported weights and from random ones.
 
-    make demo                                    once: it writes the weights
+    make demo                                    once, to write the weights
     python -m examples.segmentation              or with --weights PATH, --steps N
 
-timm loads the backbone from the exported folder with features_only, as in any other project. A small FPN (arXiv 1612.03144) on its
-four maps learns the class of every pixel in images of two patterns, one pasted into the other. Both backbones get the same head,
+timm loads the backbone from the exported folder with features_only, as in any other project. A small FPN (arXiv 1612.03144) on its four
+feature maps learns to classify every pixel of images that contain two patterns, one pasted into the other. Both runs use the same head,
 images, order and learning rate; only the initial weights differ. Takes about a minute on two cores and writes
 runs/segmentation/segmentation.png. Expected result: a mean IoU of 31 % from pretrained weights, 6 % from random ones.
 """
@@ -26,7 +26,7 @@ import pretrain.model.van  # noqa: F401  registers the models with timm
 from data.synthetic.drawings import PATTERNS, draw_pattern
 
 SIZE = 96  # pixels a side
-TRAIN, HELD_OUT, DRAWN = 800, 200, 6  # images; the picture draws the first held-out ones
+TRAIN, HELD_OUT, DRAWN = 800, 200, 6  # images; the picture shows the first DRAWN held-out ones
 BATCH, LEARNING_RATE = 16, 1e-3
 PALETTE = ("#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f", "#edc948", "#b07aa1", "#ff9da7", "#9c755f", "#bab0ac")
 
@@ -51,12 +51,12 @@ def draw_set(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def load_backbone(weights: Path, pretrained: bool) -> nn.Module:
-    """Loads the four stages of an exported model, which map images to feature maps; with `pretrained` False, newly initialized."""
+    """Loads the four stages of an exported model, which map images to feature maps; newly initialized unless `pretrained`."""
     return timm.create_model(f"local-dir:{weights}", pretrained=pretrained, features_only=True)
 
 
 class FPN(nn.Module):
-    """Feature pyramid: adds the coarse maps to the finer ones, and classifies their sum at the finest stride."""
+    """Feature pyramid network: adds each coarse map to the next finer one, and classifies the sum of all at the finest stride."""
 
     def __init__(self, channels: Sequence[int], classes: int, width: int = 64) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class FPN(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Maps images (N, 3, H, W), uint8, to logits (N, classes, H, W), with the normalization of the backbone's weights."""
+    """Maps images, uint8 (N, 3, H, W), to logits (N, classes, H, W), with the normalization of the backbone's weights."""
 
     def __init__(self, backbone: nn.Module, classes: int) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def predict(model: Segmenter, images: Tensor) -> Tensor:
 
 
 def compute_scores(predicted: Tensor, truth: Tensor, classes: int) -> tuple[float, float]:
-    """Computes pixel accuracy, and mean IoU over the classes that occur, from class ids, int64 of one shape."""
+    """Computes pixel accuracy, and mean IoU over the classes that occur, from class ids, int64 of equal shape."""
     confusion = torch.bincount((classes * truth + predicted).flatten(), minlength=classes**2).view(classes, classes)
     hits = confusion.diagonal()
     union = confusion.sum(0) + confusion.sum(1) - hits
@@ -126,7 +126,7 @@ def compute_scores(predicted: Tensor, truth: Tensor, classes: int) -> tuple[floa
 
 
 def draw_picture(rows: dict[str, Tensor], path: Path, cell: int = 2 * SIZE, gap: int = 8, label: int = 156) -> None:
-    """Draws a row of images (n, 3, H, W) or masks (n, H, W) per name, and a legend of the class colors; sizes are in pixels."""
+    """Draws a named row of images (n, 3, H, W) or masks (n, H, W) each, and a legend of the class colors; sizes are in pixels."""
     columns, legend = max(map(len, rows.values())), 60
     picture = Image.new("RGB", (label + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap + legend), "white")
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(17)
@@ -148,7 +148,7 @@ def draw_picture(rows: dict[str, Tensor], path: Path, cell: int = 2 * SIZE, gap:
 
 
 def check_features(weights: Path, images: Tensor) -> str:
-    """Asserts that features_only gives the classification model's maps, bit for bit; returns a line that reports it."""
+    """Asserts that features_only returns the classification model's maps, bit for bit; returns a line that reports it."""
     backbone = load_backbone(weights, pretrained=True).eval()
     classifier = timm.create_model(f"local-dir:{weights}", pretrained=True).eval()
     with torch.no_grad():
@@ -156,10 +156,8 @@ def check_features(weights: Path, images: Tensor) -> str:
     strides, channels = backbone.feature_info.reduction(), backbone.feature_info.channels()
     assert strides == [4, 8, 16, 32]
     assert channels == [info["num_chs"] for info in classifier.feature_info]
-    shapes = [
-        (len(images), count, images.shape[2] // stride, images.shape[3] // stride) for count, stride in zip(channels, strides, strict=True)
-    ]
-    assert [tuple(x.shape) for x in maps] == shapes
+    for x, count, stride in zip(maps, channels, strides, strict=True):
+        assert x.shape == (len(images), count, images.shape[2] // stride, images.shape[3] // stride)
     assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
     return f"features_only: strides {strides}, channels {channels}; equal to the classification model's, bit for bit"
 

@@ -2,10 +2,10 @@
 
     python -m examples.transfer          or with --seeds N, --out FOLDER
 
-VAN-B0 is pretrained on drawn figures of 50 classes, each a shape with a surface. It then learns ten new combinations from 200 images:
-from the pretrained weights, and from scratch with four times the steps and a higher learning rate. (From scratch, learning rates of 5e-4
-and 2e-3 ended within a point of each other, and more than 200 steps gained little.) All runs are the jobs of configs/figures.yaml
-and configs/other_figures.yaml, started as on a cluster, on two ranks, or one per GPU where there are at least two.
+VAN-B0 is pretrained on drawn figures of 50 classes, each a shape with a surface. It then learns ten new combinations from 200 images: from
+the pretrained weights, and from scratch with four times the steps and a higher learning rate. (From scratch, learning rates of 5e-4 and
+2e-3 ended within a point of each other, and more than 200 steps gained little.) All runs are jobs of configs/figures.yaml and
+configs/other_figures.yaml, started as on a cluster, on two ranks (on GPUs if there are at least two).
 
 Takes ten minutes on two cores and replaces its folder: data, runs, learning curves. Expected result: 79 % top-1 on 500 images from
 pretrained weights, 23 % from scratch; chance is 10 %.
@@ -27,7 +27,7 @@ from examples.demo import announce, check_exit, run_python, start_job
 
 CLASSES, IMAGES = 10, 20  # classes of the second set, and training images per class
 STARTS = ("pretrained", "from scratch")
-Curve = list[tuple[int, float]]  # (step, top-1 on the val set after it)
+Curve = list[tuple[int, float]]  # (step, top-1 on the validation set after this step)
 
 
 def draw_datasets(folder: Path, train: int, val: int) -> None:
@@ -61,7 +61,7 @@ def train_on_others(folder: Path, start: str, seed: int, *overrides: str) -> Cur
 
 
 def format_top1(curves: dict[str, list[Curve]]) -> str:
-    """Formats top-1 after the last step, never the best step, of each start and seed, and the mean over seeds."""
+    """Formats the top-1 of each start and seed after the last step, not the best one, and the mean over seeds."""
     rows = [["top-1", "steps", *(f"seed {seed}" for seed in range(len(curves[STARTS[0]]))), "mean"]]
     for start, runs in curves.items():
         ends = [points[-1] for points in runs]
@@ -71,7 +71,7 @@ def format_top1(curves: dict[str, list[Curve]]) -> str:
 
 
 def draw_curves(curves: dict[str, list[Curve]], path: Path) -> None:
-    """Draws one line per seed, and a thick line for their mean."""
+    """Draws a line per seed, and a thick line for their mean."""
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for (start, runs), color in zip(curves.items(), ("#4e79a7", "#f28e2b"), strict=True):

@@ -1,13 +1,13 @@
-"""Training benchmarks of this machine: printed while they run, summed up in a table, and kept as JSON.
+"""Benchmarks training on this machine: prints progress and a table of results, and stores them as JSON.
 
 python -m benchmarks.training --gpu [--only layers|steps] [--model van_b3 …] [--image-size 224] [--batch N] [--precision bf16|fp16|fp32]
     [--peer PATH] [--cases CASE …] [--rounds 9] [--out FOLDER]
-    a GPU: the depth-wise layers of a model, Triton's kernels beside PyTorch's operator; then whole training steps of VAN-B3 to B6, each
-    case at its best micro-batch. --peer: a checkout of the authors' VAN-Classification, which is measured in turns with this project
+    a GPU: the depthwise layers of a model, Triton kernels against PyTorch's operator; then whole training steps of VAN-B3 to B6, each case
+    at its best micro-batch. --peer: a checkout of the authors' VAN-Classification, measured in turns with this project
 python -m benchmarks.training --cpu [--model van_b0 …] [--image-size 224] [--batch 16] [--peer PATH] [--rounds 9] [--out FOLDER]
     whole training steps on the CPU
 python -m benchmarks.training --gpu|--cpu [--rounds 9] [--steps 50] [--out FOLDER] --feed CONFIG key=value …
-    the training step of a job fed by its data loader, beside the same step on one batch repeated
+    the training step of a job fed by its data loader, against the same step on a repeated batch
 
 Results go to FOLDER (benchmarks/results), written after each model: layers_GPU.json, steps_GPU.json or steps_cpu.json,
 feed_GPU.json or feed_cpu.json.
@@ -39,7 +39,7 @@ CPU_BATCH = 16
 def parser() -> argparse.ArgumentParser:
     options = harness.make_parser(MODULE, __doc__)
     device = options.add_mutually_exclusive_group(required=True)
-    device.add_argument("--gpu", action="store_true", help="depth-wise layers and whole steps")
+    device.add_argument("--gpu", action="store_true", help="depthwise layers and whole steps")
     device.add_argument("--cpu", action="store_true", help="whole steps")
     options.add_argument("--only", choices=("layers", "steps"), help="with --gpu")
     options.add_argument("--model", nargs="+", choices=[f"van_b{n}" for n in range(7)], help="default: B3 to B6 on a GPU, B0 on a CPU")
@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmarks that the arguments name; returns the exit code, 2 after a mistake of the user's."""
+    """Runs the benchmarks that the arguments select; returns the exit code, 2 after a user error."""
     try:
         run(parser().parse_args(arguments))
     except ValueError as error:
@@ -65,10 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    """Runs the benchmarks that the parsed arguments name.
+    """Runs the benchmarks that the parsed arguments select.
 
     Raises:
-        ValueError: --gpu without a GPU that the kernels run on; --peer is no checkout of the authors' code; a job's settings are wrong.
+        ValueError: --gpu without a GPU that the kernels support; --peer is no checkout of the authors' code; a job's settings are invalid.
     """
     device = layers.usable_gpu() if args.gpu else torch.device("cpu")
     if args.feed:
@@ -133,10 +133,10 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def shares(measured: dict[str, Any], job: Job, copy_bytes_per_s: float, product_flops_per_s: float) -> dict[str, float]:
-    """Returns the shares of the device's limits that a case's median rate uses; none if the case failed.
+    """Returns a case's median rate as shares of the device's limits; empty if the case failed.
 
-    share_of_product relates the step's FLOP/s to those of a product of large matrices. On a GPU share_of_copy relates the fused roofline's
-    bytes/s to those of a copy; where data sheets are in the tables, MFU and share_of_roofline are added.
+    share_of_product is the step's FLOP/s over those of a product of large matrices. On a GPU, share_of_copy is the fused roofline's bytes/s
+    over those of a copy; for GPUs in the tables of data sheets, MFU and share_of_roofline are added.
     """
     if "failed" in measured:
         return {}

@@ -1,7 +1,7 @@
-"""Training speed of a job with its data loader, beside the same step on one batch repeated.
+"""Training speed of a job fed by its data loader, against the same step on a repeated batch.
 
 Both take turns. The first steps of each turn, as many as the loader prefetches, are not timed: batches prefetched before the turn would
-count as free, and filling up the queue again would slow down the turn on the repeated batch.
+count as free, and refilling the queue would slow down the turn on the repeated batch.
 """
 
 import itertools
@@ -28,7 +28,8 @@ from pretrain.model.build import build_model
 def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Measures a job's step of one micro-batch on one rank, fed and repeated, in `rounds` turns of `steps` timed steps.
 
-    Returns a row for each, with the images/s of every round; the fed one has the ratio of its rate to the other's.
+    Returns:
+        A row for each, with the images/s of every round; the fed row has the ratio to the repeated rate.
 
     Raises:
         ValueError: data.train has other classes than the model, or its settings conflict with the micro-batch.
@@ -41,7 +42,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, A
     torch.manual_seed(config.seed)
     train = engine_step(config, build_model(config))
     device = distributed.select_device(config.engine)
-    prefetched = config.data.read_threads + 8  # read, and inside DALI
+    prefetched = config.data.read_threads + 8  # batches read ahead, and batches inside DALI
 
     def run(batches: Iterator[Batch], count: int) -> None:
         for batch in itertools.islice(batches, count):
@@ -57,7 +58,7 @@ def measure_feed(config: Config, *, rounds: int, steps: int) -> list[dict[str, A
         print(f"{name:9} {rate:9.2f} images/s", flush=True)
         return rate
 
-    end = 1 + rounds * (prefetched + steps) + prefetched  # the loader has work to the last timed step
+    end = 1 + rounds * (prefetched + steps) + prefetched  # keeps the loader busy until the last timed step
     with TrainLoader(index, order, config.data, Placement(device, micro_batch), end=end) as loader:
         fed = iter(loader)
         first = next(fed)

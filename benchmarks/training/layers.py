@@ -1,13 +1,13 @@
-"""Times of VAN's depthwise convolutions and residual adds on a GPU: Triton kernels beside PyTorch's operators in both memory layouts.
+"""Times VAN's depthwise convolutions and residual adds on a GPU: Triton kernels against PyTorch's operators in both memory layouts.
 
     python -m benchmarks.training --gpu --only layers [--model van_b3 …] [--image-size 224] [--batch 64] [--precision bf16]
 
-Each distinct layer of the model is timed by itself: forward, input gradient and weight gradient, with the L2 cache cleared before every
-run. A row's share of a copy counts each of the layer's maps once, read or written, and relates these bytes per second to those of a copy
-measured in the same process. The difference is that of Triton's and PyTorch's results.
+Each distinct layer is timed in isolation: forward, input gradient and weight gradient, with the L2 cache cleared before every run. A row's
+`share_of_copy` counts each of the layer's maps once, read or written, and divides these bytes per second by those of a copy measured in
+the same process. `difference` compares the results of Triton and PyTorch.
 
-PyTorch's operator is cuDNN in channels-last layout, and cuDNN or a kernel of PyTorch's own in contiguous layout. Its weights are cast to
-the activations' type beforehand. Triton's times include the reordering of the weights, which every call of its operator needs.
+PyTorch's operator is cuDNN in channels-last layout, and cuDNN or a native kernel in contiguous layout. Its weights are cast to the
+activations' type beforehand. Triton's times include reordering the weights, which every call of its operator needs.
 """
 
 import statistics
@@ -34,7 +34,7 @@ COPY_BYTES = {"cuda": 2**30, "cpu": 2**24}  # too large for caches
 class Layer:
     """A depthwise convolution on square maps of `size` px, or with kernel size 0 a residual add.
 
-    `gelu` is "after" or "before" where a GELU follows or precedes the convolution; `count` is how many the model has.
+    `gelu` is "after" or "before" if a GELU follows or precedes the convolution; `count` is the number in the model.
     """
 
     channels: int
@@ -51,7 +51,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Part:
-    """One computation of a layer, by Triton first and then by PyTorch; `map_bytes` is what it must read and write."""
+    """One computation of a layer. `cases`: by Triton first, then by PyTorch; `map_bytes`: bytes that it must read and write."""
 
     name: str
     map_bytes: int
@@ -59,7 +59,7 @@ class Part:
 
 
 def layers(model_name: str, image_size: int) -> list[Layer]:
-    """Returns the depthwise convolutions and residual adds of a model, each kind once."""
+    """Returns the distinct depthwise convolutions and residual adds of a model."""
     with torch.device("meta"):
         model = cast(VAN, timm.create_model(model_name))
     result = []
@@ -75,7 +75,7 @@ def layers(model_name: str, image_size: int) -> list[Layer]:
 
 
 def usable_gpu() -> torch.device:
-    """Returns the GPU, with cuDNN set to choose its algorithms by time.
+    """Returns the GPU, and makes cuDNN benchmark its algorithms.
 
     Raises:
         ValueError: there is no GPU, or the kernels can't run on it.
@@ -105,14 +105,14 @@ def measure(chosen: list[Layer], batch: int, dtype: torch.dtype, device: torch.d
 
 
 def convolution_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
-    """Returns the forward pass and the gradients of a convolution, with the GELU that belongs to it."""
+    """Returns the forward pass and the gradients of a convolution and its GELU."""
     k, dilation, channels = layer.kernel_size, layer.dilation, layer.channels
     shape = (batch, channels, layer.size, layer.size)
     x, grad = (torch.randn(shape, device=device).to(dtype).to(memory_format=torch.channels_last) for _ in range(2))
     weight, bias = torch.randn(channels, 1, k, k, device=device) / k, torch.randn(channels, device=device)
     cast_weight, cast_bias = weight.to(dtype), bias.to(dtype)
     map_bytes = x.numel() * x.element_size()
-    # A GELU's convolution follows a 1x1 convolution, whose bias gradient is the sum of the input gradient.
+    # A convolution with a GELU follows a 1x1 convolution, whose bias gradient is the sum of the input gradient.
     partial = torch.empty(conv_tiles(x, by_taps(weight), dilation), channels, device=device) if layer.gelu else None
 
     def forward(x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def convolution_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torc
 
 
 def residual_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.device) -> list[Part]:
-    """Returns the two passes of the end of an attention, with dropped paths; the sum along the blocks is fp32."""
+    """Returns both passes of the residual add after an attention, with stochastic depth; the shortcut along the blocks is fp32."""
     shape = (batch, layer.channels, layer.size, layer.size)
     x, branch, shortcut, grad = (torch.randn(shape, device=device).to(memory_format=torch.channels_last) for _ in range(4))
     x, branch, shortcut = x.requires_grad_(), branch.to(dtype).requires_grad_(), shortcut.to(dtype)
@@ -187,13 +187,13 @@ def residual_parts(layer: Layer, batch: int, dtype: torch.dtype, device: torch.d
 
 
 def difference(part: Part) -> float:
-    """Returns the largest difference between the results of Triton and PyTorch, over the largest value."""
+    """Returns the largest difference between the results of Triton and PyTorch, relative to the largest value."""
     actual, expected = (run().detach().float() for run in list(part.cases.values())[:2])
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def times_ms(run: Callable[[], Tensor], device: torch.device) -> list[float]:
-    """Returns the milliseconds of several runs after a warm-up; of three runs without one on a CPU, where only tests come."""
+    """Returns the milliseconds of several runs after a warm-up; on a CPU, which only tests use, of three runs without warm-up."""
     if device.type == "cuda":
         return do_bench(run, warmup=50, rep=200, return_mode="all")
     return [1000 * time_call(run) for _ in range(3)]

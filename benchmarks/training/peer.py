@@ -9,11 +9,11 @@ from types import ModuleType
 
 from torch import nn
 
-MODULE = "benchmarks_training_authors"  # their models/van.py in sys.modules
+MODULE = "benchmarks_training_authors"  # the authors' models/van.py in sys.modules
 
 
 def load(folder: Path) -> ModuleType:
-    """Imports their models/van.py. timm's registry keeps our models of the same names.
+    """Imports the authors' models/van.py without replacing our models of the same names in timm's registry.
 
     Raises:
         ValueError: there is no such file, or it can't be imported.
@@ -22,28 +22,26 @@ def load(folder: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(MODULE, file)
     if not file.is_file() or spec is None or spec.loader is None:
         raise ValueError(f"--peer {folder}: it has no models/van.py; name a checkout of the authors' VAN-Classification")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of timm's old module names, which their code imports
-        import timm.models.registry as registry
-    register = registry.register_model
-    registry.register_model = lambda fn: fn
     module = sys.modules[MODULE] = importlib.util.module_from_spec(spec)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about timm's old module names, which the authors' code imports
+        import timm.models.registry as registry
+
+        register, registry.register_model = registry.register_model, lambda fn: fn
+        try:
             spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise ValueError(f"--peer {folder}: models/van.py can't be imported: {error}") from error
-    finally:
-        registry.register_model = register
+        except (ImportError, SyntaxError) as error:
+            raise ValueError(f"--peer {folder}: models/van.py can't be imported: {error}") from error
+        finally:
+            registry.register_model = register
     return module
 
 
 def build(module: ModuleType, model_name: str, classes: int, drop_path: float) -> nn.Module:
-    """Builds their model of that name.
+    """Builds the authors' model of this name.
 
     Raises:
-        ValueError: there is no such function.
+        ValueError: there is no such model.
     """
     function = getattr(module, model_name, None)
     if function is None:
@@ -52,5 +50,5 @@ def build(module: ModuleType, model_name: str, classes: int, drop_path: float) -
 
 
 def fingerprint(module: ModuleType) -> str:
-    """Returns the SHA-256 of the file, as a checkout need not be a repository."""
+    """Returns the SHA-256 of the module's file, as a checkout need not be a repository."""
     return hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()

@@ -1,20 +1,20 @@
-"""Roofline of a training step, counted from shapes: an upper bound on images per second, by a GPU's data sheet.
+"""Roofline of a training step, computed from shapes: an upper bound on images per second by a GPU's data sheet.
 
     attainable("van_b3", 224, FUSED, Device(4.8e12, 790e12, 67e12))      # images/s
 
-A kernel takes as long as the slowest of its bytes through memory, its products on the tensor cores, and its other multiply-adds on the fp32
-lanes; kernels run one after the other. Three ways to cut a block into kernels are counted:
+A kernel takes as long as the slowest of its memory traffic, its matrix products on the tensor cores, and its other multiply-adds on the
+fp32 cores; kernels run one after the other. A block is divided into kernels in one of three ways, its cut:
 
-- EAGER: one kernel per operator as the authors wrote it, with its gradients. Their two `x.clone()`s are copies, and the gradient of a bias
-  is a sum of its own.
-- FUSED: the best cut. Pointwise work and the normalization of BatchNorm happen where a neighbor loads or stores, statistics where their
-  tensor is made; the input and weight gradients of a depthwise convolution share a kernel; each activation is stored once. The gradient
-  of a BatchNorm stays a kernel of its own, as it needs sums over the whole gradient first.
-- BUILT: the kernels of `pretrain.model.fast.triton` between PyTorch's BatchNorms. The sum along the blocks, its gradient and the
-  BatchNorms' maps are 4 bytes a value, as autocast leaves them.
+- EAGER: one kernel per operator of the authors' code, and its gradients. Their two `x.clone()`s are copies, and the gradient of a bias is
+  a separate sum.
+- FUSED: the best cut. Pointwise operators and BatchNorm's normalization are fused into the loads or stores of a neighbor, statistics into
+  the kernel that computes their tensor; the input and weight gradients of a depthwise convolution share a kernel; each activation is
+  stored once. The gradient of a BatchNorm is a separate kernel, as it first needs sums over the whole gradient.
+- BUILT: the kernels of `pretrain.model.fast.triton` between PyTorch's BatchNorms. The block's shortcut, its gradient and the maps of
+  BatchNorm take 4 bytes per value, as under autocast.
 
-Other activations and their gradients are 2 bytes a value. Weights, patch embeddings, the LayerNorms of the stages, the head, the optimizer
-and the reduction of gradients are not counted.
+Other activations and their gradients take 2 bytes per value. Weights, patch embeddings, the LayerNorms of the stages, the head, the
+optimizer and the reduction of gradients are not counted.
 """
 
 import re
@@ -29,15 +29,15 @@ STRIDES, MLP_RATIOS = (4, 8, 16, 32), (8, 8, 4, 4)  # of the stages, in all vari
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's limits: bytes/s of its memory, FLOP/s of large 16-bit matrix products, FLOP/s of its fp32 lanes."""
+    """A GPU's limits: bytes/s of its memory, FLOP/s of large 16-bit matrix products, FLOP/s of its fp32 cores."""
 
     bytes_per_s: float
     tensor_flops: float
     core_flops: float
 
 
-# By CUDA's device names. Memory and fp32 are those of NVIDIA's data sheets; tensor_flops is the rate of large matrix products, about four
-# fifths of the sheet's (for a B200 assumed).
+# By CUDA's device names. Memory and fp32 rates are from NVIDIA's data sheets; tensor_flops is the rate of large matrix products, about four
+# fifths of the data sheet's (assumed for B200).
 DEVICES = {
     r"(NVIDIA )?A100-(SXM4|PCIE)-80GB|NVIDIA A100 80GB PCIe": Device(2.04e12, 270e12, 19.5e12),
     r"NVIDIA H100 80GB HBM3": Device(3.35e12, 750e12, 67e12),
@@ -55,7 +55,7 @@ class Kernel:
         wide: values read and written per channel of the MLP's hidden map.
         products: matrix products of channels by channels.
         mlp_products: matrix products of channels by hidden channels.
-        taps, wide_taps: multiply-adds of a depthwise convolution per value, of the map and of the hidden map.
+        taps, wide_taps: multiply-adds of a depthwise convolution, per value of the map and of the hidden map.
     """
 
     name: str
@@ -92,7 +92,7 @@ EAGER = [
     Kernel("proj_2", 2, products=1), Kernel("attention's own shortcut", 3), *_branch_end("attention"),
     Kernel("norm2", 3), Kernel("fc1", 1, 1, mlp_products=1), Kernel("dwconv", wide=2, wide_taps=9), Kernel("GELU", wide=2),
     Kernel("fc2", 1, 1, mlp_products=1), *_branch_end("MLP"),
-    # Backward through the MLP; where two gradients of a tensor meet they are added by a kernel.
+    # Backward through the MLP; a kernel adds the gradients of a tensor with two uses.
     *_branch_end_gradient("MLP"),
     *(Kernel(f"fc2: {of} gradient", 1, 1, mlp_products=1) for of in ("input", "weight")), Kernel("fc2: bias gradient", 1),
     Kernel("gradient of GELU", wide=3),
@@ -112,7 +112,7 @@ FUSED = [
     Kernel("GELU, conv0", 2, taps=25),
     Kernel("conv_spatial", 2, taps=49),
     Kernel("conv1", 2, products=1),
-    # reads the attention map, u's source and the block's input; writes the branch, which the layer scale's gradient wants, and the sum
+    # reads the attention map, u's source and the block's input; writes the branch, which the layer scale's gradient needs, and the sum
     Kernel("gate, proj_2, both shortcuts", 5, products=1),
     Kernel("norm2, fc1", 1, 1, mlp_products=1),
     Kernel("dwconv", wide=2, wide_taps=9),
@@ -136,7 +136,7 @@ FUSED = [
     Kernel("gradient of norm1, sum at the shortcut", 4),
 ]
 
-# A map of 4 bytes a value counts twice.
+# A map with 4 bytes per value counts twice.
 BUILT = [
     # A BatchNorm reads its input for the statistics, and again to normalize it; autocast casts its output for the matrix product.
     Kernel("norm1", 6), Kernel("cast", 3), Kernel("proj_1", 2, products=1), Kernel("GELU", 2), Kernel("conv0", 2, taps=25),
@@ -175,7 +175,7 @@ class Work:
 
 
 def work(model_name: str, image_size: int, kernels: Sequence[Kernel]) -> list[Work]:
-    """Returns the work of each kernel in each stage, for one image. A multiply-add counts as two."""
+    """Returns the work of each kernel in each stage for one image; a multiply-add counts as two FLOPs."""
     result = []
     shape = VARIANTS[model_name]
     for dim, depth, ratio, stride in zip(shape["embed_dims"], shape["depths"], MLP_RATIOS, STRIDES, strict=True):
@@ -199,5 +199,5 @@ def image_bytes(model_name: str, image_size: int, kernels: Sequence[Kernel]) -> 
 
 
 def find_device(name: str) -> Device | None:
-    """Returns the limits of the GPU of that name, or None if it is not in the table."""
+    """Returns the limits of the GPU with this name, or None if DEVICES lacks it."""
     return next((device for pattern, device in DEVICES.items() if re.fullmatch(pattern, name)), None)

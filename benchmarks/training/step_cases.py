@@ -1,11 +1,11 @@
 """Training steps to compare: ours and the authors', from the same weights.
 
-A step is what one optimizer step takes on one GPU or CPU: forward pass under autocast, cross-entropy with label smoothing, backward pass,
-AdamW update. Images and labels are on the device.
+A step is one optimizer step on one GPU or CPU: forward pass under autocast, cross-entropy with label smoothing, backward pass, AdamW
+update. Images and labels are on the device.
 
 docs/performance.md lists the cases: peer_… are the authors', ours_… our model alone, engine… a job's step.
 
-A compiled case takes the best micro-batch of the same case without compilation, as compiling for another size takes minutes.
+A compiled case uses the best micro-batch of the same case without compilation, as compiling for another size takes minutes.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,8 +54,8 @@ class Case:
     name: str
     build: Callable[[Job], Step]
     channels_last: bool = True  # memory layout of the images
-    batch_of: str | None = None  # name of the case whose best micro-batch it takes
-    holds_memory: bool = False  # between steps, which leaves less for other cases; such a case runs only where it is named
+    batch_of: str | None = None  # name of the case whose best micro-batch it uses
+    holds_memory: bool = False  # keeps memory between steps, which other cases lack; such a case runs only if --cases names it
 
     @property
     def is_peer(self) -> bool:
@@ -95,19 +95,19 @@ def all_cases(device: torch.device, authors: ModuleType | None) -> list[Case]:
 
 
 def select_cases(cases: Sequence[Case], names: Sequence[str] | None) -> list[Case]:
-    """Returns the named cases in their own order; without names all that hold no memory.
+    """Returns the named cases in the order of `cases`; without names, all that hold no memory.
 
     Raises:
         ValueError: there is no such case for this device.
     """
     unknown = set(names or ()) - {case.name for case in cases}
     if unknown:
-        raise ValueError(f"--cases: no {', '.join(sorted(unknown))} here; there are {', '.join(case.name for case in cases)}")
+        raise ValueError(f"--cases: no {', '.join(sorted(unknown))} on this device; there are {', '.join(case.name for case in cases)}")
     return [case for case in cases if (case.name in names if names else not case.holds_memory)]
 
 
 def new_model(job: Job, config: settings.Config | None = None) -> nn.Module:
-    """Returns our model in training mode, with weights that depend on a seed only."""
+    """Returns our model in training mode, initialized from a fixed seed."""
     torch.manual_seed(0)
     return build_model(config or engine_config(job)).to(job.device).train()
 
@@ -163,7 +163,7 @@ def _engine_step(kernels: str, job: Job, *, graphs: bool = False) -> Step:
 
 
 def engine_config(job: Job, model: dict[str, Any] | None = None, engine: dict[str, Any] | None = None) -> settings.Config:
-    """Returns the settings of such a job, with more settings of `model` and `engine`."""
+    """Returns the settings of a job, extended by those of `model` and `engine`."""
     return settings.from_dict(
         {
             "name": "bench", "global_batch": job.batch, "epochs": 1.0,
@@ -175,9 +175,9 @@ def engine_config(job: Job, model: dict[str, Any] | None = None, engine: dict[st
 
 
 def engine_step(config: settings.Config, model: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Returns an optimizer step of one micro-batch as `pretrain/train.py` runs it, in a process group of this process alone.
+    """Returns the optimizer step of `pretrain/train.py` with one micro-batch, in a process group of only this process.
 
-    The step takes images (N, 3, H, W) with the targets and weights that `mix_pairs` returns; None as weights for plain labels.
+    The step takes images (N, 3, H, W) and the targets and weights that `mix_pairs` returns; the weights are None for plain labels.
     """
     from pretrain.engine.batch_stats import BatchStats
     from pretrain.engine.guard import Guard

@@ -1,4 +1,4 @@
-"""Measures training steps in turns: the best micro-batch of each case, then rounds in which every case runs some steps."""
+"""Measures training steps: finds the best micro-batch of each case, then runs some steps of every case in each round."""
 
 import gc
 import itertools
@@ -13,13 +13,13 @@ from torch import Tensor
 from benchmarks.harness import median_ratio, run_in_turns, synchronize, time_call
 from benchmarks.training.step_cases import Case, Job, Step, new_model
 
-WARM_UP_STEPS = {"cuda": 5, "cpu": 1}  # in which cuDNN and compilers choose
+WARM_UP_STEPS = {"cuda": 5, "cpu": 1}  # for cuDNN's and the compilers' choices
 TIMED_STEPS = {"cuda": 10, "cpu": 1}  # of each case in a round
 
 
 @dataclass
 class Measurement:
-    """The measurements of a case, which ended early where there is a `failure`."""
+    """The measurements of a case, incomplete after a `failure`."""
 
     case: Case
     batch: int = 0  # images per step
@@ -33,9 +33,9 @@ class Measurement:
         return [self.batch / duration for duration in self.step_s]
 
     def attempt(self, part: Callable[[], object]) -> None:
-        """Runs a part of the measurement unless one has failed before; an exception becomes the failure.
+        """Runs a part of the measurement unless an earlier one failed; an exception becomes the failure.
 
-        Compilers, kernels and the authors' code raise exceptions of many kinds; none may end the measurement of the other cases.
+        Compilers, kernels and the authors' code raise many types of exceptions, none of which may stop the other cases.
         """
         if self.failure is not None:
             return
@@ -48,7 +48,7 @@ class Measurement:
 
 @dataclass
 class Running:
-    """A training step with its batch. `resting_bytes`: its weights, optimizer states and images on the GPU."""
+    """A training step with its batch. `resting_bytes`: GPU memory of its weights, optimizer states and images."""
 
     step: Step
     images: Tensor
@@ -60,7 +60,7 @@ class Running:
 
 
 def start(case: Case, job: Job, batch: int) -> Running:
-    """Builds a case, with images and labels that depend on a seed only."""
+    """Builds a case, with images and labels from a fixed seed."""
     before = _allocated(job.device)
     step = case.build(replace(job, batch=batch))
     generator = torch.Generator().manual_seed(1)
@@ -73,9 +73,9 @@ def start(case: Case, job: Job, batch: int) -> Running:
 
 
 def best_batch(images_per_s: Callable[[int], float], first: int) -> int:
-    """Returns the micro-batch from which doubling no longer helps, because it does not fit or is no faster.
+    """Doubles the micro-batch from `first` until it no longer fits or is no faster; returns the last good one.
 
-    Where `first` itself does not fit, returns the first of its halves, quarters, … that does.
+    If `first` does not fit, returns the first of its halves, quarters, … that does.
 
     Raises:
         torch.OutOfMemoryError: not even one image fits.
@@ -102,7 +102,7 @@ def best_batch(images_per_s: Callable[[int], float], first: int) -> int:
 def measure(job: Job, cases: Sequence[Case], *, batch: int | None, rounds: int, first: int = 32) -> list[Measurement]:
     """Measures all cases in `rounds` turns and prints their progress; a case that fails does not stop the others.
 
-    `batch` is the images per step of all cases; None takes the best of each, searched from `first` on.
+    `batch` is the images per step of all cases; None searches the best of each, starting at `first`.
     """
     measured = {case.name: Measurement(case) for case in cases}
     for one in measured.values():
@@ -123,7 +123,7 @@ def _choose_batch(one: Measurement, measured: dict[str, Measurement], job: Job, 
     elif one.case.batch_of in measured:
         one.batch = measured[one.case.batch_of].batch or first
     else:
-        # In the rounds, weights, gradients and moments of all other cases take memory too.
+        # Reserves the memory that weights, gradients and moments of all other cases take during the rounds.
         parameters = sum(p.numel() for p in new_model(job).parameters())
         others = torch.empty(16 * parameters * (len(measured) - 1), dtype=torch.uint8, device=job.device)
 
@@ -163,7 +163,7 @@ def _run_turn(one: Measurement, running: dict[str, Running], device: torch.devic
 
 
 def _step_seconds(running: Running, count: int, device: torch.device) -> float:
-    """Returns the seconds per step over `count` steps; waits for the device before and after them, not in between."""
+    """Returns the seconds per step over `count` steps, with the device synchronized only before and after all of them."""
 
     def run() -> None:
         for _ in itertools.repeat(None, count):
@@ -187,7 +187,7 @@ def _free_memory(device: torch.device) -> None:
 
 
 def row(one: Measurement, measured: Sequence[Measurement]) -> dict[str, Any]:
-    """Returns the rates of all rounds, and for our cases the ratios to the authors'; or the failure."""
+    """Returns a row with the rates of all rounds, for our cases also the ratios to the authors'; or with the failure."""
     if one.failure is not None:
         return {"case": one.case.name, "failed": one.failure}
     result = {"case": one.case.name, "micro_batch": one.batch, "first_loss": one.first_loss, "images_per_s": one.images_per_s}
