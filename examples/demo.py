@@ -2,7 +2,7 @@
 
     make demo          or: python -m examples.demo
 
-It uses the same commands and stack as on a cluster: two ranks (on GPUs if there are at least two), ZeRO-1, bf16, DALI, sharded
+It uses the same commands and stack as on a cluster: two ranks (one if there is a single GPU), ZeRO-1, bf16, DALI, sharded
 checkpoints. It replaces datasets/demo and runs/demo.
 """
 

@@ -5,7 +5,7 @@
 VAN-B0 is pretrained on drawn figures of 50 classes, each a shape with a surface. It then learns ten new combinations from 200 images: from
 the pretrained weights, and from scratch with four times the steps and a higher learning rate. (From scratch, learning rates of 5e-4 and
 2e-3 ended within a point of each other, and more than 200 steps gained little.) All runs are jobs of configs/figures.yaml and
-configs/other_figures.yaml, started as on a cluster, on two ranks (on GPUs if there are at least two).
+configs/other_figures.yaml, started as on a cluster, on two ranks (one if there is a single GPU).
 
 Takes ten minutes on two cores and replaces its folder: data, runs, learning curves. Expected result: 79 % top-1 on 500 images from
 pretrained weights, 23 % from scratch; chance is 10 %.
