@@ -45,17 +45,13 @@ def profiled_steps(text: str | None) -> range:
 class ModelConfig:
     name: str = setting(MISSING, "The model's name in timm, such as van_b3.", resume="fixed")
     classes: int = setting(MISSING, "Outputs of the classification head.", positive, resume="fixed")
-    drop_path: float | None = setting(
-        None, "Stochastic depth: drop rate of the last block, from 0 at the first; null: the model's own.", below_1
-    )
+    drop_path: float | None = setting(None, "Drop-path rate of the last block, from 0 at the first; null: the model's own.", below_1)
     kwargs: dict[str, Any] = setting(
         {},
         "Further arguments of the model, as `timm.create_model` takes them: `model.kwargs.drop_rate=0.1` sets one of them.",
         must_be(f"without {', '.join(NOT_IN_KWARGS)}; model.classes, drop_path and init_from set these", set(NOT_IN_KWARGS).isdisjoint),
     )
-    init_from: str | None = setting(
-        None, "Weights to start from: a file or folder in any of the formats, a run directory or a checkpoint.", on_node=True
-    )
+    init_from: str | None = setting(None, "Initial weights: a run, a checkpoint, or a file or folder in any format.", on_node=True)
     head_init: Literal["keep", "zero", "map"] = setting(
         "map", "Head of `model.init_from`: keep it, set it to zero, or take the rows of the classes that are in the data."
     )
@@ -71,9 +67,7 @@ class ModelConfig:
         resume="free",
     )
     compile: bool = setting(False, "Compile each kind of block with torch.compile; the first step takes minutes.", resume="free")
-    graphs: bool = setting(
-        False, "Run the stages as CUDA graphs: the host launches a few graphs per step instead of thousands of kernels.", resume="free"
-    )
+    graphs: bool = setting(False, "Run the stages as CUDA graphs: a few launches per step instead of thousands.", resume="free")
 
 
 @dataclass
@@ -85,9 +79,7 @@ class OptimConfig:
     warmup_steps: int | None = setting(None, "Length of the warm-up in optimizer steps, in place of epochs.", at_least(0))
     warmup_samples: int | None = setting(None, "Length of the warm-up in samples, in place of epochs.", at_least(0))
     weight_decay: float = setting(0.05, "Weight decay of AdamW; biases and other 1-D parameters have none.", at_least(0))
-    layer_decay: float = setting(
-        1.0, "Ratio of the learning rate of a layer to that of the next; the head has the full rate. For fine-tuning.", above_0_to_1
-    )
+    layer_decay: float = setting(1.0, "Ratio of a layer's learning rate to the next layer's; the head has the full rate.", above_0_to_1)
     betas: tuple[float, float] = setting(
         (0.9, 0.999),
         "Decay rates of AdamW's two moments.",
@@ -124,13 +116,9 @@ class GuardConfig:
     skipped: int = setting(20, "Roll back after this many consecutive steps that were not finite.", positive, resume="free")
     skip_before: int = setting(20, "Batches before the first bad one that a rollback skips too.", at_least(0), resume="free")
     rollbacks: int = setting(3, "Maximum number of rollbacks; the job ends instead of another one.", at_least(0), resume="free")
-    step_limit: float = setting(
-        600.0, "Time limit of a step, in seconds; at the limit all ranks write their stacks and end.", positive, resume="free"
-    )
-    start_limit: float = setting(3600.0, "Time limit of the first step, an evaluation or a save, in seconds.", positive, resume="free")
-    restarts: int = setting(
-        5, "Under Slurm: consecutive failures without a new checkpoint after which the job is still requeued.", at_least(0), resume="free"
-    )
+    step_limit: float = setting(600.0, "Seconds that a step may take; then all ranks write their stacks and end.", positive, resume="free")
+    start_limit: float = setting(3600.0, "Seconds that the first step, an evaluation or a save may take.", positive, resume="free")
+    restarts: int = setting(5, "Consecutive failures without a new checkpoint that a Slurm job may survive.", at_least(0), resume="free")
 
 
 @dataclass
@@ -140,14 +128,10 @@ class RunConfig:
     save_minutes: float | None = setting(
         10.0, "Minutes between checkpoints; null: never by time. A stop signal and the last step save too.", positive, resume="free"
     )
-    save_every: int | None = setting(
-        None, "Steps between checkpoints, in addition to `run.save_minutes`: whichever comes first.", positive, resume="free"
-    )
+    save_every: int | None = setting(None, "Steps between checkpoints, in addition to `run.save_minutes`.", positive, resume="free")
     eval_every: float = setting(1.0, "Epochs between evaluations. The last step evaluates too.", positive, resume="free")
     keep: int = setting(3, "Newest checkpoints to keep.", positive, resume="free")
-    keep_every: float = setting(
-        0.0, "Keep the checkpoints at multiples of this many epochs permanently; 0: none.", at_least(0), resume="free"
-    )
+    keep_every: float = setting(0.0, "Also keep the checkpoints at multiples of this many epochs; 0: none.", at_least(0), resume="free")
     keep_best: Literal["none", "top1", "top5", "loss"] = setting(
         "none",
         "Save after each evaluation too, and keep the best checkpoint by this result, of the moving average if there is one.",
@@ -159,12 +143,8 @@ class RunConfig:
         must_be(f"of {', '.join(FORMATS)}", lambda formats: set(formats) <= set(FORMATS)),
         resume="free",
     )
-    wandb: str | None = setting(
-        None, "PROJECT or ENTITY/PROJECT at Weights & Biases to send metrics to; null: off.", _installed("wandb"), resume="free"
-    )
-    mlflow: str | None = setting(
-        None, "Experiment of MLflow, in the store that MLFLOW_TRACKING_URI names; null: off.", _installed("mlflow"), resume="free"
-    )
+    wandb: str | None = setting(None, "PROJECT or ENTITY/PROJECT at Weights & Biases; null: off.", _installed("wandb"), resume="free")
+    mlflow: str | None = setting(None, "MLflow experiment at MLFLOW_TRACKING_URI; null: off.", _installed("mlflow"), resume="free")
 
 
 @dataclass

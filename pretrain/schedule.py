@@ -34,8 +34,8 @@ class Schedule:
         """Returns the work due after `step` steps; `is_save_requested`: by the clock or a stop request."""
         is_last = step == self.total
         evaluate = _is_multiple(step, self.evaluate_every) or (is_last and self.evaluate_every is not None)
-        save = is_save_requested or is_last or _is_multiple(step, self.save_every) or _is_multiple(step, self.keep_every)
-        save = save or (evaluate and self.saves_evaluations)
+        is_periodic = _is_multiple(step, self.save_every) or _is_multiple(step, self.keep_every)
+        save = is_save_requested or is_last or is_periodic or (evaluate and self.saves_evaluations)
         return Due(log=save or evaluate or _is_multiple(step, self.log_every), evaluate=evaluate, save=save)
 
 

@@ -30,13 +30,9 @@ def build_engine(config: Config, model: nn.Module, accumulation: int) -> Any:
     """
     device = torch.device(resolve_device_type(config.engine))
     model.forward = autocast(device, config.engine.precision)(model.forward)
-    optimizer = AdamW(
-        group_parameters(model, config.optim.weight_decay, config.optim.layer_decay),
-        lr=config.optim.lr,
-        betas=config.optim.betas,
-        eps=config.optim.eps,
-        ema_decay=config.engine.ema_decay,
-    )
+    optim = config.optim
+    groups = group_parameters(model, optim.weight_decay, optim.layer_decay)
+    optimizer = AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, ema_decay=config.engine.ema_decay)
     stage, size = config.engine.zero_stage, choose_bucket_size(model)
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": size}
     if stage == 1:

@@ -27,10 +27,12 @@ def use_fast_paths(model: nn.Module, config: Config, device: torch.device) -> st
     a model trains in the CPU path of its class, unless it is compiled.
     """
     settings, chosen, paths = config.model, [], find_fast_paths(model)
-    if settings.kernels == "torch" and paths is not None:
-        fault: str | None = "as model.kernels=torch asks"
+    if paths is None:
+        fault: str | None = f"there are none for {type(model).__name__}"
+    elif settings.kernels == "torch":
+        fault = "as model.kernels=torch asks"
     else:
-        fault = f"there are none for {type(model).__name__}" if paths is None else _find_kernel_fault(model, paths, config, device)
+        fault = _find_kernel_fault(model, paths, config, device)
     if settings.kernels == "triton" and fault is not None:
         raise ValueError(f"model.kernels=triton can't be used: {fault}; model.kernels=auto takes Triton where it runs")
     if paths is None:

@@ -37,8 +37,8 @@ class Profiler:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
             self._running, self._first = profile(activities=activities), step
             self._running.start()
-        elif self._running is not None and step not in self._steps:
-            self._write(step)
+        elif step not in self._steps:
+            self.close(step)
 
     def phase(self, name: Phase, micro_step: int) -> AbstractContextManager:
         """Returns a context that marks a phase of the step in the trace."""
@@ -46,12 +46,9 @@ class Profiler:
         return record_function(name) if self._running is not None else nullcontext()
 
     def close(self, step: int) -> None:
-        """Writes a trace that is still running when training ends before `step`."""
-        if self._running is not None:
-            self._write(step)
-
-    def _write(self, step: int) -> None:
-        assert self._running is not None
+        """Ends the trace before this step and writes it; does nothing if no trace is running."""
+        if self._running is None:
+            return
         running, self._running = self._running, None
         running.stop()
         path = self._folder / f"steps-{self._first}-{step}-rank-{dist.get_rank()}.json.gz"

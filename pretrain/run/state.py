@@ -163,29 +163,25 @@ def _or_default(read: Callable[[], T], default: T) -> T:
         return default
 
 
-def _modified(path: Path) -> float | None:
-    return _or_default(lambda: path.stat().st_mtime, None)
-
-
 def _size(folder: Path) -> int:
     return _or_default(lambda: sum(entry.stat().st_size for entry in os.scandir(folder)), 0)
 
 
 def _read_holder(folder: Path) -> Holder | None:
-    for path in directory.list_locks(folder)[-1:]:
-        lock = next(iter(_read_json_lines(path)), {})
-        touched = _modified(path)
-        if touched is None:  # released a moment ago
-            return None
-        is_local = lock.get("machine") == directory.machine_id()
-        exists = directory.process_start(lock.get("pid", 0)) == (lock.get("started") or 0) if is_local else None
-        try:
-            since = datetime.strptime(lock.get("since"), "%Y-%m-%d %H:%M:%S %z").timestamp()  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            since = None
-        job, process = lock.get("job"), f"process {lock.get('pid', '?')} on {lock.get('host', '?')}"
-        return Holder(job if isinstance(job, str) else None, process, since, exists, touched)
-    return None
+    if not (locks := directory.list_locks(folder)):
+        return None
+    lock = next(iter(_read_json_lines(locks[-1])), {})
+    touched = _or_default(lambda: locks[-1].stat().st_mtime, None)
+    if touched is None:  # released a moment ago
+        return None
+    is_local = lock.get("machine") == directory.machine_id()
+    exists = directory.process_start(lock.get("pid", 0)) == (lock.get("started") or 0) if is_local else None
+    try:
+        since = datetime.strptime(lock.get("since"), "%Y-%m-%d %H:%M:%S %z").timestamp()  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        since = None
+    job, process = lock.get("job"), f"process {lock.get('pid', '?')} on {lock.get('host', '?')}"
+    return Holder(job if isinstance(job, str) else None, process, since, exists, touched)
 
 
 def read_records(path: Path) -> list[Record]:
