@@ -128,7 +128,7 @@ def simulate() -> list[dict[str, Any]]:
     """Measures time, memory and size of a plan for ImageNet-22K."""
     classes = tuple(f"n{number:08d}" for number in range(CLASSES))
     source = GeneratedNames("class tars", Path("/nowhere"), tuple(Container(f"{name}.tar", name) for name in classes), classes)
-    data.packing.plan.measure_stored_share = lambda plan: 1.0  # there are no images to measure the share on
+    data.packing.plan.measure_size_ratio = lambda plan: 1.0  # there are no images to measure the ratio on
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         duration = time_call(lambda: write_plan(folder, source, Settings(name="in22k", holdout=1), {}, map))

@@ -34,8 +34,8 @@ class Operator(IntEnum):
     SHARPNESS = 11  # 0 smoothed, 1 unchanged
     SHEAR_X = 12  # pixels per row
     SHEAR_Y = 13  # pixels per column
-    TRANSLATE_X = 14  # share of the width
-    TRANSLATE_Y = 15  # share of the height
+    TRANSLATE_X = 14  # fraction of the width
+    TRANSLATE_Y = 15  # fraction of the height
 
 
 _ENHANCE = [Operator.COLOR, Operator.CONTRAST, Operator.BRIGHTNESS, Operator.SHARPNESS]

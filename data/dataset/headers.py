@@ -75,7 +75,7 @@ def read_jpeg_header(encoded: bytes) -> JpegHeader:
 
 
 @functools.cache
-def nvimgcodec() -> ModuleType:
+def import_nvimgcodec() -> ModuleType:
     """Imports the library with which DALI decodes images."""
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # read on import; results show failures to decode
     return importlib.import_module("nvidia.nvimgcodec")
@@ -89,7 +89,7 @@ def check_header(encoded: np.ndarray, width: int, height: int) -> None:
             truncated. A truncated JPEG still decodes if the crop lies above the cut, so it would be bad in some epochs only.
     """
     try:
-        stream = nvimgcodec().CodeStream(encoded)
+        stream = import_nvimgcodec().CodeStream(encoded)
         codec, size = stream.codec_name, (stream.width, stream.height)
     except RuntimeError:
         codec, size = "", (0, 0)

@@ -149,13 +149,13 @@ def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes
     try:
         samples = np.load(folder / "index.npy", mmap_mode="r")
     except Exception as error:  # NumPy parses the header as Python, which raises errors of many types
-        raise ValueError(f"{place}/index.npy is damaged ({error}); copy it again from where the dataset was packed") from error
+        raise ValueError(f"{place}/index.npy is damaged ({error}); copy it again from the original dataset") from error
     counts = [shard.samples for shard in shards]
     if samples.dtype != DTYPE or sum(counts) != len(samples) or expected != (len(samples), len(classes)):
         raise ValueError(
             f"{place}: index.npy has {len(samples)} rows of {samples.dtype} and classes.json {len(classes)} names; dataset.json has "
             f"{expected[0]} samples in {expected[1]} classes, and its shards hold {sum(counts)}. The three files belong to different "
-            "datasets: copy them again from where the dataset was packed"
+            "datasets: copy them again from the original dataset"
         )
     return Index(
         folder=folder,
@@ -171,7 +171,7 @@ def open_index(place: str | os.PathLike[str], cache: str | None = None, *, sizes
 def _check_complete(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(
-            f"{folder}: no such folder; a dataset is made by `python -m data pack SOURCE {folder.parent} --split {folder.name}`"
+            f"{folder}: no such folder; make a dataset with `python -m data pack SOURCE {folder.parent} --split {folder.name}`"
         )
     for name in ("dataset.json", "classes.json", "index.npy"):
         if not (folder / name).is_file():
@@ -199,7 +199,7 @@ def _check_sizes(place: str | os.PathLike[str], shards: Iterable[Shard], sizes: 
         if sizes.get(shard.name) != shard.bytes
     ]
     if faults:
-        raise ValueError(f"{place}: {join_first(faults, '; ')}. Copy these shards again from where the dataset was packed")
+        raise ValueError(f"{place}: {join_first(faults, '; ')}. Copy these shards again from the original dataset")
 
 
 def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], fingerprint: str, texts: Mapping[str, bytes]) -> None:
@@ -208,7 +208,7 @@ def _fetch_index(remote: Remote, folder: Path, shards: Sequence[Shard], fingerpr
     def check(path: Path) -> None:
         samples = np.load(path, mmap_mode="r")
         if samples.dtype != DTYPE or compute_fingerprint(samples, shards) != fingerprint:
-            raise ValueError("not the index that belongs to dataset.json; copy both again from where the dataset was packed")
+            raise ValueError("not the index that belongs to dataset.json; copy both again from the original dataset")
 
     cache = Cache(folder)
     cache.keep("index.npy", lambda part: remote.download("index.npy", part, check=check))

@@ -33,7 +33,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-from data.dataset.headers import END_OF_IMAGE, FRAMES, BadImage, JpegHeader, nvimgcodec, read_jpeg_header
+from data.dataset.headers import END_OF_IMAGE, FRAMES, BadImage, JpegHeader, import_nvimgcodec, read_jpeg_header
 
 MAX_PIXELS = 2**28 // 3  # 89 megapixels, 256 MiB of RGB: bounds a worker's memory, and DALI's buffers, which never shrink
 DALI_PIXELS = (2**29 - 1) // 3  # DALI's JPEG decoder rejects 2^29 bytes of pixels and more
@@ -296,7 +296,7 @@ def decode_with_dali(encoded: bytes) -> np.ndarray | None:
 
 @functools.cache
 def _open_dali_decoder() -> Callable[[bytes], Any]:
-    codec = nvimgcodec()
+    codec = import_nvimgcodec()
     backend = codec.Backend(codec.BackendKind.CPU_ONLY)
     decoder = codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=[backend])
     return functools.partial(decoder.decode, params=codec.DecodeParams(apply_exif_orientation=False))

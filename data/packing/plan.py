@@ -158,12 +158,10 @@ def write_plan(folder: Path, source: Source, settings: Settings, made: dict[str,
     text = np.memmap(folder / "text.bin", np.uint8, "r")
     plan = Plan(source.root, made, settings.rules, (), classes, source.containers, entries, text, order, faults)
     if len(repeated):
-        one, other = repeated.tolist()
-        raise ValueError(
-            f"{source.root}: {plan.describe_path(one)} and {plan.describe_path(other)} have the same key, {plan.read_key(one)}"
-        )
+        one, other = map(plan.describe_path, repeated.tolist())
+        raise ValueError(f"{source.root}: {one} and {other} have the same key, {plan.read_key(int(repeated[0]))}")
 
-    cost = entries["size"][order] * measure_stored_share(plan) + TAR_OVERHEAD
+    cost = entries["size"][order] * measure_size_ratio(plan) + TAR_OVERHEAD
     shards: list[PlannedShard] = []
     first = 0
     for split, count in ((settings.split, int(np.count_nonzero(~held))), (HOLDOUT_SPLIT, int(np.count_nonzero(held)))):
@@ -258,7 +256,7 @@ def draw_holdout(labels: np.ndarray, hashes: np.ndarray, holdout: int | float | 
     return rank < np.minimum(holdout, counts // 2)[labels]
 
 
-def measure_stored_share(plan: Plan) -> float:
+def measure_size_ratio(plan: Plan) -> float:
     """Measures the stored bytes per byte of the source on the first entries of the order."""
     source_bytes = stored_bytes = 0
     for entry in plan.order[:_MEASURED_ENTRIES].tolist():

@@ -51,7 +51,7 @@ def verify(
                 log(fault)
     size = sum(shard.bytes for shard in index.shards) / 1e9
     depth = "every byte read, every image decoded" if deep else "names, sizes and headers; --deep reads every byte"
-    remedy = "; copy these files again from where the dataset was packed" if count else ""
+    remedy = "; copy these files again from the original dataset" if count else ""
     log(
         f"{place}: {count} fault{'' if count == 1 else 's'} in {len(index)} samples, {len(index.shards)} shards, {size:.3f} GB "
         f"({depth}){remedy}"

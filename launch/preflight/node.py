@@ -104,7 +104,7 @@ class Inspection:
             report_progress(f"checking the shards of {key}")
             shards = [shard for shard in range(len(index.shards)) if (shard - number) % nodes < SHARD_CHECKERS]
             for fault in find_damaged_shards(index, shards, checksums=False)[:MAX_DAMAGED]:
-                text = f"{index.place}: {fault}. Copy this shard again from where the dataset was packed"
+                text = f"{index.place}: {fault}. Copy this shard again from the original dataset"
                 self.node.problems.append(Problem(f"{key}: {fault}", text, checkers=min(nodes, SHARD_CHECKERS)))
         if "data.train" in self.indexes:
             report_progress("reading data.train")

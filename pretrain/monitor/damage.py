@@ -28,8 +28,7 @@ def check_shards(datasets: Sequence[Index], *, checksums: bool) -> None:
         if faults:
             more = f" and {len(faults) - NAMED_SHARDS} more" if len(faults) > NAMED_SHARDS else ""
             raise ValueError(
-                f"{index.place}: {'; '.join(sorted(faults)[:NAMED_SHARDS])}{more}. "
-                "Copy these shards again from where the dataset was packed"
+                f"{index.place}: {'; '.join(sorted(faults)[:NAMED_SHARDS])}{more}. Copy these shards again from the original dataset"
             )
 
 

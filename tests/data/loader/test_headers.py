@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.common.placement import Placement
-from data.dataset.headers import BadImage, check_header, nvimgcodec
+from data.dataset.headers import BadImage, check_header, import_nvimgcodec
 from data.dataset.index import Index
 from data.loader.loaders import TrainLoader
 from data.loader.order import SampleOrder
@@ -71,7 +71,7 @@ def test_accepted_header_means_the_same_for_every_crop(loader: TrainLoader) -> N
     for encoded in damage_files(150, seed=11):
         image = np.frombuffer(encoded, np.uint8)
         try:
-            stream = nvimgcodec().CodeStream(image)
+            stream = import_nvimgcodec().CodeStream(image)
             width, height = stream.width, stream.height
             check_header(image, width, height)
         except (BadImage, RuntimeError):

@@ -72,7 +72,7 @@ def test_a_damaged_shard_is_named_at_the_start_by_all_ranks(drawn: Path, tmp_pat
     errors = run_on_ranks(2, check, folders=folders, checksums=True)
     assert errors[0] == errors[1]
     assert errors[0].startswith(f"{index.folder}: {shard.name} has the checksum ")
-    assert errors[0].endswith("Copy these shards again from where the dataset was packed")
+    assert errors[0].endswith("Copy these shards again from the original dataset")
     (index.folder / shard.name).write_bytes(bytes(shard.bytes))
     errors = run_on_ranks(2, check, folders=folders, checksums=False)
     assert errors[0] == errors[1]
