@@ -155,7 +155,7 @@ def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
     accumulation = job.global_batch // gpus // micro_batch
     images, host = micro_batch / RATES[job.name][CUTS.index(cut)], job.launches[cut] * LAUNCH
     micro_step = max(images, host)
-    parts = {part.what: part for part in communication(job.parameters, job.channels, stage=stage, accumulation=accumulation)}
+    parts = {part.content: part for part in communication(job.parameters, job.channels, stage=stage, accumulation=accumulation)}
     passes, buckets = (accumulation if stage == 2 else 1), math.ceil(job.size / job.bucket)
     calls = {"gradients": passes * buckets, "weights": 2}  # two groups of parameters
     times = {what: transfer(part.sent(gpus), calls.get(what, 1) * hops(part.kind, gpus), gpus, network) for what, part in parts.items()}

@@ -60,7 +60,7 @@ def local_ranks() -> int:
 
 
 def run_ranks(command: list[str], ranks: int) -> int:
-    """Runs `command` as every rank of a job on this machine; returns 0, or the exit code of the first rank that failed."""
+    """Runs `command` as every rank of a job on this machine; returns 0, or the first failed rank's exit code."""
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
     processes: list[subprocess.Popen] = []

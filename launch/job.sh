@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a job of the job scripts:
+# Runs the jobs that the other scripts submit:
 #
 #   job.sh CONFIG [key=value …]             trains; in a Slurm job, launch/supervisor.py decides whether to requeue it
 #   job.sh preflight CONFIG [key=value …]   checks the nodes of a Slurm allocation, or this machine

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Packs ImageNet-22K into shards:  sbatch launch/pack_in22k.sh SOURCE OUT [option …]   (from the repository's root)
-# Each task of the array packs a part on a node of its own; the last one to finish merges the parts. The same command again resumes.
+# Each task of the array packs a part on its own node; the last task to finish merges the parts. The same command again resumes.
 # On this machine, without Slurm:  bash launch/pack_in22k.sh SOURCE OUT [option …]
 # The options are those of `python -m data pack`.
 #SBATCH --job-name=pack_in22k

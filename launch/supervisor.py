@@ -1,4 +1,4 @@
-"""Job supervisor: reads the output of an attempt and decides whether to requeue the job.
+"""Supervises a job: reads the output of an attempt and decides whether to requeue the job.
 
     { srun …; print the step's exit code; } 2>&1 | python -m launch.supervisor CONFIG key=value … 2> decision        in launch/job.sh
 

@@ -1,1 +1,1 @@
-"""From batches to weights: the VAN family, the DeepSpeed engine, checkpoints, the training loop, evaluation and export."""
+"""Trains models, from batches to weights: the VAN family, the DeepSpeed engine, checkpoints, the training loop, evaluation and export."""

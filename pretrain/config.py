@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,13 +224,8 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def flat(config: Config) -> dict[str, Any]:
     """Returns the values by dotted key, tuples as lists."""
-    values = {}
-    for key in settings_of(Config):
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        values[key] = list(value) if isinstance(value, tuple) else value
-    return values
+    values = {key: attrgetter(key)(config) for key in settings_of(Config)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def confirm(config: Config, path: Path, force: bool) -> list[str]:

@@ -32,7 +32,7 @@ A job takes its settings from a YAML file and from `key=value` on the command li
 - `model.kwargs` is merged by name: `model.kwargs.drop_rate=0.1` adds to the names that files set.
   Its values have the types that YAML gives them: `0.1` and `1e-3` are numbers, `yes` is true, and `010` is octal.
   Text that looks like these needs quotes there.
-- `${key}` stands for the value of another setting, and `${oc.env:NAME}` for an environment variable.
+- `${key}` is replaced by the value of another setting, and `${oc.env:NAME}` by an environment variable.
   `${oc.env:NAME,VALUE}` gives a default for a variable that is not set. A backslash before `${` makes it text.
   On the command line any other `${…}` is text. In a file it is OmegaConf's interpolation, or an error.
 - `???` in a file: another file or the command line must set the value.
@@ -59,7 +59,7 @@ def listing(pattern: str = "") -> list[str]:
 
 
 def resolved(path: Path, overrides: Sequence[str]) -> list[str]:
-    """Returns a line for each setting of a job: its key, its value and the place that set it. Paths need not exist on this machine."""
+    """Returns the key, value and origin of each setting of a job. Paths need not exist on this machine."""
     config, places = settings.resolve(path, overrides, settings.NODE_PATHS)
     return [f"{key} = {printable(to_text(value))}    ({places[key]})" for key, value in settings.flat(config).items()]
 

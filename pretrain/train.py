@@ -152,7 +152,7 @@ class Trainer:
             return mixed_cross_entropy(self.engine(images), targets, share, self.config.optim.label_smoothing)
 
     def finish_step(self, request: Request) -> BadSteps | None:
-        """Logs, evaluates and saves what is due after a step; returns bad steps that require a rollback."""
+        """Logs, evaluates and saves as due after a step; returns bad steps that require a rollback."""
         self.exit_code = request.exit_code
         due = self.schedule.due(self.step, is_save_requested=request.save or self.exit_code != 0)
         if due.log:

@@ -73,7 +73,7 @@ def judge_step(step: str, tasks: Sequence[Task], ranks: int, config: Config) -> 
 
 
 def read_tasks(lines: Iterable[str]) -> tuple[list[Task], int]:
-    """Reads the output of a step to its end and prints all but its events; returns the tasks in rank order and srun's exit code."""
+    """Reads a step's output and prints all but its events; returns the tasks by rank, and srun's exit code."""
     reader, tasks, code = EventReader(), dict[int, Task](), 0
     for line in lines:
         if not is_event(line):

@@ -196,12 +196,12 @@ def _version(package: str) -> str:
 
 
 def _open_store(index: Index, cache_gb: float) -> ShardStore:
-    """Returns a store of the shards; for URLs it bypasses the cache, which has room only for the samples that a job plans."""
+    """Opens the shards; for URLs without the cache, which has room only for samples that a job has planned."""
     return ShardStore(index) if index.remote is None else FetchedShards(index, [], peak_bytes=0, cache_gb=cache_gb)
 
 
 def _random_samples(index: Index, number: int, nodes: int) -> Iterator[int]:
-    """Yields sample ids of this node's part of the shards, in random order of shards, so that few are in the page cache."""
+    """Yields the sample ids of this node's shards, in random order of shards, so that few are in the page cache."""
     shards = list(range(number % len(index.shards), len(index.shards), nodes))
     random.SystemRandom().shuffle(shards)
     for shard in shards:

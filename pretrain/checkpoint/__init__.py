@@ -1,4 +1,4 @@
-"""Saves and loads sharded checkpoints, complete or absent, for any number of ranks and any ZeRO stage; one process can read them too.
+"""Saves and loads sharded checkpoints, complete or absent, in any ZeRO stage and on any number of ranks.
 
     RUN/checkpoints/step-000012500/   __RANK_0.distcp      a rank's pieces: raw bytes
                                       .metadata            the position of each piece in the files (torch.distributed.checkpoint)

@@ -1,4 +1,4 @@
-"""Decides which checkpoints a run keeps: the newest, one every so many steps, and the best.
+"""Decides which checkpoints a run keeps: the newest, those at regular intervals, and the best.
 
 retention = Retention(last=3, every=17330, best="top1")
 for path in retention.select_expired(list_saved(folder, "top1"), step_of_the_newest_whole_one): remove(path)

@@ -78,7 +78,7 @@ class Staging:
 
 
 def _merge(tensors: dict[str, Tensor]) -> list[tuple[Tensor, list[tuple[str, Tensor]]]]:
-    """Merges tensors that are adjacent in memory; returns 1-D tensors, each with the names and tensors that lie in it end to end."""
+    """Merges tensors that are adjacent in memory; returns each merged 1-D tensor with the named tensors in it."""
     groups: list[list[tuple[str, Tensor]]] = []
     end = None
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].untyped_storage().data_ptr(), item[1].data_ptr())):

@@ -21,7 +21,7 @@ TOLERANCE = 0.05
 
 
 def use_fast_paths(model: nn.Module, config: Config, device: torch.device) -> str:
-    """Applies the fast paths that the settings ask for to a model that will train on `device`; returns a line for the log.
+    """Applies the fast paths of the settings to a model that will train on `device`; returns a line for the log.
 
     model.kernels=auto uses Triton's kernels if they run and agree with PyTorch; with model.kernels=triton a fault is a ValueError. On a CPU
     a model trains in the CPU path of its class, unless it is compiled.

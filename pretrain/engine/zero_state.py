@@ -63,7 +63,7 @@ def list_pieces(engine: Any) -> list[Piece]:
 
 
 def list_saved_pieces(engine: Any) -> list[Piece]:
-    """Returns the pieces that this rank saves: each element is saved by one rank. In stage 0 the parameters are divided among the ranks."""
+    """Returns the pieces that this rank saves; one rank saves each element. Stage 0 divides the parameters among the ranks."""
     pieces = list_pieces(engine)
     if engine.zero_optimization_stage() != 0:
         return pieces

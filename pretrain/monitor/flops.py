@@ -53,8 +53,8 @@ def training_flops(model: nn.Module, image_size: int) -> float | None:
     except Exception:  # of any kind, raised by the model's own code
         output, flops = _compute(model, torch.zeros_like(images, device="cpu")), None
     if not isinstance(output, Tensor) or output.shape != (2, model.num_classes):
-        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-        raise ValueError(f"model.name: {name} returns {found} for 2 images in training, instead of logits of 2 x {model.num_classes}")
+        actual = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ValueError(f"model.name: {name} returns {actual} for 2 images in training, instead of logits of 2 x {model.num_classes}")
     return flops
 
 
@@ -75,7 +75,7 @@ def _compute(model: nn.Module, images: Tensor) -> Any:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Returns the peak FLOP/s of a GPU by its data sheet; None for a CPU or a GPU that is not in the table."""
+    """Returns a GPU's peak FLOP/s by its data sheet; None for a CPU or an unlisted GPU."""
     return peak_by_name(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
 
 
@@ -89,5 +89,5 @@ def peak_by_name(name: str, precision: str) -> float | None:
 
 
 def mfu(images_per_s_per_gpu: float, training_flops: float, peak_flops: float) -> float:
-    """Returns the model FLOPs utilization, 0 to 1, from the speed, the FLOPs of one image and the peak FLOP/s of one GPU."""
+    """Returns the MFU, 0 to 1, from the speed, the FLOPs of one image and a GPU's peak FLOP/s."""
     return images_per_s_per_gpu * training_flops / peak_flops

@@ -45,13 +45,8 @@ class Steps:
 
     def means(self) -> dict[str, float]:
         """Returns the mean loss and gradient norm of the steps that were not skipped; NaN if all were."""
-        taken = ~self.skipped
-        if not taken.any():
-            return {"loss": float("nan"), "grad_norm": float("nan")}
-        return {
-            "loss": float(self.mean_losses[taken].mean(dtype=np.float64)),
-            "grad_norm": float(self.grad_norms[taken].mean(dtype=np.float64)),
-        }
+        taken = {"loss": self.mean_losses[~self.skipped], "grad_norm": self.grad_norms[~self.skipped]}
+        return {name: float(values.mean(dtype=np.float64)) if values.size else float("nan") for name, values in taken.items()}
 
     def launch_bound_advice(self, has_graphs: bool) -> str:
         """Returns advice for the log line; empty unless many steps were launch-bound."""

@@ -91,7 +91,7 @@ def _can_recompute_more(config: Config) -> bool:
 
 
 def largest_that_fits(fixed: int, sample: int, total: int, sizes: Sequence[int]) -> int | None:
-    """Returns the largest of `sizes` at which `fixed` bytes plus `sample` bytes per sample leave a tenth of the memory free, or None."""
+    """Returns the largest of `sizes` at which `fixed` plus `sample` bytes per sample fit into USABLE memory, or None."""
     return max((size for size in sizes if fixed + size * sample <= USABLE * total), default=None)
 
 

@@ -134,7 +134,7 @@ class Evidence:
         ]
 
     def describe(self, steps: Steps, position: int) -> dict[str, Any]:
-        """Returns the record of a bad step, with the samples of the ranks whose loss is not finite, or else of all ranks."""
+        """Returns the record of a bad step, with the samples of the ranks with a non-finite loss, or else of all."""
         losses = steps.losses[:, position].tolist()
         ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or list(range(len(losses)))
         epoch, step_in_epoch = self.order.locate(steps.numbers[position])

@@ -18,7 +18,7 @@ PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1}
 class Collective:
     """Describes one kind of collective in a step. `bytes` is the size of the whole tensors, summed over all calls in the step."""
 
-    what: Literal["gradients", "weights", "statistics", "norm"]
+    content: Literal["gradients", "weights", "statistics", "norm"]
     kind: Literal["all-reduce", "all-gather", "reduce-scatter"]
     bytes: int
 
@@ -37,13 +37,7 @@ def communication(parameters: Sequence[int], channels: int, *, stage: int, accum
         accumulation: micro-batches a step.
     """
     total = FP32 * sum(parameters)
-    if stage == 3:
-        collectives = [
-            Collective("gradients", "reduce-scatter", accumulation * total),
-            Collective("weights", "all-gather", accumulation * total),
-        ]
-    else:
-        collectives = [Collective("gradients", "all-reduce", (accumulation if stage == 2 else 1) * total)]
-        collectives += [Collective("weights", "all-gather", total)] if stage else []
-    collectives += [Collective("norm", "all-reduce", FP32)] if stage else []
-    return [*collectives, Collective("statistics", "all-reduce", 2 * FP32 * channels)]
+    gradients = Collective("gradients", "reduce-scatter" if stage == 3 else "all-reduce", (accumulation if stage >= 2 else 1) * total)
+    weights = Collective("weights", "all-gather", (accumulation if stage == 3 else 1) * total)
+    sharded = [weights, Collective("norm", "all-reduce", FP32)] if stage else []
+    return [gradients, *sharded, Collective("statistics", "all-reduce", 2 * FP32 * channels)]

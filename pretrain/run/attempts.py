@@ -43,7 +43,7 @@ class Attempt:
 
 
 def read(run: Path) -> list[Attempt]:
-    """Returns all attempts of a run, oldest first. Skips lines that are truncated, as by the loss of a node, or otherwise invalid."""
+    """Returns all attempts of a run, oldest first; skips invalid lines, such as those cut short by a lost node."""
     attempts: dict[tuple[str, int], Attempt] = {}
     try:
         lines = (run / ATTEMPTS).read_text(errors="replace").splitlines()

@@ -1,4 +1,4 @@
-"""Names the files of a run directory and reads its lock, without torch or DeepSpeed, so that `status` starts in tenths of a second."""
+"""Names the files of a run directory and reads its lock. Does not import torch, so `status` starts in tenths of a second."""
 
 import json
 import os

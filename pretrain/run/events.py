@@ -23,7 +23,7 @@ class Event:
 
 
 def emit_event(kind: str, **values: Any) -> None:
-    """Prints an event on as many lines as needed, each with MARK, the process, "+" (or "." on the last line), and a piece of JSON."""
+    """Prints an event, split into lines of: MARK, the process, "+" (on the last line "."), a piece of the JSON."""
     text = json.dumps({"kind": kind, **values})
     pieces = [text[start : start + LINE_LENGTH] for start in range(0, len(text), LINE_LENGTH)]
     signs = ["+"] * (len(pieces) - 1) + ["."]

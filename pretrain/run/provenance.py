@@ -87,7 +87,7 @@ def diff(folder: Path) -> bytes:
         patch = subprocess.run(command, cwd=folder, capture_output=True).stdout
     except OSError:  # no git on this machine
         return b""
-    note = f"\n# cut here: {len(patch)} bytes in all\n".encode()
+    note = f"\n# truncated here: {len(patch)} bytes in all\n".encode()
     return patch if len(patch) <= DIFF_BYTES else patch[:DIFF_BYTES] + note
 
 

@@ -1,6 +1,6 @@
 """Runs `python -m pretrain status [RUN …] [--follow]`: shows the state of runs, on any machine that can read their directories.
 
-One run is shown in detail, several in a table with one row each. A folder that is not a run directory stands for all runs below it.
+One run is shown in detail, several in a table with one row each. For a folder that is not a run directory, shows all runs below it.
 """
 
 import sys
