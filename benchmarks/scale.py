@@ -175,15 +175,15 @@ def days(job: Job, step: Step) -> float:
 
 def row(job: Job, gpus: int, network: float, cut: str, stage: int) -> dict[str, Any]:
     """Returns a row of the table; efficiency is relative to one node, `*` marks launch-bound steps."""
-    one, base = step(job, gpus, network, cut, stage), step(job, NODE, network, cut, stage)
-    total_days = days(job, one)
+    estimate, base = step(job, gpus, network, cut, stage), step(job, NODE, network, cut, stage)
+    total_days = days(job, estimate)
     return {
         "model": job.name.replace("van_b", "B"),
         "GPUs": gpus,
         "cut": cut,
-        "ms": f"{one.total * 1e3:.0f}{'*' if one.launch_bound else ''}",
-        "images/s": f"{job.global_batch / one.total:,.0f}",
-        "efficiency": f"{base.total * base.gpus / (one.total * gpus):.0%}",
+        "ms": f"{estimate.total * 1e3:.0f}{'*' if estimate.launch_bound else ''}",
+        "images/s": f"{job.global_batch / estimate.total:,.0f}",
+        "efficiency": f"{base.total * base.gpus / (estimate.total * gpus):.0%}",
         "days": f"{total_days:.2f}",
         "GPU-hours": f"{total_days * 24 * gpus:,.0f}",
     }

@@ -269,6 +269,7 @@ def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str,
     """Returns the model card as Markdown; `trainer` is the checkpoint's trainer.json, `digest` the SHA-256 of the weights."""
     data, optim = config.data, config.optim
     settings: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
+    drop_path = "" if config.model.drop_path is None else f"drop path {config.model.drop_path}, "
     rows = {
         "model": f"{config.model.name}, {f'{config.model.classes} classes' if job.has_head else 'without head'}, {job.dtype}",
         "weights": f"{f'moving average, decay {config.engine.ema_decay}' if job.average else 'as trained'}, of step {trainer['step']}, "
@@ -276,7 +277,7 @@ def model_card(job: Export, model: nn.Module, config: Config, trainer: dict[str,
         "accuracy": _accuracy(trainer.get("evaluation"), config, job.average),
         "data": f"{data.train}, fingerprint {trainer['identity'].get('data')}",
         "recipe": f"AdamW, learning rate {optim.lr} to {optim.min_lr}, {optim.warmup_epochs} epochs of warm-up, {config.epochs} epochs, "
-        f"global batch {config.global_batch}, weight decay {optim.weight_decay}, {_drop_path(config)}mixup {data.mixup}, "
+        f"global batch {config.global_batch}, weight decay {optim.weight_decay}, {drop_path}mixup {data.mixup}, "
         f"cutmix {data.cutmix}, label smoothing {optim.label_smoothing}, {data.image_size} px, seed {config.seed}",
         "input": f"RGB, {data.image_size} x {data.image_size}, mean {list(data.mean)}, standard deviation {list(data.std)}, bicubic, "
         f"{'resized straight to the size' if data.eval_resize == 'squash' else f'center crop of {data.eval_crop}'}",
@@ -300,10 +301,6 @@ def load_command(name: str, fmt: str) -> str:
     module = Path(file).stem if file else timm.model_entrypoint(name_in_file).__module__
     first = f"`import {module}` and " if fmt == "timm" and not module.startswith("timm.") else ""
     return first + LOADED_BY[fmt]
-
-
-def _drop_path(config: Config) -> str:
-    return "" if config.model.drop_path is None else f"drop path {config.model.drop_path}, "
 
 
 def _accuracy(evaluation: dict[str, Any] | None, config: Config, average: bool) -> str:

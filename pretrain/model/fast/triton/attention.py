@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pretrain.model.fast.triton.attention_device import gate_backward_kernel
 from pretrain.model.fast.triton.depthwise import by_taps, cast_like_autocast, channels_last, conv, conv_tiles, weight_gradient
-from pretrain.model.fast.triton.residual import TILE, grid, runs_of_pixels
+from pretrain.model.fast.triton.residual import TILE, divide_map
 
 
 def gelu_conv2d(z: Tensor, weight: Tensor, bias: Tensor, z_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,10 +76,9 @@ def _gate_backward_operator(grad: Tensor, x: Tensor, attention: Tensor) -> tuple
     """Returns the gradients of x and of the attention map, and the sum of the latter."""
     grad, x, attention = channels_last(grad), channels_last(x), channels_last(attention)
     x_grad, attention_grad = torch.empty_like(x), torch.empty_like(attention)
-    runs, per_run = runs_of_pixels(x)
-    pixels, channels = x.numel() // x.shape[1], x.shape[1]
-    partial = torch.empty(runs, channels, device=x.device)
-    gate_backward_kernel[grid(runs, channels)](grad, x, attention, x_grad, attention_grad, partial, pixels, per_run, channels, **TILE)
+    grid, runs, pixels, per_run = divide_map(x)
+    partial = torch.empty(runs, x.shape[1], device=x.device)
+    gate_backward_kernel[grid](grad, x, attention, x_grad, attention_grad, partial, pixels, per_run, x.shape[1], **TILE)
     return x_grad, attention_grad, partial.sum(0)
 
 

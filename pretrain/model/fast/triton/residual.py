@@ -32,30 +32,25 @@ def scaled_residual(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: T
     return _operator(x, branch, shortcut, scale, keep, branch_bias)
 
 
-def runs_of_pixels(x: Tensor) -> tuple[int, int]:
-    """Returns the number of runs into which a map's pixels are divided, and the pixels per run.
+def divide_map(x: Tensor) -> tuple[tuple[int], int, int, int]:
+    """Divides a map into runs of pixels and tiles of channels; returns the launch grid, runs, pixels and pixels per run.
 
     A program processes a run and a tile of channels; there are as many programs as fit on the GPU at once. So the order of summation
     depends only on the shape and the GPU model.
     """
     pixels, channel_tiles = x.numel() // x.shape[1], tiles(x.shape[1], CHANNELS)
-    runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // channel_tiles, tiles(pixels, PIXELS)))
-    per_run = tiles(tiles(pixels, runs), PIXELS) * PIXELS
-    return tiles(pixels, per_run), per_run
-
-
-def grid(runs: int, channels: int) -> tuple[int]:
-    """Returns the launch grid of a kernel over runs of pixels and tiles of channels."""
-    return (runs * tiles(channels, CHANNELS),)
+    most_runs = max(1, min(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device) // channel_tiles, tiles(pixels, PIXELS)))
+    per_run = tiles(tiles(pixels, most_runs), PIXELS) * PIXELS
+    runs = tiles(pixels, per_run)
+    return (runs * channel_tiles,), runs, pixels, per_run
 
 
 @torch.library.custom_op("van::scaled_residual", mutates_args=())
 def _operator(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None, branch_bias: Tensor) -> Tensor:
     x, branch, shortcut = channels_last(x), channels_last(branch), None if shortcut is None else channels_last(shortcut)
     y = _sum_like(x, branch, scale)
-    runs, per_run = runs_of_pixels(x)
-    pixels, channels = x.numel() // x.shape[1], x.shape[1]
-    residual_kernel[grid(runs, channels)](x, branch, shortcut, scale, keep, y, pixels, per_run, pixels // len(x), channels, **TILE)
+    grid, _, pixels, per_run = divide_map(x)
+    residual_kernel[grid](x, branch, shortcut, scale, keep, y, pixels, per_run, pixels // len(x), x.shape[1], **TILE)
     return y
 
 
@@ -63,10 +58,10 @@ def _operator(x: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor,
 def _backward_operator(grad: Tensor, branch: Tensor, shortcut: Tensor | None, scale: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns the gradient of `branch`, and (2, C) in fp32: the gradients of `scale` and `branch_bias`."""
     grad, branch, shortcut = channels_last(grad), channels_last(branch), None if shortcut is None else channels_last(shortcut)
-    runs, per_run = runs_of_pixels(branch)
-    pixels, channels = branch.numel() // branch.shape[1], branch.shape[1]
+    grid, runs, pixels, per_run = divide_map(branch)
+    channels = branch.shape[1]
     branch_grad, partial = torch.empty_like(branch), torch.empty(runs, 2, channels, device=grad.device)
-    residual_backward_kernel[grid(runs, channels)](
+    residual_backward_kernel[grid](
         grad, branch, shortcut, scale, keep, branch_grad, partial, pixels, per_run, pixels // len(branch), channels, **TILE
     )
     return branch_grad, partial.sum(0)
