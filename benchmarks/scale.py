@@ -27,7 +27,7 @@ from benchmarks.training import roofline
 from pretrain import config as settings
 from pretrain.engine.engine import choose_bucket_size
 from pretrain.monitor.memory import activation_bytes, largest_that_fits
-from pretrain.monitor.traffic import FP32, communication
+from pretrain.monitor.traffic import FP32, list_collectives
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 VARIANTS = ("van_b3", "van_b4", "van_b5", "van_b6")
@@ -155,7 +155,7 @@ def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
     accumulation = job.global_batch // gpus // micro_batch
     images, host = micro_batch / RATES[job.name][CUTS.index(cut)], job.launches[cut] * LAUNCH
     micro_step = max(images, host)
-    parts = {part.content: part for part in communication(job.parameters, job.channels, stage=stage, accumulation=accumulation)}
+    parts = {part.content: part for part in list_collectives(job.parameters, job.channels, stage=stage, accumulation=accumulation)}
     passes, buckets = (accumulation if stage == 2 else 1), math.ceil(job.size / job.bucket)
     calls = {"gradients": passes * buckets, "weights": 2}  # two groups of parameters
     times = {what: transfer(part.sent(gpus), calls.get(what, 1) * hops(part.kind, gpus), gpus, network) for what, part in parts.items()}

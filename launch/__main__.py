@@ -89,14 +89,14 @@ def run_ranks(command: list[str], ranks: int) -> int:
     for process in processes:
         process.kill()
         process.wait()
-    return task.shell_code(code)
+    return task.to_shell_code(code)
 
 
 def wait_for_failure(processes: list[subprocess.Popen]) -> subprocess.Popen | None:
     """Returns the first process that fails, or None once all have ended with code 0."""
     while True:
         codes = [process.poll() for process in processes]  # of all: a running process must not hide a failed one
-        failed = next((process for process, code in zip(processes, codes, strict=True) if code), None)
+        failed = next((process for process in processes if process.returncode), None)
         if failed is not None or None not in codes:
             return failed
         time.sleep(0.1)

@@ -59,7 +59,7 @@ def run(command: Sequence[str]) -> int:
         "rank", rank=rank, host=node, code=code, step=position.computed_step, reason=reason, last_line=last_line[:300], cause=is_cause
     )
     time.sleep(LEAVE_S if code in (EXIT_CONFIG, 1) else FLUSH_S)
-    return 0 if code in (EXIT_REQUEUE, EXIT_STOP_FILE) else shell_code(code)
+    return 0 if code in (EXIT_REQUEUE, EXIT_STOP_FILE) else to_shell_code(code)
 
 
 @contextmanager
@@ -81,6 +81,6 @@ def describe_end(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}{hint}"
 
 
-def shell_code(code: int) -> int:
+def to_shell_code(code: int) -> int:
     """Returns a subprocess exit code as a shell reports it: 128 + N for a process killed by signal N."""
     return code if code >= 0 else 128 - code

@@ -51,10 +51,10 @@ class Verdict:
 
 
 def judge_tasks(tasks: Sequence[Task], nodes: Sequence[str], per_node: int, *, collective: bool) -> Verdict:
-    """Returns the nodes as unfit on which one of the `per_node` tasks gave no result.
+    """Returns a verdict that names the nodes on which any of the `per_node` tasks gave no result.
 
-    Tasks of a `collective` step wait for each other, so one failure causes others. Then the tasks with the least progress among those that
-    stopped responding are the cause.
+    Tasks of a `collective` step wait for each other, so one failure causes others. The cause is then taken to be the tasks with the least
+    progress among those that stopped responding.
     """
     reasons: dict[str, list[str]] = {node: [] for node in nodes}
     for node in nodes:

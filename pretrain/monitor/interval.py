@@ -7,7 +7,7 @@
 Only `close` reads from the device, so the steps in between do not wait for the device.
 
 A step is launch-bound if the GPU has finished all backward passes by the time the host has launched the whole step. The host can check
-this without waiting, except in ZeRO-2 and 3, where it waits for the GPU within a step anyway.
+this without waiting. In ZeRO-2 and 3 it can't be measured, because there the host waits for the GPU within a step.
 """
 
 import time

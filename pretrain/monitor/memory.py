@@ -28,7 +28,7 @@ USABLE = 0.9  # of a GPU's memory
 def explain_out_of_memory(config: Config, ranks: int, device: torch.device, is_warm: Callable[[], bool]) -> Iterator[None]:
     """Converts torch.OutOfMemoryError into a ValueError that names a micro-batch that fits.
 
-    `is_warm` returns whether enough steps have succeeded: running out of memory then is not due to the settings, and is re-raised as it is.
+    `is_warm` returns whether enough steps have succeeded: running out of memory after that is a fault of the machine, and is re-raised.
     """
     state, total = measure_memory(device)
     try:

@@ -27,7 +27,7 @@ class Collective:
         return PASSES[self.kind] * self.bytes * (ranks - 1) / ranks
 
 
-def communication(parameters: Sequence[int], channels: int, *, stage: int, accumulation: int) -> list[Collective]:
+def list_collectives(parameters: Sequence[int], channels: int, *, stage: int, accumulation: int) -> list[Collective]:
     """Returns the collectives of one optimizer step, without padding.
 
     Args:

@@ -137,7 +137,7 @@ def read_run(folder: Path) -> Run:
     records = {record["kind"]: record for record in history}
     steps = [record["step"] for record in history if record["kind"] in ("train", "rollback")]
     times = [record["time"] for record in history if record["kind"] == "train"][-20:]
-    total = number(records.get("train", {}), "total")
+    total = get_number(records.get("train", {}), "total")
     tried, holder = tuple(attempts.read(folder)), _read_holder(folder)
     starts = len(tried) or len(list((folder / "starts").glob("[0-9]*")))
     job_id = tried[-1].job if tried else holder.job if holder else None
@@ -189,11 +189,11 @@ def read_records(path: Path) -> list[Record]:
     return [
         record
         for record in _read_json_lines(path, TAIL_BYTES)
-        if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int) and number(record, "time") is not None
+        if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int) and get_number(record, "time") is not None
     ]
 
 
-def number(record: Record, key: str) -> float | None:
+def get_number(record: Record, key: str) -> float | None:
     value = record.get(key)
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 

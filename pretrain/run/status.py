@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.common.text import format_duration, format_table
 from pretrain.run.attempts import Attempt
-from pretrain.run.state import Record, Run, find_runs, number, read, state_of
+from pretrain.run.state import Record, Run, find_runs, get_number, read, state_of
 
 REDRAW_S = 3.0
 ATTEMPTS_SHOWN = 6
@@ -44,7 +44,7 @@ def _print(folders: Sequence[Path], in_detail: bool, follow: bool) -> None:
     previous = None
     while True:
         runs, now = read(_find(folders)), time.time()
-        text = details(runs[0], now) if in_detail and runs else table(runs, now)
+        text = format_details(runs[0], now) if in_detail and runs else format_overview(runs, now)
         if not follow:
             print(text)
             return
@@ -57,7 +57,7 @@ def _print(folders: Sequence[Path], in_detail: bool, follow: bool) -> None:
         time.sleep(REDRAW_S)
 
 
-def table(runs: Sequence[Run], now: float) -> str:
+def format_overview(runs: Sequence[Run], now: float) -> str:
     rows = [_COLUMNS, *(_row(run, now) for run in runs)]
     return format_table(rows, left=_TEXT_COLUMNS)
 
@@ -73,7 +73,7 @@ def _row(run: Run, now: float) -> tuple[str, ...]:
     return (str(run.folder), state, _step(run), loss, speed, left, str(run.restarts or ""), _disk(run), remark)
 
 
-def details(run: Run, now: float) -> str:
+def format_details(run: Run, now: float) -> str:
     state, remark = state_of(run, now)
     record, is_running = run.records.get("train", {}), state == "running"
     rows = {
@@ -100,7 +100,7 @@ def details(run: Run, now: float) -> str:
 
 def _numbers(record: Record, *parts: tuple[str, str]) -> str:
     """Formats the numbers that the record has; `parts` are (key, format)."""
-    return ", ".join(text.format(value) for key, text in parts if (value := number(record, key)) is not None)
+    return ", ".join(text.format(value) for key, text in parts if (value := get_number(record, key)) is not None)
 
 
 def _step(run: Run) -> str:
@@ -111,7 +111,7 @@ def _step(run: Run) -> str:
 
 def _left(run: Run, now: float) -> str:
     record = run.records.get("train", {})
-    left = number(record, "left_s")
+    left = get_number(record, "left_s")
     return format_duration(max(0.0, left - (now - record["time"]))) if left is not None else ""
 
 
@@ -122,10 +122,10 @@ def _checkpoints(run: Run) -> str:
 
 
 def _disk(run: Run) -> str:
-    return f"{size(run.size)}, {size(run.free)} free" if run.free is not None else ""
+    return f"{format_size(run.size)}, {format_size(run.free)} free" if run.free is not None else ""
 
 
-def size(count: float) -> str:
+def format_size(count: float) -> str:
     """Formats a number of bytes in its largest unit: `3.34 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if count < 999.5:

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from benchmarks.scale import GPUS, LAUNCH, NETWORKS, NODE, Job, days, largest_micro_batch, launches, step
-from pretrain.monitor.traffic import communication
+from pretrain.monitor.traffic import list_collectives
 
 FAST, SLOW = NETWORKS.values()
 # 80 M parameters, 320 MB; 8 buckets.
@@ -34,7 +34,7 @@ def test_bytes_are_those_that_a_step_sends() -> None:
     """What is left of a step on a slow network, with hops and buckets taken out, is traffic.py's bytes over that link."""
     for stage in (0, 1, 2):
         slow, slower = (step(JOB, 16, network, "fused", stage) for network in (1e6, 0.5e6))
-        sent = {part.content: part.sent(16) for part in communication(JOB.parameters, 1000, stage=stage, accumulation=slow.accumulation)}
+        sent = {part.content: part.sent(16) for part in list_collectives(JOB.parameters, 1000, stage=stage, accumulation=slow.accumulation)}
         assert slower.reduction - slow.reduction == pytest.approx(sent["gradients"] / 0.8e6, rel=1e-6)
         assert slower.gather - slow.gather == pytest.approx(sent.get("weights", 0) / 0.8e6, rel=1e-6)
         assert slower.total - slow.total == pytest.approx(sum(sent.values()) / 0.8e6, rel=1e-6)  # none of it can be hidden

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pretrain.monitor.traffic import Collective, communication
+from pretrain.monitor.traffic import Collective, list_collectives
 from tests.support.configs import make_config
 from tests.support.ranks import run_on_ranks
 
@@ -74,13 +74,13 @@ def test_bytes_equal_those_of_a_real_step() -> None:
     for sizes, channels, found in run_on_ranks(2, measure_step):
         for stage, handed in found.items():
             expected: Counter[str] = Counter()
-            for one in communication(sizes, channels, stage=stage, accumulation=ACCUMULATION):
+            for one in list_collectives(sizes, channels, stage=stage, accumulation=ACCUMULATION):
                 expected[one.kind] += one.bytes
             assert handed == pytest.approx(expected, rel=1e-3), stage  # padding
 
 
 def test_bytes_equal_a_count_by_hand() -> None:
-    collectives = communication([300_000, 100_000, 5], 10, stage=1, accumulation=4)
+    collectives = list_collectives([300_000, 100_000, 5], 10, stage=1, accumulation=4)
     assert collectives == [
         Collective("gradients", "all-reduce", 1_600_020),
         Collective("weights", "all-gather", 1_600_020),
@@ -88,5 +88,5 @@ def test_bytes_equal_a_count_by_hand() -> None:
         Collective("statistics", "all-reduce", 80),
     ]
     assert [one.sent(4) for one in collectives] == [2_400_030, 1_200_015, 6, 120]
-    assert communication([300_000, 100_000, 5], 10, stage=2, accumulation=4)[0].bytes == 4 * 1_600_020
-    assert communication([300_000, 100_000, 5], 10, stage=3, accumulation=4)[1].bytes == 4 * 1_600_020
+    assert list_collectives([300_000, 100_000, 5], 10, stage=2, accumulation=4)[0].bytes == 4 * 1_600_020
+    assert list_collectives([300_000, 100_000, 5], 10, stage=3, accumulation=4)[1].bytes == 4 * 1_600_020
