@@ -51,7 +51,7 @@ UPDATE = 8 * FP32  # bytes per weight that the gradient norm and AdamW move: gra
 
 @dataclass(frozen=True)
 class Job:
-    """A pretraining job and what its time depends on."""
+    """A pretraining job: model, recipe and the numbers that determine its time."""
 
     name: str
     parameters: list[int]  # size of each
@@ -158,7 +158,7 @@ def step(job: Job, gpus: int, network: float, cut: str, stage: int = 1) -> Step:
     parts = {part.content: part for part in list_collectives(job.parameters, job.channels, stage=stage, accumulation=accumulation)}
     passes, buckets = (accumulation if stage == 2 else 1), math.ceil(job.size / job.bucket)
     calls = {"gradients": passes * buckets, "weights": 2}  # two groups of parameters
-    times = {what: transfer(part.sent(gpus), calls.get(what, 1) * hops(part.kind, gpus), gpus, network) for what, part in parts.items()}
+    times = {name: transfer(part.sent(gpus), calls.get(name, 1) * hops(part.kind, gpus), gpus, network) for name, part in parts.items()}
     reduction = times["gradients"]
     # The last bucket is full only when the backward pass ends.
     exposed = max(reduction / buckets, reduction - passes * BACKWARD * micro_step)

@@ -85,11 +85,12 @@ def _convolution_gradients(name: str, taps: int = 0) -> list[Kernel]:
     return [*(by_taps if taps else _products_gradients(name)), Kernel(f"{name}: bias gradient", 1)]
 
 
+# u is LKA's input, as in the authors' code; the inner shortcut is the one inside the attention.
 EAGER = [
     # Forward. A norm reads its input for the statistics, and again to apply them.
     Kernel("norm1", 3), Kernel("clone", 2), Kernel("proj_1", 2, products=1), Kernel("GELU", 2), Kernel("clone", 2),
     Kernel("conv0", 2, taps=25), Kernel("conv_spatial", 2, taps=49), Kernel("conv1", 2, products=1), Kernel("gate", 3),
-    Kernel("proj_2", 2, products=1), Kernel("attention's own shortcut", 3), *_branch_end("attention"),
+    Kernel("proj_2", 2, products=1), Kernel("attention's inner shortcut", 3), *_branch_end("attention"),
     Kernel("norm2", 3), Kernel("fc1", 1, 1, mlp_products=1), Kernel("dwconv", wide=2, wide_taps=9), Kernel("GELU", wide=2),
     Kernel("fc2", 1, 1, mlp_products=1), *_branch_end("MLP"),
     # Backward through the MLP; a kernel adds the gradients of a tensor with two uses.
@@ -104,7 +105,7 @@ EAGER = [
     Kernel("gradient of the gate to u", 3), Kernel("gradient of the gate to the attention map", 3),
     *_convolution_gradients("conv1"), *_convolution_gradients("conv_spatial", 49), *_convolution_gradients("conv0", 25),
     Kernel("sum at u", 3), Kernel("gradient of GELU", 3), *_convolution_gradients("proj_1"),
-    Kernel("sum at attention's own shortcut", 3), Kernel("gradient of norm1", 5), Kernel("sum at attention's shortcut", 3),
+    Kernel("sum at attention's inner shortcut", 3), Kernel("gradient of norm1", 5), Kernel("sum at attention's shortcut", 3),
 ]  # fmt: skip
 
 FUSED = [
@@ -131,7 +132,7 @@ FUSED = [
     Kernel("conv1: weight gradient", 2, products=1),
     Kernel("conv_spatial: both gradients", 3, taps=98),
     Kernel("conv0: both gradients, sum at u, GELU's gradient", 4, taps=50),
-    Kernel("proj_1: input gradient, sum at the own shortcut, norm1's sums", 4, products=1),
+    Kernel("proj_1: input gradient, sum at the inner shortcut, norm1's sums", 4, products=1),
     Kernel("proj_1: weight gradient", 2, products=1),
     Kernel("gradient of norm1, sum at the shortcut", 4),
 ]
@@ -141,7 +142,7 @@ BUILT = [
     # A BatchNorm reads its input for the statistics, and again to normalize it; autocast casts its output for the matrix product.
     Kernel("norm1", 6), Kernel("cast", 3), Kernel("proj_1", 2, products=1), Kernel("GELU", 2), Kernel("conv0", 2, taps=25),
     Kernel("conv_spatial", 2, taps=49), Kernel("conv1", 2, products=1), Kernel("gate", 3), Kernel("proj_2", 2, products=1),
-    Kernel("attention: residual add with its own shortcut", 7),
+    Kernel("attention: residual add with the inner shortcut", 7),
     Kernel("norm2", 6), Kernel("cast", 3), Kernel("fc1", 1, 1, mlp_products=1), Kernel("dwconv, GELU", wide=2, wide_taps=9),
     Kernel("fc2", 1, 1, mlp_products=1), Kernel("MLP: residual add", 5),
     # Backward through the MLP
@@ -152,12 +153,12 @@ BUILT = [
     *(Kernel(f"fc1: {of} gradient", 1, 1, mlp_products=1) for of in ("input", "weight")),
     Kernel("gradient of the cast", 3), Kernel("gradient of norm2", 10), Kernel("sum at the MLP's shortcut", 6),
     # Through the attention
-    Kernel("attention: gradient of the residual add", 6), Kernel("cast of the own shortcut's gradient", 3),
+    Kernel("attention: gradient of the residual add", 6), Kernel("cast of the inner shortcut's gradient", 3),
     *_products_gradients("proj_2"), Kernel("gradients of the gate", 5), *_products_gradients("conv1"),
     *(Kernel(f"conv_spatial: {of} gradient", 2, taps=49) for of in ("input", "weight")),
     Kernel("conv0: input gradient, sum at u, GELU's gradient", 4, taps=25), Kernel("conv0: weight gradient", 2, taps=25),
     *_products_gradients("proj_1"),
-    Kernel("gradient of the cast", 3), Kernel("sum at attention's own shortcut", 6), Kernel("gradient of norm1", 10),
+    Kernel("gradient of the cast", 3), Kernel("sum at attention's inner shortcut", 6), Kernel("gradient of norm1", 10),
     Kernel("sum at attention's shortcut", 6),
 ]  # fmt: skip
 

@@ -50,7 +50,7 @@ def evaluate(model: nn.Module, loader: EvalLoader, head: Sequence[str], precisio
 
 
 def format_result(result: dict[str, Any], place: str = "") -> str:
-    """Formats what `evaluate` returned as text for one line."""
+    """Formats a result of `evaluate` as text for one line."""
     skipped = f"; {result['skipped']} bad images skipped" if result["skipped"] else ""
     scores = f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f}"
     return f"{scores} on {result['images']} images{place}{skipped}"

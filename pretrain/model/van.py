@@ -71,7 +71,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, dim, H, W) to (N, dim, H, W)."""
-        # Nested in the block's shortcut and taken after the block's BatchNorm, as in the authors' code.
+        # A second shortcut inside the block's, taken after the block's BatchNorm, as in the authors' code.
         return x + self.proj_2(self.spatial_gating_unit(self.act(self.proj_1(x))))
 
 

@@ -1,4 +1,4 @@
-"""Fast paths: other implementations of what a model computes, applied to a built model from outside and removable again.
+"""Fast paths: alternative implementations of a model, applied to it from outside and removable again.
 
     channels_last.py   channels-last convolution weights, for any model
     cpu.py             a VAN's training on a CPU

@@ -37,7 +37,7 @@ def tiles(count: int, size: int) -> int:
 
 @dataclass(frozen=True)
 class Strips:
-    """`strips` strips of `rows` rows, which cover a phase of a map. Around a single strip there is only padding, which kernels skip."""
+    """`strips` strips of `rows` rows cover a phase of a map. A single strip is surrounded by padding, which kernels skip."""
 
     rows: int
     strips: int
