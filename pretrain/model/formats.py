@@ -31,7 +31,8 @@ _PLACEHOLDERS = {
     "*": r"(?P<tensor>weight|bias|running_mean|running_var|num_batches_tracked)",
 }
 
-# Columns: native format, the authors' code, mmpretrain, transformers. A name is the prefix of its stage or block and the layer's name.
+# A name is the prefix of its stage or block and the layer's name.
+_COLUMNS = ("timm", "official", "mmpretrain", "hf")
 _STAGE_PREFIXES = ("stages.{s}.", "", "backbone.", "van.encoder.stages.{s}.")
 _STAGE_LAYERS = (
     ("patch_embed.proj.*", "patch_embed{n}.proj.*", "patch_embed{n}.projection.*", "embeddings.convolution.*"),
@@ -58,9 +59,9 @@ _BLOCK_LAYERS = (
 _HEADS = ("head.*", "head.*", "head.fc.*", "classifier.*")
 
 
-def _table(column: int) -> dict[str, str]:
-    """Maps native names to the names in a column."""
-    table: dict[str, str] = {}
+def _table(fmt: str) -> dict[str, str]:
+    """Maps native names to the names in the column of `fmt`."""
+    table, column = dict[str, str](), _COLUMNS.index(fmt)
     for prefixes, layers in ((_STAGE_PREFIXES, _STAGE_LAYERS), (_BLOCK_PREFIXES, _BLOCK_LAYERS)):
         table |= {prefixes[0] + names[0]: prefixes[column] + names[column] for names in layers}
     return table | {_HEADS[0]: _HEADS[column]}
@@ -68,17 +69,22 @@ def _table(column: int) -> dict[str, str]:
 
 # In the order in which from_format tries them. A file without a head matches official and mmseg, with the same result.
 _TABLES = {
-    "timm": _table(0),
-    "official": _table(1),
-    "mmseg": {native: other for native, other in _table(1).items() if native != "head.*"},
-    "mmpretrain": _table(2),
-    "hf": _table(3),
+    "timm": _table("timm"),
+    "official": _table("official"),
+    "mmseg": {native: other for native, other in _table("official").items() if native != _HEADS[0]},
+    "mmpretrain": _table("mmpretrain"),
+    "hf": _table("hf"),
 }
 
 FORMATS = tuple(_TABLES)
 
 # VanModel of transformers saves a last LayerNorm that its forward pass never uses.
 UNUSED_KEYS = ("van.layernorm.weight", "van.layernorm.bias")
+
+
+def has_head(fmt: str) -> bool:
+    """Returns whether weights in the format include the classifier."""
+    return _HEADS[0] in _TABLES[fmt]
 
 
 def to_format(state_dict: Mapping[str, Value], fmt: str) -> dict[str, Value]:

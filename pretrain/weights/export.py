@@ -28,20 +28,11 @@ from torch import nn
 from data.common.files import sync
 from data.common.text import join_first
 from pretrain.config import Config, from_dict
-from pretrain.model.formats import to_format
+from pretrain.model.formats import has_head, to_format
 from pretrain.run.directory import MANIFEST
 from pretrain.weights.run_model import build_trained, open_run
 from pretrain.weights.source import architecture, formats_of, read_source
 
-FOLDERS = ("timm", "hf")
-SUFFIXES = {"official": ".pth", "mmseg": "_mmseg.pth", "mmpretrain": "_mmpretrain.pth", "timm": "_timm", "hf": "_hf"}
-LOADED_BY = {
-    "official": '`model.load_state_dict(torch.load(PATH)["state_dict"])` in the authors\' VAN-Classification',
-    "mmseg": "`pretrained=PATH` of the backbone in the authors' VAN-Segmentation, VAN-Detection and their ports",
-    "mmpretrain": "`load_from = PATH` in a config of OpenMMLab's mmpretrain",
-    "timm": '`timm.create_model("local-dir:PATH", pretrained=True)`',
-    "hf": "`VanForImageClassification.from_pretrained(PATH)` of transformers, with VAN up to 4.30",
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,11 +49,11 @@ class Export:
 
     @property
     def is_folder(self) -> bool:
-        return self.fmt in FOLDERS
+        return EXPORT_FORMATS[self.fmt].is_folder
 
     @property
     def has_head(self) -> bool:
-        return not self.features_only and self.fmt != "mmseg"
+        return not self.features_only and has_head(self.fmt)
 
     def files(self, out: Path) -> tuple[Path, Path, Path]:
         """Returns the paths of weights, model card and checksum of an export to `out`."""
@@ -125,7 +116,7 @@ def export_run(run: Path, log: Callable[[str], None] = print) -> list[Path]:
     model, _, trainer = build_trained(checkpoint, average)
     formats = run_formats(config, model)
     check_formats(model, formats, "run.export")
-    jobs = [Export(fmt, run / "weights" / f"{config.name}{SUFFIXES[fmt]}", average) for fmt in formats]
+    jobs = [Export(fmt, run / "weights" / f"{config.name}{EXPORT_FORMATS[fmt].suffix}", average) for fmt in formats]
     for job in jobs:
         _check_destination([job.out], force=True)
         log(_write(job, copy.deepcopy(model), config, trainer))
@@ -160,7 +151,7 @@ def _write(job: Export, model: nn.Module, config: Config, trainer: dict[str, Any
     _remove(partial)
     try:
         job.out.parent.mkdir(parents=True, exist_ok=True)
-        _WRITERS[job.fmt](partial, job.fmt, model, config, trainer)
+        EXPORT_FORMATS[job.fmt].write(partial, job.fmt, model, config, trainer)
         _compare(partial, model)
         weights, card, checksum = job.files(job.out)
         with job.files(partial)[0].open("rb") as file:
@@ -243,7 +234,29 @@ def _write_hf(path: Path, fmt: str, model: nn.Module, config: Config, trainer: d
     save_file(to_format(model.state_dict(), fmt) | unused, path / "model.safetensors", metadata={"format": "pt"})
 
 
-_WRITERS = {"official": _write_file, "mmseg": _write_file, "mmpretrain": _write_file, "timm": _write_timm, "hf": _write_hf}
+@dataclass(frozen=True)
+class ExportFormat:
+    """How weights in a format are stored. The format's names of keys are in pretrain/model/formats.py."""
+
+    suffix: str  # follows the run's name
+    write: Callable[[Path, str, nn.Module, Config, dict[str, Any]], None]  # (path, format, model, config, trainer), as of `_write`
+    load_with: str  # for the model card: loads the export from PATH
+    is_folder: bool = False
+
+
+EXPORT_FORMATS = {
+    "official": ExportFormat(
+        ".pth", _write_file, '`model.load_state_dict(torch.load(PATH)["state_dict"])` in the authors\' VAN-Classification'
+    ),
+    "mmseg": ExportFormat(
+        "_mmseg.pth", _write_file, "`pretrained=PATH` of the backbone in the authors' VAN-Segmentation, VAN-Detection and their ports"
+    ),
+    "mmpretrain": ExportFormat("_mmpretrain.pth", _write_file, "`load_from = PATH` in a config of OpenMMLab's mmpretrain"),
+    "timm": ExportFormat("_timm", _write_timm, '`timm.create_model("local-dir:PATH", pretrained=True)`', is_folder=True),
+    "hf": ExportFormat(
+        "_hf", _write_hf, "`VanForImageClassification.from_pretrained(PATH)` of transformers, with VAN up to 4.30", is_folder=True
+    ),
+}
 
 
 def _compare(partial: Path, model: nn.Module) -> None:
@@ -300,7 +313,7 @@ def load_command(name: str, fmt: str) -> str:
     file, _, name_in_file = name.rpartition(":")
     module = Path(file).stem if file else timm.model_entrypoint(name_in_file).__module__
     first = f"`import {module}` and " if fmt == "timm" and not module.startswith("timm.") else ""
-    return first + LOADED_BY[fmt]
+    return first + EXPORT_FORMATS[fmt].load_with
 
 
 def _accuracy(evaluation: dict[str, Any] | None, config: Config, average: bool) -> str:

@@ -24,7 +24,7 @@ from pretrain.__main__ import main
 from pretrain.engine import distributed
 from pretrain.evaluation.accuracy import count_correct, describe_restriction, evaluate, match_classes
 from pretrain.evaluation.command import open_weights
-from pretrain.weights.export import FOLDERS, export
+from pretrain.weights.export import EXPORT_FORMATS, export
 from tests.support import REPOSITORY, jobs
 from tests.support.damage import damaged_copy
 from tests.support.ranks import run_on_ranks
@@ -226,8 +226,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder of exports, and of a file that does not name its classes."""
     folder = tmp_path_factory.mktemp("weights")
-    for fmt in ("official", "mmpretrain", "mmseg", "timm", "hf"):
-        export(runs / "averaged", fmt, folder / (fmt if fmt in FOLDERS else f"{fmt}.pth"))
+    for fmt in EXPORT_FORMATS:
+        export(runs / "averaged", fmt, folder / (fmt if EXPORT_FORMATS[fmt].is_folder else f"{fmt}.pth"))
     torch.save(torch.load(folder / "official.pth")["state_dict"], folder / "nameless.pth")
     return folder
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import nn
 import pretrain.weights.export
 from pretrain import checkpoint
 from pretrain.__main__ import main
-from pretrain.model.formats import FORMATS
-from pretrain.weights.export import DTYPES, FOLDERS, LOADED_BY, SUFFIXES, Export, export, export_run, model_card
+from pretrain.model.formats import FORMATS, has_head
+from pretrain.weights.export import DTYPES, EXPORT_FORMATS, Export, export, export_run, model_card
 from pretrain.weights.run_model import build_trained, open_run
 from pretrain.weights.source import read_source
 from tests.support.tiny_runs import CLASSES, assert_same, assert_trained, new_model, trained_weights
@@ -34,11 +35,11 @@ def test_exported_weights_are_the_trained_ones(runs: Path, tmp_path: Path, fmt: 
     assert line.startswith(f"{out}: van_b0, {'moving average' if average else 'weights'} of step 2, fp32, format {fmt}; ")
     weights = read_source(out, new_model()).weights
     kind = "ema" if average else "raw"
-    if fmt == "mmseg":
+    if not has_head(fmt):
         assert not [name for name in weights if name.startswith("head.")]
         weights |= {name: trained_weights(runs, kind)[name] for name in ("head.weight", "head.bias")}
     assert_trained(weights, runs, kind)
-    beside = ["weights"] if fmt in FOLDERS else ["weights", "weights.md", "weights.sha256"]
+    beside = ["weights"] if EXPORT_FORMATS[fmt].is_folder else ["weights", "weights.md", "weights.sha256"]
     assert sorted(path.name for path in out.parent.iterdir()) == beside
 
 
@@ -99,14 +100,14 @@ def test_a_folder_that_is_no_export_is_never_replaced(runs: Path, tmp_path: Path
 
 @pytest.mark.parametrize("fmt", ["official", "timm"])
 def test_a_corrupted_export_is_not_published(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fmt: str) -> None:
-    writer = pretrain.weights.export._WRITERS[fmt]
+    written = EXPORT_FORMATS[fmt]
 
     def damaging(path: Path, fmt: str, model: nn.Module, *rest: Any) -> None:
         other = copy.deepcopy(model)
         other.stages[2].norm.bias.data[7] += 1e-6  # type: ignore[union-attr,index,operator]
-        writer(path, fmt, other, *rest)
+        written.write(path, fmt, other, *rest)
 
-    monkeypatch.setitem(pretrain.weights.export._WRITERS, fmt, damaging)
+    monkeypatch.setitem(EXPORT_FORMATS, fmt, replace(written, write=damaging))
     with pytest.raises(RuntimeError, match=r"the export reads back differently: stages\.2\.norm\.bias; is the disk sound"):
         export(runs / "plain", fmt, tmp_path / "weights")
     assert list(tmp_path.iterdir()) == []
@@ -170,13 +171,13 @@ def test_other_dtypes_without_a_head(runs: Path, tmp_path: Path, fmt: str, dtype
 def test_checksum_and_model_card(runs: Path, tmp_path: Path, fmt: str) -> None:
     out = tmp_path / "weights"
     export(runs / "averaged", fmt, out, average=True, license="Apache-2.0")
-    folder, sums = (out, "SHA256SUMS") if fmt in FOLDERS else (tmp_path, "weights.sha256")
+    folder, sums = (out, "SHA256SUMS") if EXPORT_FORMATS[fmt].is_folder else (tmp_path, "weights.sha256")
     subprocess.run(["sha256sum", "--check", "--strict", sums], cwd=folder, check=True)
-    card = (out / "README.md" if fmt in FOLDERS else Path(f"{out}.md")).read_text()
+    card = (out / "README.md" if EXPORT_FORMATS[fmt].is_folder else Path(f"{out}.md")).read_text()
     assert (folder / sums).read_text().split()[0] in card
     for stated in ("van_b0, 7 classes, fp32", "moving average, decay 0.9, of step 2", "not measured", "learning rate 0.001", "Apache-2.0"):
         assert stated in card
-    assert LOADED_BY[fmt] in card
+    assert EXPORT_FORMATS[fmt].load_with in card
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # whoever may read the card may read the weights
 
 
@@ -241,7 +242,7 @@ def test_a_run_without_a_moving_average_exports_its_weights(runs: Path, tmp_path
 def test_every_format_of_run_export(runs: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_formats(monkeypatch, *FORMATS)
     paths = export_run(run, lambda line: None)
-    assert [path.name for path in paths] == [f"tiny{SUFFIXES[fmt]}" for fmt in FORMATS]
+    assert [path.name for path in paths] == [f"tiny{EXPORT_FORMATS[fmt].suffix}" for fmt in FORMATS]
     for path in paths:
         weights = read_source(path, new_model()).weights
         if path.name == "tiny_mmseg.pth":  # removing its head must not change the others
@@ -271,7 +272,7 @@ def test_a_killed_replacement_leaves_a_complete_export_or_none(runs: Path, tmp_p
     for operation in range(40):
         place = tmp_path / str(operation)
         shutil.copytree(tmp_path / "old", place)
-        (shutil.copytree if fmt in FOLDERS else shutil.copy)(tmp_path / "new" / "van", place / ".partial-van")
+        (shutil.copytree if EXPORT_FORMATS[fmt].is_folder else shutil.copy)(tmp_path / "new" / "van", place / ".partial-van")
         child = os.fork()
         if child == 0:
             die_at(operation)
@@ -280,7 +281,7 @@ def test_a_killed_replacement_leaves_a_complete_export_or_none(runs: Path, tmp_p
         died = os.waitpid(child, 0)[1] != 0
         found = {name: data for name, data in content(place).items() if not name.startswith(".removed")}
         assert any(found.items() <= whole.items() for whole in wholes), sorted(found)
-        if fmt in FOLDERS:
+        if EXPORT_FORMATS[fmt].is_folder:
             assert found in ({}, *wholes)
         seen.add("none" if not found.keys() & {"van", "van/config.json"} else ("old" if found.items() <= wholes[0].items() else "new"))
         if not died:
@@ -307,7 +308,7 @@ def die_at(operation: int) -> None:
 
 
 def card_and_checksum(folder: Path, fmt: str) -> tuple[str, str]:
-    names = ("van/README.md", "van/SHA256SUMS") if fmt in FOLDERS else ("van.md", "van.sha256")
+    names = ("van/README.md", "van/SHA256SUMS") if EXPORT_FORMATS[fmt].is_folder else ("van.md", "van.sha256")
     card, sums = ((folder / name).read_text() for name in names)
     return card, sums
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pretrain.model.formats import FORMATS, to_format
-from pretrain.weights.export import FOLDERS, export
+from pretrain.weights.export import EXPORT_FORMATS, export
 from pretrain.weights.initial import start_from
 from tests.support.tiny_runs import CLASSES, assert_same, new_model, trained_weights
 
@@ -24,7 +24,7 @@ def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of weights in all formats, as exported and as others write them; not to be changed."""
     folder = tmp_path_factory.mktemp("weights")
     for fmt in FORMATS:
-        export(runs / "averaged", fmt, folder / (fmt if fmt in FOLDERS else f"{fmt}.pth"))
+        export(runs / "averaged", fmt, folder / (fmt if EXPORT_FORMATS[fmt].is_folder else f"{fmt}.pth"))
     state = trained_weights(runs, "raw")
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, folder / "wrapped.pth")
     # As transformers 4.30 saves a model.
