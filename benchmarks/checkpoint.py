@@ -24,7 +24,7 @@ from pretrain.engine import distributed
 from pretrain.engine.batch_stats import BatchStats
 from pretrain.engine.engine import build_engine
 from pretrain.model.build import build_model
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 
 MODULE = "benchmarks.checkpoint"
 BLOCK = 8 << 20

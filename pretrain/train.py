@@ -53,7 +53,7 @@ from pretrain.monitor.stragglers import RankTimer
 from pretrain.monitor.watchdog import Watchdog
 from pretrain.run.attempts import STOP
 from pretrain.run.exit_codes import EXIT_STOP_FILE
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 from pretrain.run.position import SharedPosition
 from pretrain.run.provenance import describe_host, provenance, record_start
 from pretrain.schedule import make_schedule
@@ -80,6 +80,7 @@ class Trainer:
         self._open_data()
         self._build_model()
         self._build_engine()
+        self._open_checkpoints()
         self._restore()
         self._prepare_monitors()
 
@@ -123,6 +124,7 @@ class Trainer:
         set_learning_rate(self.engine.optimizer, self.lr)
         # All randomness on the device (drop path) follows from step and rank, so checkpoints need no generator state.
         torch.manual_seed(int(hash64(self.config.seed, step, self.rank) >> 1))
+        # The loader makes no batches for a skipped step either.
         for micro_step in range(0 if self.rollbacks.is_skipped(step) else self.accumulation):
             is_last = micro_step + 1 == self.accumulation
             self.timer.begin()
@@ -137,7 +139,7 @@ class Trainer:
                 self.checkpoints.before_update()
                 self.guard.check()
             with self.profiler.phase("optimizer", micro_step):
-                self.engine.step()
+                self.engine.step()  # updates the weights at the last micro-step only
             if is_last:
                 self.stats.finish(self.guard.found_inf)
                 self.interval.end_step(step, self.guard)
@@ -156,33 +158,33 @@ class Trainer:
         self.exit_code = request.exit_code
         due = self.schedule.due(self.step, is_save_requested=request.save or self.exit_code != 0)
         if due.log:
-            with self.profiler.phase("log", self.accumulation):
+            with self.profiler.phase("log"):
                 if bad := self._report(is_evaluated=due.evaluate):
                     return bad
         if due.evaluate:
-            with self.interval.paused(), self.profiler.phase("evaluation", self.accumulation):
+            with self.interval.paused(), self.profiler.phase("evaluation"):
                 assert self.evaluator is not None
                 self.evaluation = self.evaluator.evaluate(self.step)
         if due.save:
-            with self.interval.paused(), self.profiler.phase("save", self.accumulation):
+            with self.interval.paused(), self.profiler.phase("save"):
                 self._save()
             self.requests.restart_clock()
         return None
 
     def roll_back(self, bad: BadSteps) -> None:
         """Loads the newest checkpoint from before the bad steps and skips their batches from now on; ValueError if there is none."""
-        guard = self.config.guard
+        limit = self.config.guard.rollbacks
         reason = f"steps {bad.first} to {bad.last} are bad: {bad.reason}; see {self.evidence.file}"
-        if len(self.rollbacks.entries) >= guard.rollbacks:
-            raise ValueError(f"{reason}. Training was rolled back {guard.rollbacks} times (guard.rollbacks), and ends here")
+        if len(self.rollbacks.entries) >= limit:
+            raise ValueError(f"{reason}. Training was rolled back {limit} times (guard.rollbacks), and ends here")
         try:
-            trainer = self.checkpoints.roll_back(bad.first, self.identity)
+            saved = self.checkpoints.roll_back(bad.first, self.identity)
         except ValueError as error:
             raise ValueError(f"{reason}. Training can't be rolled back: {error}") from error
-        entry = self.rollbacks.add(bad, guard.skip_before, trainer["step"])
+        entry = self.rollbacks.add(bad, self.config.guard.skip_before, saved["step"])
         if self.rank == 0:
             self.rollbacks.write()
-        self._load_state(trainer)
+        self._load_state(saved)
         self.log.line(f"{reason}. Rolled back to step {self.step}; the batches of steps {entry['first']} to {entry['last']} are skipped")
         self.log.record("rollback", step=self.step, **entry)
         self.log.start_progress(self.step, self.schedule.total)
@@ -266,8 +268,7 @@ class Trainer:
             paths.use_cpu_path(model)
         return model
 
-    def _restore(self) -> None:
-        """Loads the newest checkpoint of the run, if there is one."""
+    def _open_checkpoints(self) -> None:
         config = self.config
         # Fixed for a run: together with the step these determine which samples follow and how they are used.
         self.identity = {
@@ -283,21 +284,24 @@ class Trainer:
         file = self.folder / "rollbacks.json"
         self.rollbacks = Rollbacks(file, distributed.run_on_rank_0(lambda: read_rollbacks(file)))
         self.watch = DivergenceWatch(config.guard)
-        if trainer := self.checkpoints.load(self.identity):
-            self._load_state(trainer)
+
+    def _restore(self) -> None:
+        """Loads the newest checkpoint of the run, if there is one."""
+        if saved := self.checkpoints.load(self.identity):
+            self._load_state(saved)
             self.log.line(
-                f"resumed at step {self.step} of {self.schedule.total} from a checkpoint of {trainer['ranks']} ranks, "
-                f"ZeRO-{trainer['zero_stage']}"
+                f"resumed at step {self.step} of {self.schedule.total} from a checkpoint of {saved['ranks']} ranks, "
+                f"ZeRO-{saved['zero_stage']}"
             )
         self.provenance = provenance()
         if self.rank == 0:
-            settings.save(config, self.folder / "config.yaml")
+            settings.save(self.config, self.folder / "config.yaml")
 
-    def _load_state(self, trainer: dict[str, Any]) -> None:
+    def _load_state(self, saved: dict[str, Any]) -> None:
         """Restores the state that `_save` adds to a checkpoint."""
-        self.step, self.evaluation = trainer["step"], trainer["evaluation"]
-        self.guard.load_state_dict(trainer["guard"])
-        self.watch.load(trainer["watch"])
+        self.step, self.evaluation = saved["step"], saved["evaluation"]
+        self.guard.load_state_dict(saved["guard"])
+        self.watch.load(saved["watch"])
 
     def _prepare_monitors(self) -> None:
         config, device = self.config, self.device

@@ -21,7 +21,7 @@ from pretrain.engine.batch_stats import BatchStats
 from pretrain.engine.deepspeed_compat import publish_weights
 from pretrain.engine.distributed import gather_objects, run_on_rank_0
 from pretrain.run.directory import LATEST, TRAINER, checkpoint_name, list_checkpoints
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 
 _SIZE_FACTOR = 1.05  # size of a checkpoint over that of its state: .metadata, and trainer.json with the names of all classes
 _COUNTER = "optimizer_steps"

@@ -15,7 +15,7 @@ from pretrain.engine import zero_state
 from pretrain.engine.batch_stats import BatchStats
 from pretrain.evaluation.accuracy import evaluate, format_result
 from pretrain.monitor.damage import report_bad_images
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 from pretrain.weights.run_model import copy_weights
 
 TITLES = {"weight": "weights", "ema": "moving average"}

@@ -10,7 +10,7 @@ from data.dataset.check import find_damaged_shards
 from data.dataset.index import Index
 from data.loader.quarantine import BadSample, Quarantine
 from pretrain.engine import distributed
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 
 NAMED_SHARDS = 5  # in an error
 LINGER_S = 2.0  # ranks with the same fault fail within this time

@@ -32,7 +32,7 @@ class Profiler:
     def start_step(self, step: int) -> None:
         """Starts or ends the trace if due at this step."""
         self._step = step
-        self._position.set(step, "data")
+        self._position.set(step, "data", 0)
         if self._running is None and step in self._steps:
             activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
             self._running, self._first = profile(activities=activities), step
@@ -40,7 +40,7 @@ class Profiler:
         elif step not in self._steps:
             self.close(step)
 
-    def phase(self, name: Phase, micro_step: int) -> AbstractContextManager:
+    def phase(self, name: Phase, micro_step: int | None = None) -> AbstractContextManager:
         """Returns a context that marks a phase of the step in the trace."""
         self._position.set(self._step, name, micro_step)
         return record_function(name) if self._running is not None else nullcontext()

@@ -10,7 +10,7 @@ from pretrain.engine import distributed
 from pretrain.monitor.flops import mfu
 from pretrain.monitor.interval import Steps
 from pretrain.monitor.stragglers import SlowestRank
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from data.loader.order import SampleOrder, select_rank_slots
 from data.loader.quarantine import try_read_key
 from pretrain.config import GuardConfig
 from pretrain.monitor.interval import Steps
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 
 AVERAGED_STEPS = 100  # that the moving average of losses covers
 

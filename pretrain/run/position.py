@@ -44,8 +44,9 @@ class SharedPosition:
         page = os.environ.get(PAGE)
         self._numbers = memoryview(mmap.mmap(int(page) if page else -1, _BYTES)).cast("q")
 
-    def set(self, step: int, phase: Phase, micro_step: int = 0) -> None:
-        """Sets the position."""
+    def set(self, step: int, phase: Phase, micro_step: int | None = None) -> None:
+        """Sets the position; without a micro-step, the phase belongs to the last one that was set."""
+        micro_step = self._numbers[1] if micro_step is None else micro_step
         self._numbers[0], self._numbers[1], self._numbers[2] = step, micro_step, PHASES.index(phase)
 
     def get(self) -> Position:

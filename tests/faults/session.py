@@ -14,7 +14,7 @@ from pretrain import config as settings
 from pretrain.engine import distributed, zero_state
 from pretrain.engine.batch_stats import BatchStats
 from pretrain.engine.engine import build_engine
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 from tests.support.configs import make_config
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema", "buffer", "buffer_ema")

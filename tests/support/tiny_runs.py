@@ -20,7 +20,7 @@ def make_runs(folder: str) -> None:
     from pretrain.engine.batch_stats import BatchStats
     from pretrain.engine.engine import build_engine
     from pretrain.model.build import build_model
-    from pretrain.run.metrics import RunLog
+    from pretrain.run.log import RunLog
 
     data = {"image_size": 32, "mean": [0.4, 0.5, 0.6]}
     config = make_config(classes=len(CLASSES), lr=1e-3, data=data, engine={"micro_batch": 4, "precision": "bf16"})

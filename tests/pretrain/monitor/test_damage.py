@@ -23,7 +23,7 @@ def report(folder: str, out: str, found: list[list[int]], max_bad: float) -> dic
     """Reports the bad samples that this rank has found; returns all that it knows then."""
     from data.loader.quarantine import Quarantine
     from pretrain.monitor.damage import report_bad_images
-    from pretrain.run.metrics import RunLog
+    from pretrain.run.log import RunLog
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()

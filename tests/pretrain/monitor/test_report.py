@@ -12,7 +12,7 @@ import torch
 from pretrain.monitor.interval import Steps
 from pretrain.monitor.report import Reporter
 from pretrain.monitor.stragglers import SlowestRank
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 from tests.support import REPOSITORY
 
 

@@ -18,7 +18,7 @@ from data.settings import DataConfig
 from pretrain.config import GuardConfig
 from pretrain.monitor.interval import Steps
 from pretrain.monitor.rollback import BadSteps, DivergenceWatch, Evidence, Rollbacks, read_rollbacks
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 from tests.faults import jobs
 
 NAN = math.nan

@@ -14,7 +14,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.run import trackers
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 from tests.support.configs import make_config
 
 

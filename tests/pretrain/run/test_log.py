@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.run.metrics import RunLog
+from pretrain.run.log import RunLog
 
 
 def test_only_rank_0_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
