@@ -22,6 +22,7 @@ from torch import Tensor
 from pretrain.engine import distributed
 from pretrain.engine.guard import Guard
 
+COLUMNS = LOSS, GRAD_NORM, SKIPPED, LAUNCH_BOUND = range(4)  # of what is measured in a step
 LAUNCH_BOUND_SHARE = 0.5  # of the steps; the log line gives advice above this share
 
 
@@ -61,8 +62,7 @@ class Interval:
 
     def __init__(self, device: torch.device, capacity: int, accumulation: int, *, detects_launch_bound: bool):
         self._accumulation = accumulation
-        # By step: loss, gradient norm, skipped, launch-bound. The last row: bad images.
-        self._rows = torch.zeros(capacity + 1, 4, device=device)
+        self._rows = torch.zeros(capacity + 1, len(COLUMNS), device=device)  # one per step; the last row: bad images
         self._backward_done = torch.cuda.Event() if detects_launch_bound else None
         self._begin()
 
@@ -88,7 +88,7 @@ class Interval:
 
     def add(self, loss: Tensor) -> None:
         """Adds the loss of a micro-batch. Call after its backward pass."""
-        self._rows[len(self._numbers), 0] += loss.detach()
+        self._rows[len(self._numbers), LOSS] += loss.detach()
         if self._backward_done is not None:
             self._backward_done.record()
 
@@ -96,13 +96,13 @@ class Interval:
         """Ends step `number`. Call when the host has launched the whole step."""
         self.launch_bound.append(self._backward_done is not None and self._backward_done.query())
         row = self._rows[len(self._numbers)]
-        row[1], row[2] = guard.norm, guard.found_inf
+        row[GRAD_NORM], row[SKIPPED] = guard.norm, guard.found_inf
         self._numbers.append(number)
 
     def close(self, bad_images: int) -> Steps:
         """Returns the steps since the last call; `bad_images`: how many this rank has to report. Collective; waits for the device."""
         self._rows[-1] = bad_images
-        self._rows[: len(self.launch_bound), 3] = torch.tensor(self.launch_bound, dtype=torch.float32)
+        self._rows[: len(self.launch_bound), LAUNCH_BOUND] = torch.tensor(self.launch_bound, dtype=torch.float32)
         rows = distributed.all_gather_tensors(self._rows).cpu().numpy()
         seconds, data_seconds, numbers = time.monotonic() - self._began, self._data_seconds, self._numbers
         self._begin()
@@ -110,10 +110,10 @@ class Interval:
         is_measured = self._backward_done is not None and len(numbers) > 0
         return Steps(
             numbers=numbers,
-            losses=steps[:, :, 0] / self._accumulation,
-            grad_norms=steps[0, :, 1],
-            skipped=steps[0, :, 2] > 0,
-            launch_bound=float((steps[:, :, 3] > 0).any(0).mean()) if is_measured else None,
+            losses=steps[:, :, LOSS] / self._accumulation,
+            grad_norms=steps[0, :, GRAD_NORM],
+            skipped=steps[0, :, SKIPPED] > 0,
+            launch_bound=float((steps[:, :, LAUNCH_BOUND] > 0).any(0).mean()) if is_measured else None,
             seconds=seconds,
             data_seconds=data_seconds,
             has_bad_images=bool(rows[:, -1].any()),
