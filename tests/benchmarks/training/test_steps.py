@@ -107,7 +107,7 @@ def test_wrong_peer_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[st
     with pytest.raises(ValueError, match="can't be imported: No module named 'no_such_module'"):
         peer.load(tmp_path)
     assert main(["--cpu", "--cases", "ours_fp23"]) == 2
-    assert "no ours_fp23 here; there are ours_fp32, ours_bf16, engine" in capsys.readouterr().err
+    assert "no ours_fp23 on this device; there are ours_fp32, ours_bf16, engine" in capsys.readouterr().err
 
 
 def test_failing_case_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:
