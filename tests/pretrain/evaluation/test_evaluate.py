@@ -277,7 +277,7 @@ def test_all_sources_of_the_same_weights_give_the_same_result(
         (
             "averaged",
             ["CONFIG", "model.name=van_b1", "VAL"],
-            "of another model than the settings: model.name=van_b1, there van_b0. Leave CONFIG",
+            "of another model than the settings: model.name=van_b1, there van_b0. Omit CONFIG",
         ),
         ("averaged", ["model.classes=8", "VAL"], "of another model than the settings: model.classes=8, there 7"),
         ("plain", ["VAL", "--weights", "ema"], "keeps no moving average of its weights"),
