@@ -58,7 +58,7 @@ def main() -> None:
         gpu.watch()
 
     training.Profiler.start_step = start_counted_step  # type: ignore[method-assign]
-    print(json.dumps({"code": training.train(settings.load(Path(sys.argv[1]), sys.argv[2:]))}), flush=True)
+    print(json.dumps({"code": training.Trainer(settings.load(Path(sys.argv[1]), sys.argv[2:])).train()}), flush=True)
     os._exit(0)
 
 
