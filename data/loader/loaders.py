@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from nvidia.dali import fn
 from nvidia.dali.types import DALIDataType, DALIImageType
 
@@ -67,12 +66,12 @@ class TrainLoader(Loader):
         self.slots = select_rank_slots(order.global_batch, placement.rank, placement.ranks)
         self.start, self.end = start, end
         self.recipe = Recipe(order.seed, settings)
-        self._noise = NoiseBank(settings.image_size, placement.device) if settings.random_erasing else None
         crop_start = crop_shape = size = linear = mirror = branch = DALIDataType.INT32
         matrix = value = DALIDataType.FLOAT
         dtypes = (crop_start, crop_shape, size, linear, mirror, *(branch, matrix, value) * self.recipe.layers)
         quarantine = Quarantine(index, settings.max_bad) if quarantine is None else quarantine
-        super().__init__(index, settings, quarantine, dtypes, placement)
+        noise = NoiseBank(settings.image_size, placement.device) if settings.random_erasing else None
+        super().__init__(index, settings, quarantine, dtypes, placement, noise)
         self._start()
 
     def _plan_uses(self) -> tuple[Iterable[ShardUse], int]:
@@ -94,10 +93,6 @@ class TrainLoader(Loader):
         size = np.full((len(ids), 2), image_size, np.int32)
         layers = [part for layer, linear in drawn.layers for part in compute_operator_inputs(layer, drawn.mirrored, linear, image_size)]
         return (corner, shape, size, drawn.bilinear.astype(np.int32), drawn.mirrored.astype(np.int32), *layers), drawn.erased
-
-    def _erase(self, images: torch.Tensor, erased: ErasedBoxes) -> None:
-        assert self._noise is not None
-        self._noise.erase(images, erased)
 
     def _draw_mix(self, slots: Slots) -> Mix | None:
         """Draws the mix for the samples of the order, not for their replacements, so partners of bad samples keep their mix."""
@@ -161,6 +156,9 @@ class EvalLoader(Loader):
         size = compute_resized_shape(samples["width"], samples["height"], self.settings)
         corner = np.rint((size - self.settings.image_size) / 2).astype(np.int32)  # torchvision's CenterCrop rounds halves to even
         return (size.astype(np.int32), np.zeros(len(ids), np.int32), corner), None
+
+    def _draw_mix(self, slots: Slots) -> Mix | None:
+        return None
 
     def _define_graph(self, encoded: Any, size: Any, linear: Any, corner: Any) -> tuple[Any, Any]:
         images = fn.decoders.image(

@@ -8,6 +8,7 @@ A bad image goes into quarantine (quarantine.py) and is replaced, or skipped in 
 read or have a wrong header. If DALI fails on any other image, each image in flight is decoded alone, and a new pipeline gets the good ones.
 """
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +21,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.types import DALIDataType
 
+from data.augment.erasing import NoiseBank
 from data.augment.operators import CpuResizer
 from data.augment.recipe import ErasedBoxes
 from data.augment.sampling import Mix
@@ -89,37 +91,42 @@ CanDecode = Callable[[int, int, int, np.ndarray], bool]
 
 
 class Loader(AbstractContextManager):
-    """Runs a graph over a rank's micro-batches, in order. Subclasses implement the methods before __init__.
+    """Runs a graph over a rank's micro-batches, in order. Subclasses implement the abstract methods.
 
-    `dtypes` are DALI's types of the graph's parameters.
+    `dtypes` are DALI's types of the graph's parameters; `noise` fills the boxes that the parameters erase.
     """
 
+    @abstractmethod
     def _plan_uses(self) -> tuple[Iterable[ShardUse], int]:
         """Plans the uses of shards of one pass over the slots; also returns the most bytes in use at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _list_slots(self) -> Iterator[Slots]:
         """Yields the slots of all micro-batches, in order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _compute_parameters(self, epoch: int, ids: np.ndarray, copies: np.ndarray) -> tuple[tuple[np.ndarray, ...], ErasedBoxes | None]:
         """Computes the graph's parameters, a row for each sample that is used, and the boxes to erase."""
-        raise NotImplementedError
 
-    def _erase(self, images: torch.Tensor, erased: ErasedBoxes) -> None:
-        raise NotImplementedError
-
+    @abstractmethod
     def _draw_mix(self, slots: Slots) -> Mix | None:
-        """Draws how the samples of neighboring slots are mixed."""
-        return None
+        """Draws how the samples of neighboring slots are mixed; None without mixup and cutmix."""
 
+    @abstractmethod
     def _define_graph(self, encoded: Any, *parameters: Any) -> tuple[Any, Any]:
         """Defines the graph: from nodes of encoded images and parameters to nodes of uint8 images and mirror flags."""
-        raise NotImplementedError
 
-    def __init__(self, index: Index, settings: DataConfig, quarantine: Quarantine, dtypes: Sequence[Any], placement: Placement) -> None:
+    def __init__(
+        self,
+        index: Index,
+        settings: DataConfig,
+        quarantine: Quarantine,
+        dtypes: Sequence[Any],
+        placement: Placement,
+        noise: NoiseBank | None = None,
+    ) -> None:
         self.index, self.settings, self.quarantine, self.placement = index, settings, quarantine, placement
-        self.device, self._dtypes = placement.device, dtypes
+        self.device, self._dtypes, self._noise = placement.device, dtypes, noise
         self._store: ShardStore | None = None
         self._reader: ReadAhead[Slots, MicroBatch] | None = None
         self._in_flight: deque[MicroBatch] = deque()  # inside DALI
@@ -238,7 +245,8 @@ class Loader(AbstractContextManager):
                     labels = labels.pin_memory().to(self.device, non_blocking=True)
                 images = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
                 if batch.erased is not None:
-                    self._erase(images, batch.erased)
+                    assert self._noise is not None
+                    self._noise.erase(images, batch.erased)
                 yield Batch(images, labels, batch.ids, batch.mix, batch.slots.epoch, batch.slots.step)
         finally:
             self._stop()

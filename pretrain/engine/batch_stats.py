@@ -104,7 +104,8 @@ def synchronize_batch_norms(model: nn.Module) -> None:
         for name, norm in module.named_children():
             if not isinstance(norm, _BatchNorm):
                 continue
-            if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d) or not norm.affine:
+            is_known = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
+            if not is_known or not norm.affine or not norm.track_running_stats or norm.momentum is None:
                 raise ValueError(f"engine.sync_bn: a {type(norm).__name__} of the model can't be synchronized; set engine.sync_bn=false")
             kind = SyncBatchNormAct if isinstance(norm, BatchNormAct2d) else SyncBatchNorm
             synced = kind(norm.num_features, norm.eps, norm.momentum)

@@ -10,6 +10,8 @@ group_matcher, no_weight_decay and set_grad_checkpointing.
 import difflib
 import importlib.util
 import sys
+import traceback
+import zlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -95,14 +97,21 @@ def _import_file(path: Path) -> None:
     """Imports a Python file that registers models with timm, once per process."""
     if not path.is_file():
         raise ValueError(f"model.name: there is no file {path}")
-    module_name = f"user_model_{path.stem}"
-    if module_name in sys.modules:
+    name = f"user_model_{path.stem}_{zlib.crc32(bytes(path.resolve())):08x}"  # files in two folders may have the same name
+    if name in sys.modules:
         return
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"model.name: {path} is not a Python file")
-    sys.modules[module_name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[module_name])
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # of any kind: the user's code decides
+        del sys.modules[name]
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"model.name: {path} can't be imported: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        ) from error
 
 
 def _convert_frozen_parameters_to_buffers(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from pretrain import config as settings
 from pretrain.config import Config
 from pretrain.engine.precision import autocast
-from pretrain.model.build import build_model
+from pretrain.model.build import build_empty_model
 
 USABLE = 0.9  # of a GPU's memory
 
@@ -56,8 +56,7 @@ def out_of_memory_message(config: Config, ranks: int, device_type: str, state: i
         state: bytes in use before the first step.
         total: bytes of the GPU.
     """
-    with torch.device("meta"):
-        model = build_model(config)
+    model = build_empty_model(config, torch.device("meta"))
     gradients = sum(4 * parameter.numel() for parameter in model.parameters())
     sample = activation_bytes(model, config.data.image_size, config.engine.precision, device_type)
     micro = config.engine.micro_batch
@@ -83,8 +82,7 @@ def _can_recompute_more(config: Config) -> bool:
     if config.model.graphs or set(config.model.checkpoint_stages) == set(every):
         return False
     try:
-        with torch.device("meta"):
-            build_model(replace(config, model=replace(config.model, checkpoint_stages=every)))
+        build_empty_model(replace(config, model=replace(config.model, checkpoint_stages=every)), torch.device("meta"))
     except ValueError:
         return False
     return True

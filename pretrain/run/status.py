@@ -116,9 +116,8 @@ def _left(run: Run, now: float) -> str:
 
 
 def _checkpoints(run: Run) -> str:
-    if not run.saved:
-        return f"none, {_disk(run)}"
-    return f"{len(run.saved)}, {_disk(run)}; newest {run.saved[-1]:,}"
+    count = ", ".join(filter(None, [str(len(run.saved) or "none"), _disk(run)]))
+    return f"{count}; newest {run.saved[-1]:,}" if run.saved else count
 
 
 def _disk(run: Run) -> str:

@@ -31,6 +31,8 @@ def open_run(source: Path) -> tuple[Path, dict[str, Any]]:
             raise ValueError(f"checkpoint {source} is damaged: {'; '.join(faults)}")
     else:
         path = checkpoint.find_newest_whole(source / CHECKPOINTS, print)
+    if path is None and not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
     if path is None:
         raise ValueError(f"{source} is neither a checkpoint nor a run directory with one in {CHECKPOINTS}/")
     return path, json.loads((path / TRAINER).read_text())

@@ -238,6 +238,25 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_training_going(small_disk: Pa
     assert found["at_last"] == 3
 
 
+def starts(folder: str, keep: int) -> str:
+    """Returns the error of a start on a disk of 1.5 MB, with a state of 0.65 MB."""
+    session = Session(folder, keep=keep, width=300)
+    error = ""
+    try:
+        session.checkpoints.check_disk()
+    except ValueError as caught:
+        error = str(caught)
+    session.end()
+    return error
+
+
+def test_a_disk_without_room_for_the_kept_checkpoints_is_an_error_at_the_start(small_disk: Path) -> None:
+    """One checkpoint and its successor fit; three and theirs do not."""
+    assert run_on_ranks(2, starts, folder=str(small_disk / "one"), keep=1) == ["", ""]
+    errors = run_on_ranks(2, starts, folder=str(small_disk / "three"), keep=3)
+    assert all("GB free, and 4 more checkpoints need" in error for error in errors)
+
+
 # ---------------------------------------------------------------- damage
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import nn
 
 from pretrain import checkpoint
 from pretrain.config import Config, from_dict
@@ -18,6 +19,7 @@ from pretrain.engine.optim import group_parameters
 from pretrain.evaluation.command import print_evaluation
 from pretrain.model.build import build_empty_model, build_model
 from pretrain.monitor.flops import training_flops
+from pretrain.monitor.memory import out_of_memory_message
 from pretrain.weights.export import export
 from pretrain.weights.run_model import build_trained, reject_enclosed_code
 from pretrain.weights.source import head_keys
@@ -25,7 +27,8 @@ from tests.support import REPOSITORY, jobs
 from tests.support.jobs import wait_until
 from tests.support.ranks import kill
 
-# A user's model: BatchNorm1d and LayerNorm, a parameter that is never trained, and one that must not decay.
+# A user's model: BatchNorm1d and LayerNorm, a parameter that is never trained, one that must not decay, and a constructor that reads
+# a value, which the meta device does not have.
 OWN_MODEL = """
 import torch
 from timm.models import build_model_with_cfg, register_model
@@ -36,6 +39,7 @@ class Net(nn.Module):
     def __init__(self, num_classes=1000, in_chans=3, width=16, drop_rate=0.0):
         super().__init__()
         self.num_classes, self.num_features = num_classes, width
+        self.drop = nn.Dropout(torch.linspace(0, drop_rate, 2)[1].item())
         self.scale = nn.Parameter(torch.full((1, width), 0.5), requires_grad=False)
         self.token = nn.Parameter(torch.zeros(1, width))
         self.stem = nn.Conv2d(in_chans, width, 8, stride=8)
@@ -56,7 +60,7 @@ class Net(nn.Module):
         return torch.relu(self.stem(x)).mean((2, 3)) * self.scale + self.token
 
     def forward_head(self, x, pre_logits=False):
-        x = self.norm2(torch.relu(self.norm1(self.mix(x))))
+        x = self.norm2(torch.relu(self.norm1(self.mix(self.drop(x)))))
         return x if pre_logits else self.fc(x)
 
     def forward(self, x):
@@ -191,6 +195,28 @@ def test_a_model_that_does_not_work_is_an_error(kind: str, own: str) -> None:
         training_flops(build_model(config), config.data.image_size)
 
 
+def test_memory_is_estimated_for_a_model_that_reads_values_while_it_is_built(own: str) -> None:
+    config = settings(f"{own}:my_net")
+    with torch.device("meta"), pytest.raises(RuntimeError):
+        build_model(config)
+    assert "Try engine.micro_batch=2" in out_of_memory_message(config, ranks=1, device_type="cpu", state=0, total=10**9)
+
+
+def test_files_of_one_name_in_two_folders_are_two_files(own: str, tmp_path: Path) -> None:
+    build_model(settings(f"{own}:my_net"))
+    other = tmp_path / Path(own).name
+    other.write_text(OWN_MODEL.replace("my_net", "other_net"))
+    assert build_model(settings(f"{other}:other_net")).pretrained_cfg["architecture"] == "other_net"  # type: ignore[index]
+
+
+def test_a_file_that_fails_is_an_error_with_its_line_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("import timm\nimport no_such_module\n")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"broken\.py can't be imported: ModuleNotFoundError: .*no_such_module.* \(.*broken\.py:2\)"):
+            build_model(settings(f"{file}:net"))
+
+
 def test_a_frozen_parameter_is_a_buffer_and_others_decay_as_the_model_says(own: str) -> None:
     model = build_model(settings(f"{own}:my_net"))
     assert "scale" in dict(model.named_buffers())
@@ -208,6 +234,15 @@ def test_a_synchronized_batch_norm_activates_as_before() -> None:
         synchronize_batch_norms(model)
         assert torch.equal(model(images), before)
     assert any(isinstance(module, SyncBatchNormAct) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, momentum=None), nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm3d(4)],
+)
+def test_a_batch_norm_that_can_not_be_synchronized_is_an_error(norm: nn.Module) -> None:
+    with pytest.raises(ValueError, match=rf"engine\.sync_bn: a {type(norm).__name__} of the model can't be synchronized"):
+        synchronize_batch_norms(nn.Sequential(norm))
 
 
 # ---------------------------------------------------------------- rooms

@@ -217,7 +217,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path, monkeypatch: pytest.
     assert f"error: there is no run in {tmp_path}\n" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["pretrain", "status", str(tmp_path / "later")])
     assert main() == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path / 'later'}: waiting: no such folder yet\n")
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'later'}: waiting: no such folder yet\n  checkpoints  none\n")
 
 
 # ---------------------------------------------------------------- damaged and long files
