@@ -9,6 +9,8 @@ import pytest
 from data.dataset.index import Index
 from data.synthetic.synthesize import synthesize
 from tests.support.datasets import make_dataset
+from tests.support.ranks import run_on_ranks
+from tests.support.tiny_runs import make_runs
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +35,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Index:
     index = make_dataset(tmp_path_factory.mktemp("data") / "train", 150)
     assert len(index.shards) >= 5
     return index
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two run directories and their weights (tests/support/tiny_runs.py); not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_on_ranks(1, make_runs, folder=str(folder))
+    return folder
 
 
 @pytest.fixture
