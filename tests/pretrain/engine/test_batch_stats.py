@@ -9,6 +9,8 @@ from torch import nn
 
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow  # several processes per test
+
 STEPS, RANKS, DECAY = 4, 2, 0.8
 
 

@@ -16,6 +16,8 @@ from tests.support import jobs
 from tests.support.damage import damaged_copy
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow  # several processes per test
+
 # ---------------------------------------------------------------- sharing between ranks
 
 
@@ -102,7 +104,6 @@ def damaged_datasets(drawn: Path, folder: Path, train: dict[int, str], val: dict
 
 
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_job_with_bad_images_resumes_bit_identical(drawn: Path, tmp_path: Path) -> None:
     train = {3: "cut", 4: "zeros", 60: "no tables", 61: "no tables", 90: "another size", 119: "no tables"}
     data = damaged_datasets(drawn, tmp_path / "data", train, {2: "cut", 5: "no tables"})
@@ -132,7 +133,6 @@ def test_a_job_with_bad_images_resumes_bit_identical(drawn: Path, tmp_path: Path
     assert {record["step"]: record["loss"] for record in jobs.metrics(resumed, "train")} == {step: losses[step] for step in range(5, 11)}
 
 
-@pytest.mark.slow
 def test_a_job_with_too_many_bad_images_ends_with_one_error(drawn: Path, tmp_path: Path) -> None:
     index = open_index(drawn / "train")
     order = SampleOrder(index.shard_start, seed=5, global_batch=16, lanes=4, window=16)

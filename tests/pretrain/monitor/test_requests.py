@@ -13,6 +13,8 @@ from pretrain.monitor.requests import SIGNALS
 from pretrain.run.exit_codes import EXIT_REQUEUE, EXIT_STOP_FILE
 from tests.support.ranks import run_on_ranks
 
+pytestmark = pytest.mark.slow  # several processes per test
+
 
 def steps(file: str, numbers: list[int], at_step: int, save_seconds: float | None) -> dict[str, Any]:
     """Makes six steps on one rank. During one of them rank 1 alone gets signals; each takes 10 s by rank 0's clock, no time by rank 1's."""
